@@ -1,0 +1,70 @@
+# Needs git, make and Python >= 3.10; everything else is installed into $(VENV).
+#
+#   make test                      with the newest Python found, in .venv
+#   make test PYTHON=python3.12    with another one, in .venvs/3.12
+
+.PHONY: help demo test check lint docs bench test-flux clean
+.DEFAULT_GOAL := help
+
+# Found is not enough: a shim may be there without its Python, and a Python without venv.
+USABLE := -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))'
+
+ifdef PYTHON
+VENV ?= .venvs/$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+else
+VENV ?= .venv
+PYTHON = $(shell for python in python3.13 python3.12 python3.11 python3.10 python3; do \
+	$$python $(USABLE) 2>/dev/null && { echo $$python; break; }; done)
+endif
+
+BIN := $(VENV)/bin
+
+help:
+	@echo "make demo       run examples/equation_of_state.py, about a minute"
+	@echo "make test       run the tests"
+	@echo "make check      ruff, mypy, import-linter, the documentation and the tests: all that CI checks"
+	@echo "make bench      measure against other executors, results into docs/performance.md"
+	@echo "make docs       build the documentation into site/"
+	@echo "make test-flux  run the tests that need a Flux instance"
+	@echo "make clean      remove what the other targets made"
+
+demo: $(VENV)/installed-demo
+	@$(BIN)/python examples/equation_of_state.py
+
+test: $(VENV)/installed-dev
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/installed-dev
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --check --quiet . || { \
+		echo "Not formatted as ruff does: run $(BIN)/ruff format ."; exit 1; }
+	@$(BIN)/mypy
+	@$(BIN)/mypy --platform darwin
+	@$(BIN)/lint-imports
+
+docs: $(VENV)/installed-dev
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "Documentation built: site/index.html"
+
+check: lint docs test
+
+test-flux: $(VENV)/installed-dev
+	@command -v flux >/dev/null || { \
+		echo "test-flux: NOT RUN, there is no flux command on the PATH (see https://flux-framework.org)."; \
+		exit 1; }
+	@$(BIN)/python -m pytest -m flux $(ARGS)
+
+clean:
+	rm -rf .venv .venvs site dist build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+
+$(VENV)/installed-%: pyproject.toml | $(BIN)/python
+	@echo "Installing executorlib[$*] into $(VENV)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[$*]"
+	@touch $@
+
+$(BIN)/python:
+	@$(PYTHON) $(USABLE) || { \
+		echo "No usable Python >= 3.10 found (on Debian and Ubuntu: apt install python3-venv)."; \
+		echo "Name one with: make PYTHON=/path/to/python"; exit 1; }
+	@echo "Creating $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV)
