@@ -233,10 +233,10 @@ def test_elements_of_a_result() -> None:
 def test_batch_is_a_node() -> None:
     graph = Graph()
     outside: Future[int] = Future()
-    batch = graph.batch([record(graph, constant), outside])
+    batch = graph.batch([record(graph, constant).item(0), outside])
     record(graph, total, batch)
     assert edges(graph) == [
-        ("constant", "batch of 2", ""),
+        ("constant", "batch of 2", "result[0]"),
         ("future from elsewhere", "batch of 2", ""),
         ("batch of 2", "total", "values"),
     ]

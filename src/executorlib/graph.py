@@ -163,7 +163,8 @@ class Graph:
                 else:
                     source = names[origin]
                 if keys:
-                    path += " = result" + "".join(f"[{_short(key)}]" for key in keys)
+                    element = "result" + "".join(f"[{_short(key)}]" for key in keys)
+                    path = f"{path} = {element}" if path else element
                 edges.append(f"    {source} -> {target} [label={_quote(path)}];")
         return "\n".join([*lines, *edges, "}"]) + "\n"
 
