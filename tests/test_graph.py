@@ -146,6 +146,12 @@ def test_futures_at_any_depth_are_edges() -> None:
     ]
 
 
+def test_futures_as_keys_are_edges() -> None:
+    graph = Graph()
+    record(graph, total, {record(graph, constant): record(graph, seeded)})
+    assert edges(graph) == [("seeded", "total", "values"), ("constant", "total", "values")]
+
+
 def test_container_is_recorded_as_it_is_at_submission() -> None:
     graph = Graph()
     values = [record(graph, constant)]
@@ -608,6 +614,7 @@ def positional(x: int, /) -> int:
         (total, ({record(Graph(), constant)},), "a future inside a set"),
         (total, (Point(record(Graph(), constant)),), "a future inside a Point"),
         (settings, ({1: record(Graph(), constant)},), "1 is the key of a dictionary"),
+        (settings, ({record(Graph(), constant): 1},), "Future.* is the key of a dictionary"),
         (constant, (), ", constant: it takes no arguments"),
         (add, (), ", add: argument 'x' is missing; .*init_function"),
         (positional, (1,), r", positional: .*'x' has to go by position"),

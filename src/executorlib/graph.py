@@ -284,7 +284,7 @@ class _Container:
     items: list[tuple[Any, _Value]]
 
     def suffix(self, key: Any) -> str:
-        if issubclass(self.kind, (set, frozenset)):
+        if issubclass(self.kind, (set, frozenset)) or isinstance(key, Future):
             return ""
         if issubclass(self.kind, (list, tuple, dict)):
             return f"[{_short(key)}]"
@@ -395,7 +395,7 @@ def _freeze(value: Any, within: frozenset[int] = frozenset()) -> _Value:
     if isinstance(value, (list, tuple, set, frozenset)):
         parts = enumerate(value)
     elif isinstance(value, dict):
-        parts = value.items()
+        parts = [*value.items(), *((key, key) for key in value if isinstance(key, Future))]
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = dataclasses.fields(value)
         parts = [(f.name, getattr(value, f.name)) for f in fields if hasattr(value, f.name)]
