@@ -58,8 +58,8 @@ clean:
 	rm -rf .venv .venvs site dist build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
 $(VENV)/installed-%: pyproject.toml | $(BIN)/python
-	@echo "Installing executorlib[$*] into $(VENV)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[$*]"
+	@echo "Installing executorlib[$*] into $(VENV), about a minute"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e ".[$*]"
 	@touch $@
 
 $(BIN)/python:
