@@ -60,7 +60,7 @@ clean:
 $(VENV)/installed-%: pyproject.toml | $(BIN)/python
 	@echo "Installing executorlib[$*] into $(VENV), about a minute"
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e ".[$*]"
-	@touch $@
+	@touch $@ $(if $(filter dev,$*),$(VENV)/installed-demo)
 
 $(BIN)/python:
 	@$(PYTHON) $(USABLE) || { \
