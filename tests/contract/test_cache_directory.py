@@ -1,0 +1,199 @@
+"""Results on disk: found again by another executor, readable as rows and futures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from contract.functions import CustomError, add, fail, identity, lines, record
+
+WAIT = 30
+pytestmark = pytest.mark.cache
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> str:
+    return str(tmp_path / "store")
+
+
+def finished(store: str) -> list[str]:
+    return sorted(str(path.relative_to(store)) for path in Path(store).rglob("*_o.h5"))
+
+
+def test_second_executor_finds_the_result(
+    make_executor: Callable[..., Any], store: str, tmp_path: Path
+) -> None:
+    log = str(tmp_path / "log")
+    for _ in range(2):
+        with make_executor(cache_directory=store) as executor:
+            assert executor.submit(record, log, 5).result(WAIT) == 5
+    assert lines(log) == ["5"]
+    assert len(finished(store)) == 1
+    assert finished(store)[0].startswith("record")
+
+
+def test_same_executor_finds_the_result(
+    make_executor: Callable[..., Any], store: str, tmp_path: Path
+) -> None:
+    log = str(tmp_path / "log")
+    with make_executor(cache_directory=store) as executor:
+        assert executor.submit(record, log, 5).result(WAIT) == 5
+        assert executor.submit(record, log, value=5).result(WAIT) == 5
+        assert executor.submit(record, log, 6).result(WAIT) == 6
+    assert lines(log).count("6") == 1
+
+
+def test_inputs_that_are_futures_count_by_their_results(
+    make_executor: Callable[..., Any], store: str, tmp_path: Path
+) -> None:
+    log = str(tmp_path / "log")
+    with make_executor(cache_directory=store) as executor:
+        five = executor.submit(add, 2, 3)
+        assert executor.submit(record, log, five).result(WAIT) == 5
+    with make_executor(cache_directory=store) as executor:
+        assert executor.submit(record, log, 5).result(WAIT) == 5
+        assert executor.submit(record, log, executor.submit(add, 2, 3)).result(WAIT) == 5
+    assert lines(log) == ["5"]
+
+
+def test_another_function_is_another_entry(make_executor: Callable[..., Any], store: str) -> None:
+    def make(constant: int) -> Callable[[int], int]:
+        def f(x: int) -> int:
+            return x + constant
+
+        return f
+
+    with make_executor(cache_directory=store) as executor:
+        results = [executor.submit(make(constant), 1).result(WAIT) for constant in (1, 2, 1)]
+    assert results == [2, 3, 2]
+    assert len(finished(store)) == 2
+
+
+def test_rows(make_executor: Callable[..., Any], store: str) -> None:
+    from executorlib import get_cache_data
+
+    assert get_cache_data(store) == []
+    with make_executor(cache_directory=store) as executor:
+        executor.submit(add, 1, b=2).result(WAIT)
+    (row,) = get_cache_data(store)
+    assert row["function"](1, 1) == 2
+    assert list(row["input_args"]) == [1]
+    assert row["input_kwargs"] == {"b": 2}
+    assert row["output"] == 3
+    assert row["runtime"] >= 0
+    assert isinstance(row["resource_dict"], dict)
+    assert Path(store, row["filename"]).is_file() or Path(row["filename"]).is_file()
+
+
+@pytest.mark.rows(block=False)
+def test_key_of_the_users_own(make_executor: Callable[..., Any], store: str) -> None:
+    from executorlib import get_future_from_cache
+
+    with make_executor(cache_directory=store) as executor:
+        own = {"cache_key": "project/part one"}
+        assert executor.submit(add, 1, 2, resource_dict=own).result(WAIT) == 3
+        assert finished(store) == ["project/part one_o.h5"]
+        # The key decides, whatever the inputs.
+        assert executor.submit(add, 5, 5, resource_dict=own).result(WAIT) == 3
+    future = get_future_from_cache(store, "project/part one")
+    assert future.done()
+    assert future.result() == 3
+    with pytest.raises(FileNotFoundError):
+        get_future_from_cache(store, "project/part two")
+
+
+@pytest.mark.rows(block=False)
+@pytest.mark.parametrize("key", ["../outside", "/tmp/outside", "a/../../outside"])
+def test_key_that_leads_out_of_the_directory(
+    make_executor: Callable[..., Any], store: str, key: str
+) -> None:
+    with make_executor(cache_directory=store) as executor:
+        with pytest.raises(ValueError, match="cache_key"):
+            executor.submit(add, 1, 2, resource_dict={"cache_key": key}).result(WAIT)
+        assert executor.submit(add, 1, 2).result(WAIT) == 3
+
+
+@pytest.mark.rows(block=False)
+def test_directory_of_one_call(make_executor: Callable[..., Any], store: str) -> None:
+    with make_executor() as executor:
+        own = {"cache_directory": store}
+        assert executor.submit(add, 1, 2, resource_dict=own).result(WAIT) == 3
+        assert executor.submit(add, 3, 4).result(WAIT) == 7
+    assert len(finished(store)) == 1
+
+
+def test_failed_calls_are_on_record(make_executor: Callable[..., Any], store: str) -> None:
+    from executorlib import get_cache_data
+
+    with make_executor(cache_directory=store) as executor:
+        assert isinstance(executor.submit(fail, "on record").exception(WAIT), CustomError)
+    rows = get_cache_data(store)
+    for row in rows:
+        assert "output" not in row
+        assert isinstance(row["error"], CustomError)
+
+
+def test_result_that_cannot_be_kept(make_executor: Callable[..., Any], store: str) -> None:
+    """A directory that is no directory is an error that names it; the executor works on."""
+    Path(store).write_text("a file")
+
+    def use() -> None:
+        with make_executor(cache_directory=store) as executor:
+            executor.submit(add, 1, 2).result(WAIT)
+
+    with pytest.raises((OSError, ValueError), match="store"):
+        use()
+
+
+def test_two_executors_at_once(make_executor: Callable[..., Any], store: str) -> None:
+    with (
+        make_executor(cache_directory=store) as one,
+        make_executor(cache_directory=store) as two,
+    ):
+        futures = [each.submit(identity, i) for i in range(6) for each in (one, two)]
+        assert [future.result(WAIT) for future in futures] == [i // 2 for i in range(12)]
+    assert len(finished(store)) == 6
+    assert not list(Path(store).rglob("*_i.h5"))
+
+
+def test_numpy_results(make_executor: Callable[..., Any], store: str) -> None:
+    numpy = pytest.importorskip("numpy")
+    array = numpy.arange(10_000.0)
+    for _ in range(2):
+        with make_executor(cache_directory=store) as executor:
+            result = executor.submit(numpy.cumsum, array).result(WAIT)
+            assert result[-1] == array.sum()
+            assert executor.submit(identity, array[::3]).result(WAIT)[1] == 3.0
+    assert len(finished(store)) == 2
+
+
+def test_without_h5py(row: Any, scripts: Any, store: str, tmp_path: Path) -> None:
+    """The error says what to install; without a cache nothing asks for it."""
+    hidden = tmp_path / "hidden"
+    hidden.mkdir()
+    (hidden / "h5py.py").write_text("raise ModuleNotFoundError(\"No module named 'h5py'\")\n")
+    out = scripts.run(
+        """
+        sys.path.insert(0, os.environ["HIDDEN"])
+        try:
+            with SingleNodeExecutor(cache_directory="store", **OPTIONS) as executor:
+                executor.submit(abs, -1).result(20)
+        except ImportError as error:
+            print(error)
+        with SingleNodeExecutor(**OPTIONS) as executor:
+            print(executor.submit(abs, -1).result(20))
+        """,
+        row.arguments(),
+        env={"HIDDEN": str(hidden), "PYTHONPATH": f"{hidden}:{_python_path()}"},
+    )
+    assert "executorlib[cache]" in out
+    assert out.splitlines()[-1] == "1"
+
+
+def _python_path() -> str:
+    import os
+
+    return os.environ.get("PYTHONPATH", "")

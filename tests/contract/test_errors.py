@@ -1,0 +1,193 @@
+"""What goes wrong in a call arrives with its traceback, in the log file, and costs no other."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from contract.functions import CustomError, add, fail, identity
+
+WAIT = 30
+
+
+def test_remote_traceback(executor: Any) -> None:
+    error = executor.submit(fail, "far away").exception(WAIT)
+    assert isinstance(error, CustomError)
+    assert error.args == ("far away",)
+    remote = str(error.__cause__)
+    assert "Traceback (most recent call last)" in remote
+    assert "functions.py" in remote
+    assert "in fail" in remote
+    assert "CustomError: far away" in remote
+
+
+def test_remote_traceback_shows_the_users_lines(executor: Any) -> None:
+    """The lines of the call itself, not of what called it."""
+
+    def outer() -> None:
+        inner()
+
+    def inner() -> None:
+        raise KeyError("deep down")
+
+    error = executor.submit(outer).exception(WAIT)
+    assert isinstance(error, KeyError)
+    remote = str(error.__cause__)
+    assert "in outer" in remote
+    assert "in inner" in remote
+    assert remote.index("in outer") < remote.index("in inner")
+
+
+def test_remote_traceback_of_chained_errors(executor: Any) -> None:
+    def chained() -> None:
+        try:
+            fail("the first")
+        except CustomError as error:
+            raise RuntimeError("the second") from error
+
+    remote = str(executor.submit(chained).exception(WAIT).__cause__)
+    assert "the first" in remote
+    assert "the second" in remote
+
+
+def test_traceback_of_the_program_shows_it(row: Any, scripts: Any) -> None:
+    process = scripts.start(
+        """
+        def broken():
+            return [][1]
+
+        with SingleNodeExecutor(**OPTIONS) as executor:
+            executor.submit(broken).result()
+        """,
+        row.arguments(),
+    )
+    _, err = process.communicate(timeout=WAIT)
+    assert process.returncode == 1
+    assert "in broken" in err
+    assert err.rstrip().endswith("IndexError: list index out of range")
+
+
+def test_errors_of_the_users_own_making(executor: Any) -> None:
+    class LocalError(Exception):
+        def __init__(self, code: int, text: str) -> None:
+            super().__init__(code, text)
+            self.code = code
+
+    def raise_it() -> None:
+        raise LocalError(5, "with attributes")
+
+    error = executor.submit(raise_it).exception(WAIT)
+    assert type(error) is LocalError
+    assert error.code == 5
+
+
+def test_base_exceptions(executor: Any) -> None:
+    """As with the standard library they arrive; no process ends for them."""
+
+    def raise_it(kind: type[BaseException]) -> None:
+        raise kind("text")
+
+    for kind in (KeyboardInterrupt, SystemExit, GeneratorExit, StopIteration, BaseException):
+        error = executor.submit(raise_it, kind).exception(WAIT)
+        assert type(error) is kind
+    assert executor.submit(add, 1, 2).result(WAIT) == 3
+
+
+def test_an_error_can_be_pickled_on(executor: Any) -> None:
+    error = executor.submit(fail, "far away").exception(WAIT)
+    copy = pickle.loads(pickle.dumps(error))
+    assert copy.args == error.args
+
+
+def test_one_failure_leaves_the_others_alone(executor: Any) -> None:
+    futures = [executor.submit(fail if i % 3 == 0 else identity, i) for i in range(12)]
+    for i, future in enumerate(futures):
+        if i % 3 == 0:
+            assert isinstance(future.exception(WAIT), CustomError)
+        else:
+            assert future.result(WAIT) == i
+
+
+def test_wrong_arguments(executor: Any) -> None:
+    error = executor.submit(add).exception(WAIT)
+    assert isinstance(error, TypeError)
+    assert "add" in str(error)
+    assert isinstance(executor.submit(add, 1, 2, 3).exception(WAIT), TypeError)
+    assert isinstance(executor.submit(add, 1, c=3).exception(WAIT), TypeError)
+
+
+# error_log_file
+
+
+def test_error_log_file(make_executor: Callable[..., Any], tmp_path: Path) -> None:
+    path = tmp_path / "errors.log"
+    with make_executor(resource_dict={"error_log_file": str(path)}) as executor:
+        assert executor.submit(add, 1, 2).result(WAIT) == 3
+        assert not path.exists() or not path.read_text()
+        assert isinstance(executor.submit(fail, "first").exception(WAIT), CustomError)
+        text = path.read_text()
+        assert re.search(r"^function: .*fail", text, re.MULTILINE)
+        assert re.search(r"^args: .*first", text, re.MULTILINE)
+        assert re.search(r"^kwargs: \{\}", text, re.MULTILINE)
+        assert "Traceback (most recent call last)" in text
+        assert "CustomError: first" in text
+        assert text.index("function:") < text.index("args:") < text.index("kwargs:")
+        assert text.index("kwargs:") < text.index("Traceback")
+        executor.submit(fail, message="second").exception(WAIT)
+        longer = path.read_text()
+        assert longer.startswith(text)
+        assert re.search(r"^kwargs: .*'message': 'second'", longer[len(text) :], re.MULTILINE)
+
+
+@pytest.mark.rows(block=False)
+def test_error_log_file_of_one_call(executor: Any, tmp_path: Path) -> None:
+    path = tmp_path / "errors.log"
+    executor.submit(fail, "quiet").exception(WAIT)
+    own = {"error_log_file": str(path)}
+    error = executor.submit(fail, "logged", resource_dict=own).exception(WAIT)
+    assert isinstance(error, CustomError)
+    assert "logged" in path.read_text()
+    assert "quiet" not in path.read_text()
+
+
+@pytest.mark.rows(block=False)
+def test_error_log_file_that_cannot_be_written(executor: Any, tmp_path: Path) -> None:
+    """The function's error still arrives."""
+    own = {"error_log_file": str(tmp_path / "no" / "such" / "folder" / "file")}
+    error = executor.submit(fail, "real", resource_dict=own).exception(WAIT)
+    assert isinstance(error, CustomError)
+    assert "real" in str(error)
+    assert executor.submit(add, 1, 2).result(WAIT) == 3
+
+
+# log_obj_size
+
+
+def test_sizes_are_logged(
+    make_executor: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    with (
+        caplog.at_level(logging.WARNING, logger="executorlib"),
+        make_executor(log_obj_size=True) as executor,
+    ):
+        assert len(executor.submit(identity, bytes(50_000)).result(WAIT)) == 50_000
+    records = [record for record in caplog.records if record.name == "executorlib"]
+    assert all(record.levelno == logging.WARNING for record in records)
+    sizes = [
+        int(number) for record in records for number in re.findall(r"\d+", record.getMessage())
+    ]
+    assert len([size for size in sizes if 50_000 <= size < 60_000]) >= 2
+
+
+def test_sizes_are_not_logged_without_asking(
+    executor: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="executorlib"):
+        executor.submit(identity, bytes(50_000)).result(WAIT)
+    assert not caplog.records

@@ -1,0 +1,177 @@
+"""``cores=n``: the function runs on every rank of an MPI world and the result is a list."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from contract.functions import CustomError, Gate, add, environment, identity, wait_until_gone
+
+WAIT = 50
+pytestmark = [pytest.mark.mpi, pytest.mark.rows("fork", "spawn", "block-fork")]
+TWO = {"cores": 2}
+
+
+def rank(value: Any = None) -> tuple[int, int, Any]:
+    from mpi4py import MPI
+
+    world = MPI.COMM_WORLD
+    return world.Get_rank(), world.Get_size(), value
+
+
+def rank_sum(value: float) -> float:
+    from mpi4py import MPI
+
+    return MPI.COMM_WORLD.allreduce(value * (MPI.COMM_WORLD.Get_rank() + 1))  # type: ignore[no-any-return]
+
+
+def rank_that_fails(bad: int) -> int:
+    """One rank raises; the others wait for it, as ranks do."""
+    from mpi4py import MPI
+
+    if MPI.COMM_WORLD.Get_rank() == bad:
+        raise CustomError(f"rank {bad}")
+    MPI.COMM_WORLD.Barrier()
+    return 0
+
+
+def rank_at_a_gate(gate: Gate) -> None:
+    gate()
+
+
+def test_results_of_all_ranks_in_order(make_executor: Callable[..., Any]) -> None:
+    with make_executor(max_cores=4, resource_dict=TWO) as executor:
+        assert executor.submit(rank, "x").result(WAIT) == [(0, 2, "x"), (1, 2, "x")]
+        # The same for functions that know nothing of MPI, and for communication between ranks.
+        assert executor.submit(add, 1, b=2).result(WAIT) == [3, 3]
+        assert executor.submit(rank_sum, 2.0).result(WAIT) == [6.0, 6.0]
+
+
+@pytest.mark.rows("fork", "spawn")
+def test_one_core_is_no_list(make_executor: Callable[..., Any]) -> None:
+    with make_executor(max_cores=2) as executor:
+        wide = executor.submit(rank, resource_dict=TWO)
+        plain = executor.submit(add, 1, 2)
+        assert plain.result(WAIT) == 3
+        dependent = executor.submit(identity, [wide, plain])
+        assert dependent.result(WAIT) == [[(0, 2, None), (1, 2, None)], 3]
+
+
+@pytest.mark.rows("block-fork", "block-spawn")
+def test_a_block_of_worlds(make_executor: Callable[..., Any]) -> None:
+    """A world lives on from call to call."""
+
+    def pid() -> int:
+        return os.getpid()
+
+    with make_executor(max_workers=1, max_cores=2, resource_dict=TWO) as executor:
+        first, second = (executor.submit(pid).result(WAIT) for _ in range(2))
+        assert first == second
+        assert len(set(first)) == 2
+        assert executor.submit(rank).result(WAIT) == [(0, 2, None), (1, 2, None)]
+
+
+@pytest.mark.rows("block-fork")
+def test_init_function_on_every_rank(make_executor: Callable[..., Any]) -> None:
+    def prepare() -> dict[str, Any]:
+        from mpi4py import MPI
+
+        return {"own": MPI.COMM_WORLD.Get_rank() * 10}
+
+    def use(own: int) -> int:
+        return own
+
+    options: dict[str, Any] = {"max_workers": 1, "max_cores": 2, "resource_dict": TWO}
+    with make_executor(init_function=prepare, **options) as executor:
+        assert executor.submit(use).result(WAIT) == [0, 10]
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_one_rank_raises(make_executor: Callable[..., Any], bad: int) -> None:
+    """Its exception is the call's, and the ranks that wait for it end."""
+    with make_executor(max_workers=1, max_cores=2, resource_dict=TWO) as executor:
+        error = executor.submit(rank_that_fails, bad).exception(WAIT)
+        assert isinstance(error, CustomError)
+        assert str(error) == f"rank {bad}"
+        assert "in rank_that_fails" in str(error.__cause__)
+        assert executor.submit(add, 1, 2).result(WAIT) == [3, 3]
+
+
+def test_all_ranks_raise(make_executor: Callable[..., Any]) -> None:
+    def every_rank() -> None:
+        raise CustomError("everywhere")
+
+    with make_executor(max_workers=1, max_cores=2, resource_dict=TWO) as executor:
+        assert isinstance(executor.submit(every_rank).exception(WAIT), CustomError)
+
+
+@pytest.mark.rows("fork", "spawn")
+def test_resources_of_ranks(make_executor: Callable[..., Any], tmp_path: Path) -> None:
+    own = {
+        "cores": 2,
+        "threads_per_core": 2,
+        "gpus_per_core": 1,
+        "cwd": str(tmp_path / "new"),
+    }
+
+    def seen() -> list[Any]:
+        return [os.getcwd(), *environment("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")]
+
+    with make_executor(max_cores=4, gpus=2) as executor:
+        first, second = executor.submit(seen, resource_dict=own).result(WAIT)
+    assert first[:2] == second[:2] == [own["cwd"], "2"]
+    # Whether each rank sees its own device or all of the call's, they are the call's.
+    assert set(",".join([first[2], second[2]]).split(",")) == {"0", "1"}
+
+
+@pytest.mark.rows("fork", "spawn")
+def test_run_time_max_of_ranks(
+    make_executor: Callable[..., Any], gate: Callable[..., Gate]
+) -> None:
+    """The limit is for the call, so that it is long enough for the ranks to start."""
+    held = gate()
+    own = {"cores": 2, "run_time_max": 8}
+    with make_executor(max_cores=2) as executor:
+        future = executor.submit(rank_at_a_gate, held, resource_dict=own)
+        pids = held.pids(2)
+        assert isinstance(future.exception(WAIT), TimeoutError)
+        wait_until_gone(*pids)
+        assert executor.submit(add, 1, 2).result(WAIT) == 3
+
+
+@pytest.mark.rows("fork")
+def test_cores_of_ranks_are_held(
+    make_executor: Callable[..., Any], gate: Callable[..., Gate]
+) -> None:
+    held = gate()
+    with make_executor(max_cores=2) as executor:
+        wide = executor.submit(rank_at_a_gate, held, resource_dict=TWO)
+        held.pids(2)
+        small = executor.submit(add, 1, 2)
+        assert not small.running()
+        assert len(executor) == 1
+        held.open()
+        assert wide.result(WAIT) == [None, None]
+        assert small.result(WAIT) == 3
+
+
+@pytest.mark.rows("fork")
+def test_large_values_of_ranks(make_executor: Callable[..., Any]) -> None:
+    block = bytes(3_000_000)
+    with make_executor(max_cores=2, resource_dict=TWO) as executor:
+        assert executor.submit(identity, block).result(WAIT) == [block, block]
+
+
+@pytest.mark.rows("fork")
+def test_what_ranks_print_is_the_programs(scripts: Any) -> None:
+    out = scripts.run(
+        """
+        with SingleNodeExecutor(max_cores=2) as executor:
+            executor.submit(print, "from a rank", resource_dict={"cores": 2}).result(40)
+        """,
+    )
+    assert out.count("from a rank") == 2
