@@ -21,6 +21,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+import simulate
 import workloads
 from systems import SYSTEMS, WORKERS, Pool, System
 
@@ -210,6 +211,11 @@ def import_time(system: System, seconds: float) -> Figures:
     }
 
 
+def scheduler(system: System, seconds: float) -> Figures:
+    """The scheduler alone; short measurements leave out the million calls."""
+    return simulate.scheduler(largest=1_000_000 if seconds >= 1 else 100_000)
+
+
 FIGURES: dict[str, Callable[[System, float], Figures]] = {
     "default": throughput,
     "block": throughput,
@@ -220,6 +226,7 @@ FIGURES: dict[str, Callable[[System, float], Figures]] = {
     "idle": idle,
     "first-result": first_result,
     "import": import_time,
+    "scheduler": scheduler,
 }
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import simulate
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -47,6 +49,10 @@ class Target:
     system: str = "ours-block"
     rival: str = ""
     at_least: bool = False
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 FIGURES = {
@@ -121,7 +127,28 @@ FIGURES = {
         ("ours", "ours-block", "executorlib1x", "executorlib1x-block"),
         {"first_result_ms": "ms"},
     ),
+    "scheduler": Figure(
+        "The scheduler alone, 64 cores a node, a core a call",
+        ("ours",),
+        {
+            **{
+                f"us_{nodes}_{calls}": f"{_count(nodes, 'node')}, {calls:,} calls: µs a call"
+                for nodes in simulate.NODES
+                for calls in simulate.CALLS
+            },
+            **{
+                f"decisions_per_s_{nodes}": f"{_count(nodes, 'node')}: decisions/s"
+                for nodes in simulate.NODES
+            },
+            **{
+                f"growth_{nodes}": f"{_count(nodes, 'node')}: cost at 1,000,000 / at 1,000 calls"
+                for nodes in simulate.NODES
+            },
+        },
+    ),
 }
+
+MODES = {"default": "ours", "block": "ours-block"}
 
 TARGETS = [
     *(
@@ -155,8 +182,8 @@ TARGETS = [
     Target("10 MB array in and out, MB/s", "array", "megabytes_per_s", 4, rival="process-pool"),
     Target("10 MB array in and out, MB/s", "array", "megabytes_per_s", 1, rival="ray"),
     *(
-        Target(f"100,000 queued calls, {text}", "queued", column, bound, system)
-        for system in ("ours", "ours-block")
+        Target(f"100,000 queued calls, {mode} mode, {text}", "queued", column, bound, system)
+        for mode, system in MODES.items()
         for text, column, bound in (
             ("bytes a call", "bytes_per_call", 1500),
             ("threads", "threads", 1),
@@ -165,8 +192,8 @@ TARGETS = [
         )
     ),
     *(
-        Target("idle, % of a core", "idle", "percent_of_core", 0.5, system)
-        for system in ("ours", "ours-block")
+        Target(f"idle, {mode} mode, % of a core", "idle", "percent_of_core", 0.5, system)
+        for mode, system in MODES.items()
     ),
     Target("`import executorlib`, ms", "import", "import_ms", 3, "ours", "executorlib1x"),
     Target("zmq, numpy or h5py loaded by it", "import", "heavy_modules", 0, "ours"),
@@ -177,6 +204,28 @@ TARGETS = [
         2,
         "ours",
         "executorlib1x",
+    ),
+    *(
+        target
+        for nodes in simulate.NODES
+        for target in (
+            Target(
+                f"scheduler alone, {_count(nodes, 'node')}, decisions/s",
+                "scheduler",
+                f"decisions_per_s_{nodes}",
+                100_000,
+                "ours",
+                at_least=True,
+            ),
+            # Flat: a thousand times the calls at most half as much again each.
+            Target(
+                f"scheduler alone, {_count(nodes, 'node')}, cost at 1,000,000 / at 1,000 calls",
+                "scheduler",
+                f"growth_{nodes}",
+                1.5,
+                "ours",
+            ),
+        )
     ),
 ]
 

@@ -91,7 +91,7 @@ def print_targets(results: Results) -> bool:
     rows = [cells for cells in _target_rows(results) if cells[1]]
     for text, ours, rival, theirs, ratio, target, met in rows:
         versus = f" / {rival} {theirs} = {ratio}" if rival else ""
-        print(f"{met:>12}  {text} (target {target}): {ours}{versus}")
+        print(f"{met.strip('*'):>12}  {text} (target {target}): {ours}{versus}")
     return all(cells[-1] == "yes" for cells in rows)
 
 
@@ -111,7 +111,7 @@ def _target_rows(results: Results) -> Iterator[list[str]]:
             SYSTEMS[target.rival].label,
             _spread(theirs.values()) if theirs else "",
             _spread(ratios) if ratios else "",
-            f"≥ {target.bound:,g}",
+            f"≥ {target.bound:,g} times",
             _met(target, statistics.median(ratios)) if ratios else "not measured",
         ]
 
@@ -128,19 +128,21 @@ def _ratio(target: Target, ours: float, theirs: float) -> float:
 
 
 def _figure_table(results: Results, name: str, figure: Figure) -> list[str]:
-    lines = [_row(["", *figure.columns.values()]), _row(["---"] * (len(figure.columns) + 1))]
+    table = [["", *figure.columns.values()]]
     for system in figure.systems:
         columns = [_values(results, name, system, column) for column in figure.columns]
         failure = results["failures"].get(name, {}).get(system, "")
         cells = [_spread(values.values()) if values else "" for values in columns]
         label = SYSTEMS[system].label
-        lines.append(_row([f"{label} ({failure})" if failure else label, *cells]))
-    return lines
+        table.append([f"{label} ({failure})" if failure else label, *cells])
+    if len(figure.columns) > len(figure.systems):
+        table = [list(row) for row in zip(*table, strict=True)]
+    return [_row(table[0]), _row(["---"] * len(table[0])), *(_row(row) for row in table[1:])]
 
 
 def _values(results: Results, figure: str, system: str, column: str) -> dict[str, float]:
     measured = results["figures"].get(figure, {}).get(system, {})
-    return {turn: found[column] for turn, found in measured.items()}
+    return {turn: found[column] for turn, found in measured.items() if column in found}
 
 
 def _spread(values: Iterable[float]) -> str:
