@@ -1,0 +1,599 @@
+"""Whatever dies, every future resolves in bounded time and no process outlives its executor."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from concurrent.futures import BrokenExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import children
+from contract.functions import (
+    Gate,
+    add,
+    alive,
+    identity,
+    put,
+    record,
+    wait_for,
+    wait_until_gone,
+)
+
+WAIT = 30
+block = pytest.mark.rows(block=True)
+
+
+def die(number: int = signal.SIGKILL) -> None:
+    os.kill(os.getpid(), number)
+
+
+def die_or_add(i: int, every: int) -> int:
+    if i % every == every - 1:
+        die()
+    return i + 1
+
+
+# Workers.
+
+
+def test_text_of_the_error(make_executor: Callable[..., Any]) -> None:
+    """It names the process, how it ended, the host and what it said last; not endless output."""
+
+    def talk_and_die() -> None:
+        for i in range(2000):
+            os.write(2, f"line {i} of stderr\n".encode())
+        os.write(2, b"\xff no utf-8, no line end")
+        die(signal.SIGTERM)
+
+    with make_executor() as executor:
+        error = executor.submit(talk_and_die).exception(WAIT)
+        assert isinstance(error, BrokenExecutor)
+        text = str(error)
+        assert "SIGTERM" in text
+        assert socket.gethostname() in text
+        assert "line 1999 of stderr" in text
+        assert "no utf-8" in text
+        assert len(text) < 20_000
+        assert "talk_and_die" in text
+
+
+def test_error_names_the_process(make_executor: Callable[..., Any], tmp_path: Path) -> None:
+    def die_known() -> None:
+        put(tmp_path / "pid", str(os.getpid()))
+        os._exit(3)
+
+    with make_executor() as executor:
+        error = executor.submit(die_known).exception(WAIT)
+        assert str(int(wait_for(tmp_path / "pid"))) in str(error)
+        assert "code 3" in str(error)
+
+
+def test_exit_with_success_is_a_death_too(make_executor: Callable[..., Any]) -> None:
+    with make_executor() as executor:
+        error = executor.submit(os._exit, 0).exception(WAIT)
+        assert isinstance(error, BrokenExecutor)
+        assert "code 0" in str(error)
+
+
+def test_worker_that_is_stopped_can_still_be_ended(
+    make_executor: Callable[..., Any], gate: Callable[..., Gate]
+) -> None:
+    held = gate()
+    executor = make_executor()
+    future = executor.submit(held)
+    pid = held.pid()
+    os.kill(pid, signal.SIGSTOP)
+    executor.kill_workers()
+    assert isinstance(future.exception(WAIT), BrokenExecutor)
+    executor.shutdown()
+    wait_until_gone(pid)
+
+
+def test_worker_that_closes_its_files(make_executor: Callable[..., Any], row: Any) -> None:
+    """A call that closes every descriptor has cut its own line; the call fails, nothing hangs."""
+    options = {"restart_limit": 1} if row.block else {}
+    with make_executor(max_workers=1, **options) as executor:
+        future = executor.submit(os.closerange, 3, 256)
+        assert future.exception(WAIT) is not None or future.result() is None
+        assert executor.submit(add, 1, 2).result(WAIT) == 3
+
+
+def test_call_that_forks(make_executor: Callable[..., Any], row: Any, tmp_path: Path) -> None:
+    """A child that the call leaves behind, with copies of its descriptors, answers for nobody."""
+    log = str(tmp_path / "log")
+
+    def fork_and_return() -> int:
+        child = os.fork()
+        if child:
+            return child
+        record(log, os.getpid())
+        time.sleep(20)
+        os._exit(0)
+
+    with make_executor() as executor:
+        child = executor.submit(fork_and_return).result(WAIT)
+        assert executor.submit(add, 1, 2).result(WAIT) == 3
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(child, signal.SIGKILL)
+
+
+def test_call_that_returns_twice(make_executor: Callable[..., Any]) -> None:
+    """A forked copy of the call that returns must not be taken for a second result."""
+
+    def both_return() -> str:
+        return "parent" if os.fork() else "child"
+
+    with make_executor(max_workers=1) as executor:
+        assert executor.submit(both_return).result(WAIT) in ("parent", "child")
+        results = [executor.submit(add, i, 1).result(WAIT) for i in range(5)]
+        assert results == [i + 1 for i in range(5)]
+
+
+# Restarting workers.
+
+
+@block
+def test_restart_limit_exhausted(make_executor: Callable[..., Any]) -> None:
+    """The last worker is gone: what remains fails, new calls are refused, nothing hangs."""
+    with make_executor(max_workers=1, restart_limit=2) as executor:
+        for i in range(3):
+            assert isinstance(executor.submit(die).exception(WAIT), BrokenExecutor), i
+            if i < 2:
+                assert executor.submit(add, 1, 2).result(WAIT) == 3
+        with pytest.raises(BrokenExecutor, match="restart_limit"):
+            executor.submit(add, 1, 2).result(WAIT)
+
+
+@block
+def test_calls_that_wait_when_the_last_worker_dies(
+    make_executor: Callable[..., Any], gate: Callable[..., Gate]
+) -> None:
+    held = gate()
+    with make_executor(max_workers=1) as executor:
+        first = executor.submit(held)
+        futures = [executor.submit(add, i, 1) for i in range(50)]
+        dependent = executor.submit(add, futures[-1], 1)
+        os.kill(held.pid(), signal.SIGKILL)
+        for future in [first, *futures, dependent]:
+            assert isinstance(future.exception(WAIT), BrokenExecutor)
+
+
+@block
+def test_the_pool_works_on_as_long_as_one_worker_lives(
+    make_executor: Callable[..., Any], gate: Callable[..., Gate]
+) -> None:
+    first, second = gate("first"), gate("second")
+    with make_executor(max_workers=2) as executor:
+        kept, lost = executor.submit(first, "kept"), executor.submit(second)
+        first.pid()
+        os.kill(second.pid(), signal.SIGKILL)
+        assert isinstance(lost.exception(WAIT), BrokenExecutor)
+        first.open()
+        assert kept.result(WAIT) == "kept"
+        assert [executor.submit(add, i, 1).result(WAIT) for i in range(5)] == [1, 2, 3, 4, 5]
+
+
+@block
+def test_an_idle_worker_dies(make_executor: Callable[..., Any], gate: Callable[..., Gate]) -> None:
+    """It is replaced without costing a call."""
+    held = gate()
+    with make_executor(max_workers=1, restart_limit=1) as executor:
+        first = executor.submit(held, 1)
+        pid = held.pid()
+        held.open()
+        assert first.result(WAIT) == 1
+        os.kill(pid, signal.SIGKILL)
+        wait_until_gone(pid)
+        # Its death may be noticed only with this call, which then is lost with it.
+        future = executor.submit(add, 1, 2)
+        assert isinstance(future.exception(WAIT), (BrokenExecutor, type(None)))
+        assert executor.submit(add, 1, 2).result(WAIT) == 3
+
+
+@block
+def test_init_function_that_kills_the_worker(make_executor: Callable[..., Any]) -> None:
+    with make_executor(init_function=die, restart_limit=2) as executor:
+        futures = [executor.submit(add, i, 1) for i in range(5)]
+        for future in futures:
+            assert isinstance(future.exception(WAIT), BrokenExecutor)
+
+
+@pytest.mark.timeout(120)
+@block
+def test_attrition_of_a_block(make_executor: Callable[..., Any], row: Any) -> None:
+    """10,000 calls, a worker killed every 100: exactly the calls that killed are lost."""
+    count = 10_000 if row.start == "fork" else 1_000
+    with make_executor(restart_limit=count) as executor:
+        futures = [executor.submit(die_or_add, i, 100) for i in range(count)]
+        for i, future in enumerate(futures):
+            if i % 100 == 99:
+                assert isinstance(future.exception(WAIT), BrokenExecutor), i
+            else:
+                assert future.result(WAIT) == i + 1
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.rows("fork", "spawn")
+def test_attrition_of_fresh_processes(make_executor: Callable[..., Any], row: Any) -> None:
+    count = 10_000 if row.start == "fork" else 100
+    every = 100 if row.start == "fork" else 20
+    with make_executor() as executor:
+        futures = [executor.submit(die_or_add, i, every) for i in range(count)]
+        for i, future in enumerate(futures):
+            if i % every == every - 1:
+                assert isinstance(future.exception(WAIT), BrokenExecutor), i
+            else:
+                assert future.result(WAIT) == i + 1
+
+
+# The agent.
+
+
+@pytest.mark.linux
+@pytest.mark.rows("fork", "block-fork")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV])
+def test_agent_dies(
+    make_executor: Callable[..., Any], row: Any, gate: Callable[..., Gate], number: int
+) -> None:
+    """It takes its workers along; their calls fail and say so, a new agent goes on."""
+    held = gate()
+    before = children()
+    options = {"restart_limit": 1} if row.block else {}
+    with make_executor(**options) as executor:
+        running = [executor.submit(held, i) for i in range(2)]
+        workers = held.pids(2)
+        waiting = [executor.submit(add, i, 1) for i in range(10)]
+        (agent,) = children() - before - set(workers)
+        os.kill(agent, number)
+        for future in running:
+            assert isinstance(future.exception(WAIT), BrokenExecutor)
+        for future in waiting:
+            assert isinstance(future.exception(WAIT), (BrokenExecutor, type(None)))
+        wait_until_gone(agent, *workers)
+        assert executor.submit(add, 1, 2).result(WAIT) == 3
+
+
+@pytest.mark.linux
+@pytest.mark.rows("fork")
+def test_agent_dies_while_idle(make_executor: Callable[..., Any]) -> None:
+    before = children()
+    with make_executor() as executor:
+        assert executor.submit(add, 1, 2).result(WAIT) == 3
+        (agent,) = children() - before
+        os.kill(agent, signal.SIGKILL)
+        wait_until_gone(agent)
+        # Its death may be noticed only with this call.
+        first = executor.submit(add, 1, 2).exception(WAIT)
+        assert isinstance(first, (BrokenExecutor, type(None)))
+        assert executor.submit(identity, 5).result(WAIT) == 5
+
+
+@pytest.mark.linux
+@pytest.mark.rows("fork", "block-fork")
+def test_agent_is_stopped_for_a_while(make_executor: Callable[..., Any]) -> None:
+    before = children()
+    with make_executor() as executor:
+        assert executor.submit(add, 1, 2).result(WAIT) == 3
+        for pid in children() - before:
+            os.kill(pid, signal.SIGSTOP)
+        futures = [executor.submit(add, i, 1) for i in range(5)]
+        for pid in children() - before:
+            os.kill(pid, signal.SIGCONT)
+        assert [future.result(WAIT) for future in futures] == [1, 2, 3, 4, 5]
+
+
+# The user's process.
+
+WORK = """
+    import time
+    from pathlib import Path
+
+    def work(i):
+        Path(f"pid-{i}.draft").write_text(f"{os.getpid()} {os.getppid()}")
+        os.replace(f"pid-{i}.draft", f"pid-{i}")
+        time.sleep(60)
+
+    def start(executor):
+        futures = [executor.submit(work, i) for i in range(2)]
+        for i in range(2):
+            while not Path(f"pid-{i}").exists():
+                time.sleep(0.002)
+        print("running", flush=True)
+        return futures
+"""
+RUNNING = (
+    WORK
+    + """
+    executor = SingleNodeExecutor(**OPTIONS)
+    futures = start(executor)
+"""
+)
+
+
+def processes_of(folder: Path, own: int) -> set[int]:
+    """Workers and their parents, as far as they are not the script itself."""
+    pids = {int(pid) for path in folder.glob("pid-?") for pid in wait_for(path).split()}
+    return pids - {own, 1}
+
+
+def test_users_process_is_killed(row: Any, scripts: Any, tmp_path: Path) -> None:
+    """Every worker is gone within 5 s, with whatever started it."""
+    process = scripts.start(RUNNING + "    time.sleep(60)\n", row.arguments())
+    assert process.stdout.readline() == "running\n"
+    pids = processes_of(tmp_path, process.pid)
+    assert len(pids) >= 2
+    process.kill()
+    wait_until_gone(*pids, seconds=5)
+
+
+@pytest.mark.rows("fork", "block-fork")
+def test_users_process_is_killed_with_busy_workers(row: Any, scripts: Any, tmp_path: Path) -> None:
+    """Also workers that never look up: ones that compute, ones that ignore signals."""
+    process = scripts.start(
+        """
+        import signal, time
+        from pathlib import Path
+
+        def busy():
+            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+                signal.signal(number, signal.SIG_IGN)
+            Path("pid-0.draft").write_text(f"{os.getpid()} {os.getppid()}")
+            os.replace("pid-0.draft", "pid-0")
+            while True:
+                pass
+
+        executor = SingleNodeExecutor(**OPTIONS)
+        executor.submit(busy)
+        time.sleep(60)
+        """,
+        row.arguments(),
+    )
+    wait_for(tmp_path / "pid-0")
+    pids = processes_of(tmp_path, process.pid)
+    process.kill()
+    wait_until_gone(*pids, seconds=5)
+
+
+@pytest.mark.mpi
+@pytest.mark.rows("fork")
+def test_users_process_is_killed_with_ranks(row: Any, scripts: Any, tmp_path: Path) -> None:
+    process = scripts.start(
+        """
+        import time
+        from pathlib import Path
+
+        def work():
+            from mpi4py import MPI
+            rank = MPI.COMM_WORLD.Get_rank()
+            Path(f"pid-{rank}.draft").write_text(f"{os.getpid()} {os.getppid()}")
+            os.replace(f"pid-{rank}.draft", f"pid-{rank}")
+            time.sleep(60)
+
+        executor = SingleNodeExecutor(max_cores=2)
+        executor.submit(work, resource_dict={"cores": 2})
+        time.sleep(60)
+        """,
+    )
+    for i in range(2):
+        wait_for(tmp_path / f"pid-{i}")
+    pids = processes_of(tmp_path, process.pid)
+    process.kill()
+    wait_until_gone(*pids, seconds=5)
+
+
+def test_users_process_is_terminated(row: Any, scripts: Any, tmp_path: Path) -> None:
+    process = scripts.start(RUNNING + "    time.sleep(60)\n", row.arguments())
+    assert process.stdout.readline() == "running\n"
+    pids = processes_of(tmp_path, process.pid)
+    process.terminate()
+    assert process.wait(10) == -signal.SIGTERM
+    wait_until_gone(*pids, seconds=5)
+
+
+# Ctrl-C.
+
+INTERRUPTED = (
+    WORK
+    + """
+    try:
+        with SingleNodeExecutor(**OPTIONS) as executor:
+            start(executor)[0].result()
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+        raise
+"""
+)
+
+
+def test_interrupt_from_the_keyboard(row: Any, scripts: Any, tmp_path: Path) -> None:
+    """A terminal signals the whole group: calls end, the program ends, nobody is left."""
+    process = scripts.start(INTERRUPTED, row.arguments(), start_new_session=True)
+    assert process.stdout.readline() == "running\n"
+    pids = processes_of(tmp_path, process.pid)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=10)
+    assert "interrupted" in out
+    assert process.returncode != 0
+    assert err.rstrip().endswith("KeyboardInterrupt")
+    wait_until_gone(*pids, seconds=5)
+
+
+def test_interrupt_of_the_main_thread_only(row: Any, scripts: Any, tmp_path: Path) -> None:
+    """As a debugger or notebook does it: calls go on, the executor stays usable."""
+    process = scripts.start(
+        """
+        import time
+        from pathlib import Path
+
+        def work():
+            Path("running").touch()
+            while not Path("go").exists():
+                time.sleep(0.002)
+            return "done"
+
+        with SingleNodeExecutor(**OPTIONS) as executor:
+            future = executor.submit(work)
+            while not Path("running").exists():
+                time.sleep(0.002)
+            print("running", flush=True)
+            try:
+                future.result()
+            except KeyboardInterrupt:
+                Path("go").touch()
+                print(future.result(20), executor.submit(abs, -1).result(20))
+        """,
+        row.arguments(),
+    )
+    assert process.stdout.readline() == "running\n"
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=WAIT)
+    assert (out, err, process.returncode) == ("done 1\n", "", 0)
+
+
+def test_interrupt_during_shutdown(row: Any, scripts: Any, tmp_path: Path) -> None:
+    """Waiting for calls can be given up; a second interrupt is not needed to end them."""
+    source = (
+        RUNNING
+        + """
+    try:
+        executor.shutdown()
+    except KeyboardInterrupt:
+        print("given up", flush=True)
+        executor.kill_workers()
+"""
+    )
+    process = scripts.start(source, row.arguments())
+    assert process.stdout.readline() == "running\n"
+    pids = processes_of(tmp_path, process.pid)
+    # The signal may come before shutdown waits; then it is the plain end of the program.
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=10)
+    wait_until_gone(*pids, seconds=5)
+
+
+# Fork in the user's process.
+
+
+def in_a_forked_child(work: Callable[[], str], path: Path) -> str:
+    """Run this in a fork of the test's process and return what it says."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            signal.alarm(20)
+            put(path, work())
+            code = 0
+        finally:
+            os._exit(code)
+    _, status = os.waitpid(child, 0)
+    assert status == 0, f"the child ended with status {status}"
+    return path.read_text()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_fork_in_the_users_process(
+    make_executor: Callable[..., Any], gate: Callable[..., Gate], tmp_path: Path
+) -> None:
+    """The child's copy of the executor is of no use and says so; the parent's works on."""
+    held = gate()
+    with make_executor() as executor:
+        running = executor.submit(held, 1)
+        held.pid()
+
+        def use() -> str:
+            try:
+                return str(executor.submit(add, 1, 2).result(10))
+            except RuntimeError as error:
+                return f"RuntimeError: {error}"
+
+        assert in_a_forked_child(use, tmp_path / "use").startswith(("3", "RuntimeError"))
+
+        def shut_down() -> str:
+            executor.shutdown(wait=True)
+            return "shut down"
+
+        assert in_a_forked_child(shut_down, tmp_path / "shut") == "shut down"
+        assert executor.submit(add, 1, 2).result(WAIT) == 3
+        assert not running.done()
+        held.open()
+        assert running.result(WAIT) == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_forked_child_makes_an_executor_of_its_own(
+    make_executor: Callable[..., Any], tmp_path: Path
+) -> None:
+    with make_executor() as executor:
+        assert executor.submit(add, 1, 2).result(WAIT) == 3
+
+        def use() -> str:
+            with make_executor() as own:
+                return str(own.submit(add, 3, 4).result(15))
+
+        assert in_a_forked_child(use, tmp_path / "use") == "7"
+        assert executor.submit(add, 1, 2).result(WAIT) == 3
+
+
+def test_forked_child_ends_normally(row: Any, scripts: Any) -> None:
+    """Interpreter exit in a forked child neither hangs nor touches the parent's workers."""
+    out = scripts.run(
+        """
+        import time, warnings
+        warnings.simplefilter("ignore", DeprecationWarning)
+
+        executor = SingleNodeExecutor(**OPTIONS)
+        print(executor.submit(abs, -1).result(), flush=True)
+        future = executor.submit(time.sleep, 0.3)
+        if os.fork() == 0:
+            sys.exit(0)
+        print(os.WEXITSTATUS(os.wait()[1]), future.result(), executor.submit(abs, -2).result())
+        """,
+        row.arguments(),
+    )
+    assert out == "1\n0 None 2\n"
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_that_lives_on_does_not_hold_up_the_end(
+    make_executor: Callable[..., Any], gate: Callable[..., Gate]
+) -> None:
+    """It has copies of all descriptors, so that an end of file alone would never be seen."""
+    held = gate()
+    executor = make_executor()
+    running = executor.submit(held, 1)
+    worker = held.pid()
+    child = os.fork()
+    if child == 0:
+        time.sleep(60)
+        os._exit(0)
+    try:
+        held.open()
+        assert running.result(WAIT) == 1
+        assert isinstance(executor.submit(die).exception(WAIT), BrokenExecutor)
+        executor.shutdown()
+        wait_until_gone(worker)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_programs_that_the_user_starts_hold_nothing_up(
+    make_executor: Callable[..., Any], row: Any
+) -> None:
+    executor = make_executor()
+    assert executor.submit(add, 1, 2).result(WAIT) == 3
+    program = subprocess.Popen(["sleep", "60"], close_fds=False)
+    try:
+        executor.shutdown()
+        assert alive(program.pid)
+    finally:
+        program.kill()
+        program.wait()

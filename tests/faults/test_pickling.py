@@ -1,0 +1,225 @@
+"""What cannot be pickled or unpickled, either way: its own future fails, nothing else does."""
+
+from __future__ import annotations
+
+import socket
+import sys
+import threading
+import weakref
+from collections.abc import Callable
+from concurrent.futures import BrokenExecutor
+from typing import Any
+
+import pytest
+
+from contract.functions import CustomError, Thing, add, fail, identity
+from faults.functions import HoldingError, PickyError, Unloadable, Unsavable
+
+WAIT = 30
+
+
+def deep_list() -> list[Any]:
+    deep: list[Any] = []
+    for _ in range(200_000):
+        deep = [deep]
+    return deep
+
+
+def unpicklable(kind: str) -> Any:
+    """A value of this kind that pickle refuses; made where it is used."""
+    makers: dict[str, Callable[[], Any]] = {
+        "lock": threading.Lock,
+        "thread": threading.current_thread,
+        "generator": lambda: (i for i in range(3)),
+        "file": lambda: sys.__stdin__,
+        "frame": sys._getframe,
+        "weak reference": lambda: weakref.ref(Thing(1)),
+        "memoryview": lambda: memoryview(b"abc"),
+        "deep list": deep_list,
+        "raises": lambda: Unsavable(CustomError("unsavable")),
+        "raises KeyboardInterrupt": lambda: Unsavable(KeyboardInterrupt()),
+        "raises SystemExit": lambda: Unsavable(SystemExit(3)),
+        "raises MemoryError": lambda: Unsavable(MemoryError()),
+        "lock in a closure": _closure,
+        "lock in a list": lambda: [1, {"a": threading.Lock()}],
+    }
+    return makers[kind]()
+
+
+def _closure() -> Callable[[], Any]:
+    lock = threading.Lock()
+    return lambda: lock
+
+
+KINDS = [
+    "lock",
+    "thread",
+    "generator",
+    "file",
+    "frame",
+    "weak reference",
+    "memoryview",
+    "deep list",
+    "raises",
+    "raises KeyboardInterrupt",
+    "raises SystemExit",
+    "raises MemoryError",
+    "lock in a closure",
+    "lock in a list",
+]
+# Pickle's depth differs between Pythons, and cloudpickle may save what pickle cannot.
+MAY_SUCCEED = {"deep list", "memoryview", "file"}
+
+
+def check_failed(future: Any, kind: str) -> None:
+    error = future.exception(WAIT)
+    if kind not in MAY_SUCCEED:
+        assert error is not None
+    if error is not None and kind != "deep list":
+        assert not isinstance(error, BrokenExecutor), "a worker died of it"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_argument(executor: Any, kind: str) -> None:
+    value = unpicklable(kind)
+    good = executor.submit(add, 1, 2)
+    check_failed(executor.submit(identity, value), kind)
+    check_failed(executor.submit(identity, value=[value]), kind)
+    assert good.result(WAIT) == 3
+    assert executor.submit(add, 1, 2).result(WAIT) == 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_result(executor: Any, kind: str) -> None:
+    check_failed(executor.submit(unpicklable, kind), kind)
+    assert executor.submit(add, 1, 2).result(WAIT) == 3
+
+
+@pytest.mark.parametrize("kind", ["lock", "raises", "lock in a closure"])
+def test_error_says_which_call_and_why(executor: Any, kind: str) -> None:
+    sent = executor.submit(identity, unpicklable(kind)).exception(WAIT)
+    assert "identity" in f"{sent} {getattr(sent, '__notes__', '')}"
+    returned = executor.submit(unpicklable, kind).exception(WAIT)
+    assert "unpicklable" in f"{returned} {getattr(returned, '__notes__', '')} {returned.__cause__}"
+
+
+def test_function(executor: Any) -> None:
+    lock = threading.Lock()
+
+    def locked() -> None:
+        with lock:
+            pass
+
+    assert executor.submit(locked).exception(WAIT) is not None
+    assert executor.submit(Unsavable(CustomError("x")).__reduce__).exception(WAIT) is not None
+    assert executor.submit(add, 1, 2).result(WAIT) == 3
+
+
+@pytest.mark.parametrize(
+    "error", [CustomError("at loading"), SystemExit(3), KeyboardInterrupt()], ids=repr
+)
+def test_argument_that_cannot_be_loaded(executor: Any, error: BaseException) -> None:
+    seen = executor.submit(identity, Unloadable(error)).exception(WAIT)
+    assert seen is not None
+    assert type(error).__name__ in f"{seen!r} {seen} {seen.__cause__}"
+    assert executor.submit(add, 1, 2).result(WAIT) == 3
+
+
+def test_argument_whose_module_the_worker_lacks(executor: Any) -> None:
+    """A module that was made by hand cannot be imported elsewhere."""
+    import types
+
+    module = types.ModuleType("made_by_hand")
+    exec("class Local:\n    pass\ndef f():\n    return 1", module.__dict__)
+    sys.modules["made_by_hand"] = module
+    try:
+        for value in (module.Local(), module.f):
+            error = executor.submit(identity, value).exception(WAIT)
+            assert "made_by_hand" in str(error)
+        assert "made_by_hand" in str(executor.submit(module.f).exception(WAIT))
+    finally:
+        del sys.modules["made_by_hand"]
+    assert executor.submit(add, 1, 2).result(WAIT) == 3
+
+
+def test_result_whose_module_the_user_lacks(executor: Any) -> None:
+    def make() -> Any:
+        import sys
+        import types
+
+        module = types.ModuleType("made_in_the_worker")
+        exec("class Local:\n    pass", module.__dict__)
+        sys.modules["made_in_the_worker"] = module
+        return module.Local()
+
+    assert "made_in_the_worker" in str(executor.submit(make).exception(WAIT))
+    assert executor.submit(add, 1, 2).result(WAIT) == 3
+
+
+def test_error_that_cannot_be_rebuilt(executor: Any) -> None:
+    def picky() -> None:
+        raise PickyError(5, "what went wrong")
+
+    error = executor.submit(picky).exception(WAIT)
+    assert error is not None
+    assert "what went wrong (5)" in f"{error} {error.__cause__}"
+    assert executor.submit(add, 1, 2).result(WAIT) == 3
+
+
+def test_error_that_cannot_be_pickled(executor: Any) -> None:
+    def holding() -> None:
+        raise HoldingError("what went wrong")
+
+    error = executor.submit(holding).exception(WAIT)
+    assert error is not None
+    assert "what went wrong" in f"{error} {error.__cause__}"
+    assert "HoldingError" in f"{error!r} {error} {error.__cause__}"
+    assert executor.submit(add, 1, 2).result(WAIT) == 3
+
+
+def test_error_that_cannot_be_shown(executor: Any) -> None:
+    class Unshowable(Exception):
+        def __str__(self) -> str:
+            raise ValueError("no text")
+
+        __repr__ = __str__
+
+    def raise_it() -> None:
+        raise Unshowable
+
+    assert executor.submit(raise_it).exception(WAIT) is not None
+    assert executor.submit(add, 1, 2).result(WAIT) == 3
+
+
+def test_error_chain_that_cannot_be_pickled(executor: Any) -> None:
+    def chained() -> None:
+        try:
+            raise HoldingError("the first")
+        except HoldingError as error:
+            raise CustomError("the second") from error
+
+    error = executor.submit(chained).exception(WAIT)
+    assert "the second" in f"{error} {error.__cause__}"
+    assert executor.submit(add, 1, 2).result(WAIT) == 3
+
+
+def test_inputs_that_cannot_be_shown(make_executor: Callable[..., Any], tmp_path: Any) -> None:
+    """The error log shows inputs; one that has no text must not hide the error."""
+
+    class Shy:
+        def __repr__(self) -> str:
+            raise ValueError("no text")
+
+    own = {"error_log_file": str(tmp_path / "errors.log")}
+    with make_executor(resource_dict=own) as executor:
+        error = executor.submit(fail, Shy()).exception(WAIT)
+        assert isinstance(error, CustomError)
+        assert executor.submit(add, 1, 2).result(WAIT) == 3
+    assert "CustomError" in (tmp_path / "errors.log").read_text()
+
+
+def test_sockets_are_no_way_out(executor: Any) -> None:
+    left, right = socket.socketpair()
+    with left, right:
+        assert executor.submit(identity, left).exception(WAIT) is not None
+    assert executor.submit(add, 1, 2).result(WAIT) == 3

@@ -1,0 +1,291 @@
+"""What is missing or full around an executor is an error on the call, at once, with a remedy."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import venv
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import LINUX, find_mpiexec
+
+WAIT = 40
+
+# A full disk.
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 256 KB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if not LINUX or os.geteuid() != 0:
+        pytest.skip("only root can mount a small disk")
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small disk: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+FULL = """
+    import random
+
+    def large(seed):
+        return random.Random(seed).randbytes(1_000_000)
+
+    folder = os.environ["FOLDER"]
+    with SingleNodeExecutor(cache_directory=folder, **OPTIONS) as executor:
+        for seed in range(2):
+            future = executor.submit(large, seed)
+            error = future.exception(30)
+            print(type(error).__name__ if error else future.result() == large(seed))
+    # What is on the disk now is whole or absent: nobody is given half a result.
+    with SingleNodeExecutor(cache_directory=folder, **OPTIONS) as executor:
+        future = executor.submit(large, 0)
+        error = future.exception(30)
+        print(type(error).__name__ if error else future.result() == large(0))
+    with SingleNodeExecutor(**OPTIONS) as executor:
+        print(executor.submit(abs, -1).result(20))
+"""
+
+
+def check_full(out: str) -> None:
+    *first, last = out.split()
+    assert len(first) == 3
+    # Either the result, not kept, or the system's error; never a wrong or missing answer.
+    assert set(first) <= {"True", "OSError"}
+    assert last == "1"
+
+
+def quietly(scripts: Any, *args: Any, **kwargs: Any) -> str:
+    """Run a script that may log to standard error."""
+    process = scripts.start(*args, **kwargs)
+    out, err = process.communicate(timeout=WAIT)
+    assert process.returncode == 0, err
+    return str(out)
+
+
+@pytest.mark.cache
+def test_full_disk_under_the_cache(row: Any, scripts: Any, small_disk: Path) -> None:
+    out = quietly(scripts, FULL, row.arguments(), env={"FOLDER": str(small_disk)})
+    check_full(out)
+    assert not [path for path in small_disk.rglob("*_o.h5") if path.stat().st_size < 1000]
+
+
+@pytest.mark.cache
+def test_file_size_limit_under_the_cache(row: Any, scripts: Any, tmp_path: Path) -> None:
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    env = {"FOLDER": str(tmp_path / "store")}
+    check_full(quietly(scripts, FULL, row.arguments(), env=env, preexec_fn=limit))
+
+
+@pytest.mark.cache
+def test_file_in_the_cache_that_is_no_cache_file(row: Any, scripts: Any, tmp_path: Path) -> None:
+    """Damage on disk is never a result: the call runs again, or the error names the file."""
+    out = quietly(
+        scripts,
+        """
+        from pathlib import Path
+
+        def seven():
+            return 7
+
+        with SingleNodeExecutor(cache_directory="store", **OPTIONS) as executor:
+            print(executor.submit(seven).result(20))
+        (path,) = Path("store").glob("*_o.h5")
+        for damage in (b"", b"garbage", path.read_bytes()[:-200]):
+            path.write_bytes(damage)
+            with SingleNodeExecutor(cache_directory="store", **OPTIONS) as executor:
+                future = executor.submit(seven)
+                error = future.exception(20)
+                print(path.name in str(error) if error else future.result())
+            path.unlink(missing_ok=True)
+            with SingleNodeExecutor(cache_directory="store", **OPTIONS) as executor:
+                executor.submit(seven).result(20)
+        """,
+        row.arguments(),
+    )
+    assert out.split()[0] == "7"
+    assert set(out.split()) <= {"7", "True"}
+
+
+@pytest.mark.cache
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_cache_that_may_not_be_written(row: Any, scripts: Any, tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir(mode=0o500)
+    check_full(quietly(scripts, FULL, row.arguments(), env={"FOLDER": str(tmp_path / "store")}))
+
+
+# Without MPI.
+
+
+@pytest.fixture(scope="module")
+def bare_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Python of its own, without mpiexec beside it and without any package."""
+    folder = tmp_path_factory.mktemp("bare")
+    venv.create(folder, symlinks=True, with_pip=False)
+    return folder / "bin" / "python"
+
+
+def packages(folder: Path, *names: str) -> dict[str, str]:
+    """An environment in which only these packages can be imported, and no program is found."""
+    folder.mkdir()
+    for name in names:
+        spec = find_spec(name)
+        assert spec is not None, name
+        assert spec.origin is not None, name
+        found = Path(spec.origin)
+        source = found.parent if found.name == "__init__.py" else found
+        (folder / source.name).symlink_to(source)
+        for libraries in source.parent.glob(f"{name}.libs"):
+            (folder / libraries.name).symlink_to(libraries)
+        if name == "zmq":
+            for libraries in source.parent.glob("pyzmq.libs"):
+                (folder / libraries.name).symlink_to(libraries)
+    # The test's own modules must not bring the outer Python's packages along.
+    return {"PYTHONPATH": str(folder), "PATH": str(folder / "empty")}
+
+
+RANKS = """
+    import time
+    started = time.monotonic()
+    with SingleNodeExecutor(max_cores=2, **OPTIONS) as executor:
+        error = executor.submit(abs, -1, resource_dict={"cores": 2}).exception(30)
+        print(type(error).__name__, "|", error)
+        assert time.monotonic() - started < 15
+        print(executor.submit(abs, -1).result(20))
+"""
+
+
+@pytest.mark.mpi
+@pytest.mark.rows("fork", "spawn")
+def test_mpiexec_is_missing(row: Any, scripts: Any, bare_python: Path, tmp_path: Path) -> None:
+    env = packages(tmp_path / "packages", "executorlib", "cloudpickle", "zmq", "mpi4py")
+    options = {"start_method": row.start}
+    out = quietly(scripts, RANKS, options, python=str(bare_python), env=env)
+    text, last = out.rsplit("\n", 2)[:2]
+    assert "mpiexec" in text
+    assert "install" in text
+    assert last == "1"
+
+
+@pytest.mark.mpi
+@pytest.mark.rows("fork", "spawn")
+def test_mpi4py_is_missing(row: Any, scripts: Any, bare_python: Path, tmp_path: Path) -> None:
+    env = packages(tmp_path / "packages", "executorlib", "cloudpickle", "zmq")
+    mpiexec = find_mpiexec()
+    assert mpiexec is not None
+    env["PATH"] = f"{Path(mpiexec).parent}{os.pathsep}{os.environ['PATH']}"
+    options = {"start_method": row.start}
+    out = quietly(scripts, RANKS, options, python=str(bare_python), env=env)
+    text, last = out.rsplit("\n", 2)[:2]
+    assert "mpi4py" in text
+    assert "install" in text
+    assert last == "1"
+
+
+def test_nothing_on_the_path(row: Any, scripts: Any) -> None:
+    """Plain calls need no program."""
+    out = scripts.run(
+        "with SingleNodeExecutor(**OPTIONS) as e:\n    print(e.submit(abs, -1).result(20))\n",
+        row.arguments(),
+        env={"PATH": ""},
+    )
+    assert out == "1\n"
+
+
+@pytest.mark.linux
+def test_too_few_file_descriptors(row: Any, scripts: Any) -> None:
+    """Many calls under a low limit work; where they cannot, it is an error and no hang."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
+
+    out = quietly(
+        scripts,
+        """
+        with SingleNodeExecutor(**OPTIONS) as executor:
+            futures = [executor.submit(abs, -i) for i in range(60)]
+            errors = [future.exception(30) for future in futures]
+        good = [i for i, error in enumerate(errors) if error is None]
+        assert all(futures[i].result() == i for i in good)
+        print(len(good) == 60 or sorted({type(error).__name__ for error in errors if error}))
+        """,
+        row.arguments(),
+        preexec_fn=limit,
+    )
+    assert out.strip() == "True"
+
+
+def test_temporary_directory_that_is_not_there(row: Any, scripts: Any) -> None:
+    out = scripts.run(
+        "with SingleNodeExecutor(**OPTIONS) as e:\n    print(e.submit(abs, -1).result(20))\n",
+        row.arguments(),
+        env={"TMPDIR": "/no/such/folder"},
+    )
+    assert out == "1\n"
+
+
+def test_long_temporary_directory(row: Any, scripts: Any, tmp_path: Path) -> None:
+    """Longer than the address of a Unix socket may be."""
+    folder = tmp_path / ("long" * 40)
+    folder.mkdir()
+    out = scripts.run(
+        "with SingleNodeExecutor(**OPTIONS) as e:\n    print(e.submit(abs, -1).result(20))\n",
+        row.arguments(),
+        env={"TMPDIR": str(folder)},
+    )
+    assert out == "1\n"
+
+
+def test_working_directory_that_was_removed(row: Any, scripts: Any, tmp_path: Path) -> None:
+    """Also from a folder that is gone calls run, or say what is wrong."""
+    out = quietly(
+        scripts,
+        """
+        import tempfile
+        folder = tempfile.mkdtemp()
+        os.chdir(folder)
+        os.rmdir(folder)
+        try:
+            with SingleNodeExecutor(**OPTIONS) as executor:
+                print(executor.submit(abs, -1).result(20))
+        except (OSError, RuntimeError) as error:
+            print("error")
+        """,
+        row.arguments(),
+    )
+    assert out.strip() in ("1", "error")
+
+
+def test_modules_in_the_working_directory_hide_no_others(
+    row: Any, scripts: Any, tmp_path: Path
+) -> None:
+    """A user's queue.py beside the data is not what workers take for the standard library's."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    for name in ("queue", "selectors", "signal", "struct", "zmq", "cloudpickle"):
+        (folder / f"{name}.py").write_text("raise ImportError('the wrong module')\n")
+    out = scripts.run(
+        """
+        os.chdir("work")
+        with SingleNodeExecutor(**OPTIONS) as executor:
+            print(executor.submit(abs, -1).result(20))
+        """,
+        row.arguments(),
+    )
+    assert out == "1\n"
