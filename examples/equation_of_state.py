@@ -82,7 +82,8 @@ def run_in_parallel(metals: list[str]) -> tuple[dict[str, list[Point]], dict[str
         fits = {m: executor.submit(fit, curve) for m, curve in curves.items()}
 
         waiting = [ranks, fine_fit, *chain(*curves.values()), *fits.values()]
-        for done, _ in enumerate(as_completed(waiting), start=1):
+        for done, future in enumerate(as_completed(waiting), start=1):
+            future.result()  # raises what a call raised as soon as it did
             if done % 10 == 0 or done == len(waiting):
                 print(f"  {done} of {len(waiting)} calls done", flush=True)
         points = {m: [future.result() for future in curve] for m, curve in curves.items()}

@@ -10,16 +10,20 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+# A block with a title is a file that the others import; the rest of a page is one program.
+BLOCK = re.compile(r'^```python(?: title="(\w+\.py)")?\n(.*?)^```$', re.MULTILINE | re.DOTALL)
 PROMISE = re.compile(r"^ *print\(.*\)  # (.*)$", re.MULTILINE)
 
 
-def program_of(page: str) -> str:
-    """The blocks as one program, each at the line number that it has in the page."""
-    program = ""
+def files_of(page: str) -> dict[str, str]:
+    """The blocks by file, each at its line number in the page; the program is main.py."""
+    files: dict[str, str] = {"main.py": ""}
     for block in BLOCK.finditer(page):
-        program += "\n" * (page.count("\n", 0, block.start(1)) - program.count("\n")) + block[1]
-    return program
+        name = block[1] or "main.py"
+        text = files.get(name, "")
+        gap = page.count("\n", 0, block.start(2)) - text.count("\n")
+        files[name] = text + "\n" * gap + block[2]
+    return files
 
 
 PAGES = [
@@ -31,11 +35,11 @@ PAGES = [
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_python_blocks_run_and_print_what_they_say(path: Path, tmp_path: Path) -> None:
-    program = program_of(path.read_text())
-    script = tmp_path / f"{path.stem}.py"
-    script.write_text(program)
+    files = files_of(path.read_text())
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
     outcome = subprocess.run(
-        [sys.executable, "-W", "error", script.name],
+        [sys.executable, "-W", "error", "main.py"],
         cwd=tmp_path,
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -43,12 +47,15 @@ def test_python_blocks_run_and_print_what_they_say(path: Path, tmp_path: Path) -
         timeout=50,
     )
     assert outcome.returncode == 0, f"line numbers are those of {path.name}\n{outcome.stderr}"
-    promised = PROMISE.findall(program)
+    promised = PROMISE.findall(files["main.py"])
     printed = iter(outcome.stdout.splitlines())
     missing = [line for line in promised if line not in printed]
     assert not missing, f"printed:\n{outcome.stdout}"
 
 
 def test_blocks_keep_the_line_numbers_of_their_page() -> None:
-    page = "text\n\n```python\na = 1\n```\nmore\n```shell\nb\n```\n```python\nc = 3\n```\n"
-    assert program_of(page) == "\n\n\na = 1\n\n\n\n\n\n\nc = 3\n"
+    page = '# A\n```python\na = 1\n```\n```python title="b.py"\nb = 2\n```\n```python\nc = 3\n```\n'
+    assert files_of(page) == {
+        "main.py": "\n\na = 1\n\n\n\n\n\nc = 3\n",
+        "b.py": "\n\n\n\n\nb = 2\n",
+    }
