@@ -48,6 +48,10 @@ docs: $(VENV)/installed-dev
 
 check: lint docs test
 
+# The systems that are measured, this package among them, get environments of their own in .venvs/.
+bench: $(BIN)/python
+	@$(BIN)/python benchmarks/run.py $(ARGS)
+
 test-flux: $(VENV)/installed-dev
 	@command -v flux >/dev/null || { \
 		echo "test-flux: NOT RUN, there is no flux command on the PATH (see https://flux-framework.org)."; \
