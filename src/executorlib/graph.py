@@ -356,9 +356,7 @@ def _function_name(fn: Callable[..., Any]) -> str:
     return str(name).rpartition("<locals>.")[2]
 
 
-def _bind(
-    fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> Iterator[_Argument]:
+def _bind(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[_Argument]:
     """Name the arguments of a call after the function's parameters."""
     try:
         signature = inspect.signature(fn)
@@ -627,8 +625,7 @@ def _complete(call: _Call) -> dict[str, _Value]:
             continue
         if parameter.default is inspect.Parameter.empty:
             raise ValueError(
-                f"argument {name!r} is missing; what init_function supplies is not exported, pass"
-                " it to submit"
+                f"argument {name!r} is missing; what init_function supplies is not exported, pass it to submit"
             )
         if not arguments and parameter.kind is not inspect.Parameter.POSITIONAL_ONLY:
             # A function without an incoming edge would not be run.
@@ -644,9 +641,7 @@ def _complete(call: _Call) -> dict[str, _Value]:
 def _result(future: Future[Any]) -> Any:
     """The value of a future that belongs to no call of the graph."""
     if isinstance(future, RecordedFuture):
-        raise ValueError(
-            "it is a call recorded by another executor; submit both calls to the same executor"
-        )
+        raise ValueError("it is a call recorded by another executor; submit both calls to the same executor")
     if not future.done():
         raise ValueError(
             "it is the future of another executor and not done yet, so that its value cannot be"
@@ -687,6 +682,4 @@ def _json_value(value: Any) -> Any:
 
 def _check_key(key: Any) -> None:
     if type(key) is not str:
-        raise ValueError(
-            f"{_short(key)} is the key of a dictionary; keys have to be strings in JSON"
-        )
+        raise ValueError(f"{_short(key)} is the key of a dictionary; keys have to be strings in JSON")

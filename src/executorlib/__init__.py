@@ -1,0 +1,55 @@
+"""Python functions on HPC systems, one call at a time, behind the standard library's `Executor` interface."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from executorlib._version import __version__
+    from executorlib.cache import (
+        get_cache_data,
+        get_future_from_cache,
+        terminate_task_in_cache,
+        terminate_tasks_in_cache,
+    )
+    from executorlib.executors import BaseExecutor, SingleNodeExecutor
+    from executorlib.futures import get_item_from_future, split_future
+
+__all__ = [
+    "BaseExecutor",
+    "SingleNodeExecutor",
+    "__version__",
+    "get_cache_data",
+    "get_future_from_cache",
+    "get_item_from_future",
+    "split_future",
+    "terminate_task_in_cache",
+    "terminate_tasks_in_cache",
+]
+
+# Names are loaded when they are used, so that importing the package, and starting a worker, costs next to nothing.
+_MODULES = {
+    "BaseExecutor": "executors",
+    "SingleNodeExecutor": "executors",
+    "__version__": "_version",
+    "get_cache_data": "cache",
+    "get_future_from_cache": "cache",
+    "get_item_from_future": "futures",
+    "split_future": "futures",
+    "terminate_task_in_cache": "cache",
+    "terminate_tasks_in_cache": "cache",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

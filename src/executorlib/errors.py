@@ -1,0 +1,47 @@
+"""The errors that are ours, and the remote traceback that accompanies a function's own error."""
+
+from __future__ import annotations
+
+import signal
+from concurrent.futures import BrokenExecutor
+
+
+class ExecutorlibSocketError(BrokenExecutor):
+    """The process that ran a call ended, or could not be started, before it gave a result.
+
+    Only that call fails; the executor works on. The text names the process, its exit code or signal,
+    its host and the last lines of its standard error.
+    """
+
+
+class RemoteTraceback(Exception):
+    """The traceback of an exception as it was in the worker; the ``__cause__`` of the exception."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.text = text
+
+    def __str__(self) -> str:
+        return f'\n"""\n{self.text}"""'
+
+
+def describe_exit(wait_status: int) -> str:
+    """Say in words how a process ended.
+
+    Args:
+        wait_status: Status as `os.waitpid` returns it.
+
+    Returns:
+        A phrase such as ``exited with code 3`` or ``was killed by SIGSEGV (signal 11)``.
+    """
+    number = wait_status & 0x7F
+    if number == 0:
+        return f"exited with code {wait_status >> 8}"
+    try:
+        name = signal.Signals(number).name
+    except ValueError:
+        name = "an unknown signal"
+    phrase = f"was killed by {name} (signal {number})"
+    if number == signal.SIGKILL:
+        phrase += "; where nobody sent it, the kernel's out-of-memory killer did"
+    return phrase

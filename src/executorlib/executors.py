@@ -1,0 +1,666 @@
+"""The public executors: each is a row of (how workers start) × (how calls travel), and a few lines long."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import os
+import signal
+import sys
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future
+from typing import TYPE_CHECKING, Any
+
+from executorlib import machine
+from executorlib.futures import batched, find_futures_in_call
+from executorlib.launchers.base import Events, Launcher
+from executorlib.launchers.local import LocalLauncher
+from executorlib.launchers.mpi import check_mpi
+from executorlib.ledger import Ledger, Node
+from executorlib.loop import Loop, running_loops
+from executorlib.resources import Demand, Resources, whole_number
+from executorlib.scheduler import BlockScheduler, FreshScheduler
+from executorlib.task import CallFuture, function_name
+from executorlib.worker.call import Function
+
+if TYPE_CHECKING:
+    from executorlib.graph import Graph
+
+_executor_numbers = itertools.count()
+# Where the next executor of this process begins to take CPUs, so that two small ones do not share one CPU.
+_first_cpu = itertools.count()
+
+
+class BaseExecutor(Executor):
+    """What all executors have in common: the standard library's `Executor` interface with resources for each call.
+
+    Subclasses that add behaviour call ``super().__init__(*args, **kwargs)`` and ``super().submit(fn, *args, **kwargs)``.
+
+    Args:
+        make_launcher: Makes what starts workers, given the loop.
+        ledger: What the executor may use.
+        count_cores: Whether the ledger counts cores; otherwise it counts calls.
+        max_workers: Calls at once, or workers of the block.
+        resources: Defaults for every call.
+        block: Whether the workers are a block, whose resources are the executor's.
+        restart_limit: How often each worker of a block is replaced.
+        init_function: Runs once in each worker of a block.
+        disable_dependencies: Whether futures among the inputs are an error.
+        wait: Whether leaving the `with` block waits for the calls.
+        pin: Whether workers are pinned to the cores that they hold.
+        log_sizes: Whether the size of each message is logged.
+        graph: Records calls instead of running them.
+        finish_graph: Shows or writes the graph when the `with` block is left.
+        settings: What `info` shows beside these.
+    """
+
+    _loop: Loop | None = None
+    _graph: Graph | None = None
+
+    def __init__(
+        self,
+        *,
+        make_launcher: Callable[[Events], Launcher],
+        ledger: Ledger,
+        count_cores: bool,
+        max_workers: int,
+        resources: Resources,
+        block: bool,
+        restart_limit: int,
+        init_function: Callable[[], dict[str, Any]] | None,
+        disable_dependencies: bool,
+        wait: bool,
+        pin: bool,
+        log_sizes: bool,
+        graph: Graph | None,
+        finish_graph: Callable[[Graph], None] | None,
+        settings: dict[str, Any],
+    ) -> None:
+        self._ledger = ledger
+        self._count_cores = count_cores
+        self._worker_count = max_workers
+        self._resources = resources
+        self._block = block
+        self._disable_dependencies = disable_dependencies
+        self._wait = wait
+        self._graph = graph
+        self._finish_graph = finish_graph
+        self._settings = settings
+        self._is_shut_down = False
+        self._demand = self._checked_demand(resources, type(self).__name__)
+        _make_directory(resources.cwd, type(self).__name__)
+        if graph is not None:
+            return
+        scheduler: BlockScheduler | FreshScheduler
+        if block:
+            self._check_block(max_workers)
+            # A deadline counts from when a call is handed over, so calls with one are not handed over ahead.
+            lookahead = resources.run_time_max is None
+            scheduler = BlockScheduler(max_workers, restart_limit, ledger, self._demand, lookahead)
+        else:
+            scheduler = FreshScheduler(ledger, max_workers)
+        self._loop = Loop(
+            scheduler,
+            make_launcher,
+            block_resources=resources if block else None,
+            init_function=init_function,
+            pin=pin,
+            log_sizes=log_sizes,
+            name=f"executorlib-{next(_executor_numbers)}",
+        )
+        # An executor that is dropped without shutdown finishes its calls and ends. The loop knows nothing of it.
+        weakref.finalize(self, self._loop.shutdown, False).atexit = False
+
+    # -- submitting -----------------------------------------------------------------------------------------------
+
+    def submit(  # type: ignore[override]
+        self,
+        fn: Callable[..., Any],
+        /,
+        *args: Any,
+        resource_dict: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Future[Any]:
+        """Have ``fn(*args, **kwargs)`` run.
+
+        Args:
+            fn: Any callable.
+            *args: Positional arguments; futures among them, at any depth of lists, tuples, sets, dicts and
+                dataclasses, are waited for and replaced by their results.
+            resource_dict: What the call needs, where it differs from the executor's; see `Resources`.
+            **kwargs: Keyword arguments; futures likewise.
+
+        Returns:
+            The call's future. With ``cores`` above 1 its result is the list of all ranks' results.
+
+        Raises:
+            RuntimeError: The executor was shut down.
+            ValueError: Something cannot be honoured; the text says what to change.
+            TypeError: ``fn`` is not callable, or a value in ``resource_dict`` has a wrong type.
+        """
+        if not callable(fn):
+            raise TypeError(f"submit needs a callable, got {fn!r} ({type(fn).__name__}).")
+        if "resource_dict" in Function(fn).names():
+            raise ValueError(
+                f"call of {function_name(fn)}: its parameter 'resource_dict' can never be filled, because submit takes "
+                "that name for the call's resources. Rename the parameter."
+            )
+        resources, demand = self._resources, self._demand
+        if resource_dict:
+            subject = f"call of {function_name(fn)}"
+            if self._block:
+                raise ValueError(
+                    f"{subject}: with block_allocation=True the resources belong to the executor's workers. Give "
+                    "resource_dict to the constructor, or leave block_allocation out."
+                )
+            resources = resources.updated(resource_dict, subject)
+            demand = self._checked_demand(resources, subject)
+            _make_directory(resources.cwd, subject)
+        if self._graph is not None:
+            self._check_open()
+            future = self._graph.call(fn, args, kwargs, dict(resource_dict or {}))
+            return future
+        assert self._loop is not None
+        self._loop.check_open()
+        if resources.cores > 1:
+            check_mpi()  # asks mpiexec here, once, and not in the loop
+        try:
+            inputs = find_futures_in_call(args, kwargs)
+        except ValueError as error:
+            raise ValueError(f"call of {function_name(fn)}: {error}") from None
+        call: Future[Any] = CallFuture()
+        if inputs and self._disable_dependencies:
+            call.set_exception(
+                ValueError(
+                    f"call of {function_name(fn)}: a future is among its inputs, but the executor was made with "
+                    "disable_dependencies=True. Pass future.result(), or leave that argument out."
+                )
+            )
+            return call
+        self._loop.submit(fn, args, kwargs, call, resources, demand, inputs)
+        return call
+
+    def map(
+        self,
+        fn: Callable[..., Any],
+        *iterables: Iterable[Any],
+        timeout: float | None = None,
+        chunksize: int = 1,
+        buffersize: int | None = None,
+    ) -> Iterator[Any]:
+        """Like the built-in `map`, with the calls running at once; see `concurrent.futures.Executor.map`.
+
+        Args:
+            fn: A callable that takes as many arguments as there are iterables.
+            *iterables: The arguments, call by call.
+            timeout: Seconds from now within which each result must be there; None for no limit.
+            chunksize: Calls that travel and run together as one, which saves time with very short ones.
+            buffersize: Calls submitted ahead of the result that is asked for; None submits all at once.
+
+        Returns:
+            An iterator of the results, in order.
+
+        Raises:
+            TimeoutError: From the iterator: a result was not there in time.
+            ValueError: ``chunksize`` or ``buffersize`` is below 1.
+        """
+        whole_number(1)("map: chunksize", chunksize)
+        if buffersize is not None:
+            whole_number(1)("map: buffersize", buffersize)
+        deadline = None if timeout is None else time.monotonic() + timeout
+        calls: Iterator[tuple[Any, ...]] = zip(*iterables, strict=False)
+        if chunksize > 1 and self._graph is None:
+            chunks = iter(lambda: list(itertools.islice(calls, chunksize)), [])
+            submitted: Iterator[Future[Any]] = (self.submit(_run_chunk, fn, chunk) for chunk in chunks)
+        else:
+            submitted = (self.submit(fn, *args) for args in calls)
+        # Submitted now, not when the first result is asked for.
+        futures = deque(submitted if buffersize is None else itertools.islice(submitted, buffersize))
+        results = _results(futures, submitted, deadline)
+        return itertools.chain.from_iterable(results) if chunksize > 1 and self._graph is None else results
+
+    def batched(self, iterable: Iterable[Future[Any]], n: int) -> list[Future[list[Any]]]:
+        """Group futures by ``n`` in the order in which they finish; see `executorlib.futures.batched`."""
+        if self._graph is not None:
+            sources = list(iterable)
+            whole_number(1)("batched: n", n)
+            return [self._graph.batch(sources[start : start + n]) for start in range(0, len(sources), n)]
+        return batched(iterable, n)
+
+    # -- ending ---------------------------------------------------------------------------------------------------
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Take no more calls and free everything once those at hand are over.
+
+        Args:
+            wait: Whether to return only then.
+            cancel_futures: Whether calls that have not started are cancelled.
+        """
+        self._is_shut_down = True
+        if self._loop is not None:
+            self._loop.shutdown(cancel_futures)
+            if wait:
+                self._loop.join()
+
+    def terminate_workers(self) -> None:
+        """End running calls by SIGTERM, cancel the others, and shut down; their futures fail or are cancelled."""
+        self._end_workers(signal.SIGTERM)
+
+    def kill_workers(self) -> None:
+        """End running calls by SIGKILL, cancel the others, and shut down; their futures fail or are cancelled."""
+        self._end_workers(signal.SIGKILL)
+
+    def _end_workers(self, signal_number: int) -> None:
+        self.shutdown(wait=False, cancel_futures=True)
+        if self._loop is not None:
+            self._loop.end_workers(signal_number)
+
+    def __exit__(self, exc_type: type[BaseException] | None, exc_val: Any, exc_tb: Any) -> None:
+        if self._loop is not None and exc_type is not None and issubclass(exc_type, KeyboardInterrupt):
+            # Who presses Ctrl-C wants the calls to end, not to wait for them.
+            self.shutdown(wait=False, cancel_futures=True)
+            self._loop.end_workers(signal.SIGINT)
+        self.shutdown(wait=self._wait)
+        if self._graph is not None and self._finish_graph is not None and exc_type is None:
+            self._finish_graph(self._graph)
+
+    # -- looking --------------------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        """Calls that have not started."""
+        return self._loop.waiting if self._loop is not None else 0
+
+    def __bool__(self) -> bool:
+        """True, although `len` may be 0."""
+        return True
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """The executor's settings."""
+        return {**self._resources.as_dict(), **self._settings, "max_workers": self._worker_count}
+
+    @property
+    def max_workers(self) -> int:
+        """Calls at once, or the number of workers of a block.
+
+        Setting it grows or shrinks a block: new workers start at once, surplus ones end after their calls.
+
+        Raises:
+            ValueError: Set without ``block_allocation=True``, below 1, or to more than the executor's cores or GPUs allow.
+        """
+        return self._worker_count
+
+    @max_workers.setter
+    def max_workers(self, value: int) -> None:
+        if not self._block or self._loop is None:
+            raise ValueError(
+                "max_workers can be changed only with block_allocation=True; otherwise make a new executor with it."
+            )
+        size = _positive("max_workers", value)
+        assert size is not None
+        self._check_block(size)
+        self._worker_count = size
+        self._loop.resize(size)
+
+    @property
+    def _max_workers(self) -> int:
+        return self._worker_count
+
+    @property
+    def future_queue(self) -> CallQueue | None:
+        """The calls that have not started; None after shutdown."""
+        return None if self._is_shut_down else CallQueue(self)
+
+    # -- checks ---------------------------------------------------------------------------------------------------
+
+    def _check_open(self) -> None:
+        if self._is_shut_down:
+            raise RuntimeError("cannot schedule new futures after shutdown")
+
+    def _checked_demand(self, resources: Resources, subject: str) -> Demand:
+        """What the ledger has to provide, after making sure that it ever can.
+
+        Raises:
+            ValueError: It cannot.
+        """
+        self._check(resources, subject)
+        demand = resources.demand
+        most_gpus = max(node.total_gpus for node in self._ledger.nodes)
+        if demand.gpus > most_gpus:
+            raise ValueError(
+                f"{subject} needs {demand.gpus} GPUs (cores={resources.cores} × gpus_per_core={resources.gpus_per_core}), "
+                f"but there are {most_gpus}. Ask for fewer, or state the devices with the executor's argument gpus=…."
+            )
+        if not self._count_cores:
+            return Demand(1, demand.gpus, demand.exclusive)
+        if not self._ledger.could_hold(demand):
+            most = max(node.total_cores for node in self._ledger.nodes)
+            raise ValueError(
+                f"{subject} needs {demand.cores} cores (cores={resources.cores} × "
+                f"threads_per_core={resources.threads_per_core}), but the executor has {most} "
+                f"(max_cores, or this machine's CPUs). Ask for fewer, or make the executor with max_cores={demand.cores}."
+            )
+        return demand
+
+    def _check(self, resources: Resources, subject: str) -> None:
+        """Raise ValueError for a resource that this row cannot honour."""
+
+    def _check_block(self, size: int) -> None:
+        total_cores = sum(node.total_cores for node in self._ledger.nodes)
+        total_gpus = sum(node.total_gpus for node in self._ledger.nodes)
+        if self._demand.gpus * size > total_gpus or (self._count_cores and self._demand.cores * size > total_cores):
+            raise ValueError(
+                f"max_workers={size} workers of {self._demand.cores} cores and {self._demand.gpus} GPUs do not fit into "
+                f"{total_cores} cores and {total_gpus} GPUs. Ask for fewer workers or raise max_cores."
+            )
+
+
+class CallQueue:
+    """A view of the calls that have not started, in the manner of `queue.Queue`.
+
+    Args:
+        executor: Whose calls.
+    """
+
+    def __init__(self, executor: BaseExecutor) -> None:
+        self._executor = executor
+
+    def qsize(self) -> int:
+        """Number of calls."""
+        return len(self._executor)
+
+    def empty(self) -> bool:
+        """Whether there are none."""
+        return self.qsize() == 0
+
+
+class SingleNodeExecutor(BaseExecutor):
+    """Runs calls on this machine: each in a fresh process of its own, or in a block of workers.
+
+    Args:
+        max_workers: Calls at once; in block mode the number of workers. Given alone, cores are not counted.
+        cache_directory: Keep results here and look them up before running; the same as the key in ``resource_dict``.
+        max_cores: Cores in use at once, a call taking ``cores × threads_per_core``. With neither: the CPUs that this
+            process may use, by affinity and container limits.
+        resource_dict: Defaults for each call, see `executorlib.resources.Resources`; never changed.
+        hostname_localhost: Accepted for compatibility: nothing here connects by host name.
+        block_allocation: Start a fixed set of workers that run call after call.
+        init_function: In block mode, runs once in each worker and returns a dict whose items fill parameters that later
+            calls leave out.
+        disable_dependencies: Make a future among the inputs an error.
+        refresh_rate: Seconds; accepted for compatibility: nothing here polls.
+        plot_dependency_graph: Run nothing, show the graph of the calls when the `with` block is left (in a notebook).
+        plot_dependency_graph_filename: Likewise, write it to this file: png, svg, pdf or dot by its ending.
+        export_workflow_filename: Likewise, write a Python Workflow Definition (JSON) to this file.
+        log_obj_size: Log the size of each message, logger ``executorlib``, level WARNING.
+        wait: Whether leaving the `with` block waits for the calls.
+        restart_limit: In block mode, how often each worker is replaced when it dies.
+        openmpi_oversubscribe: Let Open MPI start more ranks than there are cores.
+        preload: Modules that are imported once, before any worker is forked, so that calls need not import them.
+        gpus: Number of GPUs, or their device names; None asks the machine.
+        start_method: "fork" (default on Linux) forks workers from a small process that has none of this one's threads;
+            "spawn" (default elsewhere) starts a new interpreter for each, which is slower.
+        pin_cores: Pin each call to the cores that it holds. None does so where cores are counted and the system can.
+
+    Raises:
+        ValueError: An argument that cannot be honoured; the text says why and what to do.
+    """
+
+    def __init__(
+        self,
+        max_workers: int | None = None,
+        cache_directory: str | os.PathLike[str] | None = None,
+        max_cores: int | None = None,
+        resource_dict: Mapping[str, Any] | None = None,
+        hostname_localhost: bool | None = None,
+        block_allocation: bool = False,
+        init_function: Callable[[], dict[str, Any]] | None = None,
+        disable_dependencies: bool = False,
+        refresh_rate: float = 0.01,
+        plot_dependency_graph: bool = False,
+        plot_dependency_graph_filename: str | None = None,
+        export_workflow_filename: str | None = None,
+        log_obj_size: bool = False,
+        wait: bool = True,
+        restart_limit: int = 0,
+        openmpi_oversubscribe: bool = False,
+        *,
+        preload: Sequence[str] = (),
+        gpus: int | Sequence[str | int] | None = None,
+        start_method: str | None = None,
+        pin_cores: bool | None = None,
+    ) -> None:
+        max_workers = _positive("max_workers", max_workers)
+        max_cores = _positive("max_cores", max_cores)
+        whole_number(0)("restart_limit", restart_limit)
+        if init_function is not None and not block_allocation:
+            raise ValueError(
+                "init_function needs block_allocation=True: without it every call has a process of its own, and nothing "
+                "would be left of the initialisation."
+            )
+        if restart_limit and not block_allocation:
+            raise ValueError(
+                "restart_limit needs block_allocation=True: without it every call has a process of its own anyway."
+            )
+        spawn = _is_spawn(start_method)
+        modules = _preload_modules(preload, spawn)
+        defaults = Resources(openmpi_oversubscribe=openmpi_oversubscribe).updated(
+            resource_dict or {}, "SingleNodeExecutor"
+        )
+        if cache_directory is not None:
+            defaults = defaults.updated({"cache_directory": cache_directory}, "SingleNodeExecutor")
+        devices = _devices(gpus)
+        count_cores = max_cores is not None or max_workers is None
+        cpus = machine.usable_cpus()
+        cores = max_cores or len(cpus)
+        demand = defaults.demand
+        if block_allocation:
+            fitting = max(1, cores // demand.cores)
+            size = min(max_workers or fitting, fitting) if count_cores else max_workers or 1
+        else:
+            size = max_workers or max(1, cores // demand.cores)
+        if count_cores:
+            can_pin = hasattr(os, "sched_setaffinity") and cores <= len(cpus)
+            first = next(_first_cpu) * cores % len(cpus)
+            ids = (cpus[first:] + cpus[:first])[:cores] if can_pin else list(range(cores))
+        else:
+            can_pin = False
+            ids = list(range(size))
+        if pin_cores and not can_pin:
+            raise ValueError(
+                f"pin_cores=True cannot be honoured: it needs a system with CPU affinity (Linux) and max_cores between 1 "
+                f"and the {len(cpus)} CPUs that this process may use. Give max_cores, or leave pin_cores out."
+            )
+        ledger = Ledger([Node("localhost", ids, devices)])
+        graph, finish_graph = _graph_mode(
+            plot_dependency_graph,
+            plot_dependency_graph_filename,
+            export_workflow_filename,
+            disable_dependencies,
+        )
+        super().__init__(
+            make_launcher=lambda events: LocalLauncher(
+                events,
+                spawn=spawn,
+                pooled=block_allocation,
+                # More than can run at once would only take memory.
+                stock=min(size, len(cpus)) if defaults.cores == 1 else 0,
+                preload=modules,
+                default_threads=defaults.threads_per_core,
+            ),
+            ledger=ledger,
+            count_cores=count_cores,
+            max_workers=size,
+            resources=defaults,
+            block=block_allocation,
+            restart_limit=restart_limit,
+            init_function=init_function,
+            disable_dependencies=disable_dependencies,
+            wait=wait,
+            pin=can_pin and pin_cores is not False,
+            log_sizes=log_obj_size,
+            graph=graph,
+            finish_graph=finish_graph,
+            settings={
+                "max_cores": max_cores,
+                "block_allocation": block_allocation,
+                "init_function": init_function,
+                "restart_limit": restart_limit,
+                "hostname_localhost": hostname_localhost,
+                "disable_dependencies": disable_dependencies,
+                "refresh_rate": refresh_rate,
+                "log_obj_size": log_obj_size,
+                "wait": wait,
+                "preload": tuple(modules),
+                "gpus": tuple(devices),
+                "start_method": "spawn" if spawn else "fork",
+                "pin_cores": can_pin and pin_cores is not False,
+            },
+        )
+
+    def _check(self, resources: Resources, subject: str) -> None:
+        for key, why in (
+            ("slurm_cmd_args", "there is no Slurm in between"),
+            ("submission_template", "no job is submitted"),
+        ):
+            if getattr(resources, key):
+                raise ValueError(f"{subject}: {key} cannot be honoured on a single node: {why}. Leave it out here.")
+        if resources.num_nodes is not None and resources.num_nodes > 1:
+            raise ValueError(
+                f"{subject}: num_nodes={resources.num_nodes} cannot be honoured on a single node. Ask for 1, or leave it out."
+            )
+
+
+def _positive(name: str, value: int | None) -> int | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} is {value!r} ({type(value).__name__}), expected an int of at least 1.")
+    if value <= 0:
+        raise ValueError(f"{name} must be greater than 0")
+    return int(value)
+
+
+def _make_directory(cwd: str | None, subject: str) -> None:
+    if cwd is None:
+        return
+    try:
+        os.makedirs(cwd, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"{subject}: the working directory cwd={cwd!r} cannot be made: {error.strerror}. Name another."
+        ) from error
+
+
+def _is_spawn(start_method: str | None) -> bool:
+    if start_method is None:
+        # macOS can fork, but some of its own frameworks do not survive it; CPython spawns there for that reason too.
+        return sys.platform != "linux"
+    if start_method not in ("fork", "spawn"):
+        raise ValueError(f"start_method is {start_method!r}, expected 'fork' or 'spawn'.")
+    return start_method == "spawn"
+
+
+def _preload_modules(preload: Sequence[str], spawn: bool) -> list[str]:
+    if isinstance(preload, str):
+        raise TypeError(f"preload is the str {preload!r}, expected a list of module names such as [{preload!r}].")
+    modules = list(preload)
+    if modules and spawn:
+        raise ValueError(
+            "preload cannot be honoured with start_method='spawn': every worker is a new interpreter, which would import "
+            "the modules again. Leave preload out, or use start_method='fork'."
+        )
+    for module in modules:
+        try:
+            found = importlib.util.find_spec(module) is not None
+        except (ImportError, ValueError, AttributeError):
+            found = False
+        if not found:
+            raise ValueError(f"preload names the module {module!r}, which cannot be found. Install it or leave it out.")
+    return modules
+
+
+def _devices(gpus: int | Sequence[str | int] | None) -> list[str]:
+    if gpus is None:
+        return machine.visible_gpus()
+    if isinstance(gpus, str):
+        raise TypeError(f"gpus is the str {gpus!r}, expected a number or a list of device names such as ['0', '1'].")
+    if isinstance(gpus, Sequence):
+        return [str(device) for device in gpus]
+    return [str(index) for index in range(whole_number(0)("gpus", gpus))]
+
+
+def _graph_mode(
+    plot: bool, plot_filename: str | None, export_filename: str | None, disable_dependencies: bool
+) -> tuple[Graph | None, Callable[[Graph], None] | None]:
+    """The recorder and what to do with it in the end, where the constructor's arguments ask for a graph."""
+    if not (plot or plot_filename or export_filename):
+        return None, None
+    if disable_dependencies:
+        raise ValueError(
+            "a dependency graph cannot be made with disable_dependencies=True. Leave one of the two arguments out."
+        )
+    from executorlib.graph import Graph, check_filename
+
+    if plot or plot_filename:
+        check_filename(plot_filename)
+
+    def finish(graph: Graph) -> None:
+        if plot_filename is not None:
+            graph.write(plot_filename)
+        elif plot:
+            graph.draw()
+        if export_filename is not None:
+            graph.export(export_filename)
+
+    return Graph(), finish
+
+
+def _run_chunk(fn: Callable[..., Any], chunk: Iterable[tuple[Any, ...]]) -> list[Any]:
+    return [fn(*args) for args in chunk]
+
+
+def _results(futures: deque[Future[Any]], submitted: Iterator[Future[Any]], deadline: float | None) -> Iterator[Any]:
+    """Yield results in order, submitting one more for each; cancel what is left when the caller stops."""
+    try:
+        while futures:
+            future = futures.popleft()
+            try:
+                result = future.result(None if deadline is None else deadline - time.monotonic())
+            except BaseException:
+                future.cancel()
+                raise
+            futures.extend(itertools.islice(submitted, 1))
+            del future  # a generator that waits must not hold on to a result
+            yield result
+            del result
+    finally:
+        for future in futures:
+            future.cancel()
+
+
+def _finish_at_exit() -> None:
+    """Finish all calls before the interpreter ends, as `ProcessPoolExecutor` does; after Ctrl-C, end them."""
+    interrupted = getattr(sys, "last_type", None) is KeyboardInterrupt
+    loops = running_loops()
+    for loop in loops:
+        loop.shutdown(cancel=interrupted, reason="cannot schedule new futures after interpreter shutdown")
+        if interrupted:
+            loop.end_workers(signal.SIGINT)
+    for loop in loops:
+        loop.join()
+
+
+def _forget_after_fork() -> None:
+    for loop in running_loops():
+        loop.after_fork()
+
+
+# Before the interpreter waits for threads, of which each loop is one; plain atexit handlers come too late. The
+# standard library's own executors use the same hook.
+threading._register_atexit(_finish_at_exit)  # type: ignore[attr-defined]
+os.register_at_fork(after_in_child=_forget_after_fork)

@@ -1,0 +1,250 @@
+"""Futures as inputs of calls, and futures made from other futures."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import CancelledError, Future
+from typing import Any
+
+# Types that cannot hold a future: the common arguments, skipped without a closer look.
+_LEAVES = frozenset({int, float, complex, bool, str, bytes, bytearray, type(None)})
+
+
+def find_futures_in_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Future[Any]]:
+    """`find_futures` for all arguments of a call."""
+    for value in args:
+        if type(value) not in _LEAVES:
+            break
+    else:
+        if not kwargs:
+            return []
+    return find_futures((args, kwargs))
+
+
+def find_futures(obj: object) -> list[Future[Any]]:
+    """Find the futures in a value: itself, or at any depth of lists, tuples, sets, dicts and dataclasses.
+
+    Returns:
+        Each future once, in the order in which they are met.
+
+    Raises:
+        ValueError: A container that holds a future also holds itself; it could never be rebuilt with results.
+    """
+    if type(obj) in _LEAVES:
+        return []
+    found: dict[int, Future[Any]] = {}
+    cyclic = _search(obj, found, {}, set())
+    if found and cyclic:
+        raise ValueError(
+            "the inputs hold a future inside a container that contains itself (a cycle), so its result cannot be "
+            "filled in. Pass the future as an argument of its own, or break the cycle."
+        )
+    return list(found.values())
+
+
+def _search(obj: object, found: dict[int, Future[Any]], seen: dict[int, object], path: set[int]) -> bool:
+    """Collect futures below ``obj``; True where a container contains itself."""
+    if type(obj) in _LEAVES:
+        return False
+    if isinstance(obj, Future):
+        found[id(obj)] = obj
+        return False
+    children = _children(obj)
+    if children is None:
+        return False
+    key = id(obj)
+    if key in path:
+        return True
+    if key in seen:
+        return False
+    seen[key] = obj
+    path.add(key)
+    cyclic = False
+    for child in children:
+        cyclic |= _search(child, found, seen, path)
+    path.discard(key)
+    return cyclic
+
+
+def _children(obj: object) -> Iterable[object] | None:
+    if isinstance(obj, (list, tuple, set, frozenset)):
+        return obj
+    if isinstance(obj, dict):
+        return [*obj.keys(), *obj.values()]
+    if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
+        return [getattr(obj, field.name, None) for field in dataclasses.fields(obj)]
+    return None
+
+
+def fill_in(obj: Any) -> Any:
+    """Replace all futures, which must be done, by their results; containers without futures stay as they are."""
+    if type(obj) in _LEAVES:
+        return obj
+    if isinstance(obj, Future):
+        return obj.result()
+    if isinstance(obj, (list, tuple, set, frozenset)):
+        if not find_futures(obj):
+            return obj
+        items = [fill_in(item) for item in obj]
+        if isinstance(obj, tuple) and hasattr(obj, "_make"):  # named tuple
+            return obj._make(items)
+        return type(obj)(items)
+    if isinstance(obj, dict):
+        if not find_futures(obj):
+            return obj
+        return _rebuilt_dict(obj)
+    if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
+        return _rebuilt_dataclass(obj) if find_futures(obj) else obj
+    return obj
+
+
+def _rebuilt_dict(obj: dict[Any, Any]) -> dict[Any, Any]:
+    copy = obj.copy()  # keeps the type and what belongs to it, such as a default factory
+    copy.clear()
+    for key, value in obj.items():
+        copy[fill_in(key)] = fill_in(value)
+    return copy
+
+
+def _rebuilt_dataclass(obj: Any) -> Any:
+    copy = object.__new__(type(obj))
+    # Not dataclasses.replace: fields may be absent from __init__, and __post_init__ ran once already.
+    for name, value in getattr(obj, "__dict__", {}).items():
+        object.__setattr__(copy, name, value)
+    for field in dataclasses.fields(obj):
+        if hasattr(obj, field.name):
+            object.__setattr__(copy, field.name, fill_in(getattr(obj, field.name)))
+    return copy
+
+
+def input_error(future: Future[Any]) -> BaseException | None:
+    """The exception with which a future that is done fails a call that has it as input."""
+    if future.cancelled():
+        return CancelledError("an input of this call was cancelled")
+    return future.exception()
+
+
+def derived_future(source: Future[Any], compute: Callable[[Any], Any]) -> Future[Any]:
+    """A future of something computed, cheaply, from another's result as soon as that is done."""
+    derived: Future[Any] = Future()
+
+    def resolve(done: Future[Any]) -> None:
+        if not derived.set_running_or_notify_cancel():
+            return
+        error = input_error(done)
+        if error is None:
+            try:
+                derived.set_result(compute(done.result()))
+                return
+            except Exception as caught:
+                error = caught
+        derived.set_exception(error)
+
+    source.add_done_callback(resolve)
+    return derived
+
+
+def get_item_from_future(future: Future[Any], key: Any) -> Future[Any]:
+    """A future of ``future.result()[key]``.
+
+    Args:
+        future: A future whose result can be indexed.
+        key: The key or index.
+
+    Returns:
+        A future that is done when ``future`` is; it can be an input of any call.
+    """
+    item = getattr(future, "item", None)
+    if item is not None:  # a call that is only recorded, for the dependency graph
+        recorded: Future[Any] = item(key)
+        return recorded
+    return derived_future(future, lambda result: result[key])
+
+
+def split_future(future: Future[Any], n: int) -> list[Future[Any]]:
+    """Futures of the first ``n`` elements of a result.
+
+    Args:
+        future: A future whose result is a sequence of at least ``n`` elements.
+        n: How many; at least 1.
+
+    Returns:
+        ``n`` futures, in order.
+
+    Raises:
+        ValueError: ``n`` is below 1.
+    """
+    if n < 1:
+        raise ValueError(f"split_future needs n of at least 1, got {n}.")
+    return [get_item_from_future(future, index) for index in range(n)]
+
+
+def batched(iterable: Iterable[Future[Any]], n: int) -> list[Future[list[Any]]]:
+    """Group futures by ``n`` in the order in which they finish; failed ones come last.
+
+    Args:
+        iterable: The futures; anything else counts as a result that is there already.
+        n: Size of a group; the last may be smaller.
+
+    Returns:
+        Futures of lists of results. A group that holds a failed input fails with its exception.
+
+    Raises:
+        ValueError: ``n`` is below 1.
+    """
+    if n < 1:
+        raise ValueError(f"batched needs n of at least 1, got {n}.")
+    futures = [item if isinstance(item, Future) else _done(item) for item in iterable]
+    groups: list[Future[list[Any]]] = [Future() for _ in range(-(-len(futures) // n))]
+    collector = _Batches(groups, n, len(futures))
+    for future in futures:
+        future.add_done_callback(collector.on_done)
+    return groups
+
+
+def _done(value: Any) -> Future[Any]:
+    future: Future[Any] = Future()
+    future.set_result(value)
+    return future
+
+
+class _Batches:
+    """Collects results as they come and resolves one group after the other."""
+
+    def __init__(self, groups: list[Future[list[Any]]], n: int, total: int) -> None:
+        self._lock = threading.Lock()
+        self._groups = groups
+        self._n = n
+        self._missing = total
+        self._results: list[Any] = []
+        self._errors: list[BaseException] = []
+        self._next = 0
+
+    def on_done(self, future: Future[Any]) -> None:
+        ready: list[tuple[Future[list[Any]], list[Any], BaseException | None]] = []
+        with self._lock:
+            error = input_error(future)
+            if error is None:
+                self._results.append(future.result())
+            else:
+                self._errors.append(error)
+            self._missing -= 1
+            while self._next < len(self._groups) and (len(self._results) >= self._n or not self._missing):
+                values = self._results[: self._n]
+                del self._results[: self._n]
+                group_error = None
+                if len(values) < self._n and self._errors:
+                    group_error = self._errors[0]
+                    del self._errors[: self._n - len(values)]
+                ready.append((self._groups[self._next], values, group_error))
+                self._next += 1
+        # Outside the lock: callbacks of a group may finish further inputs.
+        for group, values, group_error in ready:
+            if not group.set_running_or_notify_cancel():
+                continue
+            if group_error is None:
+                group.set_result(values)
+            else:
+                group.set_exception(group_error)

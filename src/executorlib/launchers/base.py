@@ -1,0 +1,133 @@
+"""What the loop and a launcher know of each other.
+
+A new launcher implements `Launcher` and reports through `Events`; both sides live in the loop's thread, so nothing
+here needs a lock, and nothing may block.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from executorlib.resources import Resources
+from executorlib.scheduler import Worker
+from executorlib.serialize import Frame
+
+# What a dead worker wrote last is part of its error text; this much of it is kept.
+STDERR_TAIL_BYTES = 4096
+
+
+class Transport(Protocol):
+    """A way to send messages to one worker; received ones come in through `Events.on_message`."""
+
+    def put(self, header: Any, frames: Sequence[Frame] = ()) -> int:
+        """Append a message to what `flush` sends; returns its payload's bytes."""
+        ...
+
+    def flush(self) -> None:
+        """Send what was put, now or as soon as the system takes it. Never raises: a dead worker's exit is an event."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the connection."""
+        ...
+
+
+@dataclass
+class Exit:
+    """How a worker ended.
+
+    Attributes:
+        status: Wait status, as `os.waitpid` has it; None where it is not known.
+        text: What happened, for the error.
+        error: The exception for its call, where it is not simply that it died.
+    """
+
+    status: int | None
+    text: str
+    error: BaseException | None = None
+
+
+@dataclass
+class Process:
+    """A worker's process, as the launcher that started it sees it.
+
+    Attributes:
+        worker: The worker.
+        resources: What its calls need.
+        transport: How to reach it, once it takes messages.
+        permits: For a worker that can hold calls: where to put their numbers, and from where to take them back.
+        pid: Process id, 0 before it is known.
+        host: Where it runs.
+        stderr: The end of what it wrote to standard error.
+        single: Whether it runs one call.
+        verdict: Why it is being ended, where that is our doing: the exception for the calls lost with it.
+    """
+
+    worker: Worker
+    resources: Resources
+    transport: Transport | None = None
+    permits: tuple[socket.socket, socket.socket] | None = None
+    pid: int = 0
+    host: str = ""
+    stderr: bytearray = field(default_factory=bytearray)
+    single: bool = True
+    verdict: BaseException | None = None
+
+
+class Events(Protocol):
+    """What a launcher may call in the loop."""
+
+    def watch(self, fileobj: Any, callback: Callable[[], None]) -> None:
+        """Call ``callback`` whenever ``fileobj`` can be read."""
+        ...
+
+    def watch_writable(self, fileobj: Any, wanted: bool, callback: Callable[[], None]) -> None:
+        """Call ``callback`` when a watched ``fileobj`` can be written, as long as that is ``wanted``."""
+        ...
+
+    def unwatch(self, fileobj: Any) -> None:
+        """Stop watching, before the descriptor is closed."""
+        ...
+
+    def call_later(self, seconds: float, callback: Callable[[], None]) -> None:
+        """Call ``callback`` once, after some time."""
+        ...
+
+    def on_connected(self, process: Process) -> None:
+        """The worker takes messages through ``process.transport``."""
+        ...
+
+    def on_message(self, process: Process, header: list[Any], frames: list[Frame]) -> None:
+        """The worker sent a message."""
+        ...
+
+    def on_exit(self, process: Process, exit: Exit) -> None:
+        """The worker is gone; all its messages were delivered."""
+        ...
+
+
+class Launcher(Protocol):
+    """Starts workers and tells of their ends."""
+
+    def prepare(self) -> None:
+        """Do in advance what the first launch would have to wait for."""
+        ...
+
+    def launch(self, process: Process) -> None:
+        """Start a worker; `Events.on_connected` or `Events.on_exit` follows, maybe from within."""
+        ...
+
+    def setup(self, process: Process) -> dict[str, Any]:
+        """What the worker has to set up to see the user's process as it is now; see `worker.call.set_up`."""
+        ...
+
+    def kill(self, process: Process, signal_number: int) -> None:
+        """Signal a worker and all that it started; `Events.on_exit` follows once it is gone."""
+        ...
+
+    def close(self) -> None:
+        """End everything that was started and free all that is held; no event follows."""
+        ...

@@ -1,0 +1,523 @@
+"""Workers on this node: an agent process forks them (or has them exec a new interpreter).
+
+The agent is started when the first worker is wanted and again should it die. A few forked children are kept in
+stock, so that a call does not wait for its fork.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from executorlib.errors import describe_exit
+from executorlib.launchers.base import STDERR_TAIL_BYTES, Events, Exit, Process
+from executorlib.launchers.mpi import MpiLauncher
+from executorlib.serialize import Frame
+from executorlib.transports.messages import Channel, Message
+from executorlib.worker.call import THREAD_VARIABLES
+
+# How long an agent may take to end after its connection was closed, in seconds. It only kills and reaps; five
+# seconds is its own limit for that.
+_AGENT_END_SECONDS = 10.0
+
+
+def boot_code(module: str, call: str) -> str:
+    """Python source that runs ``module.call`` with this process's import path.
+
+    The path is set before anything is imported, so that no file in the working directory takes a module's place.
+    """
+    return f"import sys; sys.path[:] = {sys.path!r}; from {module} import main; main{call}"
+
+
+class Surroundings:
+    """Environment, import path and arguments of this process, against what an agent was started with.
+
+    A worker sees the user's process as it is when its call starts, although it is forked from an older agent.
+    """
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        self._base = dict(environ)
+        self._seen: dict[str, str] | None = None
+        self._changes: dict[str, str | None] = {}
+
+    def changes(self) -> dict[str, Any]:
+        """What a worker has to set up to see this process as it is now."""
+        environ = os.environ.copy()
+        if environ != self._seen:
+            changes: dict[str, str | None] = {
+                name: value for name, value in environ.items() if self._base.get(name) != value
+            }
+            changes.update((name, None) for name in self._base if name not in environ)
+            self._seen, self._changes = environ, changes
+        setup: dict[str, Any] = {
+            "path": [str(entry) for entry in sys.path],
+            "argv": list(getattr(sys, "argv", [])),
+        }
+        if self._changes:
+            setup["env"] = self._changes
+        with contextlib.suppress(OSError):  # the working directory may have been removed
+            setup["cwd"] = os.getcwd()
+        return setup
+
+
+class PipeTransport:
+    """A stream to a worker of this node, driven by the loop's selector."""
+
+    def __init__(self, channel: Channel, events: Events) -> None:
+        self.channel = channel
+        self._events = events
+        self._waiting = False
+
+    def put(self, header: Any, frames: Sequence[Frame] = ()) -> int:
+        """See `Transport.put`."""
+        return self.channel.put(header, frames)
+
+    def flush(self) -> None:
+        """See `Transport.flush`."""
+        try:
+            done = self.channel.flush()
+        except OSError:
+            done = True  # the worker is gone; its exit is reported by the agent
+        if not done or self._waiting:
+            self._waiting = not done
+            self._events.watch_writable(self.channel, self._waiting, self.flush)
+
+    def close(self) -> None:
+        """See `Transport.close`."""
+        self.channel.close()
+
+
+@dataclass
+class _Child:
+    """A child of the agent, in stock or at work."""
+
+    number: int
+    pid: int
+    stderr: int
+    channel: Channel | None
+    permits: tuple[socket.socket, socket.socket] | None
+    process: Process | None = None
+
+
+class Agent:
+    """The executor's side of a node agent.
+
+    Args:
+        events: The loop.
+        spawn: Whether workers are new interpreters instead of forks.
+        pooled: Whether workers run call after call.
+        stock: Forked children to keep ready.
+        preload: Modules that the agent imports before it forks.
+        threads: Value of the thread variables in the agent, where modules are preloaded that read them.
+    """
+
+    def __init__(
+        self,
+        events: Events,
+        *,
+        spawn: bool,
+        pooled: bool,
+        stock: int,
+        preload: Sequence[str],
+        threads: int,
+    ) -> None:
+        self._events = events
+        self._spawn = spawn
+        self._pooled = pooled
+        self._stock_size = 0 if spawn or pooled else stock
+        self._preload = list(preload)
+        self._threads = threads
+        self._popen: subprocess.Popen[bytes] | None = None
+        self._channel: Channel | None = None
+        self._stderr = bytearray()
+        self._number = 0
+        self._wanted: dict[int, Process] = {}  # asked for, not started yet
+        self._orders = 0  # of these and of those for the stock, how many are on their way for the stock
+        self._stock: deque[_Child] = deque()
+        self._children: dict[int, _Child] = {}
+        self._by_worker: dict[int, _Child] = {}
+        self._host = socket.gethostname()
+        self._greeted = False
+        self.surroundings = Surroundings(os.environ)
+
+    # -- requests -------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the agent, if it does not run."""
+        if self._popen is not None:
+            return
+        ours, theirs = socket.socketpair()
+        environ = os.environ.copy()
+        self.surroundings = Surroundings(environ)
+        if self._preload:
+            environ.update(dict.fromkeys(THREAD_VARIABLES, str(self._threads)))
+        code = boot_code("executorlib.worker.agent", f"({theirs.fileno()}, {self._preload!r})")
+        error_read, error_write = os.pipe()
+        try:
+            with theirs:
+                self._popen = subprocess.Popen(
+                    [sys.executable, "-c", code],
+                    stdin=subprocess.DEVNULL,
+                    stderr=error_write,
+                    env=environ,
+                    pass_fds=[theirs.fileno()],
+                    start_new_session=True,
+                )
+        except OSError:
+            ours.close()
+            os.close(error_read)
+            raise
+        finally:
+            os.close(error_write)
+        self._greeted = False
+        self._stderr.clear()
+        self._error_fd = error_read
+        os.set_blocking(error_read, False)
+        self._events.watch(error_read, self._on_agent_stderr)
+        self._channel = Channel(ours)
+        self._events.watch(self._channel, self._on_readable)
+        self._order_stock()
+        self._flush()
+
+    def launch(self, process: Process) -> None:
+        """Give a worker a child from the stock, or ask for one."""
+        try:
+            self.start()
+        except OSError as error:
+            self._events.on_exit(process, Exit(None, f"the node agent could not be started: {error}"))
+            return
+        if self._stock:
+            self._assign(self._stock.popleft(), process)
+            self._order_stock()
+        else:
+            self._order(process)
+        self._flush()
+
+    def run(self, process: Process, argv: list[str], env: dict[str, str], cwd: str | None) -> None:
+        """Have the agent run a program, such as `mpiexec`, as a worker that connects back on its own."""
+        try:
+            self.start()
+        except OSError as error:
+            self._events.on_exit(process, Exit(None, f"the node agent could not be started: {error}"))
+            return
+        number = self._next_number()
+        self._wanted[number] = process
+        self._put(["start", number, {"argv": argv, "env": env, "cwd": cwd, "own_channel": True}])
+        self._flush()
+
+    def kill(self, process: Process, signal_number: int) -> None:
+        """Signal a worker's process group."""
+        child = self._by_worker.get(process.worker.number)
+        if child is not None:
+            self._put(["kill", child.number, signal_number])
+            self._flush()
+
+    def close(self) -> None:
+        """End the agent and with it all that it started."""
+        for child in list(self._children.values()):
+            self._forget(child)
+        self._stock.clear()
+        self._wanted.clear()
+        self._disconnect()
+
+    # -- the agent's messages -------------------------------------------------------------------------------------
+
+    def _on_readable(self) -> None:
+        channel = self._channel
+        assert channel is not None
+        messages, closed = channel.receive()
+        for message in messages:
+            self._on_message(message)
+        if closed and self._channel is channel:
+            self._on_agent_death()
+
+    def _on_message(self, message: Message) -> None:
+        kind, number, *rest = message.header
+        if kind == "started":
+            self._on_started(number, rest[0], message.fds)
+        elif kind == "exited":
+            child = self._children.get(number)
+            if child is not None:
+                self._on_child_exit(child, rest[0], describe_exit(rest[0]))
+        elif kind == "failed":
+            process = self._wanted.pop(number, None)
+            if process is None:
+                self._orders -= 1
+            else:
+                self._events.on_exit(process, Exit(None, f"the node agent could not start it: {rest[0]}"))
+        else:
+            self._greeted = True
+
+    def _on_started(self, number: int, pid: int, fds: list[int]) -> None:
+        stderr, *sockets = fds
+        os.set_blocking(stderr, False)
+        channel = Channel(socket.socket(fileno=sockets[0])) if sockets else None
+        permits = None
+        if len(sockets) == 3:
+            permits = (socket.socket(fileno=sockets[1]), socket.socket(fileno=sockets[2]))
+            permits[0].setblocking(False)
+        child = _Child(number, pid, stderr, channel, permits)
+        self._children[number] = child
+        process = self._wanted.pop(number, None)
+        if process is not None:
+            self._assign(child, process)
+            return
+        self._orders -= 1
+        self._stock.append(child)
+
+    def _assign(self, child: _Child, process: Process) -> None:
+        child.process = process
+        process.pid = child.pid
+        process.host = self._host
+        process.permits = child.permits
+        self._by_worker[process.worker.number] = child
+        self._events.watch(child.stderr, lambda: self._on_stderr(child))
+        if child.channel is not None:
+            channel = child.channel
+            process.transport = PipeTransport(channel, self._events)
+            self._events.watch(channel, lambda: self._on_channel(child))
+            self._events.on_connected(process)
+
+    def _on_channel(self, child: _Child) -> None:
+        if self._receive(child):
+            # End of stream; from now on only the exit counts.
+            assert child.channel is not None
+            self._events.unwatch(child.channel)
+
+    def _receive(self, child: _Child) -> bool:
+        """Deliver what a child sent; True at the end of the stream."""
+        assert child.channel is not None
+        messages, closed = child.channel.receive()
+        process = child.process
+        while messages:
+            message = messages.pop(0)
+            if process is not None:
+                self._events.on_message(process, message.header, message.frames)
+        return closed
+
+    def _on_stderr(self, child: _Child) -> None:
+        if child.process is not None and not _forward(child.stderr, child.process.stderr):
+            self._events.unwatch(child.stderr)
+
+    def _on_child_exit(self, child: _Child, status: int | None, text: str) -> None:
+        # What it sent before it died is in the socket by now.
+        if child.channel is not None:
+            self._receive(child)
+        process = child.process
+        if process is None:
+            if child in self._stock:
+                self._stock.remove(child)
+            self._forget(child)
+            return
+        _forward(child.stderr, process.stderr)
+        self._events.on_exit(process, Exit(status, text))
+        self._forget(child)
+
+    def _forget(self, child: _Child) -> None:
+        del self._children[child.number]
+        if child.process is not None:
+            self._events.unwatch(child.stderr)
+            if child.channel is not None:
+                self._events.unwatch(child.channel)
+            self._by_worker.pop(child.process.worker.number, None)
+        os.close(child.stderr)
+        if child.channel is not None:
+            child.channel.close()
+        for sock in child.permits or ():
+            sock.close()
+
+    # -- the agent's own end --------------------------------------------------------------------------------------
+
+    def _on_agent_stderr(self) -> None:
+        if not _forward(self._error_fd, self._stderr):
+            self._events.unwatch(self._error_fd)
+
+    def _on_agent_death(self) -> None:
+        _forward(self._error_fd, self._stderr)
+        status = self._disconnect()
+        how = describe_exit(status)
+        tail = tail_text(self._stderr)
+        text = f"the node agent that started it {how}" if self._greeted else f"the node agent {how} as it started"
+        if tail:
+            text += f"; its last words were:\n{tail}"
+        self._stock.clear()
+        self._orders = 0
+        wanted = list(self._wanted.values())
+        self._wanted.clear()
+        for child in list(self._children.values()):
+            # They die with their agent where the system can do that; elsewhere, and with what they started:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(child.pid, 9)
+            self._on_child_exit(child, None, text)
+        for process in wanted:
+            self._events.on_exit(process, Exit(None, text))
+
+    def _disconnect(self) -> int:
+        """Close the connection, which ends the agent; return its wait status."""
+        if self._popen is None or self._channel is None:
+            return 0
+        self._events.unwatch(self._channel)
+        self._events.unwatch(self._error_fd)
+        self._channel.close()
+        self._channel = None
+        popen, self._popen = self._popen, None
+        try:
+            code = popen.wait(_AGENT_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            popen.kill()
+            code = popen.wait()
+        os.close(self._error_fd)
+        return code << 8 if code >= 0 else -code
+
+    # -- orders ---------------------------------------------------------------------------------------------------
+
+    def _next_number(self) -> int:
+        self._number += 1
+        return self._number
+
+    def _order(self, process: Process) -> None:
+        number = self._next_number()
+        self._wanted[number] = process
+        self._put(["start", number, self._options()])
+
+    def _order_stock(self) -> None:
+        while len(self._stock) + self._orders < self._stock_size:
+            self._orders += 1
+            self._put(["start", self._next_number(), self._options()])
+
+    def _options(self) -> dict[str, Any]:
+        options: dict[str, Any] = {}
+        if self._pooled:
+            options["pooled"] = True
+        if self._spawn:
+            code = boot_code("executorlib.worker.__main__", f"({self._pooled})")
+            options["argv"] = [sys.executable, "-c", code]
+            options["env"] = os.environ.copy()
+        return options
+
+    def _put(self, header: list[Any]) -> None:
+        assert self._channel is not None
+        self._channel.put(header)
+
+    def _flush(self) -> None:
+        channel = self._channel
+        if channel is None:
+            return
+        try:
+            done = channel.flush()
+        except OSError:
+            return  # its end is read from the channel
+        self._events.watch_writable(channel, not done, self._flush)
+
+
+class LocalLauncher:
+    """Starts workers of one node: forked or spawned by an agent, or as ranks of an MPI world.
+
+    Args:
+        events: The loop.
+        spawn: Whether workers are new interpreters instead of forks.
+        pooled: Whether workers run call after call.
+        stock: Forked children to keep ready.
+        preload: Modules that an agent imports before it forks.
+        default_threads: `threads_per_core` of the executor, for the agent that is started first.
+    """
+
+    def __init__(
+        self,
+        events: Events,
+        *,
+        spawn: bool,
+        pooled: bool,
+        stock: int,
+        preload: Sequence[str],
+        default_threads: int,
+    ) -> None:
+        self._events = events
+        self._spawn = spawn
+        self._pooled = pooled
+        self._stock = stock
+        self._preload = preload
+        self._agents: dict[int, Agent] = {}
+        self._mpi: MpiLauncher | None = None
+        self._default_threads = default_threads
+
+    def prepare(self) -> None:
+        """See `Launcher.prepare`. A failure shows again, and is reported, with the first call."""
+        with contextlib.suppress(OSError):
+            self._agent(self._default_threads).start()
+
+    def _agent(self, threads: int) -> Agent:
+        # Libraries read the thread variables when they are loaded; preloaded ones do so in the agent, so every
+        # number of threads has an agent of its own then.
+        key = threads if self._preload else 0
+        agent = self._agents.get(key)
+        if agent is None:
+            agent = self._agents[key] = Agent(
+                self._events,
+                spawn=self._spawn,
+                pooled=self._pooled,
+                stock=self._stock,
+                preload=self._preload,
+                threads=threads,
+            )
+        return agent
+
+    def launch(self, process: Process) -> None:
+        """See `Launcher.launch`."""
+        agent = self._agent(process.resources.threads_per_core)
+        if process.resources.cores > 1:
+            if self._mpi is None:
+                self._mpi = MpiLauncher(self._events)
+            self._mpi.launch(process, agent, boot_code("executorlib.worker.mpi", f"({process.single})"))
+        else:
+            agent.launch(process)
+
+    def setup(self, process: Process) -> dict[str, Any]:
+        """See `Launcher.setup`."""
+        return self._agent(process.resources.threads_per_core).surroundings.changes()
+
+    def kill(self, process: Process, signal_number: int) -> None:
+        """See `Launcher.kill`."""
+        agent = self._agent(process.resources.threads_per_core)
+        if self._mpi is not None and process.resources.cores > 1 and signal_number == signal.SIGKILL:
+            self._mpi.end(process, agent)
+        else:
+            agent.kill(process, signal_number)
+
+    def close(self) -> None:
+        """See `Launcher.close`."""
+        for agent in self._agents.values():
+            agent.close()
+        if self._mpi is not None:
+            self._mpi.close()
+
+
+def _forward(fd: int, tail: bytearray) -> bool:
+    """Pass on what a process wrote to standard error, keeping its end; False at the end of it."""
+    while True:
+        try:
+            data = os.read(fd, 65536)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        if not data:
+            return False
+        tail += data
+        del tail[:-STDERR_TAIL_BYTES]
+        with contextlib.suppress(OSError):
+            os.write(2, data)
+
+
+def tail_text(stderr: bytes | bytearray) -> str:
+    """The last lines of what a process wrote, indented for an error text."""
+    lines = bytes(stderr).decode(errors="replace").rstrip().splitlines()[-20:]
+    return "\n".join(f"    {line}" for line in lines)

@@ -1,0 +1,203 @@
+"""MPI worlds on one node: `mpiexec` starts the ranks, and rank 0 connects back.
+
+`mpiexec` is run by the node agent, so a world is watched, and ended, like any other worker. Open MPI and MPICH are told
+apart by asking `mpiexec --version`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from executorlib.launchers.base import Events, Exit, Process
+from executorlib.serialize import Frame
+from executorlib.worker.call import THREAD_VARIABLES
+
+if TYPE_CHECKING:
+    from executorlib.launchers.local import Agent
+    from executorlib.transports.router import Router
+
+_INSTALL = (
+    'Install both with `pip install "executorlib[mpi]"`, or load your cluster\'s MPI module and '
+    "`pip install mpi4py` for it."
+)
+# Between asking a world to end, so that mpiexec can tidy up, and killing it, in seconds.
+_GRACE_SECONDS = 2.0
+# What a world that has given its result may take for MPI_Finalize and exit handlers, in seconds.
+_FINALIZE_SECONDS = 10.0
+# Left behind by a launcher that started the user's process itself; a new world must not join that one.
+_FOREIGN_PREFIXES = ("PMI_", "PMIX_", "OMPI_COMM_WORLD_", "HYDI_")
+
+
+@dataclass(frozen=True)
+class Mpiexec:
+    """An MPI launcher.
+
+    Attributes:
+        path: The program.
+        is_open_mpi: Whether it is Open MPI's; otherwise it is taken for MPICH's or one that behaves like it.
+        version: First line of what it says of itself.
+    """
+
+    path: str
+    is_open_mpi: bool
+    version: str
+
+    def command(self, ranks: int, program: list[str], oversubscribe: bool) -> list[str]:
+        """The command that runs a program on so many ranks."""
+        options: list[str] = []
+        if self.is_open_mpi:
+            # Cores are given out by the ledger; a binding of mpiexec's own would put all worlds on the same ones.
+            options += ["--bind-to", "none"]
+            if oversubscribe:
+                options.append("--oversubscribe")
+        return [self.path, "-n", str(ranks), *options, *program]
+
+    def environment(self) -> dict[str, str]:
+        """Variables that it needs."""
+        if self.is_open_mpi and os.geteuid() == 0:
+            # Open MPI refuses to run as root unless told twice; in containers there often is nobody else.
+            return {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+        return {}
+
+
+def find_mpiexec() -> Mpiexec:
+    """Find `mpiexec`: beside this interpreter (where PyPI's wheels put it), then on PATH.
+
+    Raises:
+        FileNotFoundError: There is none.
+        RuntimeError: It does not answer `--version`.
+    """
+    beside = os.path.join(os.path.dirname(sys.executable), "mpiexec")
+    path = beside if os.access(beside, os.X_OK) else shutil.which("mpiexec")
+    if path is None:
+        raise FileNotFoundError(f"a call with cores > 1 needs `mpiexec`, which is not on PATH. {_INSTALL}")
+    return _ask(path)
+
+
+@functools.lru_cache
+def _ask(path: str) -> Mpiexec:
+    environ = {**os.environ, "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    try:
+        answer = subprocess.run(
+            [path, "--version"],
+            capture_output=True,
+            text=True,
+            timeout=30,
+            stdin=subprocess.DEVNULL,
+            env=environ,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise RuntimeError(f"`{path} --version` does not work: {error}. {_INSTALL}") from error
+    text = answer.stdout + answer.stderr
+    is_open_mpi = any(name in text for name in ("Open MPI", "OpenRTE", "PRRTE", "prterun"))
+    return Mpiexec(path, is_open_mpi, text.strip().partition("\n")[0])
+
+
+def check_mpi() -> BaseException | None:
+    """Why MPI calls cannot run here, or None. Asks the launcher once, which may take a tenth of a second."""
+    try:
+        find_mpiexec()
+    except (OSError, RuntimeError) as error:
+        return error
+    if importlib.util.find_spec("mpi4py") is None:
+        return ModuleNotFoundError(f"a call with cores > 1 needs the package mpi4py, which is missing. {_INSTALL}")
+    return None
+
+
+class MpiLauncher:
+    """Starts worlds and connects them to the loop.
+
+    Args:
+        events: The loop.
+    """
+
+    def __init__(self, events: Events) -> None:
+        self._events = events
+        self._router: Router | None = None
+        self._processes: dict[bytes, tuple[Process, Agent]] = {}
+
+    def launch(self, process: Process, agent: Agent, code: str) -> None:
+        """Start the ranks of a world.
+
+        Args:
+            process: The worker that the world is.
+            agent: Runs `mpiexec`.
+            code: Python source that each rank runs.
+        """
+        error = check_mpi()
+        if error is not None:
+            self._events.on_exit(process, Exit(None, str(error), error))
+            return
+        if self._router is None:
+            from executorlib.transports.router import Router
+
+            self._router = Router(self._events, self._on_message)
+        from executorlib.transports.router import CONNECTION_VARIABLE
+
+        resources = process.resources
+        mpiexec = find_mpiexec()
+        identity = str(process.worker.number)
+        env = {name: value for name, value in os.environ.items() if not name.startswith(_FOREIGN_PREFIXES)}
+        env.update(mpiexec.environment())
+        env.update(dict.fromkeys(THREAD_VARIABLES, str(resources.threads_per_core)))
+        env[CONNECTION_VARIABLE] = self._router.credentials(identity)
+        argv = mpiexec.command(resources.cores, [sys.executable, "-c", code], resources.openmpi_oversubscribe)
+        self._processes[identity.encode()] = process, agent
+        agent.run(process, argv, env, resources.cwd)
+
+    def _on_message(self, peer: bytes, header: list[Any], frames: list[Frame]) -> None:
+        from executorlib.transports.router import RouterTransport
+
+        identity, _, _ = peer.partition(b".")
+        known = self._processes.get(identity)
+        if known is None or self._router is None:
+            return  # a rank of a world that was given up
+        process, agent = known
+        if header[0] != "hello":
+            self._events.on_message(process, header, frames)
+            if header[0] == "error":
+                self.end(process, agent)
+            elif header[0] == "result" and header[1] and process.single:
+                self._events.call_later(_FINALIZE_SECONDS, lambda: self._kill_if_alive(identity))
+            return
+        _, size, library = header
+        if size != process.resources.cores:
+            process.verdict = RuntimeError(
+                f"mpiexec started {process.resources.cores} ranks, but mpi4py sees a world of size {size}: mpi4py runs "
+                f"on another MPI ({library}) than {find_mpiexec().path} ({find_mpiexec().version}). Results would be "
+                f"wrong. Use an mpi4py that was built for this MPI. {_INSTALL}"
+            )
+            self.end(process, agent)
+            return
+        process.transport = RouterTransport(self._router, peer)
+        self._events.on_connected(process)
+
+    def end(self, process: Process, agent: Agent) -> None:
+        """End a world: gently, then, after a grace, by force."""
+        agent.kill(process, signal.SIGTERM)
+        identity = str(process.worker.number).encode()
+        self._events.call_later(_GRACE_SECONDS, lambda: self._kill_if_alive(identity))
+
+    def _kill_if_alive(self, identity: bytes) -> None:
+        known = self._processes.get(identity)
+        if known is not None:
+            process, agent = known
+            agent.kill(process, signal.SIGKILL)
+
+    def forget(self, process: Process) -> None:
+        """The world is gone."""
+        self._processes.pop(str(process.worker.number).encode(), None)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._processes.clear()
+        if self._router is not None:
+            self._router.close()

@@ -1,0 +1,210 @@
+"""Nodes, cores and GPUs: what there is, what is free, and who holds which.
+
+Pure bookkeeping: no I/O, no clock. Finding room costs the same for one node and for ten thousand, because
+nodes are kept in buckets by what is free on them, and a bit mask says which buckets hold any.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from executorlib.resources import Demand
+
+
+class Node:
+    """A machine's share in the ledger.
+
+    Args:
+        name: Host name.
+        cores: Core (CPU) numbers.
+        gpus: GPU device names.
+    """
+
+    __slots__ = ("free_cores", "free_gpus", "name", "reserved", "total_cores", "total_gpus")
+
+    def __init__(self, name: str, cores: Iterable[int], gpus: Iterable[str] = ()) -> None:
+        self.name = name
+        # Used as stacks from the end; reversed so that the lowest numbers go first.
+        self.free_cores = list(cores)[::-1]
+        self.free_gpus = list(gpus)[::-1]
+        self.total_cores = len(self.free_cores)
+        self.total_gpus = len(self.free_gpus)
+        self.reserved = False
+
+    def cores_for(self, demand: Demand) -> int:
+        """Cores that the demand takes on this node."""
+        return self.total_cores if demand.exclusive else demand.cores
+
+    def could_hold(self, demand: Demand) -> bool:
+        """Whether the demand fits on the node when it is empty."""
+        return demand.cores <= self.total_cores and demand.gpus <= self.total_gpus
+
+
+class Allocation:
+    """What one call or worker holds, until it is given back with `Ledger.release`.
+
+    Attributes:
+        node: The node.
+        cores: Core numbers held on it.
+        gpus: GPU device names held on it.
+    """
+
+    __slots__ = ("cores", "gpus", "node")
+
+    def __init__(self, node: Node, cores: list[int], gpus: list[str]) -> None:
+        self.node = node
+        self.cores = cores
+        self.gpus = gpus
+
+    def __repr__(self) -> str:
+        return f"<allocation on {self.node.name}: cores {self.cores}, gpus {self.gpus}>"
+
+
+class Ledger:
+    """The free resources of a set of nodes.
+
+    Args:
+        nodes: The nodes.
+    """
+
+    def __init__(self, nodes: Sequence[Node]) -> None:
+        self.nodes = list(nodes)
+        most_gpus = max((node.total_gpus for node in self.nodes), default=0)
+        most_cores = max((node.total_cores for node in self.nodes), default=0)
+        # _buckets[g][c]: nodes with g GPUs and c cores free, in the order in which they got there.
+        self._buckets: list[list[dict[Node, None]]] = [
+            [{} for _ in range(most_cores + 1)] for _ in range(most_gpus + 1)
+        ]
+        self._masks = [0] * (most_gpus + 1)
+        for node in self.nodes:
+            self._insert(node)
+
+    def could_hold(self, demand: Demand) -> bool:
+        """Whether the demand can be met at all, once enough is free."""
+        return any(node.could_hold(demand) for node in self.nodes)
+
+    def allocate(self, demand: Demand) -> Allocation | None:
+        """Take what the demand needs from one node, the fullest that has it; None where none has.
+
+        Nodes with few free GPUs come first, so that calls without GPUs leave the others to those that need them.
+        """
+        need = demand.cores
+        if demand.exclusive:
+            node = self._idle_node(demand)
+            if node is None:
+                return None
+        else:
+            for gpus in range(demand.gpus, len(self._masks)):
+                mask = self._masks[gpus] >> need
+                if mask:
+                    cores = need + (mask & -mask).bit_length() - 1
+                    node = next(iter(self._buckets[gpus][cores]))
+                    break
+            else:
+                return None
+        return self._take(node, demand)
+
+    def reserve(self, demand: Demand) -> Node | None:
+        """Withhold from everybody else the node on which the demand will fit soonest (most of it is free).
+
+        Returns:
+            The node, for `allocate_reserved` and `unreserve`; None where no node could ever hold the demand.
+        """
+        able = [node for node in self.nodes if not node.reserved and node.could_hold(demand)]
+        if not able:
+            return None
+        node = max(able, key=lambda node: (len(node.free_cores), len(node.free_gpus)))
+        self._remove(node)
+        node.reserved = True
+        return node
+
+    def allocate_reserved(self, node: Node, demand: Demand) -> Allocation | None:
+        """Take the demand from a reserved node if it fits by now; the reservation ends with that."""
+        if len(node.free_cores) < node.cores_for(demand) or len(node.free_gpus) < demand.gpus:
+            return None
+        self.unreserve(node)
+        return self._take(node, demand)
+
+    def unreserve(self, node: Node) -> None:
+        """End a reservation."""
+        node.reserved = False
+        self._insert(node)
+
+    def release(self, allocation: Allocation) -> None:
+        """Give back what was taken."""
+        node = allocation.node
+        if not node.reserved:
+            self._remove(node)
+        node.free_cores += allocation.cores
+        node.free_gpus += allocation.gpus
+        if not node.reserved:
+            self._insert(node)
+
+    def grow(self, node: Node, cores: Iterable[int]) -> None:
+        """Add cores to a node."""
+        added = list(cores)
+        if not node.reserved:
+            self._remove(node)
+        node.free_cores[:0] = added
+        node.total_cores += len(added)
+        for row in self._buckets:
+            row += [{} for _ in range(node.total_cores + 1 - len(row))]
+        if not node.reserved:
+            self._insert(node)
+
+    def free(self) -> tuple[int, int]:
+        """Cores and GPUs that are free now, over all nodes."""
+        return sum(len(node.free_cores) for node in self.nodes), sum(len(node.free_gpus) for node in self.nodes)
+
+    def check_invariants(self) -> None:
+        """Raise AssertionError where the index and the nodes disagree."""
+        for gpus, row in enumerate(self._buckets):
+            for cores, bucket in enumerate(row):
+                assert bool(bucket) == bool(self._masks[gpus] >> cores & 1)
+                for node in bucket:
+                    assert (len(node.free_gpus), len(node.free_cores)) == (gpus, cores)
+                    assert not node.reserved
+        indexed = sum(len(bucket) for row in self._buckets for bucket in row)
+        assert indexed == sum(not node.reserved for node in self.nodes)
+        for node in self.nodes:
+            assert len(set(node.free_cores)) == len(node.free_cores) <= node.total_cores
+            assert len(set(node.free_gpus)) == len(node.free_gpus) <= node.total_gpus
+
+    def _idle_node(self, demand: Demand) -> Node | None:
+        for gpus in range(demand.gpus, len(self._masks)):
+            for bucket in self._buckets[gpus][demand.cores :]:
+                for node in bucket:
+                    if len(node.free_cores) == node.total_cores:
+                        return node
+        return None
+
+    def _take(self, node: Node, demand: Demand) -> Allocation:
+        self._remove(node)
+        cores = _pop(node.free_cores, node.cores_for(demand))
+        gpus = _pop(node.free_gpus, demand.gpus)
+        self._insert(node)
+        return Allocation(node, cores, gpus)
+
+    def _insert(self, node: Node) -> None:
+        gpus, cores = len(node.free_gpus), len(node.free_cores)
+        self._buckets[gpus][cores][node] = None
+        self._masks[gpus] |= 1 << cores
+
+    def _remove(self, node: Node) -> None:
+        gpus, cores = len(node.free_gpus), len(node.free_cores)
+        bucket = self._buckets[gpus][cores]
+        del bucket[node]
+        if not bucket:
+            self._masks[gpus] &= ~(1 << cores)
+
+
+def _pop(stack: list[int] | list[str], count: int) -> list:  # type: ignore[type-arg]
+    if count == 0:
+        return []
+    if count == 1:
+        return [stack.pop()]
+    # Neighbouring cores share caches, and GPUs links, so several are taken in order.
+    stack.sort(reverse=True)
+    taken = stack[-count:][::-1]
+    del stack[-count:]
+    return taken

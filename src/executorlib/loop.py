@@ -1,0 +1,739 @@
+"""The one thread of an executor: waits for everything at once and carries out what the scheduler decides.
+
+    submit ──post──▶ inbox ─┐                       ┌─▶ Launch, Kill ─▶ launcher
+    cancel, inputs ─post──▶ ├─▶ scheduler.on_… ─▶ effects ─▶ Send, Recall, Stop ─▶ transport
+    sockets, exits, timers ─┘                       └─▶ LookUp, Fail ─▶ cache, futures
+
+One turn: (1) hand the events in the inbox to the scheduler, (2) carry out its effects, so that workers have work again,
+(3) only then unpickle results and resolve their futures, whose callbacks may fill the inbox anew, (4) sleep until a
+descriptor is ready, a timer is due or another thread posts.
+
+All state of calls and workers belongs to this thread. Other threads only append to the inbox. Nothing here blocks
+but the wait itself; the one exception is `close` at the very end.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import logging
+import os
+import selectors
+import signal
+import socket
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, InvalidStateError
+from typing import Any
+
+from executorlib import serialize
+from executorlib.errors import ExecutorlibSocketError, RemoteTraceback
+from executorlib.futures import fill_in, input_error
+from executorlib.launchers.base import Events, Exit, Launcher, Process
+from executorlib.launchers.local import tail_text
+from executorlib.resources import Demand, Resources
+from executorlib.scheduler import (
+    BlockScheduler,
+    Fail,
+    FreshScheduler,
+    Kill,
+    Launch,
+    LookUp,
+    Recall,
+    Scheduler,
+    Send,
+    Stop,
+    Worker,
+)
+from executorlib.serialize import Frame
+from executorlib.task import CANCELLED, FAILED, RUNNING, CallFuture, Task
+from executorlib.worker.call import PERMIT
+
+logger = logging.getLogger("executorlib")
+
+# Functions that one worker keeps the pickles of; beyond that they are sent anew.
+_FUNCTIONS_PER_WORKER = 256
+
+# Between SIGINT or SIGTERM and SIGKILL, in seconds: time for a function to tidy up.
+_GRACE_SECONDS = 2.0
+
+
+class _InputDone:
+    """Tells the loop that an input of a call is done, and keeps nothing of the call afterwards.
+
+    Futures keep their callbacks for ever, so a plain reference would keep every later result of a chain alive.
+    """
+
+    __slots__ = ("_loop", "_task")
+
+    def __init__(self, loop: Loop, task: Task) -> None:
+        self._loop: Loop | None = loop
+        self._task: Task | None = task
+
+    def __call__(self, future: Future[Any]) -> None:
+        loop, task = self._loop, self._task
+        self._loop = self._task = None
+        if loop is not None and task is not None:
+            loop.post(loop.on_input_done, task, input_error(future))
+
+
+class _Cancelled:
+    """Tells the loop that a call's future was cancelled, and keeps nothing of the call afterwards."""
+
+    __slots__ = ("_loop", "_task")
+
+    def __init__(self, loop: Loop, task: Task) -> None:
+        self._loop = loop
+        self._task = task
+
+    def __call__(self) -> None:
+        self._loop.post(self._loop.on_cancelled, self._task)
+
+
+class Loop(Events):
+    """Runs the calls of one executor.
+
+    Args:
+        scheduler: Decides.
+        make_launcher: Makes what starts workers, given the loop.
+        block_resources: Resources of each worker of a block; None where every call has a worker of its own.
+        init_function: Runs once in every worker of a block.
+        pin: Whether to pin workers to the cores of their allocation.
+        log_sizes: Whether to log the size of each message.
+        name: Of the thread.
+    """
+
+    def __init__(
+        self,
+        scheduler: FreshScheduler | BlockScheduler,
+        make_launcher: Callable[[Events], Launcher],
+        *,
+        block_resources: Resources | None,
+        init_function: Callable[[], dict[str, Any]] | None,
+        pin: bool,
+        log_sizes: bool,
+        name: str,
+    ) -> None:
+        self.scheduler: Scheduler = scheduler
+        self._block = scheduler if isinstance(scheduler, BlockScheduler) else None
+        self._block_resources = block_resources
+        self._init_function = init_function
+        self._pin = pin
+        self._log_sizes = log_sizes
+        self._next_number = 1
+        self._submit_lock = threading.Lock()
+        self._refusal = ""  # why submit is refused
+        self._inbox: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
+        self._sleeping = False
+        self._closing = False
+        self._tasks: dict[int, Task] = {}
+        self._processes: dict[int, Process] = {}
+        self._results: list[tuple[Task, list[Any], list[Frame]]] = []
+        self._broken_by: BaseException | None = None
+        self._last_death = ""
+        self._timers: list[tuple[float, int, Callable[[], None]]] = []
+        self._timer_numbers = itertools.count()
+        self._function_pickler = serialize.FunctionPickler()
+        self._function_numbers: dict[bytes, int] = {}
+        self._function_counter = itertools.count(1)
+        self._known_functions: dict[int, set[int]] = {}
+        self._pid = os.getpid()
+        self._wake_read, self._wake_write = socket.socketpair()
+        self._wake_read.setblocking(False)
+        self._wake_write.setblocking(False)
+        self._selector = selectors.DefaultSelector()
+        self._callbacks: dict[int, list[Callable[[], None] | None]] = {}
+        self.watch(self._wake_read, self._on_wake)
+        self._launcher = make_launcher(self)
+        self._thread = threading.Thread(target=self._run, name=name, daemon=False)
+        _loops.add(self)
+        self._thread.start()
+
+    # -- called from any thread ---------------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        fn: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        future: Future[Any],
+        resources: Resources,
+        demand: Demand,
+        inputs: list[Future[Any]],
+    ) -> None:
+        """Take a call.
+
+        Args:
+            fn, args, kwargs: The call.
+            future: Its future, pending.
+            resources: What it needs; checked.
+            demand: What it takes from the ledger.
+            inputs: Futures among the arguments.
+
+        Raises:
+            RuntimeError: The executor was shut down, or belongs to another process.
+        """
+        with self._submit_lock:
+            # Under the lock: after a shutdown has been posted no call can follow it.
+            self.check_open()
+            number = self._next_number
+            self._next_number = number + 1
+            task = Task(number, fn, args, kwargs, future, resources, demand, len(inputs))
+            if isinstance(future, CallFuture):
+                future.on_cancel = _Cancelled(self, task)
+            self.post(self._on_submit, task)
+        if inputs:
+            for source in inputs:
+                source.add_done_callback(_InputDone(self, task))
+
+    def check_open(self) -> None:
+        """Raise RuntimeError if calls are not taken (any more)."""
+        if self._refusal:
+            raise RuntimeError(self._refusal)
+
+    def post(self, function: Callable[..., None], *args: Any) -> None:
+        """Have a function called in the loop's thread."""
+        self._inbox.append((function, args))
+        # The loop sets the flag, then looks into the inbox, then sleeps: either it sees this entry or we see the flag.
+        if self._sleeping:
+            self._sleeping = False
+            try:
+                self._wake_write.send(b"\0")
+            except OSError:
+                pass  # full: it is awake already; closed: it has ended
+
+    def shutdown(self, cancel: bool, reason: str = "cannot schedule new futures after shutdown") -> None:
+        """Take no more calls; end once those at hand are over.
+
+        Args:
+            cancel: Whether calls that have not started are cancelled.
+            reason: What later submits are told.
+        """
+        with self._submit_lock:
+            if not self._refusal:
+                self._refusal = reason
+            self.post(self._on_shutdown, cancel)
+
+    def end_workers(self, signal_number: int) -> None:
+        """Signal the workers that run calls; those that are still there a little later are killed."""
+        self.post(self._on_end_workers, signal_number)
+
+    def resize(self, size: int) -> None:
+        """Set the number of workers of a block."""
+        self.post(self._on_resize, size)
+
+    def join(self) -> None:
+        """Wait until the loop has ended."""
+        if threading.current_thread() is not self._thread and self._pid == os.getpid():
+            self._thread.join()
+
+    @property
+    def waiting(self) -> int:
+        """Calls that have not started."""
+        return self.scheduler.not_started + self._next_number - 1 - self.scheduler.submitted
+
+    # -- events from the inbox ----------------------------------------------------------------------------------------
+
+    def _on_submit(self, task: Task) -> None:
+        self._tasks[task.number] = task
+        self.scheduler.on_submit(task)
+
+    def on_input_done(self, task: Task, error: BaseException | None) -> None:
+        """One of a call's inputs is done."""
+        if task.over:
+            return
+        if error is not None:
+            self._fail(task, error)
+            return
+        if task.missing == 1:  # the last one
+            try:
+                task.args, task.kwargs = fill_in(task.args), fill_in(task.kwargs)
+            except Exception as caught:
+                self._fail(task, caught)
+                return
+        self.scheduler.on_input(task)
+
+    def on_cancelled(self, task: Task) -> None:
+        """A call's future was cancelled."""
+        if not task.over:
+            self.scheduler.on_cancel(task)
+            self._announce(task)
+            self._drop(task)
+
+    def _on_shutdown(self, cancel: bool) -> None:
+        self._closing = True
+        if cancel:
+            for task in list(self._tasks.values()):
+                if not task.announced and task.future.cancel():
+                    self.on_cancelled(task)
+
+    def _on_end_workers(self, signal_number: int) -> None:
+        if self._block is not None:
+            self._block.on_break("the workers were ended")
+        for process in list(self._processes.values()):
+            if process.worker.calls:
+                self._launcher.kill(process, signal_number)
+        if signal_number != signal.SIGKILL:
+            self.call_later(_GRACE_SECONDS, lambda: self._on_end_workers(signal.SIGKILL))
+
+    def _on_resize(self, size: int) -> None:
+        if self._block is not None:
+            self._block.on_resize(size)
+
+    # -- the thread ---------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            self._launcher.prepare()
+            while True:
+                while self._work():
+                    pass
+                if self._closing and not self._tasks:
+                    break
+                self._wait()
+        except BaseException as error:
+            self._crash(error)
+        finally:
+            self._end()
+
+    def _work(self) -> bool:
+        """Handle what is at hand; False when there was nothing."""
+        inbox = self._inbox
+        busy = bool(inbox)
+        while inbox:
+            function, args = inbox.popleft()
+            function(*args)
+        effects = self.scheduler.take_effects()
+        for effect in effects:
+            self._carry_out(effect)
+        results, self._results = self._results, []
+        for task, header, frames in results:
+            self._resolve(task, header, frames)
+        return busy or bool(effects) or bool(results)
+
+    def _wait(self) -> None:
+        """Sleep until something happens, and take it in."""
+        timeout = None
+        if self._timers:
+            timeout = max(0.0, self._timers[0][0] - time.monotonic())
+        self._sleeping = True
+        if self._inbox:
+            timeout = 0
+        ready = self._selector.select(timeout)
+        self._sleeping = False
+        for key, mask in ready:
+            callbacks = self._callbacks.get(key.fd)
+            if callbacks is None:
+                continue  # unwatched by an earlier one of this turn
+            if mask & selectors.EVENT_WRITE and callbacks[1] is not None:
+                callbacks[1]()
+            if mask & selectors.EVENT_READ and callbacks[0] is not None and key.fd in self._callbacks:
+                callbacks[0]()
+        while self._timers and self._timers[0][0] <= time.monotonic():
+            heapq.heappop(self._timers)[2]()
+
+    def _carry_out(self, effect: object) -> None:
+        if isinstance(effect, Send):
+            self._send(effect.worker, effect.tasks)
+        elif isinstance(effect, Launch):
+            self._launch(effect.worker, effect.task)
+        elif isinstance(effect, LookUp):
+            self._look_up(effect.task)
+        elif isinstance(effect, Kill):
+            self._kill(effect.worker)
+        elif isinstance(effect, Recall):
+            self._recall(effect.worker, effect.most)
+        elif isinstance(effect, Stop):
+            self._stop(effect.worker)
+        elif isinstance(effect, Fail):
+            error = self._broken_by or ExecutorlibSocketError(
+                f"Call {effect.task.number} of {effect.task.name} was not run: {effect.reason}. {self._last_death}"
+            )
+            self._conclude(effect.task, None, error)
+
+    # -- effects ------------------------------------------------------------------------------------------------------
+
+    def _launch(self, worker: Worker, task: Task | None) -> None:
+        resources = task.resources if task is not None else self._block_resources
+        assert resources is not None
+        process = Process(worker, resources, single=self._block is None)
+        self._processes[worker.number] = process
+        self._launcher.launch(process)
+
+    def _send(self, worker: Worker, tasks: list[Task]) -> None:
+        process = self._processes[worker.number]
+        transport = process.transport
+        assert transport is not None
+        sent = []
+        for task in tasks:
+            if not self._announce(task):
+                self.scheduler.on_unsent(worker, task, CANCELLED)
+                self._drop(task)
+                continue
+            try:
+                self._put_call(process, task)
+            except Exception as error:
+                self.scheduler.on_unsent(worker, task, FAILED)
+                self._conclude(task, None, self._advise_unpicklable(task, error))
+                continue
+            sent.append(task.number)
+            if task.resources.run_time_max is not None:
+                self._set_deadline(process, task, task.resources.run_time_max)
+        if sent:
+            if process.permits is not None:
+                process.permits[0].send(b"".join(map(PERMIT.pack, sent)))
+            transport.flush()
+
+    def _put_call(self, process: Process, task: Task) -> None:
+        transport = process.transport
+        assert transport is not None and task.fn is not None
+        function = self._function_pickler.dumps(task.fn, task.number, self._next_number)
+        arguments = serialize.dumps_arguments(task.args, task.kwargs)
+        options: dict[str, Any] = {}
+        resources = task.resources
+        if resources.error_log_file is not None:
+            options["error_log_file"] = resources.error_log_file
+        if task.cache_path is not None:
+            options["cache"] = task.cache_path
+            options["resources"] = resources.as_dict()
+        number = self._function_numbers.get(function)
+        if number is None:
+            if len(self._function_numbers) >= _FUNCTIONS_PER_WORKER:
+                self._function_numbers.clear()
+            number = self._function_numbers[function] = next(self._function_counter)
+        known = self._known_functions.setdefault(process.worker.number, set())
+        frames: list[Frame] = arguments
+        if number not in known:
+            if len(known) >= _FUNCTIONS_PER_WORKER:
+                transport.put(["forget"])
+                known.clear()
+            known.add(number)
+            options["new"] = True
+            frames = [function, *arguments]
+        size = transport.put(["call", task.number, number, options], frames)
+        if self._log_sizes:
+            logger.warning("call %d of %s: sent %d bytes", task.number, task.name, size)
+
+    def _kill(self, worker: Worker) -> None:
+        process = self._processes.get(worker.number)
+        if process is not None:
+            self._launcher.kill(process, signal.SIGKILL)
+
+    def _stop(self, worker: Worker) -> None:
+        process = self._processes[worker.number]
+        if process.permits is not None:
+            process.permits[0].send(PERMIT.pack(0))
+        elif process.transport is not None:
+            process.transport.put(["stop"])
+            process.transport.flush()
+
+    def _recall(self, worker: Worker, count: int) -> None:
+        tasks = self._take_back(self._processes[worker.number], count)
+        if tasks and self._block is not None:
+            self._block.on_recalled(worker, tasks)
+
+    def _take_back(self, process: Process, count: int) -> list[Task]:
+        """Read the numbers of calls that the worker has not read: these it will not start."""
+        if process.permits is None or count < 1:
+            return []
+        try:
+            data = process.permits[1].recv(count * PERMIT.size, socket.MSG_DONTWAIT)
+        except OSError:
+            return []
+        numbers = [number for (number,) in PERMIT.iter_unpack(data)]
+        return [self._tasks[number] for number in numbers if number in self._tasks]
+
+    def _look_up(self, task: Task) -> None:
+        from executorlib import cache, fingerprint
+
+        resources = task.resources
+        assert task.fn is not None and resources.cache_directory is not None
+        try:
+            key = resources.cache_key or fingerprint.call_key(task.fn, task.args, task.kwargs)
+            task.cache_path = str(cache.entry_path(resources.cache_directory, key, "o"))
+            output = cache.read_output(task.cache_path)
+        except Exception as error:
+            self._fail(task, error)
+            return
+        if output is None:
+            self.scheduler.on_missed(task)
+        else:
+            self.scheduler.on_found(task)
+            self._conclude(task, output.value, output.error)
+
+    # -- launcher events ----------------------------------------------------------------------------------------------
+
+    def on_connected(self, process: Process) -> None:
+        """See `Events.on_connected`."""
+        worker, resources = process.worker, process.resources
+        setup = self._launcher.setup(process)
+        setup["slot"] = worker.slot
+        setup["threads"] = resources.threads_per_core
+        if resources.cwd is not None:
+            setup["cwd"] = resources.cwd
+        if self._pin:
+            setup["cores"] = worker.allocation.cores
+        setup["gpus"] = worker.allocation.gpus
+        transport = process.transport
+        assert transport is not None
+        frames: list[Frame] = []
+        if self._init_function is not None:
+            try:
+                frames = serialize.dumps(self._init_function)
+            except Exception as error:
+                self._break(error)
+                self._kill(worker)
+                return
+        transport.put(["setup", setup], frames)
+        if self._block is None:
+            self.scheduler.on_started(worker)
+        else:
+            transport.flush()
+
+    def on_message(self, process: Process, header: list[Any], frames: list[Frame]) -> None:
+        """See `Events.on_message`."""
+        kind, *rest = header
+        worker = process.worker
+        if kind == "ready":
+            self.scheduler.on_started(worker, lookahead=process.permits is not None)
+            return
+        number, seconds, text = rest
+        if number == 0:  # not in a call, but before: setting up, or the init function
+            self._on_setup_error(process, frames, text)
+            return
+        task = self._tasks.get(number)
+        if task is None or task.state is not RUNNING:
+            return  # over already: timed out, or another rank was first
+        if self._log_sizes:
+            size = sum(frame.nbytes if isinstance(frame, memoryview) else len(frame) for frame in frames)
+            logger.warning("call %d of %s: received %d bytes", task.number, task.name, size)
+        self.scheduler.on_result(worker, task, seconds, failed=kind == "error")
+        if kind == "error" and self._block is not None and process.resources.cores > 1:
+            # The launcher ends the world, whose other ranks may wait for the failed one for ever; it is replaced.
+            self._block.on_planned_exit(worker)
+        self._results.append((task, header, frames))
+
+    def _on_setup_error(self, process: Process, frames: list[Frame], text: str) -> None:
+        error = self._load_error(frames, text, "the worker's set-up")
+        if self._block is not None:
+            self._break(error)
+        else:
+            process.verdict = error
+
+    def on_exit(self, process: Process, exit: Exit) -> None:
+        """See `Events.on_exit`."""
+        worker = process.worker
+        del self._processes[worker.number]
+        self._known_functions.pop(worker.number, None)
+        recalled = self._take_back(process, len(worker.calls))
+        expected = worker.stopping
+        lost = self.scheduler.on_exit(worker, recalled)
+        where = f" (process {process.pid} on {process.host})" if process.pid else ""
+        tail = tail_text(process.stderr)
+        said = f" Its last lines on standard error:\n{tail}" if tail else " It wrote nothing to standard error."
+        if not expected:
+            self._last_death = f"The last worker to die{where}: {exit.text}.{said}"
+        for task in lost:
+            error = (
+                process.verdict
+                or exit.error
+                or ExecutorlibSocketError(
+                    f"Call {task.number} of {task.name} has no result: its worker{where} ended before it gave one; "
+                    f"{exit.text}. Only this call fails; it can be submitted again.{said}"
+                )
+            )
+            self._conclude(task, None, error)
+
+    # -- deadlines ----------------------------------------------------------------------------------------------------
+
+    def call_later(self, seconds: float, callback: Callable[[], None]) -> None:
+        """See `Events.call_later`."""
+        heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._timer_numbers), callback))
+
+    def _set_deadline(self, process: Process, task: Task, seconds: float) -> None:
+        number = task.number
+
+        def expire() -> None:
+            task = self._tasks.get(number)
+            worker = process.worker
+            if task is None or task.state is not RUNNING or task not in worker.calls:
+                return
+            process.verdict = TimeoutError(
+                f"Call {number} of {task.name} ran longer than its run_time_max of {seconds:g} s and was ended; "
+                "give it more time with resource_dict={'run_time_max': seconds}."
+            )
+            if self._block is not None:
+                self._block.on_planned_exit(worker)
+            self._kill(worker)
+
+        self.call_later(seconds, expire)
+
+    # -- futures ------------------------------------------------------------------------------------------------------
+
+    def _announce(self, task: Task) -> bool:
+        """Tell a future that its call starts; False where it was cancelled."""
+        if not task.announced:
+            task.announced = True
+            return task.future.set_running_or_notify_cancel()
+        return True
+
+    def _resolve(self, task: Task, header: list[Any], frames: list[Frame]) -> None:
+        kind, _, _, text, *counts = header
+        if kind == "error":
+            self._conclude(task, None, self._load_error(frames, text, task.name))
+            return
+        if text:
+            logger.warning("call %d of %s: %s", task.number, task.name, text)
+        try:
+            value = _load_ranks(frames, counts[0]) if counts else serialize.loads(frames)
+        except BaseException as error:
+            error.__cause__ = error.__cause__ or RemoteTraceback(
+                f"call {task.number} of {task.name} returned, but its result could not be unpickled here"
+            )
+            self._conclude(task, None, error)
+            return
+        self._conclude(task, value, None)
+
+    def _load_error(self, frames: list[Frame], text: str, subject: str) -> BaseException:
+        error: BaseException
+        try:
+            error = serialize.loads(frames)
+            if not isinstance(error, BaseException):
+                raise TypeError(f"{type(error).__name__} is no exception")
+        except BaseException as reason:
+            error = RuntimeError(
+                f"{subject} raised an exception that cannot be unpickled here ({type(reason).__name__}: {reason}); "
+                "its traceback is shown above as the cause."
+            )
+        error.__cause__ = RemoteTraceback(text)
+        return error
+
+    def _advise_unpicklable(self, task: Task, error: Exception) -> Exception:
+        text = (
+            f"call {task.number} of {task.name} could not be sent to a worker: its function or one of its arguments "
+            "cannot be pickled. Create such objects (open files, locks, connections) inside the function instead."
+        )
+        if hasattr(error, "add_note"):
+            error.add_note(text)
+        elif error.__cause__ is None:
+            error.__cause__ = RemoteTraceback(text)
+        return error
+
+    def _fail(self, task: Task, error: BaseException) -> None:
+        """Fail a call that has not started."""
+        self.scheduler.on_failed(task)
+        self._conclude(task, None, error)
+
+    def _conclude(self, task: Task, value: Any, error: BaseException | None) -> None:
+        """Resolve a call's future and forget the call."""
+        future = task.future
+        self._drop(task)
+        try:
+            if error is None:
+                future.set_result(value)
+            else:
+                future.set_exception(error)
+        except InvalidStateError:
+            # Cancelled at the last moment, before it started.
+            if not task.announced:
+                task.announced = True
+                future.set_running_or_notify_cancel()
+
+    def _drop(self, task: Task) -> None:
+        self._tasks.pop(task.number, None)
+        if isinstance(task.future, CallFuture):
+            task.future.on_cancel = None
+        task.release()
+
+    # -- the selector -------------------------------------------------------------------------------------------------
+
+    def watch(self, fileobj: Any, callback: Callable[[], None]) -> None:
+        """See `Events.watch`."""
+        key = self._selector.register(fileobj, selectors.EVENT_READ)
+        self._callbacks[key.fd] = [callback, None]
+
+    def watch_writable(self, fileobj: Any, wanted: bool, callback: Callable[[], None]) -> None:
+        """See `Events.watch_writable`."""
+        fd = fileobj if isinstance(fileobj, int) else fileobj.fileno()
+        callbacks = self._callbacks.get(fd)
+        if callbacks is None or (callbacks[1] is not None) == wanted:
+            return
+        callbacks[1] = callback if wanted else None
+        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if wanted else 0)
+        self._selector.modify(fileobj, events)
+
+    def unwatch(self, fileobj: Any) -> None:
+        """See `Events.unwatch`."""
+        fd = fileobj if isinstance(fileobj, int) else fileobj.fileno()
+        if self._callbacks.pop(fd, None) is not None:
+            self._selector.unregister(fileobj)
+
+    def _on_wake(self) -> None:
+        try:
+            self._wake_read.recv(4096)
+        except BlockingIOError:
+            pass
+
+    # -- the end ------------------------------------------------------------------------------------------------------
+
+    def _break(self, error: BaseException) -> None:
+        """A block whose workers cannot be set up: all its calls fail with the reason."""
+        self._broken_by = error
+        if self._block is not None:
+            self._block.on_break(f"the workers cannot be set up: {error}")
+
+    def _crash(self, error: BaseException) -> None:
+        """A defect of ours must not leave futures pending."""
+        logger.critical("executorlib's loop failed; all its calls fail with it", exc_info=error)
+        with self._submit_lock:
+            self._refusal = self._refusal or f"the executor has failed: {error!r}"
+        while self._inbox:
+            function, args = self._inbox.popleft()
+            if function == self._on_submit:
+                self._tasks[args[0].number] = args[0]
+        for task in list(self._tasks.values()):
+            failure = ExecutorlibSocketError(
+                f"Call {task.number} of {task.name} was lost: executorlib failed: {error!r}"
+            )
+            failure.__cause__ = error
+            self._conclude(task, None, failure)
+
+    def _end(self) -> None:
+        self._launcher.close()
+        self._selector.close()
+        self._wake_read.close()
+        self._wake_write.close()
+        self._function_pickler.clear()
+        self._init_function = None
+        _loops.discard(self)
+
+    def after_fork(self) -> None:
+        """In a forked copy of the user's process: let go of everything, without touching what the parent shares."""
+        self._refusal = (
+            "this executor belongs to the process that made it; after a fork, make a new one in the child process"
+        )
+        self._sleeping = False
+        self._submit_lock = threading.Lock()
+        for fd in [*self._callbacks]:
+            try:
+                os.close(fd)
+            except OSError:
+                pass
+        self._callbacks.clear()
+
+
+def _load_ranks(frames: list[Frame], counts: list[int]) -> list[Any]:
+    """The results of all ranks, each of which has so many of the frames."""
+    each = iter(frames)
+    return [serialize.loads(list(itertools.islice(each, count))) for count in counts]
+
+
+_loops: weakref.WeakSet[Loop] = weakref.WeakSet()
+
+
+def running_loops() -> list[Loop]:
+    """The loops of this process that have not ended."""
+    return list(_loops)

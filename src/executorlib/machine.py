@@ -1,0 +1,88 @@
+"""What this machine has: the CPUs that this process may use, and the GPUs."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+
+def usable_cpus() -> list[int]:
+    """CPUs that this process may use.
+
+    The scheduling affinity is counted, and the CPU bandwidth that the process's control groups allow
+    (cgroup v2 `cpu.max`, v1 `cpu.cfs_quota_us`; see the kernel's cgroup documentation), rounded up.
+
+    Returns:
+        CPU numbers, at least one.
+    """
+    if hasattr(os, "sched_getaffinity"):
+        cpus = sorted(os.sched_getaffinity(0))
+    else:
+        cpus = list(range(os.cpu_count() or 1))
+    quota = _cgroup_cpus(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
+    if quota is not None:
+        cpus = cpus[: max(1, math.ceil(quota))]
+    return cpus
+
+
+def _cgroup_cpus(membership: Path, root: Path) -> float | None:
+    """Smallest CPU bandwidth on the way from the process's control group to the root, in CPUs."""
+    try:
+        lines = membership.read_text().splitlines()
+    except OSError:
+        return None
+    limits = []
+    for line in lines:
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        base = root if not controllers else root / "cpu"
+        group = base / path.lstrip("/")
+        while True:
+            limits.append(_group_limit(group))
+            if group == base or base not in group.parents:
+                break
+            group = group.parent
+    known = [limit for limit in limits if limit is not None]
+    return min(known, default=None)
+
+
+def _group_limit(group: Path) -> float | None:
+    try:
+        if (group / "cpu.max").exists():
+            quota, period = (group / "cpu.max").read_text().split()
+        else:
+            quota = (group / "cpu.cfs_quota_us").read_text().strip()
+            period = (group / "cpu.cfs_period_us").read_text().strip()
+    except (OSError, ValueError):
+        return None
+    if quota == "max" or int(quota) <= 0:
+        return None
+    return int(quota) / int(period)
+
+
+def visible_gpus(environ: Mapping[str, str] = os.environ) -> list[str]:
+    """GPUs of this machine, as `CUDA_VISIBLE_DEVICES` would name them.
+
+    A `CUDA_VISIBLE_DEVICES` or `ROCR_VISIBLE_DEVICES` that is set already limits them. Otherwise NVIDIA's driver
+    (`/proc/driver/nvidia/gpus`) and then AMD's (`/sys/class/kfd`) are asked; no library is loaded for it.
+    """
+    for variable in ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"):
+        if variable in environ:
+            names = [name.strip() for name in environ[variable].split(",") if name.strip()]
+            # CUDA ignores all that follows the first invalid index; -1 is the common way to say "none".
+            return names[: names.index("-1")] if "-1" in names else names
+    nvidia = Path("/proc/driver/nvidia/gpus")
+    if nvidia.is_dir():
+        return [str(index) for index, _ in enumerate(nvidia.iterdir())]
+    amd = 0
+    for properties in Path("/sys/class/kfd/kfd/topology/nodes").glob("*/properties"):
+        try:
+            values = dict(line.split(maxsplit=1) for line in properties.read_text().splitlines())
+        except (OSError, ValueError):
+            continue
+        amd += int(values.get("simd_count", "0")) > 0
+    return [str(index) for index in range(amd)]

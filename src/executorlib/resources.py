@@ -1,0 +1,168 @@
+"""What a call needs: the keys of ``resource_dict``, defined, checked and documented here alone."""
+
+from __future__ import annotations
+
+import difflib
+import numbers
+import operator
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
+
+
+class Demand(NamedTuple):
+    """What a call takes from the ledger while it runs. Calls with equal demands are interchangeable."""
+
+    cores: int
+    gpus: int = 0
+    exclusive: bool = False
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one call needs.
+
+    Attributes:
+        cores: MPI ranks; above 1 the function runs on every rank and the result is the list of all ranks' results.
+        threads_per_core: Threads of each rank; the usual variables (`OMP_NUM_THREADS`, ...) are set to it.
+        gpus_per_core: GPUs of each rank; `CUDA_VISIBLE_DEVICES` and `ROCR_VISIBLE_DEVICES` name them.
+        cwd: Working directory, made where missing; None is the submitting process's own.
+        cache_key: Name of the cache entry instead of the one derived from function and inputs.
+        cache_directory: Directory in which the result is kept and looked up.
+        num_nodes: Nodes over which the ranks are spread.
+        exclusive: Whether the call has its nodes for itself.
+        error_log_file: File to which an exception of the function is appended with its inputs.
+        run_time_max: Seconds after which the call is ended with `TimeoutError`.
+        priority: Calls of higher priority start first.
+        slurm_cmd_args: Further options for Slurm's commands.
+        submission_template: Template of the job script.
+        openmpi_oversubscribe: Whether Open MPI may start more ranks than there are cores.
+    """
+
+    cores: int = 1
+    threads_per_core: int = 1
+    gpus_per_core: int = 0
+    cwd: str | None = None
+    cache_key: str | None = None
+    cache_directory: str | None = None
+    num_nodes: int | None = None
+    exclusive: bool = False
+    error_log_file: str | None = None
+    run_time_max: float | None = None
+    priority: int = 0
+    slurm_cmd_args: tuple[str, ...] = ()
+    submission_template: str | None = None
+    openmpi_oversubscribe: bool = False
+
+    @property
+    def demand(self) -> Demand:
+        """What a ledger that counts cores has to provide."""
+        return Demand(self.cores * self.threads_per_core, self.cores * self.gpus_per_core, self.exclusive)
+
+    def updated(self, changes: Mapping[str, Any], subject: str) -> Resources:
+        """Return these resources with some changed, as a user wrote them.
+
+        Args:
+            changes: Keys and values of a ``resource_dict``; None stands for "as before".
+            subject: Whose they are, for the error text, such as ``call of 'f'``.
+
+        Raises:
+            TypeError: A value of the wrong type, or ``changes`` is no mapping.
+            ValueError: An unknown key or a value out of range.
+        """
+        if not isinstance(changes, Mapping):
+            raise TypeError(
+                f"{subject}: resource_dict is a {type(changes).__name__}, expected a dict such as {{'cores': 2}}."
+            )
+        checked: dict[str, Any] = {}
+        for key, value in changes.items():
+            check = _CHECKS.get(key)
+            if check is None:
+                raise ValueError(_unknown_key(key, subject))
+            if value is not None:
+                checked[key] = check(f"{subject}: resource_dict[{key!r}]", value)
+        return replace(self, **checked) if checked else self
+
+    def as_dict(self) -> dict[str, Any]:
+        """The resources as a ``resource_dict``, without what was left at its default of None."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values["slurm_cmd_args"] = list(self.slurm_cmd_args)
+        return {key: value for key, value in values.items() if value is not None}
+
+
+def _unknown_key(key: object, subject: str) -> str:
+    near = difflib.get_close_matches(str(key), _CHECKS, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"known keys are {', '.join(_CHECKS)}."
+    return f"{subject}: unknown key {key!r} in resource_dict; {hint}"
+
+
+def whole_number(minimum: int) -> Callable[[str, object], int]:
+    """Make a check for integers (numpy's included, bool not) of at least ``minimum``."""
+
+    def check(what: str, value: object) -> int:
+        if isinstance(value, bool) or not hasattr(value, "__index__"):
+            raise TypeError(f"{what} is {value!r} ({type(value).__name__}), expected an int of at least {minimum}.")
+        number = operator.index(value)
+        if number < minimum:
+            raise ValueError(f"{what} is {number}, expected an int of at least {minimum}.")
+        return number
+
+    return check
+
+
+def _any_integer(what: str, value: object) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{what} is {value!r} ({type(value).__name__}), expected an int.")
+    return operator.index(value)
+
+
+def _seconds(what: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{what} is {value!r} ({type(value).__name__}), expected a number of seconds above 0.")
+    seconds = float(value)
+    if not 0 < seconds < float("inf"):
+        raise ValueError(f"{what} is {value!r}, expected a finite number of seconds above 0.")
+    return seconds
+
+
+def _text(what: str, value: object) -> str:
+    if not isinstance(value, str) or not value:
+        raise TypeError(f"{what} is {value!r} ({type(value).__name__}), expected a non-empty str.")
+    return value
+
+
+def _path(what: str, value: object) -> str:
+    if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
+        raise TypeError(f"{what} is {value!r} ({type(value).__name__}), expected a path as str or os.PathLike.")
+    return os.path.abspath(os.fsdecode(value))
+
+
+def _flag(what: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{what} is {value!r} ({type(value).__name__}), expected True or False.")
+    return value
+
+
+def _texts(what: str, value: object) -> tuple[str, ...]:
+    if isinstance(value, (str, bytes)) or not isinstance(value, (list, tuple)):
+        raise TypeError(f"{what} is {value!r} ({type(value).__name__}), expected a list of str.")
+    return tuple(_text(f"{what}[{index}]", item) for index, item in enumerate(value))
+
+
+_CHECKS: dict[str, Callable[[str, object], object]] = {
+    "cores": whole_number(1),
+    "threads_per_core": whole_number(1),
+    "gpus_per_core": whole_number(0),
+    "cwd": _path,
+    "cache_key": _text,
+    "cache_directory": _path,
+    "num_nodes": whole_number(1),
+    "exclusive": _flag,
+    "error_log_file": _path,
+    "run_time_max": _seconds,
+    "priority": _any_integer,
+    "slurm_cmd_args": _texts,
+    "submission_template": _text,
+    "openmpi_oversubscribe": _flag,
+}

@@ -1,0 +1,634 @@
+"""Decides what happens next: which call starts, where, and what a death means.
+
+Pure: events come in as calls of `on_...`, decisions go out through `take_effects`; no I/O, no thread, no clock.
+Two lifetimes of workers share the life of calls (`Scheduler`): a fresh worker for every call (`FreshScheduler`)
+and a block of workers that take call after call (`BlockScheduler`).
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Iterator
+from typing import NamedTuple, TypeAlias
+
+from executorlib.ledger import Allocation, Ledger, Node
+from executorlib.resources import Demand
+from executorlib.task import (
+    CANCELLED,
+    DONE,
+    FAILED,
+    LAUNCHING,
+    READY,
+    RUNNING,
+    WAITING,
+    State,
+    Task,
+)
+
+
+class Worker:
+    """A process, or the ranks of one MPI world, that runs calls.
+
+    Attributes:
+        number: Unique in its executor, counted from 1.
+        slot: What `executorlib_worker_id` is: 0…n-1 in a block, 0 otherwise.
+        allocation: What it holds.
+        calls: Calls handed to it and not over, in the order in which it runs them.
+        ready: Whether it takes calls.
+        retiring: Whether it is to end once its calls are over.
+        stopping: Whether its end is our doing.
+        lookahead: Whether it can hold calls that it has not started, and give them back.
+    """
+
+    __slots__ = (
+        "allocation",
+        "calls",
+        "lookahead",
+        "number",
+        "ready",
+        "retiring",
+        "slot",
+        "stopping",
+    )
+
+    def __init__(self, number: int, slot: int, allocation: Allocation) -> None:
+        self.number = number
+        self.slot = slot
+        self.allocation = allocation
+        self.calls: deque[Task] = deque()
+        self.ready = False
+        self.retiring = False
+        self.stopping = False
+        self.lookahead = False
+
+    def __repr__(self) -> str:
+        return f"<worker {self.number}>"
+
+
+class Launch(NamedTuple):
+    """Start a worker. For a fresh worker ``task`` is the call that it is started for."""
+
+    worker: Worker
+    task: Task | None
+
+
+class Send(NamedTuple):
+    """Hand calls to a worker that is ready."""
+
+    worker: Worker
+    tasks: list[Task]
+
+
+class Recall(NamedTuple):
+    """Take back up to ``most`` calls that the worker has not started; `on_recalled` says which came back."""
+
+    worker: Worker
+    most: int
+
+
+class Stop(NamedTuple):
+    """Let a worker end; it has no calls."""
+
+    worker: Worker
+
+
+class Kill(NamedTuple):
+    """End a worker and all that it started, now."""
+
+    worker: Worker
+
+
+class LookUp(NamedTuple):
+    """All inputs of the call are there; look in the cache, then call `on_found` or `on_missed`."""
+
+    task: Task
+
+
+class Fail(NamedTuple):
+    """The call cannot run any more."""
+
+    task: Task
+    reason: str
+
+
+Effect: TypeAlias = Launch | Send | Recall | Stop | Kill | LookUp | Fail
+
+
+class ReadyQueue:
+    """Calls of one demand that wait for resources: highest priority first, then as submitted."""
+
+    def __init__(self) -> None:
+        self._by_priority: dict[int, deque[Task]] = {}
+        self._priorities: list[int] = []  # a heap of negated priorities with a queue that may hold calls
+
+    def push(self, task: Task) -> None:
+        """Append a call."""
+        self._queue(task.resources.priority).append(task)
+
+    def push_back(self, task: Task) -> None:
+        """Put a call that was taken back in front."""
+        self._queue(task.resources.priority).appendleft(task)
+
+    def _queue(self, priority: int) -> deque[Task]:
+        queue = self._by_priority.get(priority)
+        if queue is None:
+            queue = self._by_priority[priority] = deque()
+            heapq.heappush(self._priorities, -priority)
+        return queue
+
+    def peek(self) -> Task | None:
+        """The call that is next, or None. Calls that were cancelled meanwhile are dropped on the way."""
+        while self._priorities:
+            queue = self._by_priority[-self._priorities[0]]
+            while queue:
+                if queue[0].state is READY:
+                    return queue[0]
+                queue.popleft()
+            del self._by_priority[-heapq.heappop(self._priorities)]
+        return None
+
+    def pop(self) -> Task:
+        """Remove and return the call that `peek` showed."""
+        return self._by_priority[-self._priorities[0]].popleft()
+
+    def __iter__(self) -> Iterator[Task]:
+        for queue in self._by_priority.values():
+            yield from (task for task in queue if task.state is READY)
+
+
+class Scheduler:
+    """The life of calls, whatever runs them. Subclasses decide in `_fill` which call goes where."""
+
+    def __init__(self) -> None:
+        self._effects: list[Effect] = []
+        self._worker_number = 0
+        self.workers: dict[int, Worker] = {}
+        self.submitted = 0
+        self.unfinished = 0  # calls submitted and not over
+        self.not_started = 0  # of these, waiting or ready
+
+    # -- events -----------------------------------------------------------------------------------------------
+
+    def on_submit(self, task: Task) -> None:
+        """A new call. It waits for ``task.missing`` inputs first."""
+        self.submitted += 1
+        self.unfinished += 1
+        self.not_started += 1
+        if not task.missing:
+            self._inputs_complete(task)
+
+    def on_input(self, task: Task) -> None:
+        """One of the call's inputs has its result."""
+        task.missing -= 1
+        if not task.missing and task.state is WAITING:
+            self._inputs_complete(task)
+
+    def on_missed(self, task: Task) -> None:
+        """The cache does not know the call."""
+        if task.state is WAITING:
+            self._make_ready(task)
+
+    def on_found(self, task: Task) -> None:
+        """The cache had the call's result."""
+        self._end(task, DONE)
+
+    def on_failed(self, task: Task) -> None:
+        """The call cannot run: an input failed, or it cannot be sent."""
+        self._end(task, FAILED)
+
+    def on_cancel(self, task: Task) -> None:
+        """The call's future was cancelled before it was handed to a worker."""
+        if not task.over:
+            self._end(task, CANCELLED)
+
+    def on_started(self, worker: Worker, lookahead: bool = False) -> None:
+        """A worker takes calls from now on."""
+        raise NotImplementedError
+
+    def on_result(self, worker: Worker, task: Task, seconds: float, failed: bool = False) -> None:
+        """A worker is through with a call, after ``seconds`` in it."""
+        raise NotImplementedError
+
+    def on_unsent(self, worker: Worker, task: Task, state: State) -> None:
+        """A call that `Send` named did not go out: it was cancelled just before, or cannot be pickled."""
+        raise NotImplementedError
+
+    def on_exit(self, worker: Worker, recalled: list[Task]) -> list[Task]:
+        """A worker is gone; of its calls it had not started ``recalled``, which run elsewhere instead.
+
+        Returns:
+            The calls that were lost with it; they count as failed.
+        """
+        raise NotImplementedError
+
+    # -- what to do -------------------------------------------------------------------------------------------
+
+    def take_effects(self) -> list[Effect]:
+        """Decide what can be decided now and return it, in the order in which to carry it out."""
+        self._fill()
+        effects = self._effects
+        self._effects = []
+        return effects
+
+    # -- the common parts -------------------------------------------------------------------------------------
+
+    def _fill(self) -> None:
+        raise NotImplementedError
+
+    def _enqueue(self, task: Task) -> None:
+        raise NotImplementedError
+
+    def _inputs_complete(self, task: Task) -> None:
+        if task.resources.cache_directory is not None:
+            self._effects.append(LookUp(task))
+        else:
+            self._make_ready(task)
+
+    def _make_ready(self, task: Task) -> None:
+        task.move(READY)
+        self._enqueue(task)
+
+    def _end(self, task: Task, state: State) -> None:
+        if task.state is WAITING or task.state is READY:
+            self.not_started -= 1
+        task.move(state)
+        self.unfinished -= 1
+
+    def _new_worker(self, slot: int, allocation: Allocation) -> Worker:
+        self._worker_number += 1
+        worker = Worker(self._worker_number, slot, allocation)
+        self.workers[worker.number] = worker
+        return worker
+
+
+# A call that does not fit may be overtaken by later ones this many times for each core of the largest node; then
+# a node is kept for it. Each core can so be filled again about four times before a large call gets its turn.
+OVERTAKEN_PER_CORE = 4
+
+
+class FreshScheduler(Scheduler):
+    """Every call gets a worker of its own as soon as its demand is free.
+
+    Args:
+        ledger: What there is.
+        max_calls: Calls at once; None for as many as the ledger holds.
+    """
+
+    def __init__(self, ledger: Ledger, max_calls: int | None = None) -> None:
+        super().__init__()
+        self.ledger = ledger
+        self.max_calls = max_calls
+        self._queues: dict[Demand, ReadyQueue] = {}
+        self._blocked: Task | None = None
+        self._overtaken = 0
+        self._reserved: Node | None = None
+        self._overtaken_limit = OVERTAKEN_PER_CORE * max(node.total_cores for node in ledger.nodes)
+
+    def on_started(self, worker: Worker, lookahead: bool = False) -> None:
+        """The worker's call is handed over."""
+        worker.ready = True
+        task = worker.calls[0]
+        if task.over:  # cancelled while the worker was started
+            self._effects.append(Kill(worker))
+        else:
+            task.move(RUNNING)
+            self._effects.append(Send(worker, [task]))
+
+    def on_unsent(self, worker: Worker, task: Task, state: State) -> None:
+        """The call did not go out; its worker has nothing else to do."""
+        self._end(task, state)
+        self._effects.append(Kill(worker))
+
+    def on_result(self, worker: Worker, task: Task, seconds: float, failed: bool = False) -> None:
+        """The call is over; its resources are free once the worker is gone."""
+        self._end(task, FAILED if failed else DONE)
+
+    def on_cancel(self, task: Task) -> None:
+        """The call's future was cancelled before it was handed to a worker."""
+        if task is self._blocked:
+            self._unblock()
+        super().on_cancel(task)
+
+    def on_exit(self, worker: Worker, recalled: list[Task]) -> list[Task]:
+        """The worker's resources are free; a call that it still had is lost."""
+        del self.workers[worker.number]
+        self.ledger.release(worker.allocation)
+        lost = [task for task in worker.calls if not task.over]
+        for task in lost:
+            self._end(task, FAILED)
+        worker.calls.clear()
+        return lost
+
+    def _enqueue(self, task: Task) -> None:
+        demand = task.demand
+        queue = self._queues.get(demand)
+        if queue is None:
+            queue = self._queues[demand] = ReadyQueue()
+        queue.push(task)
+
+    def _fill(self) -> None:
+        while self._queues and (self.max_calls is None or len(self.workers) < self.max_calls):
+            if not self._start_one():
+                break
+
+    def _start_one(self) -> bool:
+        """Start the first call that may start; False when there is none."""
+        for task in self._candidates():
+            if task is self._blocked and self._reserved is not None:
+                allocation = self.ledger.allocate_reserved(self._reserved, task.demand)
+                if allocation is not None:
+                    self._reserved = None
+            else:
+                allocation = self.ledger.allocate(task.demand)
+            if allocation is None:
+                self._note_blocked(task)
+                continue
+            if task is self._blocked:
+                self._unblock()
+            elif self._blocked is not None:
+                self._overtaken += 1
+            self._start(task, allocation)
+            return True
+        return False
+
+    def _start(self, task: Task, allocation: Allocation) -> None:
+        self._queues[task.demand].pop()
+        self.not_started -= 1
+        task.move(LAUNCHING)
+        worker = self._new_worker(0, allocation)
+        worker.calls.append(task)
+        self._effects.append(Launch(worker, task))
+
+    def _candidates(self) -> list[Task]:
+        """The next call of every demand, in the order of their turn."""
+        if len(self._queues) == 1:
+            (demand,) = self._queues
+            first = self._queues[demand].peek()
+            if first is None:
+                self._queues.clear()
+                return []
+            return [first]
+        heads = []
+        for demand in list(self._queues):
+            head = self._queues[demand].peek()
+            if head is None:
+                del self._queues[demand]
+            else:
+                heads.append(head)
+        return sorted(heads, key=lambda task: (-task.resources.priority, task.number))
+
+    def _note_blocked(self, task: Task) -> None:
+        """Remember the first call in turn that does not fit, and keep a node for it once it was overtaken enough."""
+        if self._blocked is not None and self._blocked is not task:
+            if self._comes_before(self._blocked, task):
+                return
+            self._unblock()
+        if self._blocked is None:
+            self._blocked = task
+            self._overtaken = 0
+        if self._reserved is None and self._overtaken >= self._overtaken_limit:
+            self._reserved = self.ledger.reserve(task.demand)
+
+    @staticmethod
+    def _comes_before(one: Task, other: Task) -> bool:
+        return one.state is READY and (-one.resources.priority, one.number) < (
+            -other.resources.priority,
+            other.number,
+        )
+
+    def _unblock(self) -> None:
+        if self._reserved is not None:
+            self.ledger.unreserve(self._reserved)
+        self._reserved = None
+        self._blocked = None
+
+    def check_invariants(self) -> None:
+        """Raise AssertionError where the state contradicts itself; for tests."""
+        self.ledger.check_invariants()
+        held = sum(len(worker.allocation.cores) for worker in self.workers.values())
+        assert held + self.ledger.free()[0] == sum(node.total_cores for node in self.ledger.nodes)
+        if self.max_calls is not None:
+            assert len(self.workers) <= self.max_calls
+        for worker in self.workers.values():
+            assert len(worker.calls) == 1
+        for demand, queue in self._queues.items():
+            assert all(task.demand == demand for task in queue)
+        assert 0 <= self.not_started <= self.unfinished
+
+
+# Calls that a worker holds beyond the one it runs. Their expected time together stays below LOOKAHEAD_SECONDS, so that
+# a worker is never idle while the next call travels, yet little is tied to a worker; MAX_LOOKAHEAD bounds what has to be
+# taken back when a call turns out long.
+LOOKAHEAD_SECONDS = 0.005
+MAX_LOOKAHEAD = 64
+# Weight of the newest call in the moving average of call times.
+_NEWEST = 0.2
+
+
+class BlockScheduler(Scheduler):
+    """A set of workers that take call after call.
+
+    Args:
+        size: Number of workers.
+        restart_limit: How often each worker is replaced when it dies.
+        ledger: Where the workers' resources come from.
+        demand: Resources of each worker.
+        lookahead: Whether workers may be handed calls before they are through with the one they run.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        restart_limit: int,
+        ledger: Ledger,
+        demand: Demand,
+        lookahead: bool = True,
+    ) -> None:
+        super().__init__()
+        self.size = size
+        self.restart_limit = restart_limit
+        self.ledger = ledger
+        self.demand = demand
+        self._may_look_ahead = lookahead
+        self._queue = ReadyQueue()
+        self._ready_calls = 0
+        self._slots: list[Worker | None] = [None] * size  # who holds each executorlib_worker_id
+        self._restarts = [0] * size
+        self._average: float | None = None
+        self._hungry: dict[Worker, None] = {}  # workers that may be handed calls, those without any first
+        self._may_recall = True
+        self._incomplete = True  # some slot may lack its worker
+        self._broken = ""
+
+    def on_started(self, worker: Worker, lookahead: bool = False) -> None:
+        """The worker takes calls."""
+        worker.ready = True
+        worker.lookahead = lookahead and self._may_look_ahead
+        self._set_hungry(worker)
+
+    def on_result(self, worker: Worker, task: Task, seconds: float, failed: bool = False) -> None:
+        """The call is over, the worker takes another."""
+        self._end(task, FAILED if failed else DONE)
+        if worker.calls and worker.calls[0] is task:
+            worker.calls.popleft()
+        else:
+            worker.calls.remove(task)
+        known = self._average
+        self._average = seconds if known is None else known + _NEWEST * (seconds - known)
+        self._set_hungry(worker)
+
+    def on_unsent(self, worker: Worker, task: Task, state: State) -> None:
+        """The call did not go out; the worker takes another."""
+        self._end(task, state)
+        worker.calls.remove(task)
+        self._set_hungry(worker)
+
+    def on_recalled(self, worker: Worker, tasks: list[Task]) -> None:
+        """A worker gave these calls back before it started them; they go to another."""
+        for task in tasks:
+            worker.calls.remove(task)
+        self._requeue(tasks)
+
+    def on_exit(self, worker: Worker, recalled: list[Task]) -> list[Task]:
+        """Replace the worker while its restarts last; only the call that it ran is lost."""
+        del self.workers[worker.number]
+        self._hungry.pop(worker, None)
+        self.ledger.release(worker.allocation)
+        self._requeue([task for task in recalled if task.state is RUNNING])
+        lost = [task for task in worker.calls if task.state is RUNNING]
+        for task in lost:
+            self._end(task, FAILED)
+        worker.calls.clear()
+        self._slots[worker.slot] = None
+        self._restarts[worker.slot] += not worker.stopping
+        self._incomplete = True
+        return lost
+
+    def on_planned_exit(self, worker: Worker) -> None:
+        """The worker's next exit is our doing: it does not count as a restart."""
+        worker.stopping = True
+        worker.ready = False
+        self._hungry.pop(worker, None)
+
+    def on_resize(self, size: int) -> None:
+        """Grow or shrink the block. Surplus workers end once their calls are over."""
+        for _ in range(len(self._slots), size):
+            self._slots.append(None)
+            self._restarts.append(0)
+        for slot, worker in enumerate(self._slots):
+            if worker is not None:
+                worker.retiring = slot >= size
+                self._set_hungry(worker)
+        self.size = size
+        self._incomplete = True
+
+    def on_break(self, reason: str) -> None:
+        """No worker can be started any more: fail all calls, now and later, with this reason."""
+        self._broken = reason
+
+    # -- decisions --------------------------------------------------------------------------------------------
+
+    def _enqueue(self, task: Task) -> None:
+        self._queue.push(task)
+
+    def _requeue(self, tasks: list[Task]) -> None:
+        for task in reversed(tasks):
+            task.move(READY)
+            self.not_started += 1
+            self._queue.push_back(task)
+
+    def _fill(self) -> None:
+        if self._incomplete and not self._broken:
+            self._launch_missing()
+        if self._hungry:
+            self._feed()
+        if self._broken or not self.workers:
+            self._fail_all()
+
+    def _set_hungry(self, worker: Worker) -> None:
+        if worker.ready:
+            self._hungry[worker] = None
+            self._may_recall = True
+
+    def _launch_missing(self) -> None:
+        for slot in range(self.size):
+            if self._slots[slot] is None and self._restarts[slot] <= self.restart_limit:
+                allocation = self.ledger.allocate(self.demand)
+                if allocation is None:  # held by a retiring worker
+                    return
+                worker = self._new_worker(slot, allocation)
+                self._slots[slot] = worker
+                self._effects.append(Launch(worker, None))
+        self._incomplete = False
+
+    def _feed(self) -> None:
+        batches: dict[Worker, list[Task]] = {}
+        for worker in list(self._hungry):
+            if worker.retiring and not worker.calls:
+                self.on_planned_exit(worker)
+                self._effects.append(Stop(worker))
+            elif not worker.calls and not worker.retiring:
+                self._hand(worker, 1, batches)
+        depth = self._depth()
+        if depth > 1 and self._queue.peek() is not None:
+            share = -(-(self.not_started + self._in_flight()) // max(1, len(self.workers)))
+            for worker in list(self._hungry):
+                # Refilled at half, so that calls travel several at a time.
+                target = min(depth, share)
+                if worker.lookahead and not worker.retiring and 2 * len(worker.calls) <= target:
+                    self._hand(worker, target - len(worker.calls), batches)
+        for worker, tasks in batches.items():
+            self._effects.append(Send(worker, tasks))
+        idle = [worker for worker in self._hungry if not worker.calls and not worker.retiring]
+        if idle and self._may_recall:
+            # Once for each change: what a worker does not give back now it has started, and will answer.
+            self._may_recall = False
+            self._recall_for(len(idle))
+        self._hungry = dict.fromkeys(idle)
+
+    def _hand(self, worker: Worker, count: int, batches: dict[Worker, list[Task]]) -> None:
+        for _ in range(count):
+            task = self._queue.peek()
+            if task is None:
+                return
+            self._queue.pop()
+            self.not_started -= 1
+            task.move(RUNNING)
+            worker.calls.append(task)
+            batches.setdefault(worker, []).append(task)
+
+    def _depth(self) -> int:
+        if self._average is None:
+            return 1
+        return 1 + min(MAX_LOOKAHEAD, int(LOOKAHEAD_SECONDS / max(self._average, 1e-6)))
+
+    def _in_flight(self) -> int:
+        return self.unfinished - self.not_started
+
+    def _recall_for(self, idle: int) -> None:
+        """Idle workers and nothing queued: take back half of what others have not started."""
+        for worker in self.workers.values():
+            if len(worker.calls) > 1 and idle > 0:
+                count = len(worker.calls) // 2
+                self._effects.append(Recall(worker, count))
+                idle -= count
+
+    def _fail_all(self) -> None:
+        reason = self._broken or (
+            f"all {self.size} workers of the block have died, each more often than restart_limit={self.restart_limit}"
+        )
+        while (task := self._queue.peek()) is not None:
+            self._queue.pop()
+            self._end(task, FAILED)
+            self._effects.append(Fail(task, reason))
+
+    def check_invariants(self) -> None:
+        """Raise AssertionError where the state contradicts itself; for tests."""
+        for worker in self.workers.values():
+            assert all(task.state is RUNNING for task in worker.calls)
+            assert worker.lookahead or len(worker.calls) <= 1
+        assert self._in_flight() == sum(len(worker.calls) for worker in self.workers.values())
+        for slot, holder in enumerate(self._slots):
+            assert holder is None or holder.slot == slot
+        assert 0 <= self.not_started <= self.unfinished

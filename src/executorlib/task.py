@@ -1,0 +1,142 @@
+"""One call from submit to result: its record and the states that it may pass through."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+from executorlib.resources import Demand, Resources
+
+
+class State(enum.Enum):
+    """Where a call is on its way."""
+
+    WAITING = "waiting"  # for its input futures
+    READY = "ready"  # for resources
+    LAUNCHING = "launching"  # has resources; its worker is being started
+    RUNNING = "running"  # handed to a worker
+    DONE = "done"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+WAITING, READY, LAUNCHING, RUNNING = State.WAITING, State.READY, State.LAUNCHING, State.RUNNING
+DONE, FAILED, CANCELLED = State.DONE, State.FAILED, State.CANCELLED
+
+LEGAL_MOVES: dict[State, frozenset[State]] = {
+    # WAITING → DONE: found in the cache. READY again: a worker gave it back before starting it.
+    WAITING: frozenset({READY, DONE, FAILED, CANCELLED}),
+    READY: frozenset({LAUNCHING, RUNNING, FAILED, CANCELLED}),
+    LAUNCHING: frozenset({RUNNING, READY, FAILED, CANCELLED}),
+    RUNNING: frozenset({READY, DONE, FAILED, CANCELLED}),
+    DONE: frozenset(),
+    FAILED: frozenset(),
+    CANCELLED: frozenset(),
+}
+
+
+class CallFuture(Future[Any]):
+    """The future of a submitted call; cancelling it tells the executor at once."""
+
+    on_cancel: Callable[[], None] | None = None
+
+    def cancel(self) -> bool:
+        """Cancel the call if it has not started; see `concurrent.futures.Future.cancel`."""
+        notify = self.on_cancel
+        cancelled = super().cancel()
+        if cancelled and notify is not None:
+            notify()
+        return cancelled
+
+
+class Task:
+    """A call and all that is known of it.
+
+    Attributes:
+        number: Position in the order of submission, unique in its executor; 1 is the first.
+        fn, args, kwargs: The call; released once it is over.
+        future: What `submit` returned.
+        resources: What the call needs.
+        demand: What it takes from the ledger.
+        missing: Input futures that are not done yet.
+        cache_path: File of its cache entry, once it was looked up.
+        announced: Whether the future was told that the call runs or is cancelled, which may be done only once.
+        state: Current state, changed by `move` only.
+    """
+
+    __slots__ = (
+        "announced",
+        "args",
+        "cache_path",
+        "demand",
+        "fn",
+        "future",
+        "kwargs",
+        "missing",
+        "number",
+        "resources",
+        "state",
+    )
+
+    def __init__(
+        self,
+        number: int,
+        fn: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        future: Future[Any],
+        resources: Resources,
+        demand: Demand,
+        missing: int = 0,
+    ) -> None:
+        self.number = number
+        self.fn: Callable[..., Any] | None = fn
+        self.args = args
+        self.kwargs = kwargs
+        self.future = future
+        self.resources = resources
+        self.demand = demand
+        self.missing = missing
+        self.cache_path: str | None = None
+        self.announced = False
+        self.state = WAITING
+
+    def move(self, state: State) -> None:
+        """Change the state.
+
+        Raises:
+            RuntimeError: The move is not legal; a defect of the caller.
+        """
+        if state not in LEGAL_MOVES[self.state]:
+            raise RuntimeError(f"{self}: illegal move to {state.value}")
+        self.state = state
+
+    def release(self) -> None:
+        """Drop the references to the function and its inputs."""
+        self.fn = None
+        self.args = ()
+        self.kwargs = {}
+
+    @property
+    def over(self) -> bool:
+        """Whether the call has ended in any way."""
+        return not LEGAL_MOVES[self.state]
+
+    @property
+    def name(self) -> str:
+        """The function's name, for messages."""
+        return function_name(self.fn)
+
+    def __repr__(self) -> str:
+        return f"<call {self.number} of {self.name}, {self.state.value}>"
+
+
+def function_name(fn: object) -> str:
+    """Name a callable for messages: its qualified name, or that of its type."""
+    wrapped = getattr(fn, "func", None)  # functools.partial
+    if callable(wrapped):
+        return f"partial of {function_name(wrapped)}"
+    name = getattr(fn, "__qualname__", None) or getattr(fn, "__name__", None)
+    return str(name or type(fn).__qualname__)

@@ -1,0 +1,29 @@
+"""A worker that was started as a program of its own: `start_method="spawn"`."""
+
+from __future__ import annotations
+
+import socket
+import traceback
+
+from executorlib.transports.messages import Connection
+from executorlib.worker import call
+from executorlib.worker.agent import CONNECTION_FD, PERMITS_FD
+
+
+def main(pooled: bool) -> None:
+    """Serve calls over the inherited descriptors, then end the process."""
+    try:
+        permits = call.Permits(_socket(PERMITS_FD)) if pooled else None
+        call.serve(Connection(_socket(CONNECTION_FD)), permits)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        pass  # the executor is gone
+    except BaseException:
+        traceback.print_exc()
+        call.leave(1)
+    call.leave(0)
+
+
+def _socket(fd: int) -> socket.socket:
+    sock = socket.socket(fileno=fd)
+    sock.set_inheritable(False)
+    return sock

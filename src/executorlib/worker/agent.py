@@ -1,0 +1,291 @@
+"""The node agent: a small single-threaded process that starts workers, reports their ends, and outlives none of them.
+
+It is started once per executor by `exec`, so it has none of the user's threads, and forks a child for every worker:
+a fresh interpreter with serializer and worker code loaded, at the price of a fork. What a child needs to talk to the
+executor is made here and passed on, so no socket ever listens.
+
+From the executor: ``["start", number, options]``, ``["kill", number, signal]``. To it: ``["hello", pid]``,
+``["started", number, pid]`` with descriptors, ``["failed", number, text]`` and ``["exited", number, wait status]``.
+
+Ends with its executor, and takes along every process that descends from it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import fcntl
+import gc
+import importlib
+import os
+import select
+import signal
+import socket
+import sys
+import time
+import traceback
+from typing import Any
+
+from executorlib.transports.messages import Connection
+from executorlib.worker import call
+
+# <linux/prctl.h>
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+
+# Descriptors that an exec'ed worker finds its connection and its permits at.
+CONNECTION_FD = 3
+PERMITS_FD = 4
+
+# How long the agent looks for processes that are left when it ends; SIGKILL takes effect in far less.
+_REAP_SECONDS = 5.0
+
+_libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+
+
+def _prctl(option: int, value: int) -> None:
+    if _libc is not None:
+        _libc.prctl(option, value, 0, 0, 0)
+
+
+class Agent:
+    """The agent's state: its connection and its children.
+
+    Args:
+        connection: To the executor.
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._children: dict[int, int] = {}  # pid → worker number
+        self._pids: dict[int, int] = {}
+        self._pid = os.getpid()
+        self._parent = os.getppid()
+        self._wake_read, self._wake_write = socket.socketpair()
+        self._wake_read.setblocking(False)
+        self._wake_write.setblocking(False)
+        signal.set_wakeup_fd(self._wake_write.fileno(), warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda number, frame: None)
+        # A terminal's Ctrl-C is for the user's process, which says what becomes of the calls.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+    def serve(self) -> None:
+        """Work until the executor is gone."""
+        poll = select.poll()
+        poll.register(self._connection.fileno(), select.POLLIN)
+        poll.register(self._wake_read.fileno(), select.POLLIN)
+        # The end of the connection tells of the executor's end, unless the user's process was forked and the
+        # copy holds its descriptors; then this does. Systems without it compare the parent's pid once a second.
+        parent_fd = -1
+        with contextlib.suppress(OSError, AttributeError):
+            parent_fd = os.pidfd_open(self._parent)
+            poll.register(parent_fd, select.POLLIN)
+        while True:
+            ready = {fd for fd, _ in poll.poll(1000 if parent_fd < 0 else None)}
+            if parent_fd in ready or os.getppid() != self._parent:
+                return
+            if self._wake_read.fileno() in ready:
+                with contextlib.suppress(BlockingIOError):
+                    self._wake_read.recv(4096)
+                self._reap()
+            if self._connection.fileno() in ready:
+                try:
+                    message = self._connection.receive()
+                    self._obey(message.header)
+                    while self._connection.pending():
+                        self._obey(self._connection.receive().header)
+                except (EOFError, OSError):
+                    return
+
+    def _obey(self, header: list[Any]) -> None:
+        if header[0] == "start":
+            _, number, options = header
+            try:
+                self._start(number, options)
+            except OSError as error:
+                self._connection.send(["failed", number, f"{type(error).__name__}: {error}"])
+        else:
+            _, number, signal_number = header
+            pid = self._pids.get(number)
+            if pid is not None:
+                # The ranks of a world are in groups of their own, and would outlive a killed mpiexec.
+                left = _descendants(pid) if signal_number == signal.SIGKILL else []
+                _kill_group(pid, signal_number)
+                for descendant in left:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(descendant, signal_number)
+
+    def _start(self, number: int, options: dict[str, Any]) -> None:
+        """Start a worker.
+
+        Args:
+            number: The executor's number for it.
+            options: ``pooled``: it runs many calls and needs permits; ``argv``: exec this instead of going on as a
+                fork, with ``env`` and ``cwd``; ``own_channel``: it connects back on its own and needs no connection.
+        """
+        theirs: list[socket.socket] = []  # for the executor
+        ours: list[socket.socket] = []  # for the child
+        error_read, error_write = os.pipe()
+        try:
+            if not options.get("own_channel"):
+                for _ in range(2 if options.get("pooled") else 1):
+                    their_end, our_end = socket.socketpair()
+                    theirs.append(their_end)
+                    ours.append(our_end)
+            pid = os.fork()
+            if pid == 0:
+                try:
+                    self._become_child(error_write, ours, options)
+                finally:
+                    os._exit(70)
+            # Also done by the child, so that it holds whoever comes first.
+            with contextlib.suppress(OSError):
+                os.setpgid(pid, pid)
+            self._children[pid] = number
+            self._pids[number] = pid
+            fds = [error_read, *(sock.fileno() for sock in theirs)]
+            if options.get("pooled"):
+                fds.append(ours[1].fileno())
+            self._connection.send(["started", number, pid], (), fds)
+        finally:
+            for sock in (*theirs, *ours):
+                sock.close()
+            os.close(error_read)
+            os.close(error_write)
+
+    def _become_child(self, error_write: int, ours: list[socket.socket], options: dict[str, Any]) -> None:
+        """In the forked child: leave the agent behind, run as a worker or exec another program, never return."""
+        try:
+            _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != self._pid:
+                os._exit(0)  # the agent was gone before its death could be signalled
+            os.setpgid(0, 0)
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            os.dup2(error_write, 2)
+            os.close(error_write)
+            if "argv" in options:
+                self._exec(ours, options)
+            self._connection.close()
+            self._wake_read.close()
+            self._wake_write.close()
+            atexit._clear()
+            gc.enable()
+            _reseed()
+            permits = call.Permits(ours[1]) if len(ours) > 1 else None
+            call.serve(Connection(ours[0]), permits)
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            os._exit(0)  # the executor is gone
+        except BaseException:
+            traceback.print_exc()
+            call.leave(1)
+        call.leave(0)
+
+    def _exec(self, ours: list[socket.socket], options: dict[str, Any]) -> None:
+        # Through high numbers first: the descriptors may lie on each other's targets.
+        high = [fcntl.fcntl(sock.fileno(), fcntl.F_DUPFD_CLOEXEC, 16) for sock in ours]
+        for target, fd in zip((CONNECTION_FD, PERMITS_FD), high, strict=False):
+            os.dup2(fd, target, inheritable=True)
+        if options.get("cwd"):
+            os.chdir(options["cwd"])
+        argv = options["argv"]
+        try:
+            os.execvpe(argv[0], argv, options["env"])
+        except OSError as error:
+            sys.stderr.write(f"cannot execute {argv[0]}: {error}\n")
+            sys.stderr.flush()
+            os._exit(127)
+
+    def _reap(self) -> None:
+        """Report children that ended. What they left in their process group ends with them unless they ended well."""
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            number = self._children.pop(pid, None)
+            if number is None:
+                continue  # a process that one of ours left behind
+            if status != 0:
+                # The group keeps the number from being used again as long as anybody is in it.
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(pid, signal.SIGKILL)
+            del self._pids[number]
+            self._connection.send(["exited", number, status])
+
+    def end(self) -> None:
+        """Kill and reap all that descends from the agent."""
+        deadline = time.monotonic() + _REAP_SECONDS
+        while time.monotonic() < deadline:
+            for pid in self._children:
+                _kill_group(pid, signal.SIGKILL)
+            for pid in _children_of(self._pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            try:
+                # Grandchildren become our children as their parents go (PR_SET_CHILD_SUBREAPER), so go on until
+                # there are none.
+                pid, _ = os.waitpid(-1, 0)
+            except ChildProcessError:
+                return
+            self._children.pop(pid, None)
+
+
+def _kill_group(pid: int, signal_number: int) -> None:
+    try:
+        os.killpg(pid, signal_number)
+    except (ProcessLookupError, PermissionError):  # no group yet, or only zombies in it (macOS)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal_number)
+
+
+def _children_of(pid: int) -> list[int]:
+    """Children of a process; none where the system does not tell (it is Linux's `/proc` that does)."""
+    found = []
+    with contextlib.suppress(OSError):
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{thread}/children") as children:
+                found += [int(child) for child in children.read().split()]
+    return found
+
+
+def _descendants(pid: int) -> list[int]:
+    found = []
+    for child in _children_of(pid):
+        found += [child, *_descendants(child)]
+    return found
+
+
+def _reseed() -> None:
+    """Give the child random numbers of its own. Python's generator sees to itself; numpy's, if preloaded, does not."""
+    numpy_random = sys.modules.get("numpy.random")
+    if numpy_random is not None:
+        numpy_random.seed()
+
+
+def main(fd: int, preload: list[str]) -> None:
+    """Run as agent.
+
+    Args:
+        fd: Descriptor of the socket to the executor.
+        preload: Modules to import before any child is forked.
+    """
+    connection = Connection(socket.socket(fileno=fd))
+    os.set_inheritable(fd, False)
+    agent = Agent(connection)
+    try:
+        for name in preload:
+            importlib.import_module(name)
+        connection.send(["hello", os.getpid()])
+        # Children share this process's pages as long as nobody writes to them; the collector would.
+        gc.collect()
+        gc.disable()
+        gc.freeze()
+        agent.serve()
+    finally:
+        agent.end()

@@ -1,0 +1,328 @@
+"""A worker's work: take a call, run it, answer.
+
+The same for forked and for spawned workers, for one call and for many. Ranks of an MPI world use `run` from here too.
+
+Messages to a worker are ``["setup", {...}]``, once, ``["call", number, function number, options]`` and
+``["forget"]``; a call's frames begin with the function's pickle where the worker does not have it yet. Answers are
+``["ready"]``, ``["result", number, seconds, warning]`` and ``["error", number, seconds, traceback]``, where number 0
+is the init function.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import inspect
+import os
+import socket
+import struct
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from types import FunctionType
+from typing import Any, NamedTuple
+
+from executorlib import serialize
+from executorlib.serialize import Frame
+from executorlib.transports.messages import Connection, Message
+
+# The libraries' own documentation names these: OpenMP, OpenBLAS, MKL, numexpr, Apple's Accelerate (vecLib).
+THREAD_VARIABLES = (
+    "OMP_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "NUMEXPR_NUM_THREADS",
+    "VECLIB_MAXIMUM_THREADS",
+)
+GPU_VARIABLES = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+
+PERMIT = struct.Struct("<Q")
+
+
+class Permits:
+    """The numbers of calls that a worker may start, one after the other.
+
+    A worker may hold calls beyond the one that it runs. Whether it starts one or the executor takes it back is
+    settled by who reads the call's number from this socket first; both have a descriptor of its reading end.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(True)
+        self._sock = sock
+
+    def next(self) -> int:
+        """Wait for the number of the next call; 0 when there will be none."""
+        data = self._sock.recv(PERMIT.size, socket.MSG_WAITALL)
+        return int(PERMIT.unpack(data)[0]) if len(data) == PERMIT.size else 0
+
+
+class Answer(NamedTuple):
+    """How a call ended: ``frames`` hold the pickled result, or exception where ``traceback`` is not empty."""
+
+    frames: list[Frame]
+    traceback: str
+    warning: str = ""
+
+
+class Function:
+    """A callable with what is known of its parameters."""
+
+    def __init__(self, fn: Callable[..., Any]) -> None:
+        self.fn = fn
+        self._signature: inspect.Signature | None = None
+
+    def names(self) -> tuple[str, ...]:
+        """Parameters that can be given by name; none where the callable does not tell."""
+        if type(self.fn) is FunctionType and not hasattr(self.fn, "__wrapped__"):
+            code = self.fn.__code__
+            return code.co_varnames[code.co_posonlyargcount : code.co_argcount + code.co_kwonlyargcount]
+        signature = self._inspect()
+        if signature is None:
+            return ()
+        kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        return tuple(name for name, parameter in signature.parameters.items() if parameter.kind in kinds)
+
+    def _inspect(self) -> inspect.Signature | None:
+        if self._signature is None:
+            try:
+                self._signature = inspect.signature(self.fn)
+            except (TypeError, ValueError):  # built-ins without a signature
+                return None
+        return self._signature
+
+    def left_out(self, args: tuple[Any, ...], kwargs: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+        """Those of ``values`` that are parameters which the caller did not give."""
+        wanted = {name: values[name] for name in self.names() if name in values and name not in kwargs}
+        if wanted and args:
+            signature = self._inspect()
+            if signature is not None:
+                with contextlib.suppress(TypeError):
+                    for name in signature.bind_partial(*args).arguments:
+                        wanted.pop(name, None)
+        return wanted
+
+
+def run(
+    function: Frame,
+    arguments: Sequence[Frame],
+    values: dict[str, Any],
+    options: dict[str, Any],
+    finish: bool = True,
+) -> Answer:
+    """Unpickle a call, run it and pickle its result; whatever goes wrong becomes the answer.
+
+    Args:
+        function: The pickled function.
+        arguments: Frames of the pickled pair of positional and keyword arguments.
+        values: Defaults for parameters that the caller left out.
+        options: ``error_log_file`` and ``cache``, as the executor sent them.
+        finish: Whether to write the cache entry; False for the ranks of an MPI world, whose results are joined first.
+    """
+    fn: Any = None
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
+    try:
+        fn = serialize.loads([function])
+        args, kwargs = serialize.loads(arguments)
+        filled = Function(fn).left_out(args, kwargs, values)
+        started = time.perf_counter()
+        result = fn(*args, **kwargs, **filled)
+        seconds = time.perf_counter() - started
+        warning = ""
+        if finish and "cache" in options:
+            warning = store(options, fn, args, kwargs, result, seconds)
+        return Answer(serialize.dumps(result), "", warning)
+    except BaseException as error:
+        text = traceback_text(error)
+        if "error_log_file" in options:
+            log_error(options["error_log_file"], fn, args, kwargs, text)
+        return Answer(dump_error(error), text)
+
+
+def store(
+    options: dict[str, Any],
+    fn: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    result: object,
+    seconds: float,
+) -> str:
+    """Keep a result in the cache. It is not worth losing a result over: what goes wrong is only returned as text."""
+    try:
+        from executorlib import cache
+
+        cache.write_output(
+            options["cache"],
+            function=fn,
+            args=args,
+            kwargs=kwargs,
+            resource_dict=options.get("resources", {}),
+            output=result,
+            runtime=seconds,
+        )
+    except Exception as error:
+        return f"the result was not kept in the cache file {options['cache']}: {type(error).__name__}: {error}"
+    return ""
+
+
+def traceback_text(error: BaseException) -> str:
+    """The traceback as the interpreter would print it, without the frames of this module."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
+        trace = trace.tb_next
+    return "".join(traceback.format_exception(type(error), error, trace))
+
+
+def dump_error(error: BaseException) -> list[Frame]:
+    """Pickle an exception; one that cannot be pickled and rebuilt is replaced by one that can."""
+    try:
+        frames = serialize.dumps(error)
+        serialize.loads(frames)
+        return frames
+    except Exception as reason:
+        # Without the original: its traceback travels as text beside it.
+        text = (
+            f"{type(error).__name__}: {_safe_str(error)} (the exception itself cannot be pickled: "
+            f"{type(reason).__name__}: {_safe_str(reason)})"
+        )
+        return serialize.dumps(RuntimeError(text))
+
+
+def _safe_str(obj: object) -> str:
+    try:
+        return str(obj)
+    except Exception:
+        return "<no text>"
+
+
+def _safe_repr(obj: object) -> str:
+    try:
+        return repr(obj)
+    except Exception:
+        return f"<{type(obj).__name__}>"
+
+
+def log_error(path: str, fn: object, args: object, kwargs: object, text: str) -> None:
+    """Append to the user's error log what the function raised, and on which inputs."""
+    entry = f"function: {_safe_repr(fn)}\nargs: {_safe_repr(args)}\nkwargs: {_safe_repr(kwargs)}\n{text}\n"
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with open(path, "a", encoding="utf-8") as log:
+            log.write(entry)
+    except OSError as error:
+        print(f"executorlib: cannot append to error_log_file {path}: {error}", file=sys.stderr)
+
+
+def set_up(setup: dict[str, Any]) -> None:
+    """Make the process what its call expects, before anything of the user is imported.
+
+    Args:
+        setup: Optional keys ``env`` (changes; None removes), ``path`` (`sys.path`), ``argv``, ``cwd``, ``threads``,
+            ``gpus`` (device names), ``cores`` (CPU numbers to pin to).
+    """
+    for name, value in setup.get("env", {}).items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    threads = str(setup.get("threads", 1))
+    for name in THREAD_VARIABLES:
+        os.environ[name] = threads
+    gpus = setup.get("gpus")
+    if gpus:
+        for name in GPU_VARIABLES:
+            os.environ[name] = ",".join(gpus)
+    if "path" in setup:
+        sys.path[:] = setup["path"]
+    if "argv" in setup:
+        sys.argv[:] = setup["argv"]
+    cores = setup.get("cores")
+    if cores and hasattr(os, "sched_setaffinity"):
+        # Pinning is a help, not a need: a control group may have taken CPUs away meanwhile.
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(0, cores)
+    cwd = setup.get("cwd")
+    if cwd is not None:
+        os.chdir(cwd)
+
+
+def serve(connection: Connection, permits: Permits | None) -> None:
+    """Run calls until there are no more.
+
+    Args:
+        connection: To the executor.
+        permits: Which calls to start, for a worker of a block; without, one call is run.
+    """
+    setup_message = connection.receive()
+    setup = setup_message.header[1]
+    values: dict[str, Any] = {"executorlib_worker_id": setup.get("slot", 0)}
+    try:
+        set_up(setup)
+        if setup_message.frames:
+            values.update(initial_values(setup_message.frames))
+    except BaseException as error:
+        connection.send(["error", 0, 0.0, traceback_text(error)], dump_error(error))
+        return
+    del setup_message
+    if permits is None:
+        _run_one(connection, connection.receive(), values, {})
+        return
+    connection.send(["ready"])
+    functions: dict[int, Frame] = {}
+    while number := permits.next():
+        while True:
+            message = connection.receive()
+            if message.header[0] == "forget":
+                functions.clear()
+                continue
+            if message.header[1] == number:
+                break
+            # Taken back before it was started; but the function that came with it will be used again.
+            _learn(functions, message)
+        _run_one(connection, message, values, functions)
+        # A result may share memory with the message: nothing may be kept of either.
+        del message
+
+
+def initial_values(frames: Sequence[Frame]) -> dict[str, Any]:
+    """Run the init function and check what it returns."""
+    values = serialize.loads(frames)()
+    if not isinstance(values, dict):
+        raise TypeError(
+            f"init_function returned {type(values).__name__}, expected a dict of parameter names and values."
+        )
+    return values
+
+
+def _learn(functions: dict[int, Frame], message: Message) -> tuple[Frame, list[Frame]]:
+    _, _, function_number, options = message.header
+    if options.get("new"):
+        functions[function_number] = bytes(message.frames[0])
+        return functions[function_number], message.frames[1:]
+    return functions[function_number], message.frames
+
+
+def _run_one(connection: Connection, message: Message, values: dict[str, Any], functions: dict[int, Frame]) -> None:
+    _, number, _, options = message.header
+    function, arguments = _learn(functions, message)
+    started = time.perf_counter()
+    answer = run(function, arguments, values, options)
+    seconds = time.perf_counter() - started
+    if answer.traceback:
+        connection.send(["error", number, seconds, answer.traceback], answer.frames)
+    else:
+        connection.send(["result", number, seconds, answer.warning], answer.frames)
+
+
+def leave(code: int) -> None:
+    """End this process as the interpreter would: wait for threads, run exit handlers, flush; but nothing inherited."""
+    try:
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(Exception):
+                stream.flush()
+    finally:
+        os._exit(code)

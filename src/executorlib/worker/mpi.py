@@ -1,0 +1,140 @@
+"""A rank of an MPI world: rank 0 talks to the executor, all ranks run the call, rank 0 returns all results.
+
+A rank that fails tells the executor itself, over a connection of its own: the others may be waiting for it inside the
+function, so it cannot rely on them. The executor then ends the world.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from typing import Any
+
+from executorlib import serialize
+from executorlib.serialize import Frame
+from executorlib.transports.router import CONNECTION_VARIABLE, Dealer
+from executorlib.worker import call
+
+
+def main(single: bool) -> None:
+    """Run as one rank.
+
+    Args:
+        single: Whether the world runs one call, or many until it is told to stop.
+    """
+    credentials = os.environ.pop(CONNECTION_VARIABLE)
+    from mpi4py import MPI
+
+    # Messages of ours must never meet those of the user's functions, which use COMM_WORLD.
+    world = MPI.COMM_WORLD.Dup()
+    rank = Rank(world, credentials, MPI.Get_library_version().partition("\n")[0].strip("\0 "))
+    try:
+        rank.serve(single)
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        world.Abort(1)
+    rank.close()
+
+
+class Rank:
+    """One rank's state.
+
+    Args:
+        world: Communicator of all ranks, used by nobody else.
+        credentials: How to reach the executor.
+        library: The MPI library's name and version.
+    """
+
+    def __init__(self, world: Any, credentials: str, library: str) -> None:
+        self._world = world
+        self._rank = world.Get_rank()
+        self._credentials = credentials
+        self._dealer: Dealer | None = None
+        self._functions: dict[int, Frame] = {}
+        if self._rank == 0:
+            self._connection().send(["hello", world.Get_size(), library])
+
+    def _connection(self) -> Dealer:
+        if self._dealer is None:
+            self._dealer = Dealer(self._credentials, self._rank)
+        return self._dealer
+
+    def _receive(self) -> tuple[list[Any], list[Frame]]:
+        """The executor's next message, on every rank."""
+        content = None
+        if self._rank == 0:
+            message = self._connection().receive()
+            content = (message.header, message.frames)
+        received: tuple[list[Any], list[Frame]] = self._world.bcast(content, 0)
+        return received
+
+    def serve(self, single: bool) -> None:
+        """Take calls; see `main`."""
+        (_, setup), frames = self._receive()
+        values: dict[str, Any] = {"executorlib_worker_id": setup.get("slot", 0)}
+        try:
+            call.set_up(self._share(setup))
+            if frames:
+                values.update(call.initial_values(frames))
+        except BaseException as error:
+            self._connection().send(["error", 0, 0.0, call.traceback_text(error)], call.dump_error(error))
+            self._world.Barrier()  # until the executor ends us
+            raise
+        if not single:
+            # Not before every rank is through: a failure that comes later would look like a call's.
+            self._world.Barrier()
+            if self._rank == 0:
+                self._connection().send(["ready"])
+        while True:
+            header, frames = self._receive()
+            if header[0] == "stop":
+                return
+            if header[0] == "forget":
+                self._functions.clear()
+                continue
+            self._run(header, frames, values)
+            if single:
+                return
+
+    def _share(self, setup: dict[str, Any]) -> dict[str, Any]:
+        """This rank's part of the cores and GPUs."""
+        setup = dict(setup)
+        size = self._world.Get_size()
+        for kind in ("cores", "gpus"):
+            names = setup.get(kind) or []
+            each = len(names) // size
+            if each:
+                setup[kind] = names[self._rank * each : (self._rank + 1) * each]
+        return setup
+
+    def _run(self, header: list[Any], frames: list[Frame], values: dict[str, Any]) -> None:
+        _, number, function_number, options = header
+        if options.get("new"):
+            self._functions[function_number] = frames.pop(0)
+        function = self._functions[function_number]
+        started = time.perf_counter()
+        answer = call.run(function, frames, values, options, finish=False)
+        seconds = time.perf_counter() - started
+        if answer.traceback:
+            text = f"on rank {self._rank} of {self._world.Get_size()}:\n{answer.traceback}"
+            self._connection().send(["error", number, seconds, text], answer.frames)
+        # A failed rank waits here with the others, or alone, until the executor ends the world.
+        gathered = self._world.gather((bool(answer.traceback), [bytes(frame) for frame in answer.frames]), 0)
+        if self._rank != 0 or gathered is None or any(failed for failed, _ in gathered):
+            return
+        warning = ""
+        if "cache" in options:
+            results = [serialize.loads(rank_frames) for _, rank_frames in gathered]
+            args, kwargs = serialize.loads(frames)
+            warning = call.store(options, serialize.loads([function]), args, kwargs, results, seconds)
+        counts = [len(rank_frames) for _, rank_frames in gathered]
+        everything = [frame for _, rank_frames in gathered for frame in rank_frames]
+        self._connection().send(["result", number, seconds, warning, counts], everything)
+
+    def close(self) -> None:
+        """Send what is left."""
+        if self._dealer is not None:
+            self._dealer.close()
