@@ -162,8 +162,7 @@ class BaseExecutor(Executor):
             _make_directory(resources.cwd, subject)
         if self._graph is not None:
             self._check_open()
-            future = self._graph.call(fn, args, kwargs, dict(resource_dict or {}))
-            return future
+            return self._graph.call(fn, args, kwargs, dict(resource_dict or {}))
         assert self._loop is not None
         self._loop.check_open()
         if resources.cores > 1:

@@ -14,6 +14,7 @@ but the wait itself; the one exception is `close` at the very end.
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import itertools
 import logging
@@ -167,7 +168,9 @@ class Loop(Events):
         """Take a call.
 
         Args:
-            fn, args, kwargs: The call.
+            fn: The function.
+            args: Its positional arguments.
+            kwargs: Its keyword arguments.
             future: Its future, pending.
             resources: What it needs; checked.
             demand: What it takes from the ledger.
@@ -200,10 +203,8 @@ class Loop(Events):
         # The loop sets the flag, then looks into the inbox, then sleeps: either it sees this entry or we see the flag.
         if self._sleeping:
             self._sleeping = False
-            try:
+            with contextlib.suppress(OSError):  # full: it is awake already; closed: it has ended
                 self._wake_write.send(b"\0")
-            except OSError:
-                pass  # full: it is awake already; closed: it has ended
 
     def shutdown(self, cancel: bool, reason: str = "cannot schedule new futures after shutdown") -> None:
         """Take no more calls; end once those at hand are over.
@@ -389,7 +390,8 @@ class Loop(Events):
 
     def _put_call(self, process: Process, task: Task) -> None:
         transport = process.transport
-        assert transport is not None and task.fn is not None
+        assert transport is not None
+        assert task.fn is not None
         function = self._function_pickler.dumps(task.fn, task.number, self._next_number)
         arguments = serialize.dumps_arguments(task.args, task.kwargs)
         options: dict[str, Any] = {}
@@ -450,7 +452,8 @@ class Loop(Events):
         from executorlib import cache, fingerprint
 
         resources = task.resources
-        assert task.fn is not None and resources.cache_directory is not None
+        assert task.fn is not None
+        assert resources.cache_directory is not None
         try:
             key = resources.cache_key or fingerprint.call_key(task.fn, task.args, task.kwargs)
             task.cache_path = str(cache.entry_path(resources.cache_directory, key, "o"))
@@ -500,7 +503,7 @@ class Loop(Events):
         if kind == "ready":
             self.scheduler.on_started(worker, lookahead=process.permits is not None)
             return
-        number, seconds, text = rest
+        number, seconds, text = rest[:3]
         if number == 0:  # not in a call, but before: setting up, or the init function
             self._on_setup_error(process, frames, text)
             return
@@ -523,7 +526,7 @@ class Loop(Events):
         else:
             process.verdict = error
 
-    def on_exit(self, process: Process, exit: Exit) -> None:
+    def on_exit(self, process: Process, end: Exit) -> None:
         """See `Events.on_exit`."""
         worker = process.worker
         del self._processes[worker.number]
@@ -535,14 +538,14 @@ class Loop(Events):
         tail = tail_text(process.stderr)
         said = f" Its last lines on standard error:\n{tail}" if tail else " It wrote nothing to standard error."
         if not expected:
-            self._last_death = f"The last worker to die{where}: {exit.text}.{said}"
+            self._last_death = f"The last worker to die{where}: {end.text}.{said}"
         for task in lost:
             error = (
                 process.verdict
-                or exit.error
+                or end.error
                 or ExecutorlibSocketError(
-                    f"Call {task.number} of {task.name} has no result: its worker{where} ended before it gave one; "
-                    f"{exit.text}. Only this call fails; it can be submitted again.{said}"
+                    f"Call {task.number} of {task.name} has no result: its worker{where} ended before it gave one: "
+                    f"{end.text}. Only this call fails; it can be submitted again.{said}"
                 )
             )
             self._conclude(task, None, error)
@@ -672,10 +675,8 @@ class Loop(Events):
             self._selector.unregister(fileobj)
 
     def _on_wake(self) -> None:
-        try:
+        with contextlib.suppress(BlockingIOError):
             self._wake_read.recv(4096)
-        except BlockingIOError:
-            pass
 
     # -- the end ------------------------------------------------------------------------------------------------------
 
@@ -718,10 +719,8 @@ class Loop(Events):
         self._sleeping = False
         self._submit_lock = threading.Lock()
         for fd in [*self._callbacks]:
-            try:
+            with contextlib.suppress(OSError):
                 os.close(fd)
-            except OSError:
-                pass
         self._callbacks.clear()
 
 

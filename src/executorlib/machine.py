@@ -17,10 +17,8 @@ def usable_cpus() -> list[int]:
     Returns:
         CPU numbers, at least one.
     """
-    if hasattr(os, "sched_getaffinity"):
-        cpus = sorted(os.sched_getaffinity(0))
-    else:
-        cpus = list(range(os.cpu_count() or 1))
+    has_affinity = hasattr(os, "sched_getaffinity")
+    cpus = sorted(os.sched_getaffinity(0)) if has_affinity else list(range(os.cpu_count() or 1))
     quota = _cgroup_cpus(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
     if quota is not None:
         cpus = cpus[: max(1, math.ceil(quota))]

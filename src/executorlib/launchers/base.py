@@ -41,7 +41,7 @@ class Exit:
 
     Attributes:
         status: Wait status, as `os.waitpid` has it; None where it is not known.
-        text: What happened, for the error.
+        text: What happened, as a clause for the error's text.
         error: The exception for its call, where it is not simply that it died.
     """
 
@@ -104,7 +104,7 @@ class Events(Protocol):
         """The worker sent a message."""
         ...
 
-    def on_exit(self, process: Process, exit: Exit) -> None:
+    def on_exit(self, process: Process, end: Exit) -> None:
         """The worker is gone; all its messages were delivered."""
         ...
 

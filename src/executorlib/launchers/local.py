@@ -246,7 +246,7 @@ class Agent:
         elif kind == "exited":
             child = self._children.get(number)
             if child is not None:
-                self._on_child_exit(child, rest[0], describe_exit(rest[0]))
+                self._on_child_exit(child, rest[0], f"it {describe_exit(rest[0])}")
         elif kind == "failed":
             process = self._wanted.pop(number, None)
             if process is None:

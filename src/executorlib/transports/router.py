@@ -7,6 +7,7 @@ wire: header as JSON, then the payload's frames.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import tempfile
@@ -73,10 +74,8 @@ class Router:
 
     def send(self, identity: bytes, header: Any, frames: Sequence[Frame]) -> None:
         """Send a message; one to a peer that is gone is dropped, its exit is an event of its own."""
-        try:
+        with contextlib.suppress(zmq.ZMQError):
             self._socket.send_multipart([identity, json.dumps(header).encode(), *frames], zmq.NOBLOCK, copy=False)
-        except zmq.ZMQError:
-            pass
         # Sending may swallow the edge that would have told of a message to read.
         self._events.call_later(0.0, self._on_readable)
 

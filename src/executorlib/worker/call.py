@@ -212,7 +212,7 @@ def log_error(path: str, fn: object, args: object, kwargs: object, text: str) ->
         with open(path, "a", encoding="utf-8") as log:
             log.write(entry)
     except OSError as error:
-        print(f"executorlib: cannot append to error_log_file {path}: {error}", file=sys.stderr)
+        sys.stderr.write(f"executorlib: cannot append to error_log_file {path}: {error}\n")
 
 
 def set_up(setup: dict[str, Any]) -> None:
