@@ -10,16 +10,16 @@ from typing import Any
 from executorlib.resources import Demand, Resources
 
 
-class State(enum.Enum):
+class State(enum.IntEnum):
     """Where a call is on its way."""
 
-    WAITING = "waiting"  # for its input futures
-    READY = "ready"  # for resources
-    LAUNCHING = "launching"  # has resources; its worker is being started
-    RUNNING = "running"  # handed to a worker
-    DONE = "done"
-    FAILED = "failed"
-    CANCELLED = "cancelled"
+    WAITING = 0  # for its input futures
+    READY = 1  # for resources
+    LAUNCHING = 2  # has resources; its worker is being started
+    RUNNING = 3  # handed to a worker
+    DONE = 4
+    FAILED = 5
+    CANCELLED = 6
 
 
 WAITING, READY, LAUNCHING, RUNNING = State.WAITING, State.READY, State.LAUNCHING, State.RUNNING
@@ -110,7 +110,7 @@ class Task:
             RuntimeError: The move is not legal; a defect of the caller.
         """
         if state not in LEGAL_MOVES[self.state]:
-            raise RuntimeError(f"{self}: illegal move to {state.value}")
+            raise RuntimeError(f"{self}: illegal move to {state.name}")
         self.state = state
 
     def release(self) -> None:
@@ -130,7 +130,7 @@ class Task:
         return function_name(self.fn)
 
     def __repr__(self) -> str:
-        return f"<call {self.number} of {self.name}, {self.state.value}>"
+        return f"<call {self.number} of {self.name}, {self.state.name.lower()}>"
 
 
 def function_name(fn: object) -> str:

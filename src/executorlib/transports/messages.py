@@ -43,6 +43,13 @@ _RECEIVE_BYTES = 120 * 1024
 _MOST_DESCRIPTORS = 253
 _ANCILLARY_BYTES = socket.CMSG_SPACE(_MOST_DESCRIPTORS * 4)
 
+# Below this, one copy into one piece is cheaper than a longer list of pieces for the kernel.
+_JOINED_BYTES = 8192
+
+# Made once: the functions of the json module set up an encoder for each call that wants other separators.
+_to_json = json.JSONEncoder(separators=(",", ":")).encode
+_from_json = json.JSONDecoder().decode
+
 HAS_MEMORY_FILES = hasattr(os, "memfd_create")
 
 
@@ -76,15 +83,16 @@ def encode(header: Any, frames: Sequence[Frame], fds: Sequence[int] = ()) -> tup
     Returns:
         The pieces of bytes in order, the descriptors to send, and those of them to close once they are sent.
     """
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = _to_json(header).encode()
     lengths = [_nbytes(frame) for frame in frames]
     count = len(fds)
-    if HAS_MEMORY_FILES and sum(lengths) >= MAPPED_BYTES:
+    total = sum(lengths)
+    if HAS_MEMORY_FILES and total >= MAPPED_BYTES:
         mapped = _store(frames, lengths)
         head = _PREFIX.pack(len(text), len(frames), (count + 1) | _MAPPED)
         return [head + b"".join(map(_LENGTH.pack, lengths)) + text], [*fds, mapped], [mapped]
     head = _PREFIX.pack(len(text), len(frames), count) + b"".join(map(_LENGTH.pack, lengths)) + text
-    if sum(lengths) < 8192:
+    if total < _JOINED_BYTES:
         return [head + b"".join(frames)], list(fds), []
     return [head, *frames], list(fds), []
 
@@ -153,7 +161,7 @@ class Decoder:
             end = cursor if mapped else cursor + sum(lengths)
             if available < end:
                 break
-            header = json.loads(buffer[lengths_end:cursor])
+            header = _from_json(buffer[lengths_end:cursor].decode())
             fds = [self._fds.popleft() for _ in range(flags & ~_MAPPED)]
             frames: list[Frame] = []
             if mapped:
