@@ -10,7 +10,6 @@ import os
 import queue
 import signal
 import socket
-import stat
 import subprocess
 import sys
 import textwrap
@@ -25,7 +24,7 @@ import pytest
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from conftest import Scripts, find_mpiexec
+from conftest import Scripts
 from contract.functions import alive, wait_for, wait_until_gone
 from executorlib import api
 from executorlib.api import (
@@ -117,9 +116,7 @@ class Booter:
         time_out_ms: int = 50,
     ) -> SocketInterface:
         program = self.write(source.format(before=before) if source is PROGRAM else source)
-        interface = self.keep(
-            SocketInterface(spawner or SubprocessSpawner(), time_out_ms=time_out_ms)
-        )
+        interface = self.keep(SocketInterface(spawner or SubprocessSpawner(), time_out_ms=time_out_ms))
         port = str(interface.bind_to_random_port())
         command = [sys.executable, program, "--host", "localhost", "--zmqport", port]
         interface.bootup(command)
@@ -160,8 +157,7 @@ def test_signatures_are_those_of_executorlib_1() -> None:
         "SocketInterface.send_dict": "(self, input_dict)",
         "SocketInterface.send_and_receive_dict": "(self, input_dict)",
         "SocketInterface.shutdown": "(self, wait=True)",
-        "SubprocessSpawner": "(cwd=None, cores=1, worker_id=0, openmpi_oversubscribe=False, "
-        "threads_per_core=1)",
+        "SubprocessSpawner": "(cwd=None, cores=1, worker_id=0, openmpi_oversubscribe=False, threads_per_core=1)",
         "SubprocessSpawner.bootup": "(self, command_lst, stop_function=None)",
         "SubprocessSpawner.generate_command": "(self, command_lst)",
         "SubprocessSpawner.shutdown": "(self, wait=True)",
@@ -207,9 +203,7 @@ def test_hostname_localhost_chooses_the_host_the_program_is_told(
     commands: list[list[str]] = []
 
     class Recorder(SubprocessSpawner):
-        def bootup(
-            self, command_lst: list[str], stop_function: Callable[[], bool] | None = None
-        ) -> bool:
+        def bootup(self, command_lst: list[str], stop_function: Callable[[], bool] | None = None) -> bool:
             commands.append(command_lst)
             return True
 
@@ -243,9 +237,7 @@ def test_large_messages_arrive_whole(boot: Booter) -> None:
 
 def test_a_message_sent_just_before_the_program_ends_is_received(boot: Booter) -> None:
     interface = boot()
-    interface.send_dict(
-        {"do": "interface_send(socket, {'result': 1}); interface_shutdown(socket, context); exit()"}
-    )
+    interface.send_dict({"do": "interface_send(socket, {'result': 1}); interface_shutdown(socket, context); exit()"})
     wait_until_gone(pid_of(interface))
     assert interface.receive_dict() == {"result": 1}
     assert isinstance(interface.receive_dict()["error"], ExecutorlibSocketError)
@@ -265,9 +257,7 @@ def test_a_message_that_cannot_be_unpickled_is_an_error_in_its_place(boot: Boote
     assert interface.send_and_receive_dict(answer("1")) == {"result": 1}
 
 
-def test_log_obj_size_logs_the_size_of_each_message(
-    boot: Booter, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_log_obj_size_logs_the_size_of_each_message(boot: Booter, caplog: pytest.LogCaptureFixture) -> None:
     program = boot.write(PROGRAM.format(before=""))
     interface = interface_bootup([sys.executable, program], SubprocessSpawner(), log_obj_size=True)
     message = answer("1")
@@ -317,9 +307,7 @@ def test_the_keys_are_in_the_environment_and_nowhere_in_argv(boot: Booter) -> No
 
 def test_a_spawner_with_a_bootup_of_its_own_needs_no_change(boot: Booter) -> None:
     class Own(SubprocessSpawner):
-        def bootup(
-            self, command_lst: list[str], stop_function: Callable[[], bool] | None = None
-        ) -> bool:
+        def bootup(self, command_lst: list[str], stop_function: Callable[[], bool] | None = None) -> bool:
             self._process = subprocess.Popen(
                 args=self.generate_command(command_lst=command_lst),
                 cwd=self._cwd,
@@ -349,9 +337,7 @@ def test_a_stop_function_keeps_a_program_from_being_started() -> None:
 
 def test_a_spawner_may_say_that_it_did_not_start_the_program() -> None:
     class Broken(SubprocessSpawner):
-        def bootup(
-            self, command_lst: list[str], stop_function: Callable[[], bool] | None = None
-        ) -> bool:
+        def bootup(self, command_lst: list[str], stop_function: Callable[[], bool] | None = None) -> bool:
             return False
 
     interface = interface_bootup(["program"], Broken())
@@ -393,9 +379,9 @@ DEATHS = {
 def test_a_dead_program_is_an_error_that_tells(boot: Booter, death: str) -> None:
     action, told = DEATHS[death]
     interface = boot()
-    error = interface.send_and_receive_dict(
-        {"do": f"print('last words', file=sys.stderr, flush=True); {action}"}
-    )["error"]
+    error = interface.send_and_receive_dict({"do": f"print('last words', file=sys.stderr, flush=True); {action}"})[
+        "error"
+    ]
     assert isinstance(error, ExecutorlibSocketError)
     for part in (told, "program0.py", socket.gethostname(), "last words", "bootup()"):
         assert part in str(error)
@@ -432,9 +418,7 @@ def test_a_program_that_closed_its_connection_is_an_error_to_send_to(
 ) -> None:
     monkeypatch.setattr(api, "_END_UNAWAITED_SECONDS", 0.1)
     interface = boot()
-    interface.send_dict(
-        {"do": "interface_send(socket, {}); interface_shutdown(socket, context); signal.pause()"}
-    )
+    interface.send_dict({"do": "interface_send(socket, {}); interface_shutdown(socket, context); signal.pause()"})
     assert interface.receive_dict() == {}
 
     def send_until_noticed() -> None:
@@ -454,9 +438,7 @@ def test_standard_error_is_shown_while_the_program_runs(
     interface = boot()
     for number in range(3):
         line = f"{number}" * 600
-        interface.send_and_receive_dict(
-            {"do": f"print('{line}', file=sys.stderr, flush=True);" + answer("1")["do"]}
-        )
+        interface.send_and_receive_dict({"do": f"print('{line}', file=sys.stderr, flush=True);" + answer("1")["do"]})
         interface.send_and_receive_dict(answer("1"))
         assert line in capsys.readouterr().err
     relay = interface._spawner._relay  # type: ignore[union-attr]
@@ -470,9 +452,7 @@ def test_standard_error_is_shown_while_the_program_runs(
 def test_shutdown_waits_for_what_the_program_still_does(boot: Booter, tmp_path: Path) -> None:
     interface = boot()
     go = tmp_path / "go"
-    interface.send_dict(
-        {"do": f"while not os.path.exists({str(go)!r}): pass\nopen({str(go)!r} + '2', 'w').close()"}
-    )
+    interface.send_dict({"do": f"while not os.path.exists({str(go)!r}): pass\nopen({str(go)!r} + '2', 'w').close()"})
     go.touch()
     assert interface.shutdown(wait=True) is True
     assert Path(f"{go}2").exists()
@@ -670,9 +650,7 @@ def test_a_program_without_keys_says_what_to_do(monkeypatch: pytest.MonkeyPatch)
             api.interface_connect("localhost", "1234")
 
 
-def test_a_program_with_the_keys_of_another_interface_is_told(
-    boot: Booter, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_program_with_the_keys_of_another_interface_is_told(boot: Booter, monkeypatch: pytest.MonkeyPatch) -> None:
     interface = boot()
     other = SocketInterface()
     monkeypatch.setenv(api._KEYS_VARIABLE, other._listener.keys)
@@ -813,41 +791,48 @@ def test_an_unknown_program_is_an_error_that_names_the_known_ones() -> None:
 # MPI.
 
 
-def fake_mpiexec(folder: Path, version: str) -> None:
-    script = folder / "mpiexec"
-    script.write_text(f"#!/bin/sh\necho '{version}'\n")
-    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+@pytest.fixture
+def fake_mpiexec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
+    """Have an mpiexec beside Python that says this of its version; returns its path."""
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+
+    def make(version: str) -> str:
+        script = tmp_path / "mpiexec"
+        script.write_text(f"#!/bin/sh\necho '{version}'\n")
+        script.chmod(0o755)
+        return str(script)
+
+    return make
 
 
 @pytest.mark.parametrize(
     ("version", "root", "oversubscribe", "flags", "variables"),
     [
-        ("mpiexec (Open MPI) 5.0.8", False, False, [], 0),
-        ("mpiexec (Open MPI) 5.0.8", False, True, ["--oversubscribe"], 0),
-        ("mpirun (Open MPI) 4.1.4", True, True, ["--oversubscribe"], 2),
-        ("HYDRA build details:", True, True, [], 0),
-        ("Intel(R) MPI Library for Linux", False, True, [], 0),
+        ("mpiexec (Open MPI) 5.0.8", False, False, 0, 0),
+        ("mpiexec (Open MPI) 5.0.8", False, True, 1, 0),
+        ("mpirun (Open MPI) 4.1.4", True, True, 1, 2),
+        ("HYDRA build details:", True, True, 0, 0),
+        ("Intel(R) MPI Library for Linux", False, True, 0, 0),
     ],
 )
 def test_open_mpi_is_told_from_others(
-    tmp_path: Path,
+    fake_mpiexec: Callable[[str], str],
     monkeypatch: pytest.MonkeyPatch,
     version: str,
     root: bool,
     oversubscribe: bool,
-    flags: list[str],
+    flags: int,
     variables: int,
 ) -> None:
-    fake_mpiexec(tmp_path, version)
-    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    path = fake_mpiexec(version)
     monkeypatch.setattr(os, "geteuid", lambda: 0 if root else 1000)
-    api._is_open_mpi.cache_clear()
     spawner = MpiExecSpawner(cores=3, openmpi_oversubscribe=oversubscribe)
-    expected = ["mpiexec", "-n", "3", *flags, "program", "--zmqport", "1"]
-    assert spawner.generate_command(["program", "--zmqport", "1"]) == expected
+    command = spawner.generate_command(["program", "--zmqport", "1"])
+    assert command[:3] == [path, "-n", "3"]
+    assert command[-3:] == ["program", "--zmqport", "1"]
+    assert command.count("--oversubscribe") == flags
     allowed = [name for name in spawner._environment() if name.startswith("OMPI_ALLOW")]
     assert len(allowed) == variables
-    api._is_open_mpi.cache_clear()
 
 
 def test_one_rank_needs_no_mpiexec(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -859,26 +844,12 @@ def test_one_rank_needs_no_mpiexec(monkeypatch: pytest.MonkeyPatch) -> None:
         interface_bootup(["a"], MpiExecSpawner(cores=2))
 
 
-def test_mpiexec_is_also_found_beside_python(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fake_mpiexec(tmp_path, "")
-    monkeypatch.setenv("PATH", "")
-    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
-    command = MpiExecSpawner(cores=2).generate_command(["a"])
-    assert command == [str(tmp_path / "mpiexec"), "-n", "2", "a"]
-
-
-@pytest.fixture
-def two_ranks(monkeypatch: pytest.MonkeyPatch) -> Callable[[], MpiExecSpawner]:
-    mpiexec = find_mpiexec()
-    assert mpiexec is not None
-    monkeypatch.setenv("PATH", f"{Path(mpiexec).parent}{os.pathsep}{os.environ['PATH']}")
-    return lambda: MpiExecSpawner(cores=2, openmpi_oversubscribe=True)
+def two_ranks() -> MpiExecSpawner:
+    return MpiExecSpawner(cores=2, openmpi_oversubscribe=True)
 
 
 @pytest.mark.mpi
-def test_a_program_with_ranks(boot: Booter, two_ranks: Callable[[], MpiExecSpawner]) -> None:
+def test_a_program_with_ranks(boot: Booter) -> None:
     interface = boot(source=MPI_PROGRAM, spawner=two_ranks())
     pids = interface.send_and_receive_dict({})["result"]
     assert len(set(pids)) == 2
@@ -888,9 +859,7 @@ def test_a_program_with_ranks(boot: Booter, two_ranks: Callable[[], MpiExecSpawn
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_dies_ends_the_program(
-    boot: Booter, two_ranks: Callable[[], MpiExecSpawner], rank: int
-) -> None:
+def test_a_rank_that_dies_ends_the_program(boot: Booter, rank: int) -> None:
     interface = boot(source=MPI_PROGRAM, spawner=two_ranks())
     pids = interface.send_and_receive_dict({})["result"]
     error = interface.send_and_receive_dict({"die": rank})["error"]
@@ -900,9 +869,7 @@ def test_a_rank_that_dies_ends_the_program(
 
 
 @pytest.mark.mpi
-def test_mpiexec_killed_is_the_end_of_the_ranks(
-    boot: Booter, two_ranks: Callable[[], MpiExecSpawner]
-) -> None:
+def test_mpiexec_killed_is_the_end_of_the_ranks(boot: Booter) -> None:
     interface = boot(source=MPI_PROGRAM, spawner=two_ranks())
     pids = interface.send_and_receive_dict({})["result"]
     os.kill(pid_of(interface), signal.SIGKILL)
@@ -912,9 +879,7 @@ def test_mpiexec_killed_is_the_end_of_the_ranks(
 
 
 @pytest.mark.mpi
-def test_ranks_end_when_their_library_is_killed(
-    boot: Booter, scripts: Scripts, two_ranks: Callable[[], MpiExecSpawner]
-) -> None:
+def test_ranks_end_when_their_library_is_killed(boot: Booter, scripts: Scripts) -> None:
     process = scripts.start(
         """
         from executorlib.api import MpiExecSpawner, interface_bootup
@@ -951,9 +916,7 @@ def fail_on(rank: int, together: bool) -> None:
 
 
 @pytest.mark.mpi
-def test_interactive_parallel_runs_functions_on_all_ranks(
-    boot: Booter, two_ranks: Callable[[], MpiExecSpawner]
-) -> None:
+def test_interactive_parallel_runs_functions_on_all_ranks(boot: Booter) -> None:
     interface = boot.functions("interactive_parallel.py", two_ranks())
     assert ask(interface, rank_of) == {"result": [(0, 0), (1, 0)]}
     assert ask(interface, lambda: {"value": 7}, init=True) == {"result": True}
@@ -968,9 +931,7 @@ def test_interactive_parallel_runs_functions_on_all_ranks(
 
 @pytest.mark.mpi
 @pytest.mark.slow
-def test_a_failed_rank_that_others_wait_for_ends_them_all(
-    boot: Booter, two_ranks: Callable[[], MpiExecSpawner]
-) -> None:
+def test_a_failed_rank_that_others_wait_for_ends_them_all(boot: Booter) -> None:
     interface = boot.functions("interactive_parallel.py", two_ranks())
     error = ask(interface, fail_on, 1, True)["error"]
     assert isinstance(error, ExecutorlibSocketError)
@@ -1010,9 +971,7 @@ def test_cloudpickle_register_pickles_the_callers_module_by_value(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     registered: list[str] = []
-    monkeypatch.setattr(
-        cloudpickle, "register_pickle_by_value", lambda module: registered.append(module.__name__)
-    )
+    monkeypatch.setattr(cloudpickle, "register_pickle_by_value", lambda module: registered.append(module.__name__))
     library = types.ModuleType("a_library")
     source = """
     from executorlib.api import cloudpickle_register

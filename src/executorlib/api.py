@@ -23,12 +23,10 @@ import argparse
 import atexit
 import contextlib
 import fcntl
-import functools
 import logging
 import os
 import queue
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -40,7 +38,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from socket import AF_INET, gaierror, getaddrinfo, gethostname
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cloudpickle
 import zmq
@@ -49,6 +47,9 @@ from zmq.utils import z85
 from executorlib import serialize
 from executorlib.errors import ExecutorlibSocketError, RemoteTraceback, describe_exit
 from executorlib.worker import call
+
+if TYPE_CHECKING:
+    from executorlib.launchers.mpi import Mpiexec
 
 __all__ = [
     "ExecutorlibSocketError",
@@ -193,7 +194,7 @@ class SocketInterface:
         log_obj_size: Log the size in bytes of each message sent and received (logger
             ``executorlib``, level WARNING).
         time_out_ms: How often, in milliseconds, a method that waits looks whether the program is
-            alive. A program's end is noticed within this time.
+            alive. A program's end is noticed within little more than this time.
     """
 
     def __init__(
@@ -328,7 +329,8 @@ class SocketInterface:
         result = None
         self._booted = False
         if wait and self._listener.connected and self._spawner is not None and self._spawner.poll():
-            result = self.send_and_receive_dict({"shutdown": True, "wait": True}).get("result")
+            answer = self.send_and_receive_dict({"shutdown": True, "wait": True})
+            result = answer.get("result") if isinstance(answer, dict) else None
             self._spawner.shutdown(wait=True)
         self._end()
         return result
@@ -340,10 +342,9 @@ class SocketInterface:
             ExecutorlibSocketError: There will be none.
         """
         if self._listener.closed:
-            raise ExecutorlibSocketError(
-                "The interface was shut down. Start another program with interface_bootup()."
-            )
+            raise ExecutorlibSocketError("The interface was shut down. Start another program with interface_bootup().")
         while True:
+            # Asked before waiting: what a program sent before it died is found below.
             alive = self._spawner is None or self._spawner.poll()
             message = self._listener.receive(self._time_out_ms if alive else _LAST_MESSAGE_MS)
             if message is not None:
@@ -366,10 +367,7 @@ class SocketInterface:
         if not self._listener.connected:
             end += " before it connected back with interface_connect()"
         command = shlex.join(self._command_lst)
-        text = (
-            f"The program {command!r}, started on host {gethostname()}, {end}. "
-            "bootup() starts it again."
-        )
+        text = f"The program {command!r}, started on host {gethostname()}, {end}. bootup() starts it again."
         relay = getattr(self._spawner, "_relay", None)
         if relay is not None and (tail := relay.tail()):
             text += f" Its standard error ends with:\n{tail}"
@@ -380,15 +378,17 @@ def _end(owner: int, listener: _Listener, spawner: SubprocessSpawner | None) -> 
     """End an interface's program and close its connection; runs once."""
     if os.getpid() != owner:  # a fork has the object, but the program is not its own
         return
-    if spawner is not None:
-        if listener.connected and spawner.poll():
-            with contextlib.suppress(zmq.ZMQError):
-                listener.send(cloudpickle.dumps({"shutdown": True, "wait": False}))
-            give_up = time.monotonic() + _END_UNAWAITED_SECONDS
-            while spawner.poll() and time.monotonic() < give_up:
-                time.sleep(0.01)
-        spawner.shutdown(wait=False)
-    listener.close()
+    try:
+        if spawner is not None:
+            if listener.connected and spawner.poll():
+                with contextlib.suppress(zmq.ZMQError):
+                    listener.send(cloudpickle.dumps({"shutdown": True, "wait": False}))
+                give_up = time.monotonic() + _END_UNAWAITED_SECONDS
+                while spawner.poll() and time.monotonic() < give_up:
+                    time.sleep(0.01)
+            spawner.shutdown(wait=False)
+    finally:
+        listener.close()
 
 
 def interface_bootup(
@@ -610,44 +610,26 @@ class MpiExecSpawner(SubprocessSpawner):
             command_lst: The program and its arguments.
 
         Returns:
-            ``mpiexec -n <cores> <command_lst>``, with ``--oversubscribe`` for Open MPI where it was
-            asked for.
+            ``mpiexec -n <cores> ... <command_lst>``, with ``--oversubscribe`` for Open MPI where it was asked for.
 
         Raises:
-            FileNotFoundError: There is no mpiexec.
+            FileNotFoundError: There is no mpiexec beside this Python or on PATH.
+            RuntimeError: It does not answer ``--version``.
         """
         if self._cores == 1:
             return super().generate_command(command_lst)
-        mpiexec = _find_mpiexec()
-        flags = ["--oversubscribe"] if self._openmpi_oversubscribe and _is_open_mpi(mpiexec) else []
-        return [mpiexec, "-n", str(self._cores), *flags, *command_lst]
+        return _find_mpiexec().command(self._cores, command_lst, self._openmpi_oversubscribe)
 
     def _environment(self) -> dict[str, str]:
-        environment = super()._environment()
-        if self._cores > 1 and os.geteuid() == 0 and _is_open_mpi(_find_mpiexec()):
-            # mpirun(1): as root it starts nothing unless both are set.
-            environment["OMPI_ALLOW_RUN_AS_ROOT"] = "1"
-            environment["OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"] = "1"
-        return environment
+        ranks = _find_mpiexec().environment() if self._cores > 1 else {}
+        return {**super()._environment(), **ranks}
 
 
-def _find_mpiexec() -> str:
-    """``mpiexec`` if it is on PATH, else the path of the one beside this Python."""
-    if shutil.which("mpiexec"):
-        return "mpiexec"
-    beside = shutil.which("mpiexec", path=os.path.dirname(sys.executable))
-    if beside is None:
-        raise FileNotFoundError(
-            "There is no mpiexec on PATH or beside this Python, and cores > 1 needs one: "
-            'pip install "executorlib[mpi]", or load the MPI module of your cluster.'
-        )
-    return beside
+def _find_mpiexec() -> Mpiexec:
+    # Here, because the programs, which import this module too, have no use for the executor's side.
+    from executorlib.launchers.mpi import find_mpiexec
 
-
-@functools.cache
-def _is_open_mpi(mpiexec: str) -> bool:
-    version = subprocess.run([mpiexec, "--version"], capture_output=True, text=True, check=False)
-    return "Open MPI" in version.stdout
+    return find_mpiexec()
 
 
 def _terminate(process: subprocess.Popen[bytes]) -> None:
