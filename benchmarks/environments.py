@@ -68,11 +68,8 @@ def versions_of(name: str) -> dict[str, str]:
         Distribution name (lower case) to version.
     """
     code = (
-        "import importlib.metadata as m, json;"
-        "print(json.dumps({d.name.lower(): d.version for d in m.distributions()}))"
+        "import importlib.metadata as m, json;print(json.dumps({d.name.lower(): d.version for d in m.distributions()}))"
     )
-    done = subprocess.run(
-        [str(python_of(name)), "-c", code], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([str(python_of(name)), "-c", code], capture_output=True, text=True, check=True)
     versions: dict[str, str] = json.loads(done.stdout)
     return versions

@@ -136,10 +136,7 @@ FIGURES = {
                 for nodes in simulate.NODES
                 for calls in simulate.CALLS
             },
-            **{
-                f"decisions_per_s_{nodes}": f"{_count(nodes, 'node')}: decisions/s"
-                for nodes in simulate.NODES
-            },
+            **{f"decisions_per_s_{nodes}": f"{_count(nodes, 'node')}: decisions/s" for nodes in simulate.NODES},
             **{
                 f"growth_{nodes}": f"{_count(nodes, 'node')}: cost at 1,000,000 / at 1,000 calls"
                 for nodes in simulate.NODES

@@ -118,9 +118,7 @@ def _target_rows(results: Results) -> Iterator[list[str]]:
 
 def _met(target: Target, value: float) -> str:
     more_is_better = target.at_least or bool(target.rival)
-    return (
-        "yes" if (value >= target.bound if more_is_better else value <= target.bound) else "**no**"
-    )
+    return "yes" if (value >= target.bound if more_is_better else value <= target.bound) else "**no**"
 
 
 def _ratio(target: Target, ours: float, theirs: float) -> float:

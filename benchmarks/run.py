@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from typing import Any
 
 from environments import ROOT, EnvironmentFailed, python_of, versions_of
 from plan import FIGURES
-from report import RESULTS, print_targets, write_report
+from report import RESULTS, Results, print_targets, write_report
 from systems import QUIET, SYSTEMS
 
 HERE = Path(__file__).resolve().parent
@@ -41,37 +42,18 @@ def main() -> int:
     Returns:
         0 if all measured targets are met, else 1.
     """
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--only", action="append", choices=list(FIGURES), metavar="FIGURE", help=", ".join(FIGURES)
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", action="append", choices=list(FIGURES), metavar="FIGURE", help=", ".join(FIGURES))
     parser.add_argument("--rounds", type=int, default=5, help="default: 5")
     parser.add_argument("--quick", action="store_true", help="one round of short measurements")
     options = parser.parse_args()
     names = options.only or list(FIGURES)
     rounds = 1 if options.quick else options.rounds
 
-    results: dict[str, Any] = {"about": about(), "figures": {}, "failures": {}}
-    for turn in range(rounds):
-        for name in names:
-            figure = FIGURES[name]
-            shift = turn % len(figure.systems)
-            for system in figure.systems[shift:] + figure.systems[:shift]:
-                seconds = figure.seconds * (0.3 if options.quick else 1.0)
-                start = time.monotonic()
-                try:
-                    found = measure(name, system, seconds)
-                except (MeasurementFailed, EnvironmentFailed) as error:
-                    results["failures"].setdefault(name, {})[system] = str(error)
-                    outcome = f"FAILED: {error}"
-                else:
-                    measured = results["figures"].setdefault(name, {}).setdefault(system, {})
-                    measured[str(turn)] = found
-                    outcome = ", ".join(f"{key} {value:,.4g}" for key, value in found.items())
-                took = time.monotonic() - start
-                print(f"{turn + 1}/{rounds} {name} {system} ({took:.0f} s): {outcome}", flush=True)
+    with tempfile.TemporaryDirectory(prefix="bench-source-") as folder:
+        # A copy, so that editing the source meanwhile does not mix versions.
+        source = shutil.copytree(ROOT / "src", Path(folder) / "src")
+        results = measure_all(names, rounds, source, 0.3 if options.quick else 1.0)
     if options.only or options.quick or rounds < 5:
         print("Not written to docs/performance.md: that takes all figures and five rounds.")
     else:
@@ -81,17 +63,51 @@ def main() -> int:
     return 0 if print_targets(results) else 1
 
 
+def measure_all(names: list[str], rounds: int, source: Path, scale: float) -> Results:
+    """Measure every system on every figure, round by round.
+
+    Args:
+        names: Keys of ``FIGURES``.
+        rounds: Number of rounds.
+        source: Folder that holds this package.
+        scale: Factor to the length of each measurement.
+
+    Returns:
+        ``about``, ``figures`` (figure, system, round, column) and ``failures`` (figure, system).
+    """
+    results: Results = {"about": about(), "figures": {}, "failures": {}}
+    for turn in range(rounds):
+        for name in names:
+            figure = FIGURES[name]
+            shift = turn % len(figure.systems)
+            for system in figure.systems[shift:] + figure.systems[:shift]:
+                start = time.monotonic()
+                try:
+                    found = measure(name, system, scale * figure.seconds, source)
+                except (MeasurementFailed, EnvironmentFailed) as error:
+                    results["failures"].setdefault(name, {})[system] = str(error)
+                    outcome = f"FAILED: {error}"
+                else:
+                    measured = results["figures"].setdefault(name, {}).setdefault(system, {})
+                    measured[str(turn)] = found
+                    outcome = ", ".join(f"{key} {value:,.4g}" for key, value in found.items())
+                took = time.monotonic() - start
+                print(f"{turn + 1}/{rounds} {name} {system} ({took:.0f} s): {outcome}", flush=True)
+    return results
+
+
 class MeasurementFailed(Exception):
     """A measurement gave no figures; the text is the reason."""
 
 
-def measure(figure: str, system: str, seconds: float) -> dict[str, float]:
+def measure(figure: str, system: str, seconds: float, source: Path) -> dict[str, float]:
     """Run ``measure.py`` in the system's environment.
 
     Args:
         figure: Key of ``FIGURES``.
         system: Key of ``SYSTEMS``.
         seconds: About how long the measurement itself takes.
+        source: Folder that holds this package.
 
     Returns:
         The figures it printed.
@@ -102,8 +118,9 @@ def measure(figure: str, system: str, seconds: float) -> dict[str, float]:
     """
     environment = SYSTEMS[system].environment
     python = python_of(environment)
-    paths = [str(HERE), *([str(ROOT / "src")] if environment == "ours" else [])]
+    paths = [str(HERE), *([str(source)] if environment == "ours" else [])]
     variables = os.environ | QUIET
+    variables["PYTHONFAULTHANDLER"] = "1"
     variables["PATH"] = f"{python.parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     variables["PYTHONPATH"] = os.pathsep.join(paths)
     command = [str(python), str(HERE / "measure.py"), figure, system, "--seconds", str(seconds)]
@@ -123,6 +140,11 @@ def measure(figure: str, system: str, seconds: float) -> dict[str, float]:
             try:
                 process.wait(TIMEOUT_S)
             except subprocess.TimeoutExpired:
+                # Shows where each thread stands.
+                process.send_signal(signal.SIGABRT)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(5)
+                print(errors.read_text(), file=sys.stderr)
                 raise MeasurementFailed(f"hung: no end after {TIMEOUT_S:.0f} s") from None
             finally:
                 with contextlib.suppress(ProcessLookupError):
@@ -151,9 +173,7 @@ def about() -> dict[str, Any]:
             versions[package] = versions_of(environment)[package]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-    )
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     return {
         "command": shlex.join(["python", "benchmarks/run.py", *sys.argv[1:]]),
         "date": date.today().isoformat(),

@@ -74,9 +74,7 @@ def process_pool_fresh() -> Iterator[Pool]:
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
 
-    with ProcessPoolExecutor(
-        max_workers=WORKERS, max_tasks_per_child=1, mp_context=get_context("spawn")
-    ) as executor:
+    with ProcessPoolExecutor(max_workers=WORKERS, max_tasks_per_child=1, mp_context=get_context("spawn")) as executor:
         yield Pool(executor.submit)
 
 
@@ -187,9 +185,7 @@ def hyperqueue() -> Iterator[Pool]:
 
 SYSTEMS = {
     "ours": System("executorlib", "ours", executorlib),
-    "ours-block": System(
-        "executorlib, block", "ours", functools.partial(executorlib, block_allocation=True)
-    ),
+    "ours-block": System("executorlib, block", "ours", functools.partial(executorlib, block_allocation=True)),
     "executorlib1x": System("executorlib 1.x", "executorlib1x", executorlib),
     "executorlib1x-block": System(
         "executorlib 1.x, block",
@@ -197,9 +193,7 @@ SYSTEMS = {
         functools.partial(executorlib, block_allocation=True),
     ),
     "process-pool": System("ProcessPoolExecutor", "stdlib", process_pool),
-    "process-pool-fresh": System(
-        "ProcessPoolExecutor, fresh processes", "stdlib", process_pool_fresh
-    ),
+    "process-pool-fresh": System("ProcessPoolExecutor, fresh processes", "stdlib", process_pool_fresh),
     "multiprocessing": System("multiprocessing.Pool", "stdlib", multiprocessing_pool),
     "loky": System("loky", "loky", loky),
     "parsl": System("Parsl", "parsl", parsl),
