@@ -1,0 +1,487 @@
+"""Results of calls kept on disk: one HDF5 file per call in the cache directory.
+
+An entry is the file ``<key>_i.h5`` while its call waits or runs and ``<key>_o.h5`` once it is done. Its
+datasets, each the pickle of one value as a row of bytes, are `function`, `input_args`, `input_kwargs`,
+`resource_dict`, `output` or `error`, `runtime`, `queue_id` and `error_log_file`, as far as they are known.
+
+Reading an entry unpickles it, and unpickling runs whatever the file says: use only cache directories that
+nobody else can write to, or whose writers you trust.
+
+Several processes may use one directory at once. A file is put in place by a rename, so a reader sees a whole
+entry or none, and of two writers the last one stays. No lock is taken, because network file systems often
+have none: HDF5 only ever works on memory and on open files, never on paths.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import pickle
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, NamedTuple
+
+from executorlib.serialize import dumps_in_band
+
+_logger = logging.getLogger("executorlib")
+
+_INPUT, _OUTPUT = "_i.h5", "_o.h5"
+_WRITING = "_r.h5"  # executorlib 1.x calls an entry so while it adds the result to it
+
+_DATASETS = (
+    "function",
+    "input_args",
+    "input_kwargs",
+    "output",
+    "error",
+    "resource_dict",
+    "runtime",
+    "queue_id",
+    "error_log_file",
+)
+
+# Large arrays of floats hardly shrink at any level, so the fastest.
+_GZIP_LEVEL = 1
+_CHUNK_BYTES = 1 << 20
+
+_NAME_BYTES = 255  # of one file name, on all common file systems
+
+_POLL_SECONDS = 0.2
+# How long neither file of an entry may be seen before it counts as removed: network file systems show a
+# rename late, NFS by default after up to a minute, mostly within seconds.
+_GONE_SECONDS = 10.0
+
+
+class Output(NamedTuple):
+    """What a call that is done left behind.
+
+    Attributes:
+        value: What the function returned; None where it raised.
+        error: What the function raised, or None.
+        runtime: Seconds that the function took, or None where the entry does not tell.
+    """
+
+    value: Any
+    error: BaseException | None
+    runtime: float | None
+
+
+class StoredResult:
+    """The result of another entry, as executorlib 1.x writes it among the inputs of a call that waits for it."""
+
+    _file_name: str
+    _selector: Any = None
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._file_name!r})"
+
+    def done(self) -> bool:
+        """Say whether the other call is done."""
+        return os.path.exists(self._file_name)
+
+    def result(self) -> Any:
+        """Return the other call's result.
+
+        Raises:
+            FileNotFoundError: If the other call is not done.
+            Exception: What the other call's function raised.
+        """
+        output = read_output(self._file_name)
+        if output is None:
+            raise FileNotFoundError(f"the input {self._file_name} has no result yet")
+        if output.error is not None:
+            raise output.error
+        return output.value if self._selector is None else output.value[self._selector]
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name == "FutureItem" and module.startswith("executorlib."):
+            return StoredResult
+        return super().find_class(module, name)
+
+
+def entry_path(directory: str | os.PathLike[str], key: str, suffix: Literal["i", "o"] = "o") -> Path:
+    """Name the file of an entry.
+
+    Args:
+        directory: The cache directory.
+        key: Key of the entry; slashes make sub-folders.
+        suffix: ``"i"`` for a call that waits or runs, ``"o"`` for one that is done.
+
+    Raises:
+        ValueError: If the key is empty, leads out of the directory, or cannot be a file name.
+    """
+    parts = key.split("/")
+    if not {"", ".", ".."}.isdisjoint(parts) or "\0" in key:
+        raise ValueError(
+            f"the cache_key {key!r} does not name a file inside the cache directory; use a relative "
+            'path such as "name" or "folder/name", without "." and ".."'
+        )
+    path = Path(directory, *parts[:-1], f"{parts[-1]}_{suffix}.h5")
+    if any(len(os.fsencode(part)) > _NAME_BYTES for part in (*parts[:-1], path.name)):
+        raise ValueError(
+            f"the cache_key {key[:40]!r}... is too long for a file name; use at most {_NAME_BYTES - len(_OUTPUT)} bytes"
+        )
+    return path
+
+
+def write_output(
+    path: str | os.PathLike[str],
+    *,
+    function: Any,
+    args: Iterable[Any],
+    kwargs: dict[str, Any],
+    resource_dict: dict[str, Any],
+    runtime: float,
+    output: Any = None,
+    error: BaseException | None = None,
+) -> None:
+    """Put the entry of a call that is done in place, whole or not at all.
+
+    Args:
+        path: Its file, from `entry_path`; the folder is made where missing.
+        function: The function that was called.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        resource_dict: The resources it ran with.
+        runtime: Seconds it took.
+        output: What it returned; not kept where it raised.
+        error: What it raised, or None.
+
+    Raises:
+        ImportError: If h5py is missing.
+        OSError: If the file cannot be written, for example on a full disk; nothing is left behind.
+        Exception: Whatever pickling one of the values raises.
+    """
+    result = {"output": output} if error is None else {"error": error}
+    values = {
+        "function": function,
+        "input_args": list(args),
+        "input_kwargs": kwargs,
+        "resource_dict": resource_dict,
+        **result,
+        "runtime": runtime,
+    }
+    _write(os.fspath(path), _pack(values))
+
+
+def _pack(values: dict[str, Any]) -> memoryview:
+    """Return the bytes of an HDF5 file that holds these values."""
+    import numpy  # comes with h5py
+
+    h5py = _h5py()
+    image = io.BytesIO()
+    with h5py.File(image, "w") as file:
+        for name, value in values.items():
+            data = numpy.frombuffer(dumps_in_band(value), dtype=numpy.uint8)
+            file.create_dataset(
+                name,
+                data=data,
+                chunks=(min(data.size, _CHUNK_BYTES),),
+                compression="gzip",
+                compression_opts=_GZIP_LEVEL,
+            )
+    return image.getbuffer()
+
+
+def _write(path: str, data: memoryview) -> None:
+    folder = os.path.dirname(path)
+    os.makedirs(folder or ".", exist_ok=True)
+    # Not `tempfile`: its files are the owner's alone, and an entry is for all who may use the directory.
+    temporary = os.path.join(folder, f".{os.getpid()}-{os.urandom(8).hex()}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def read_output(path: str | os.PathLike[str]) -> Output | None:
+    """Read the result of a call that is done.
+
+    Args:
+        path: Its file, from `entry_path`.
+
+    Returns:
+        The result; None where there is no such file or it cannot be read, of which the latter is logged
+        as a warning. Either way the call has to run.
+
+    Raises:
+        ImportError: If h5py is missing.
+    """
+    values = _read(path, ("output", "error", "runtime"))
+    if values is None:
+        return None
+    if "error" in values:
+        return Output(None, values["error"], values.get("runtime"))
+    if "output" in values:
+        return Output(values["output"], None, values.get("runtime"))
+    _logger.warning("the cache file %s is ignored: it holds no result", path)
+    return None
+
+
+def _read(path: str | os.PathLike[str], names: Iterable[str]) -> dict[str, Any] | None:
+    h5py = _h5py()
+    try:
+        # h5py would lock a file that it opens by its path.
+        with open(path, "rb") as raw, h5py.File(raw, "r") as file:
+            pickles = {name: file[name][()].tobytes() for name in names if name in file}
+        return {name: _Unpickler(io.BytesIO(data)).load() for name, data in pickles.items()}
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except Exception as error:  # damaged files and pickles raise nearly everything
+        _logger.warning("the cache file %s is ignored: %s: %s", path, type(error).__name__, error)
+        return None
+
+
+def _h5py() -> ModuleType:
+    try:
+        import h5py
+    except ImportError as error:
+        raise ImportError(
+            'a cache directory needs h5py: pip install "executorlib[cache]", or leave out cache_directory'
+        ) from error
+    module: ModuleType = h5py
+    return module
+
+
+# -- what users call ------------------------------------------------------------------------------------------
+
+
+def get_cache_data(cache_directory: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """List all entries of a cache directory, for example for `pandas.DataFrame`.
+
+    Reading unpickles: the directory must be one that you trust.
+
+    Args:
+        cache_directory: The cache directory, searched with its sub-folders.
+
+    Returns:
+        One dictionary per entry, ordered by file, with what the entry holds of ``function``,
+        ``input_args``, ``input_kwargs``, ``output`` or ``error``, ``resource_dict``, ``runtime`` (seconds),
+        ``queue_id`` and ``error_log_file``, and its absolute path as ``filename``. Files that cannot be
+        read are left out with a warning in the log. Empty where there is no such directory.
+
+    Raises:
+        ImportError: If there are entries and h5py is missing.
+    """
+    rows = []
+    for path in _entries(cache_directory, (_INPUT, _OUTPUT)):
+        values = _read(path, _DATASETS)
+        if values is not None:
+            rows.append({**values, "filename": path})
+    return rows
+
+
+def get_future_from_cache(cache_directory: str | os.PathLike[str], cache_key: str) -> Future[Any]:
+    """Return the result of an entry as a future.
+
+    Reading unpickles: the directory must be one that you trust.
+
+    Args:
+        cache_directory: The cache directory.
+        cache_key: Key of the entry: what was given as ``cache_key``, or the name of its file without
+            ``_o.h5``.
+
+    Returns:
+        A future that is done, or, while the call waits or runs, one that becomes done with it. The latter
+        becomes cancelled when the entry is removed; cancelling it leaves the call alone.
+
+    Raises:
+        Exception: What the function raised.
+        FileNotFoundError: If there is no entry of that key.
+        ImportError: If h5py is missing.
+        ValueError: If the key leads out of the directory.
+    """
+    path = os.path.abspath(entry_path(cache_directory, cache_key))
+    # Looked for again at the end: it may get done between the first two looks.
+    output = read_output(path)
+    running = output is None and _is_pending(path)
+    if output is None and not running:
+        output = read_output(path)
+    if output is None and not running:
+        raise FileNotFoundError(
+            f"the cache directory {os.fspath(cache_directory)} has no entry {cache_key!r}; "
+            "get_cache_data() lists those it has"
+        )
+    future: Future[Any] = Future()
+    if output is None:
+        _watcher.watch(future, path)
+    elif output.error is not None:
+        raise output.error
+    else:
+        future.set_result(output.value)
+    return future
+
+
+def terminate_tasks_in_cache(
+    cache_directory: str | os.PathLike[str],
+    pysqa_config_directory: str | None = None,
+    backend: str | None = None,
+) -> None:
+    """Cancel all calls of a cache directory that wait or run, and remove their entries.
+
+    Args:
+        cache_directory: The cache directory, searched with its sub-folders.
+        pysqa_config_directory: Configuration of the queuing system they were submitted with, or None.
+        backend: Queuing system that holds their jobs: ``"slurm"``, ``"flux"``, or None.
+
+    Raises:
+        ValueError: If an entry has a job in a queue that cannot be cancelled from here; then nothing is
+            removed.
+        ImportError: If there are such entries and h5py is missing.
+    """
+    paths = [Path(path) for path in _entries(cache_directory, (_INPUT,))]
+    waiting = [path for path in paths if not _output_of(path).exists()]
+    _terminate(waiting, pysqa_config_directory, backend)
+
+
+def terminate_task_in_cache(
+    cache_directory: str | os.PathLike[str],
+    cache_key: str,
+    pysqa_config_directory: str | None = None,
+    backend: str | None = None,
+) -> None:
+    """Cancel one call that waits or runs, and remove its entry; one that is done stays as it is.
+
+    Args:
+        cache_directory: The cache directory.
+        cache_key: Key of the entry.
+        pysqa_config_directory: Configuration of the queuing system it was submitted with, or None.
+        backend: Queuing system that holds its job: ``"slurm"``, ``"flux"``, or None.
+
+    Raises:
+        FileNotFoundError: If there is no entry of that key.
+        ValueError: If its job in a queue cannot be cancelled from here; then the entry stays.
+        ImportError: If h5py is missing.
+    """
+    path = entry_path(cache_directory, cache_key, "i")
+    if _output_of(path).exists():
+        return
+    if not path.exists():
+        raise FileNotFoundError(f"the cache directory {os.fspath(cache_directory)} has no entry {cache_key!r}")
+    _terminate([path], pysqa_config_directory, backend)
+
+
+def _terminate(paths: list[Path], pysqa_config_directory: str | None, backend: str | None) -> None:
+    jobs = {path: (_read(path, ("queue_id",)) or {}).get("queue_id") for path in paths}
+    queued = {path: job for path, job in jobs.items() if job is not None}
+    if queued:
+        _cancel_jobs(queued, pysqa_config_directory, backend)
+    for path in paths:
+        path.unlink(missing_ok=True)
+
+
+def _cancel_jobs(jobs: dict[Path, int], pysqa_config_directory: str | None, backend: str | None) -> None:
+    """Cancel jobs in the queue that holds them."""
+    numbers = " ".join(str(job) for job in jobs.values())
+    raise ValueError(
+        f"job(s) {numbers} cannot be cancelled by this version, which knows no queuing system "
+        f"(backend={backend!r}). Cancel them with the system's own command (scancel {numbers}; "
+        f"flux cancel {numbers}), then delete {', '.join(str(path) for path in jobs)}"
+    )
+
+
+def _entries(directory: str | os.PathLike[str], endings: tuple[str, ...]) -> Iterator[str]:
+    paths = [
+        os.path.join(folder, name)
+        for folder, _, names in os.walk(os.path.abspath(directory))
+        for name in names
+        if name.endswith(endings)
+    ]
+    yield from sorted(paths)
+
+
+def _output_of(path: Path) -> Path:
+    return path.with_name(path.name.removesuffix(_INPUT) + _OUTPUT)
+
+
+def _is_pending(output_path: str) -> bool:
+    stem = output_path.removesuffix(_OUTPUT)
+    return os.path.exists(stem + _INPUT) or os.path.exists(stem + _WRITING)
+
+
+# -- entries that other processes will finish -----------------------------------------------------------------
+
+
+class _Watcher:
+    """Resolves futures of entries that other processes work on, in one thread that ends with the last."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._new: list[tuple[Future[Any], str]] = []
+        self._running = False
+
+    def watch(self, future: Future[Any], path: str) -> None:
+        """Resolve a future once the file is there."""
+        with self._lock:
+            self._new.append((future, path))
+            if not self._running:
+                self._running = True
+                # A daemon: nobody's result is lost when the interpreter ends before a file appears.
+                threading.Thread(target=self._run, name="executorlib-cache", daemon=True).start()
+
+    def _run(self) -> None:
+        watched: dict[Future[Any], tuple[str, float]] = {}  # its file, when it was last seen pending
+        while True:
+            with self._lock:
+                watched.update({future: (path, time.monotonic()) for future, path in self._new})
+                self._new.clear()
+                if not watched:
+                    self._running = False
+                    return
+            for future, (path, seen) in list(watched.items()):
+                if future.cancelled():
+                    future.set_running_or_notify_cancel()  # tells those who wait for it
+                    del watched[future]
+                elif self._look(future, path, seen):
+                    del watched[future]
+                elif _is_pending(path):
+                    watched[future] = (path, time.monotonic())
+            del future
+            time.sleep(_POLL_SECONDS)
+
+    @staticmethod
+    def _look(future: Future[Any], path: str, seen: float) -> bool:
+        """Resolve the future if its entry is done, damaged or removed, and say whether it was."""
+        if not os.path.exists(path):
+            if time.monotonic() - seen < _GONE_SECONDS:
+                return False
+            future.cancel()
+            future.set_running_or_notify_cancel()
+            return True
+        try:
+            output = read_output(path)
+            if output is None:
+                raise OSError(f"the cache file {path} is damaged; remove it and run the call again")
+            error = output.error
+        except Exception as failure:
+            output, error = None, failure
+        if future.set_running_or_notify_cancel():
+            if error is not None:
+                future.set_exception(error)
+            elif output is not None:
+                future.set_result(output.value)
+        return True
+
+
+_watcher = _Watcher()
+
+
+def _after_fork() -> None:
+    # The thread stays behind in the parent, and so do the futures; the lock may have been held.
+    global _watcher
+    _watcher = _Watcher()
+
+
+os.register_at_fork(after_in_child=_after_fork)
