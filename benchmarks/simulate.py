@@ -57,7 +57,8 @@ def _simulate(nodes: int, count: int) -> float:
     tested = FreshScheduler(ledger, max_calls=None)
     future: Future[Any] = Future()
     resources = Resources()
-    tasks = [Task(i, abs, (), {}, future, resources) for i in range(count)]
+    demand = resources.demand
+    tasks = [Task(i, abs, (), {}, future, resources, demand) for i in range(count)]
     running: deque[Worker] = deque()
 
     def obey() -> None:
