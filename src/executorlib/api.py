@@ -38,7 +38,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from socket import AF_INET, gaierror, getaddrinfo, gethostname
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import cloudpickle
 import zmq
@@ -577,8 +577,7 @@ class SubprocessSpawner:
         """See to it that the program ends.
 
         Args:
-            wait: Give it 30 s to end by itself; with False, it gets SIGTERM at once, and SIGKILL 5
-                s later.
+            wait: Give it 30 s to end by itself; with False, it gets SIGTERM at once. SIGKILL follows 5 s after that.
         """
         process = self._process
         if process is not None:
@@ -634,13 +633,15 @@ def _find_mpiexec() -> Mpiexec:
 
 def _terminate(process: subprocess.Popen[bytes]) -> None:
     """End a program, and what it started where it leads a process group of its own."""
-    send = os.killpg if os.getpgid(process.pid) == process.pid else os.kill
-    send(process.pid, signal.SIGTERM)
-    try:
-        process.wait(_TERM_SECONDS)
-    except subprocess.TimeoutExpired:
+    # No such process, or only one that waits to be reaped (macOS): it has ended meanwhile.
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        send = os.killpg if os.getpgid(process.pid) == process.pid else os.kill
+        send(process.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_TERM_SECONDS)
+            return
         send(process.pid, signal.SIGKILL)
-        process.wait()
+    process.wait()
 
 
 _exporting = threading.Lock()
@@ -745,7 +746,7 @@ def interface_connect(host: str, port: str) -> tuple[zmq.Context[Any], zmq.Socke
         ) from None
     getaddrinfo(host, port, AF_INET)  # libzmq would try for ever, in silence
     context = zmq.Context()
-    socket = _ProgramSocket(context, zmq.DEALER)
+    socket = cast(_ProgramSocket, context.socket(zmq.DEALER, socket_class=_ProgramSocket))
     socket.setsockopt(zmq.CURVE_SERVERKEY, library_public)
     socket.setsockopt(zmq.CURVE_PUBLICKEY, public)
     socket.setsockopt(zmq.CURVE_SECRETKEY, secret)
