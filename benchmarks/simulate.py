@@ -46,7 +46,7 @@ def _simulate(nodes: int, count: int) -> float:
     """Submit ``count`` calls of one core each, then end the oldest running one until none is left.
 
     Returns:
-        Seconds, without those for making the calls.
+        Processor seconds, without those for making the calls.
     """
     from executorlib.ledger import Ledger, Node
     from executorlib.resources import Resources
@@ -70,7 +70,7 @@ def _simulate(nodes: int, count: int) -> float:
                     running.append(effect.worker)
 
     gc.collect()
-    start = time.perf_counter()
+    start = time.process_time()
     for task in tasks:
         tested.on_submit(task)
         obey()
@@ -79,6 +79,6 @@ def _simulate(nodes: int, count: int) -> float:
         tested.on_result(worker, worker.calls[0], 0.0)
         tested.on_exit(worker, [])
         obey()
-    taken = time.perf_counter() - start
+    taken = time.process_time() - start
     assert tested.unfinished == 0
     return taken
