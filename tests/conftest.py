@@ -56,6 +56,16 @@ class Row:
     def start(self) -> str:
         return str(self.options["start_method"])
 
+    @property
+    def backlog(self) -> int:
+        """More calls than this row hands out ahead of their turn."""
+        return 300 if self.block else 8
+
+    @property
+    def many(self) -> int:
+        """As many calls as this row runs in well under a second."""
+        return {"fork": 60, "spawn": 8}[self.start] if not self.block else 300
+
     def arguments(self, **kwargs: Any) -> dict[str, Any]:
         """The constructor's arguments: two calls at once, unless the test gives another limit."""
         limited = "max_cores" in kwargs and not self.block
@@ -93,9 +103,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             if (not mark.args or row.name in mark.args)
             and all(getattr(row, key) == value for key, value in mark.kwargs.items())
         ]
-    metafunc.parametrize(
-        "row", chosen, ids=[row.name for row in chosen], indirect=True, scope="module"
-    )
+    metafunc.parametrize("row", chosen, ids=[row.name for row in chosen], indirect=True, scope="module")
 
 
 @pytest.fixture(scope="module")
@@ -317,11 +325,7 @@ def leak_guard(deadline: None) -> Iterator[None]:
     yield
 
     def left_over() -> list[str]:
-        left = [
-            f"thread {thread.name!r}"
-            for thread in threading.enumerate()
-            if thread not in threads_before
-        ]
+        left = [f"thread {thread.name!r}" for thread in threading.enumerate() if thread not in threads_before]
         left += [f"child process {describe(pid)}" for pid in children() - children_before]
         files = open_files()
         if len(files) > len(files_before):

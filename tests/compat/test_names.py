@@ -115,9 +115,7 @@ def test_api_function(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(promised.API_METHODS))
 def test_api_class(name: str) -> None:
     found = getattr(executorlib.api, name)
-    assert {method for method in promised.API_METHODS[name] if hasattr(found, method)} == (
-        promised.API_METHODS[name]
-    )
+    assert {method for method in promised.API_METHODS[name] if hasattr(found, method)} == (promised.API_METHODS[name])
 
 
 def test_socket_error() -> None:

@@ -1,43 +1,51 @@
-"""Functions that the tests send to workers; tests and workers signal each other by files."""
+"""Functions that the tests send to workers; tests and workers signal each other by files.
+
+Every fresh process imports this module, so that it imports little itself.
+"""
 
 from __future__ import annotations
 
 import os
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 # Long enough for a loaded machine, short enough that a worker that is waited for in vain ends.
 SECONDS = 25.0
 
 
-def wait_for(path: str | Path, seconds: float = SECONDS) -> str:
+def read(path: str | os.PathLike[str]) -> str:
+    with open(path) as file:
+        return file.read()
+
+
+def wait_for(path: str | os.PathLike[str], seconds: float = SECONDS) -> str:
     """Wait until a file is there and return what it holds."""
     give_up = time.monotonic() + seconds
     while not os.path.exists(path):
         if time.monotonic() > give_up:
             raise TimeoutError(f"no file {path} within {seconds:g} s")
         time.sleep(0.002)
-    return Path(path).read_text()
+    return read(path)
 
 
-def put(path: str | Path, text: str = "") -> None:
+def put(path: str | os.PathLike[str], text: str = "") -> None:
     """Write a file that nobody sees half written."""
     draft = f"{path}.{os.getpid()}.draft"
-    Path(draft).write_text(text)
+    with open(draft, "w") as file:
+        file.write(text)
     os.replace(draft, path)
 
 
-def append(path: str | Path, line: str) -> None:
+def append(path: str | os.PathLike[str], line: str) -> None:
     """Add a line to a file that several processes write to."""
     with open(path, "a") as log:
         log.write(line + "\n")
 
 
-def lines(path: str | Path) -> list[str]:
+def lines(path: str | os.PathLike[str]) -> list[str]:
     """The lines that were appended to a file so far."""
-    return Path(path).read_text().splitlines() if Path(path).exists() else []
+    return read(path).splitlines() if os.path.exists(path) else []
 
 
 def alive(pid: int) -> bool:
@@ -47,9 +55,9 @@ def alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        return read(f"/proc/{pid}/stat").rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
-        return not Path("/proc/self").exists()  # macOS has no /proc
+        return not os.path.exists("/proc/self")  # macOS has no /proc
     except ProcessLookupError:
         return False
 
@@ -83,9 +91,9 @@ class Gate:
         give_up = time.monotonic() + seconds
         while True:
             names = [
-                path.name
-                for path in Path(self.folder).glob(f"{self.name}-started-*")
-                if path.suffix != ".draft"
+                name
+                for name in os.listdir(self.folder)
+                if name.startswith(f"{self.name}-started-") and not name.endswith(".draft")
             ]
             if len(names) >= count:
                 return sorted(int(name.rpartition("-")[2]) for name in names)
@@ -181,7 +189,7 @@ def counted(path: str, amount: int) -> None:
     append(path, f"-{amount}")
 
 
-def highest(path: str | Path) -> int:
+def highest(path: str | os.PathLike[str]) -> int:
     """The most that calls of ``counted`` took at once."""
     now = most = 0
     for line in lines(path):

@@ -144,9 +144,7 @@ def test_init_function_that_fails(make_executor: Callable[..., Any]) -> None:
 
 @block
 @pytest.mark.parametrize("returned", [None, 3, [("a", 1)]], ids=repr)
-def test_init_function_that_returns_no_dictionary(
-    make_executor: Callable[..., Any], returned: Any
-) -> None:
+def test_init_function_that_returns_no_dictionary(make_executor: Callable[..., Any], returned: Any) -> None:
     """Nothing to fill is fine; anything else is an error that says what is expected."""
     with make_executor(init_function=lambda: returned) as executor:
         future = executor.submit(add, 1, 2)

@@ -23,9 +23,7 @@ def finished(store: str) -> list[str]:
     return sorted(str(path.relative_to(store)) for path in Path(store).rglob("*_o.h5"))
 
 
-def test_second_executor_finds_the_result(
-    make_executor: Callable[..., Any], store: str, tmp_path: Path
-) -> None:
+def test_second_executor_finds_the_result(make_executor: Callable[..., Any], store: str, tmp_path: Path) -> None:
     log = str(tmp_path / "log")
     for _ in range(2):
         with make_executor(cache_directory=store) as executor:
@@ -35,9 +33,7 @@ def test_second_executor_finds_the_result(
     assert finished(store)[0].startswith("record")
 
 
-def test_same_executor_finds_the_result(
-    make_executor: Callable[..., Any], store: str, tmp_path: Path
-) -> None:
+def test_same_executor_finds_the_result(make_executor: Callable[..., Any], store: str, tmp_path: Path) -> None:
     log = str(tmp_path / "log")
     with make_executor(cache_directory=store) as executor:
         assert executor.submit(record, log, 5).result(WAIT) == 5
@@ -107,9 +103,7 @@ def test_key_of_the_users_own(make_executor: Callable[..., Any], store: str) -> 
 
 @pytest.mark.rows(block=False)
 @pytest.mark.parametrize("key", ["../outside", "/tmp/outside", "a/../../outside"])
-def test_key_that_leads_out_of_the_directory(
-    make_executor: Callable[..., Any], store: str, key: str
-) -> None:
+def test_key_that_leads_out_of_the_directory(make_executor: Callable[..., Any], store: str, key: str) -> None:
     with make_executor(cache_directory=store) as executor:
         with pytest.raises(ValueError, match="cache_key"):
             executor.submit(add, 1, 2, resource_dict={"cache_key": key}).result(WAIT)

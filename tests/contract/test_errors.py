@@ -169,9 +169,7 @@ def test_error_log_file_that_cannot_be_written(executor: Any, tmp_path: Path) ->
 # log_obj_size
 
 
-def test_sizes_are_logged(
-    make_executor: Callable[..., Any], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_sizes_are_logged(make_executor: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
     with (
         caplog.at_level(logging.WARNING, logger="executorlib"),
         make_executor(log_obj_size=True) as executor,
@@ -179,15 +177,11 @@ def test_sizes_are_logged(
         assert len(executor.submit(identity, bytes(50_000)).result(WAIT)) == 50_000
     records = [record for record in caplog.records if record.name == "executorlib"]
     assert all(record.levelno == logging.WARNING for record in records)
-    sizes = [
-        int(number) for record in records for number in re.findall(r"\d+", record.getMessage())
-    ]
+    sizes = [int(number) for record in records for number in re.findall(r"\d+", record.getMessage())]
     assert len([size for size in sizes if 50_000 <= size < 60_000]) >= 2
 
 
-def test_sizes_are_not_logged_without_asking(
-    executor: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_sizes_are_not_logged_without_asking(executor: Any, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="executorlib"):
         executor.submit(identity, bytes(50_000)).result(WAIT)
     assert not caplog.records

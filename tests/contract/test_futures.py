@@ -61,9 +61,7 @@ def test_callbacks_of_failed_calls(executor: Any) -> None:
 
 
 @pytest.mark.parametrize("error", [ValueError, CustomError])
-def test_callback_that_raises(
-    executor: Any, caplog: pytest.LogCaptureFixture, error: type[Exception]
-) -> None:
+def test_callback_that_raises(executor: Any, caplog: pytest.LogCaptureFixture, error: type[Exception]) -> None:
     """It is logged by the standard library; later callbacks and calls go on."""
     seen = threading.Event()
 
@@ -94,12 +92,12 @@ def test_submit_in_a_callback(executor: Any) -> None:
     assert final.result(WAIT) == 5
 
 
-def test_cancel_in_a_callback(make_executor: Callable[..., Any], gate: Callable[..., Gate]) -> None:
+def test_cancel_in_a_callback(make_executor: Callable[..., Any], row: Any, gate: Callable[..., Gate]) -> None:
     held = gate()
     cancelled: Future[bool] = Future()
     with make_executor(max_workers=1) as executor:
         first = executor.submit(held)
-        rest = [executor.submit(add, i, 1) for i in range(200)]
+        rest = [executor.submit(add, i, 1) for i in range(row.backlog)]
         first.add_done_callback(lambda _: cancelled.set_result(rest[-1].cancel()))
         held.open()
         assert cancelled.result(WAIT)
@@ -175,9 +173,7 @@ def test_await(executor: Any) -> None:
 
 
 @pytest.mark.rows(block=False)
-def test_cancel_before_start(
-    make_executor: Callable[..., Any], gate: Callable[..., Gate], tmp_path: Path
-) -> None:
+def test_cancel_before_start(make_executor: Callable[..., Any], gate: Callable[..., Gate], tmp_path: Path) -> None:
     held, log = gate(), tmp_path / "log"
     with make_executor(max_workers=1) as executor:
         first = executor.submit(held, 1)
@@ -195,16 +191,16 @@ def test_cancel_before_start(
 
 
 def test_cancel_what_was_not_handed_out(
-    make_executor: Callable[..., Any], gate: Callable[..., Gate], tmp_path: Path
+    make_executor: Callable[..., Any], row: Any, gate: Callable[..., Gate], tmp_path: Path
 ) -> None:
     """Workers may hold a few calls more than they run; what is queued behind can be cancelled."""
     held, log = gate(), tmp_path / "log"
     with make_executor() as executor:
         first = [executor.submit(held, i) for i in range(2)]
         held.pids(2)
-        waiting = [executor.submit(record, log, i) for i in range(300)]
+        waiting = [executor.submit(record, log, i) for i in range(row.backlog)]
         cancelled = [i for i, future in enumerate(waiting) if future.cancel()]
-        assert len(cancelled) > 150
+        assert len(cancelled) > row.backlog / 2
         assert set(cancelled) == {i for i, future in enumerate(waiting) if future.cancelled()}
         held.open()
         for future in first:
@@ -213,14 +209,14 @@ def test_cancel_what_was_not_handed_out(
     assert all(future.done() for future in waiting)
 
 
-def test_cancel_calls_back(make_executor: Callable[..., Any], gate: Callable[..., Gate]) -> None:
+def test_cancel_calls_back(make_executor: Callable[..., Any], row: Any, gate: Callable[..., Gate]) -> None:
     held = gate()
     called: list[bool] = []
     with make_executor() as executor:
         for i in range(2):
             executor.submit(held, i)
         held.pids(2)
-        last = [executor.submit(add, i, 1) for i in range(300)][-1]
+        last = [executor.submit(add, i, 1) for i in range(row.backlog)][-1]
         last.add_done_callback(lambda future: called.append(future.cancelled()))
         assert last.cancel()
         assert called == [True]
@@ -241,8 +237,7 @@ def test_a_running_call_cannot_be_cancelled(executor: Any, gate: Callable[..., G
 
 def test_cancelled_calls_do_not_disturb_others(executor: Any, row: Any) -> None:
     """Cancelling races with starting; each call either runs or is cancelled."""
-    count = 200 if row.block or row.start == "fork" else 30
-    futures = [executor.submit(identity, i) for i in range(count)]
+    futures = [executor.submit(identity, i) for i in range(row.many)]
     cancelled = [future.cancel() for future in futures[::2]]
     for i, future in enumerate(futures):
         if i % 2 == 0 and cancelled[i // 2]:

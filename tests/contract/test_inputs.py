@@ -139,9 +139,7 @@ def test_submit_never_blocks(executor: Any) -> None:
 
 
 def test_result_of_an_input_may_be_a_container(executor: Any) -> None:
-    assert (
-        executor.submit(total, *[executor.submit(identity, i) for i in range(3)]).result(WAIT) == 3
-    )
+    assert executor.submit(total, *[executor.submit(identity, i) for i in range(3)]).result(WAIT) == 3
     listed = executor.submit(identity, [1, 2])
     assert executor.submit(identity, {"a": listed}).result(WAIT) == {"a": [1, 2]}
 
@@ -225,7 +223,7 @@ def test_diamond(executor: Any) -> None:
 
 
 def test_long_chain(executor: Any, row: Any) -> None:
-    length = 500 if row.block or row.start == "fork" else 40
+    length = 500 if row.block or row.start == "fork" else 8
     future = executor.submit(identity, 0)
     for _ in range(length):
         future = executor.submit(add, future, 1)
@@ -245,7 +243,7 @@ def test_failure_runs_down_a_long_chain(executor: Any) -> None:
 
 
 def test_two_layers(executor: Any, row: Any) -> None:
-    width = 200 if row.block else 20
+    width = row.many
     first = [executor.submit(add, i, 0) for i in range(width)]
     second = [executor.submit(add, future, 1) for future in first]
     assert executor.submit(total, *second).result(WAIT) == sum(range(width)) + width
@@ -253,18 +251,17 @@ def test_two_layers(executor: Any, row: Any) -> None:
 
 def test_one_input_of_many_calls(executor: Any, row: Any) -> None:
     source = executor.submit(identity, 5)
-    count = 200 if row.block else 20
-    futures = [executor.submit(add, source, i) for i in range(count)]
-    assert [future.result(WAIT) for future in futures] == [5 + i for i in range(count)]
+    futures = [executor.submit(add, source, i) for i in range(row.many)]
+    assert [future.result(WAIT) for future in futures] == [5 + i for i in range(row.many)]
 
 
-def test_inputs_that_finish_in_other_threads_while_submitting(executor: Any) -> None:
-    sources: list[Future[int]] = [Future() for _ in range(50)]
+def test_inputs_that_finish_in_other_threads_while_submitting(executor: Any, row: Any) -> None:
+    sources: list[Future[int]] = [Future() for _ in range(row.many)]
     thread = threading.Thread(target=lambda: [future.set_result(1) for future in sources])
     thread.start()
     calls = [executor.submit(add, future, 1) for future in sources]
     thread.join()
-    assert [call.result(WAIT) for call in calls] == [2] * 50
+    assert [call.result(WAIT) for call in calls] == [2] * row.many
 
 
 def test_disable_dependencies(make_executor: Callable[..., Any]) -> None:

@@ -129,9 +129,7 @@ def test_resources_of_ranks(make_executor: Callable[..., Any], tmp_path: Path) -
 
 
 @pytest.mark.rows("fork", "spawn")
-def test_run_time_max_of_ranks(
-    make_executor: Callable[..., Any], gate: Callable[..., Gate]
-) -> None:
+def test_run_time_max_of_ranks(make_executor: Callable[..., Any], gate: Callable[..., Gate]) -> None:
     """The limit is for the call, so that it is long enough for the ranks to start."""
     held = gate()
     own = {"cores": 2, "run_time_max": 8}
@@ -144,9 +142,7 @@ def test_run_time_max_of_ranks(
 
 
 @pytest.mark.rows("fork")
-def test_cores_of_ranks_are_held(
-    make_executor: Callable[..., Any], gate: Callable[..., Gate]
-) -> None:
+def test_cores_of_ranks_are_held(make_executor: Callable[..., Any], gate: Callable[..., Gate]) -> None:
     held = gate()
     with make_executor(max_cores=2) as executor:
         wide = executor.submit(rank_at_a_gate, held, resource_dict=TWO)

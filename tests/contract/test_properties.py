@@ -32,9 +32,7 @@ def test_it_is_true(make_executor: Callable[..., Any]) -> None:
 
 
 @pytest.mark.rows(block=False)
-def test_length_is_the_calls_not_yet_started(
-    make_executor: Callable[..., Any], gate: Callable[..., Gate]
-) -> None:
+def test_length_is_the_calls_not_yet_started(make_executor: Callable[..., Any], gate: Callable[..., Gate]) -> None:
     held = gate()
     never: Future[int] = Future()
     with make_executor(max_workers=1) as executor:
@@ -149,9 +147,7 @@ def test_shrinking_and_growing_with_work_under_way(make_executor: Callable[..., 
         for size in (1, 3, 2, 1, 2):
             futures += [executor.submit(add, i, size) for i in range(30)]
             executor.max_workers = size
-        assert [future.result(WAIT) for future in futures] == [
-            i + size for size in (1, 3, 2, 1, 2) for i in range(30)
-        ]
+        assert [future.result(WAIT) for future in futures] == [i + size for size in (1, 3, 2, 1, 2) for i in range(30)]
 
 
 @block

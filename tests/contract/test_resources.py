@@ -38,8 +38,7 @@ def test_thread_variables_of_one_call(make_executor: Callable[..., Any]) -> None
     """The call's resources override the executor's, key by key."""
     with make_executor(max_cores=4, resource_dict={"threads_per_core": 2}) as executor:
         futures = [
-            executor.submit(environment, *THREADS, resource_dict={"threads_per_core": count})
-            for count in (1, 3, 4)
+            executor.submit(environment, *THREADS, resource_dict={"threads_per_core": count}) for count in (1, 3, 4)
         ]
         futures.append(executor.submit(environment, *THREADS, resource_dict={"priority": 3}))
         assert [set(future.result(WAIT)) for future in futures] == [{"1"}, {"3"}, {"4"}, {"2"}]
@@ -48,9 +47,7 @@ def test_thread_variables_of_one_call(make_executor: Callable[..., Any]) -> None
 def test_threads_are_set_before_libraries_are_loaded(
     make_executor: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    (tmp_path / "threaded_library.py").write_text(
-        "import os\nat_import = os.environ.get('OMP_NUM_THREADS')\n"
-    )
+    (tmp_path / "threaded_library.py").write_text("import os\nat_import = os.environ.get('OMP_NUM_THREADS')\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
 
@@ -70,9 +67,7 @@ def test_directory_is_made(make_executor: Callable[..., Any], tmp_path: Path) ->
 
 
 @pytest.mark.rows(block=False)
-def test_directory_of_one_call(
-    executor: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_directory_of_one_call(executor: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     given = {"cwd": str(tmp_path / "new")}
     assert executor.submit(os.getcwd, resource_dict=given).result(WAIT) == given["cwd"]
     assert executor.submit(os.getcwd).result(WAIT) == os.getcwd()
@@ -92,9 +87,7 @@ def test_files_are_written_in_the_directory(executor: Any, tmp_path: Path) -> No
     assert (tmp_path / "out" / "result.txt").read_text() == "here"
 
 
-def test_the_dictionaries_given_are_not_changed(
-    make_executor: Callable[..., Any], row: Any, tmp_path: Path
-) -> None:
+def test_the_dictionaries_given_are_not_changed(make_executor: Callable[..., Any], row: Any, tmp_path: Path) -> None:
     general = {"cwd": str(tmp_path), "threads_per_core": 1}
     own: dict[str, Any] = {} if row.block else {"priority": 1, "run_time_max": 20}
     before = dict(general), dict(own)
@@ -104,9 +97,7 @@ def test_the_dictionaries_given_are_not_changed(
     assert (general, own) == before
 
 
-def test_the_dictionary_given_may_change_afterwards(
-    make_executor: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_the_dictionary_given_may_change_afterwards(make_executor: Callable[..., Any], tmp_path: Path) -> None:
     general = {"cwd": str(tmp_path)}
     with make_executor(resource_dict=general) as executor:
         general["cwd"] = "elsewhere"
@@ -242,9 +233,7 @@ def test_run_time_max_ends_what_ignores_signals(make_executor: Callable[..., Any
         assert executor.submit(add, 1, 2).result(WAIT) == 3
 
 
-def test_run_time_max_ends_what_the_call_started(
-    make_executor: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_run_time_max_ends_what_the_call_started(make_executor: Callable[..., Any], tmp_path: Path) -> None:
     """A program that the call runs does not outlive it."""
 
     def run_a_program() -> None:
@@ -275,9 +264,7 @@ def test_run_time_max_of_one_call(executor: Any, gate: Callable[..., Gate]) -> N
 
 
 @pytest.mark.rows(block=False)
-def test_waiting_for_a_turn_is_not_run_time(
-    make_executor: Callable[..., Any], gate: Callable[..., Gate]
-) -> None:
+def test_waiting_for_a_turn_is_not_run_time(make_executor: Callable[..., Any], gate: Callable[..., Gate]) -> None:
     """While a first call runs into its limit, the clock of the queued one stands still."""
     held = gate()
     own = {"run_time_max": 0.5}

@@ -42,9 +42,7 @@ def test_max_workers_is_never_exceeded(make_executor: Callable[..., Any], tmp_pa
     assert 1 <= highest(log) <= 3
 
 
-def test_max_workers_and_max_cores_both_hold(
-    make_executor: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_max_workers_and_max_cores_both_hold(make_executor: Callable[..., Any], tmp_path: Path) -> None:
     calls, cores = tmp_path / "calls", tmp_path / "cores"
 
     def both(amount: int) -> None:
@@ -53,19 +51,14 @@ def test_max_workers_and_max_cores_both_hold(
         append(calls, "-1")
 
     with make_executor(max_workers=2, max_cores=3) as executor:
-        futures = [
-            executor.submit(both, count, resource_dict=threads(count))
-            for count in (1, 1, 1, 2, 2, 3, 1, 2)
-        ]
+        futures = [executor.submit(both, count, resource_dict=threads(count)) for count in (1, 1, 1, 2, 2, 3, 1, 2)]
         for future in futures:
             future.result(WAIT)
     assert highest(calls) <= 2
     assert highest(cores) <= 3
 
 
-def test_max_cores_may_exceed_the_machine(
-    make_executor: Callable[..., Any], gate: Callable[..., Gate]
-) -> None:
+def test_max_cores_may_exceed_the_machine(make_executor: Callable[..., Any], gate: Callable[..., Gate]) -> None:
     """A stated limit is the user's word; all of it is used."""
     held = gate()
     with make_executor(max_cores=5) as executor:
@@ -75,9 +68,7 @@ def test_max_cores_may_exceed_the_machine(
         assert [future.result(WAIT) for future in futures] == list(range(5))
 
 
-def test_small_calls_fill_the_gaps(
-    make_executor: Callable[..., Any], gate: Callable[..., Gate]
-) -> None:
+def test_small_calls_fill_the_gaps(make_executor: Callable[..., Any], gate: Callable[..., Gate]) -> None:
     held = gate()
     with make_executor(max_cores=2) as executor:
         first = executor.submit(held, "first")
@@ -123,9 +114,7 @@ def test_order_of_submission(make_executor: Callable[..., Any], tmp_path: Path) 
     assert lines(log) == [str(i) for i in range(8)]
 
 
-def test_priority(
-    make_executor: Callable[..., Any], gate: Callable[..., Gate], tmp_path: Path
-) -> None:
+def test_priority(make_executor: Callable[..., Any], gate: Callable[..., Gate], tmp_path: Path) -> None:
     """Higher priorities first, among equals as submitted; no priority is 0."""
     log, held = tmp_path / "log", gate()
     with make_executor(max_workers=1) as executor:
@@ -142,9 +131,7 @@ def test_priority(
     assert lines(log) == ["5:2", "5:4", "1:0", "1:3", "none", "-1:1"]
 
 
-def test_a_cancelled_call_frees_the_way(
-    make_executor: Callable[..., Any], gate: Callable[..., Gate]
-) -> None:
+def test_a_cancelled_call_frees_the_way(make_executor: Callable[..., Any], gate: Callable[..., Gate]) -> None:
     """A large call that holds up others no longer does once it is cancelled."""
     held = gate()
     with make_executor(max_cores=2) as executor:

@@ -201,9 +201,7 @@ def test_cancelled_source() -> None:
             part.result(WAIT)
 
 
-@pytest.mark.parametrize(
-    ("value", "key", "error"), [({}, "a", KeyError), ([], 3, IndexError), (5, 0, TypeError)]
-)
+@pytest.mark.parametrize(("value", "key", "error"), [({}, "a", KeyError), ([], 3, IndexError), (5, 0, TypeError)])
 def test_item_that_is_not_there(executor: Any, value: Any, key: Any, error: type) -> None:
     part = item(executor.submit(identity, value), key)
     assert isinstance(part.exception(WAIT), error)

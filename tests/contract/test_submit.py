@@ -147,9 +147,7 @@ def test_large_values_in_both_directions_at_once(executor: Any) -> None:
     assert all(future.result(WAIT) == block for future in futures)
 
 
-def test_large_argument_while_all_workers_are_busy(
-    executor: Any, gate: Callable[..., Gate]
-) -> None:
+def test_large_argument_while_all_workers_are_busy(executor: Any, gate: Callable[..., Gate]) -> None:
     held = gate()
     block = bytes(4_000_000)
     futures = [executor.submit(held, 0), executor.submit(held, 1)]
@@ -183,9 +181,8 @@ def test_arguments_can_be_written_to_in_the_call(executor: Any) -> None:
 
 
 def test_many_calls(executor: Any, row: Any) -> None:
-    count = 40 if row.start == "spawn" and not row.block else 300
-    futures = [executor.submit(add, i, i) for i in range(count)]
-    assert [future.result(WAIT) for future in futures] == [2 * i for i in range(count)]
+    futures = [executor.submit(add, i, i) for i in range(row.many)]
+    assert [future.result(WAIT) for future in futures] == [2 * i for i in range(row.many)]
 
 
 def test_submit_from_threads(executor: Any) -> None:
@@ -203,20 +200,19 @@ def test_submit_from_threads(executor: Any) -> None:
     assert sorted(results) == [100 * i + j for i in range(4) for j in range(4)]
 
 
-def test_a_long_call_holds_up_no_other(executor: Any, gate: Callable[..., Gate]) -> None:
+def test_a_long_call_holds_up_no_other(executor: Any, row: Any, gate: Callable[..., Gate]) -> None:
     """What was handed to a busy worker goes to a free one: no call waits behind a long one."""
     held = gate()
     long = executor.submit(held, "long")
-    quick = [executor.submit(add, i, 1) for i in range(20)]
-    assert [future.result(WAIT) for future in quick] == [i + 1 for i in range(20)]
+    quick = [executor.submit(add, i, 1) for i in range(row.many)]
+    assert [future.result(WAIT) for future in quick] == [i + 1 for i in range(row.many)]
     assert long.running()
     held.open()
     assert long.result(WAIT) == "long"
 
 
-def test_a_burst_after_quick_calls_does_not_wait_behind_a_long_one(
-    executor: Any, gate: Callable[..., Gate]
-) -> None:
+@pytest.mark.rows(block=True)
+def test_a_burst_after_quick_calls_does_not_wait_behind_a_long_one(executor: Any, gate: Callable[..., Gate]) -> None:
     """Also when the calls before were so quick that workers were handed many at once."""
     list(executor.map(abs, range(20)))
     held = gate()
@@ -245,9 +241,7 @@ def test_every_call_has_a_fresh_process(executor: Any) -> None:
 
 
 @pytest.mark.rows(block=True)
-def test_a_block_is_a_fixed_set_of_processes(
-    executor: Any, row: Any, gate: Callable[..., Gate]
-) -> None:
+def test_a_block_is_a_fixed_set_of_processes(executor: Any, row: Any, gate: Callable[..., Gate]) -> None:
     held = gate()
     futures = [executor.submit(held), executor.submit(held)]
     workers = set(held.pids(2))
@@ -265,13 +259,13 @@ def test_two_calls_run_at_once(executor: Any, gate: Callable[..., Gate]) -> None
     assert [future.result(WAIT) for future in futures] == [0, 1]
 
 
-def test_submit_does_not_wait(executor: Any, gate: Callable[..., Gate]) -> None:
+def test_submit_does_not_wait(executor: Any, row: Any, gate: Callable[..., Gate]) -> None:
     held = gate()
     futures = [executor.submit(held, i) for i in range(2)]
-    futures += [executor.submit(add, i, 0) for i in range(30)]
+    futures += [executor.submit(add, i, 0) for i in range(row.many)]
     assert not any(future.done() for future in futures[:2])
     held.open()
-    assert [future.result(WAIT) for future in futures] == [0, 1, *range(30)]
+    assert [future.result(WAIT) for future in futures] == [0, 1, *range(row.many)]
 
 
 def test_calls_may_start_processes_and_threads(executor: Any) -> None:
@@ -367,18 +361,14 @@ def test_environment_of_the_moment(executor: Any, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.rows(block=False)
-def test_working_directory_of_the_moment(
-    executor: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
-) -> None:
+def test_working_directory_of_the_moment(executor: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     assert executor.submit(os.getcwd).result(WAIT) == os.getcwd()
     monkeypatch.chdir(tmp_path)
     assert executor.submit(os.getcwd).result(WAIT) == os.getcwd()
 
 
 @pytest.mark.rows(block=False)
-def test_module_path_of_the_moment(
-    executor: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
-) -> None:
+def test_module_path_of_the_moment(executor: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     (tmp_path / "found_late.py").write_text("def where():\n    return __file__\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     import found_late  # type: ignore[import-not-found]
@@ -444,9 +434,7 @@ def test_program_from_standard_input(row: Any) -> None:
         "    def f(x): return x + 1\n"
         "    print(executor.submit(f, 1).result())\n"
     )
-    done = subprocess.run(
-        [sys.executable], input=source, capture_output=True, text=True, timeout=WAIT, check=False
-    )
+    done = subprocess.run([sys.executable], input=source, capture_output=True, text=True, timeout=WAIT, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "2\n", "")
 
 

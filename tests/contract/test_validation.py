@@ -117,12 +117,8 @@ def test_resources_that_are_no_dictionary(executor: Any, given: Any) -> None:
 
 
 @pytest.mark.rows(block=False)
-@pytest.mark.parametrize(
-    "wanted", [{"threads_per_core": 3}, {"cores": 3}, {"cores": 2, "threads_per_core": 2}]
-)
-def test_more_cores_than_there_will_ever_be(
-    make_executor: Callable[..., Any], wanted: dict[str, int]
-) -> None:
+@pytest.mark.parametrize("wanted", [{"threads_per_core": 3}, {"cores": 3}, {"cores": 2, "threads_per_core": 2}])
+def test_more_cores_than_there_will_ever_be(make_executor: Callable[..., Any], wanted: dict[str, int]) -> None:
     with make_executor(max_cores=2) as executor:
         with pytest.raises(ValueError, match="max_cores") as caught:
             executor.submit(add, 1, 2, resource_dict=wanted)
@@ -270,9 +266,7 @@ def test_future_that_a_shut_down_executor_cancelled(
         assert executor.submit(add, running, 1).result(WAIT) == 2
 
 
-def test_future_that_a_shut_down_executor_finished(
-    executor: Any, make_executor: Callable[..., Any]
-) -> None:
+def test_future_that_a_shut_down_executor_finished(executor: Any, make_executor: Callable[..., Any]) -> None:
     with make_executor() as other:
         done = other.submit(add, 1, 2)
     assert executor.submit(add, done, 1).result(WAIT) == 4

@@ -42,9 +42,7 @@ def test_export(make_executor: Callable[..., Any], tmp_path: Path) -> None:
     assert "input" in kinds
     assert "output" in kinds
     functions = {node["id"] for node in workflow["nodes"] if node["type"] == "function"}
-    assert any(
-        edge["source"] in functions and edge["target"] in functions for edge in workflow["edges"]
-    )
+    assert any(edge["source"] in functions and edge["target"] in functions for edge in workflow["edges"])
     assert {frozenset(edge) for edge in workflow["edges"]} == {
         frozenset({"source", "sourcePort", "target", "targetPort"})
     }

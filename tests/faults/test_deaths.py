@@ -240,9 +240,7 @@ def test_attrition_of_fresh_processes(make_executor: Callable[..., Any], row: An
 @pytest.mark.linux
 @pytest.mark.rows("fork", "block-fork")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV])
-def test_agent_dies(
-    make_executor: Callable[..., Any], row: Any, gate: Callable[..., Gate], number: int
-) -> None:
+def test_agent_dies(make_executor: Callable[..., Any], row: Any, gate: Callable[..., Gate], number: int) -> None:
     """It takes its workers along; their calls fail and say so, a new agent goes on."""
     held = gate()
     before = children()
@@ -528,9 +526,7 @@ def test_fork_in_the_users_process(
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_forked_child_makes_an_executor_of_its_own(
-    make_executor: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_forked_child_makes_an_executor_of_its_own(make_executor: Callable[..., Any], tmp_path: Path) -> None:
     with make_executor() as executor:
         assert executor.submit(add, 1, 2).result(WAIT) == 3
 
@@ -585,9 +581,7 @@ def test_a_forked_child_that_lives_on_does_not_hold_up_the_end(
         os.waitpid(child, 0)
 
 
-def test_programs_that_the_user_starts_hold_nothing_up(
-    make_executor: Callable[..., Any], row: Any
-) -> None:
+def test_programs_that_the_user_starts_hold_nothing_up(make_executor: Callable[..., Any], row: Any) -> None:
     executor = make_executor()
     assert executor.submit(add, 1, 2).result(WAIT) == 3
     program = subprocess.Popen(["sleep", "60"], close_fds=False)

@@ -115,9 +115,7 @@ def test_function(executor: Any) -> None:
     assert executor.submit(add, 1, 2).result(WAIT) == 3
 
 
-@pytest.mark.parametrize(
-    "error", [CustomError("at loading"), SystemExit(3), KeyboardInterrupt()], ids=repr
-)
+@pytest.mark.parametrize("error", [CustomError("at loading"), SystemExit(3), KeyboardInterrupt()], ids=repr)
 def test_argument_that_cannot_be_loaded(executor: Any, error: BaseException) -> None:
     seen = executor.submit(identity, Unloadable(error)).exception(WAIT)
     assert seen is not None

@@ -123,9 +123,7 @@ def bother_with_zmq(family: int, address: Any, path: Path) -> None:
         context.term()
 
 
-def test_no_socket_is_open_on_one_node(
-    make_executor: Callable[..., Any], gate: Callable[..., Gate]
-) -> None:
+def test_no_socket_is_open_on_one_node(make_executor: Callable[..., Any], gate: Callable[..., Gate]) -> None:
     """What runs here talks over channels that nobody can connect to."""
     held = gate()
     before = listening()
@@ -179,9 +177,7 @@ def is_ours(family: int, address: Any) -> bool:
 
 @pytest.mark.mpi
 @pytest.mark.rows("fork")
-def test_directories_of_sockets_are_private(
-    make_executor: Callable[..., Any], gate: Callable[..., Gate]
-) -> None:
+def test_directories_of_sockets_are_private(make_executor: Callable[..., Any], gate: Callable[..., Gate]) -> None:
     held = gate()
     before = listening()
     with make_executor(max_cores=2) as executor:
@@ -199,9 +195,7 @@ def test_directories_of_sockets_are_private(
 
 @pytest.mark.mpi
 @pytest.mark.rows("fork")
-def test_keys_are_not_on_command_lines(
-    make_executor: Callable[..., Any], gate: Callable[..., Gate]
-) -> None:
+def test_keys_are_not_on_command_lines(make_executor: Callable[..., Any], gate: Callable[..., Gate]) -> None:
     """Every user of the machine can read those. A CURVE key is 40 characters of Z85."""
     key = re.compile(rb"(?<![!-~])[0-9A-Za-z.\-:+=^!*?&<>()\[\]{}@%$#]{40}(?![!-~])")
     held = gate()

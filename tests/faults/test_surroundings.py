@@ -272,9 +272,7 @@ def test_working_directory_that_was_removed(row: Any, scripts: Any, tmp_path: Pa
     assert out.strip() in ("1", "error")
 
 
-def test_modules_in_the_working_directory_hide_no_others(
-    row: Any, scripts: Any, tmp_path: Path
-) -> None:
+def test_modules_in_the_working_directory_hide_no_others(row: Any, scripts: Any, tmp_path: Path) -> None:
     """A user's queue.py beside the data is not what workers take for the standard library's."""
     folder = tmp_path / "work"
     folder.mkdir()

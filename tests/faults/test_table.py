@@ -130,9 +130,7 @@ def test_fault_in_the_only_worker(
 @pytest.mark.rows("fork")
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("place", PLACES)
-def test_fault_in_ranks(
-    make_executor: Callable[..., Any], tmp_path: Path, place: str, fault: str
-) -> None:
+def test_fault_in_ranks(make_executor: Callable[..., Any], tmp_path: Path, place: str, fault: str) -> None:
     """The launcher's exit is the event; whatever rank dies, the call fails and the world ends."""
     with make_executor(max_cores=3) as executor:
         struck = submit(executor, place, fault, tmp_path / "pid", resource_dict={"cores": 2})
@@ -150,9 +148,7 @@ PARENT_ERRORS = [CustomError("loading"), SystemExit(5), KeyboardInterrupt(), Mem
 
 
 @pytest.mark.parametrize("error", PARENT_ERRORS, ids=lambda error: type(error).__name__)
-def test_result_that_fails_in_the_users_process(
-    make_executor: Callable[..., Any], error: BaseException
-) -> None:
+def test_result_that_fails_in_the_users_process(make_executor: Callable[..., Any], error: BaseException) -> None:
     """Even what would end a thread or the program is only this future's error."""
     with make_executor() as executor:
         bad = executor.submit(Unloadable, error)
