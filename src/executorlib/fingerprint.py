@@ -49,6 +49,8 @@ _SMALL = 64  # elements; up to here describing plain values again is cheaper tha
 # described in vain, the inputs are a dense net of sets that refer to each other.
 _MOST_DISCARDED = 1_000_000
 
+_PATH_PARTS = 12  # of the way to an object that an error text names
+
 _MAIN = frozenset({None, "__main__", "__mp_main__"})
 _NOWHERE = types.ModuleType("nowhere")
 _STANDARD_LIBRARY = os.path.join(os.path.dirname(os.__file__), "")
@@ -58,6 +60,10 @@ _LIBRARY_FOLDERS = re.compile(r"[/\\](site|dist)-packages[/\\]")
 # loggers and caches, which the module makes anew in every process.
 _VALUE_MODULES = frozenset({"datetime", "decimal", "fractions", "pathlib"})
 _VALUE_TYPES = (type, enum.Enum, tuple, list, dict, set, frozenset, str, bytes, int, float, complex)
+
+# The generators behind `random.random`, `numpy.random.rand` and so on. Each process seeds its own, so that
+# their state is no input of a call.
+_SHARED_GENERATORS = {"Random": ("random", "_inst"), "RandomState": ("numpy.random.mtrand", "_rand")}
 
 # Attributes of a class that hold code of its own, as against its bookkeeping.
 _CODE_TYPES = (
@@ -107,8 +113,9 @@ def call_key(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
         for key in sorted(kwargs):
             tokens += walk.token(key), walk.part(kwargs[key], "kwargs[{!r}]", key)
     except _Indescribable as error:
+        where = "".join(error.path[: -1 - _PATH_PARTS : -1])
         raise TypeError(
-            f"no cache key can be derived for the call of {name}: {''.join(reversed(error.path))} {error}. "
+            f"no cache key can be derived for the call of {name}: {where} {error}. "
             'Name the cache entry yourself with resource_dict={"cache_key": "..."}, '
             "or do without that object."
         ) from error.__cause__
@@ -294,6 +301,8 @@ def _describe(walk: _Walk, obj: Any) -> bytes:
         if isinstance(obj, numpy.generic) and not obj.dtype.hasobject:
             element: bytes = obj.tobytes()
             return b"element:" + _dtype(walk, obj.dtype) + element
+    if kind.__name__ in _SHARED_GENERATORS and _find(*_SHARED_GENERATORS[kind.__name__]) is obj:
+        return _named(*_SHARED_GENERATORS[kind.__name__])
     module, qualname = _own_name(obj)
     if qualname is not None and _is_library(module) and _find(module, qualname) is obj:
         return _named(module, qualname)
@@ -359,7 +368,7 @@ def _array(walk: _Walk, obj: Any) -> bytes:
     if obj.flags.c_contiguous:
         return head + _digest(obj.reshape(-1).view(numpy.uint8))
     state = hashlib.blake2b(digest_size=16)
-    blocks = numpy.nditer(obj, flags=["external_loop", "buffered"], order="C", buffersize=1 << 16)
+    blocks: Any = numpy.nditer(obj, flags=["external_loop", "buffered"], order="C", buffersize=1 << 16)
     for block in blocks:
         state.update(block.tobytes())
     return head + state.digest()
@@ -456,7 +465,7 @@ def _function(walk: _Walk, fn: types.FunctionType) -> bytes:
     for name, value in sorted(fn.__dict__.items()):
         tokens += b"attribute:", walk.token(name)
         tokens.append(_module_global(walk, value) if loaded else walk.part(value, ", attribute {!r}", name))
-    if loaded and _is_library(home):
+    if _is_library(home):
         return b"".join(tokens)
     for name in code.globals:
         if name in fn.__globals__:
@@ -508,8 +517,11 @@ def _class(walk: _Walk, cls: type) -> bytes:
     for name, member in getattr(cls, "__members__", {}).items() if is_enum else ():
         tokens += walk.token(name), walk.part(member._value_, ".{}", name)
     for name, value in sorted(vars(cls).items()):
+        is_code = isinstance(value, _CODE_TYPES)
         private = name.startswith("__") and name.endswith("__") and name != "__slots__"
-        if (private or is_enum or name == "_abc_impl") and not isinstance(value, _CODE_TYPES):
+        if not is_code and (private or is_enum or name == "_abc_impl"):
+            continue
+        if isinstance(value, types.MemberDescriptorType):  # made from __slots__; cloudpickle loses them
             continue
         tokens += b"attribute:", walk.token(name)
         tokens.append(walk.part(value, ".{}", name) if module in _MAIN else _module_global(walk, value))
@@ -520,22 +532,12 @@ def _method(walk: _Walk, obj: Any) -> bytes:
     owner, name = obj.__self__, obj.__name__
     if owner is None or isinstance(owner, types.ModuleType):
         return _named(obj.__module__, obj.__qualname__)
-    # random.random and the like: methods of an instance that its module keeps to itself. As functions of
-    # the module they have no state to count.
-    home = type(owner).__module__
-    exported = _find(home, name)
-    if type(exported) is type(obj) and exported == obj and _is_library(home):
-        return _named(home, name)
     function = getattr(obj, "__func__", None)
     return b"method:" + walk.token(name) + walk.part(function, "") + walk.part(owner, ".__self__")
 
 
 def _descriptor(walk: _Walk, obj: Any) -> bytes:
     return b"descriptor:" + walk.token(obj.__objclass__) + walk.token(obj.__name__)
-
-
-def _slot(walk: _Walk, obj: types.MemberDescriptorType) -> bytes:
-    return b"slot:" + walk.token(obj.__name__)
 
 
 def _cell(walk: _Walk, obj: types.CellType) -> bytes:
@@ -567,7 +569,7 @@ _BY_TYPE: dict[type, Callable[[_Walk, Any], bytes]] = {
     types.MethodDescriptorType: _descriptor,
     types.ClassMethodDescriptorType: _descriptor,
     types.GetSetDescriptorType: _descriptor,
-    types.MemberDescriptorType: _slot,
+    types.MemberDescriptorType: _descriptor,
     types.CellType: _cell,
     property: _property,
     classmethod: lambda walk, obj: b"classmethod:" + walk.part(obj.__func__, ""),
