@@ -174,9 +174,9 @@ def write_output(
 
 def _pack(values: dict[str, Any]) -> memoryview:
     """Return the bytes of an HDF5 file that holds these values."""
+    h5py = _h5py()
     import numpy  # comes with h5py
 
-    h5py = _h5py()
     image = io.BytesIO()
     with h5py.File(image, "w") as file:
         for name, value in values.items():

@@ -1,0 +1,525 @@
+"""Entries of the cache directory: written whole or not at all, and read in every form that exists."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import fcntl
+import json
+import logging
+import operator
+import os
+import pickle
+import resource
+import subprocess
+import sys
+import textwrap
+import threading
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import pytest
+
+from executorlib import cache
+
+pytestmark = pytest.mark.cache
+
+SECONDS = 20.0  # in which what another process or thread does must be seen
+
+
+def write(path: Path, **result: Any) -> None:
+    """Write the entry of a call of `operator.add`, with its output or error."""
+    arguments: dict[str, Any] = {"args": (1,), "kwargs": {"b": 2}, "resource_dict": {"cores": 1}, "runtime": 0.5}
+    cache.write_output(path, function=operator.add, **arguments, **result)
+
+
+def write_plain(path: Path, form: str = "uint8", **values: Any) -> None:
+    """Write a file as others do, with h5py alone."""
+    import h5py
+    import numpy
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with h5py.File(path, "w") as file:
+        for name, value in values.items():
+            data = value if isinstance(value, bytes) else cloudpickle.dumps(value)
+            if form == "void":
+                file.create_dataset(name, data=numpy.void(data))
+            else:
+                file.create_dataset(name, data=numpy.frombuffer(data, numpy.uint8), compression="gzip")
+
+
+def run(code: str, *arguments: object) -> subprocess.Popen[str]:
+    """Start an interpreter that knows this package."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(cache.__file__).parents[1])}
+    command = [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def output_of(process: subprocess.Popen[str]) -> str:
+    out, errors = process.communicate(timeout=SECONDS)
+    assert process.returncode == 0, errors
+    return out.strip()
+
+
+def files(directory: Path) -> list[str]:
+    return sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
+
+
+# -- one entry ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [3, None, "x" * 3_000_000, b"ends with zeros\0\0", {"a": [1, {2}]}])
+def test_a_result_comes_back(tmp_path: Path, value: Any) -> None:
+    path = cache.entry_path(tmp_path, "key")
+    write(path, output=value)
+    assert cache.read_output(path) == (value, None, 0.5)
+
+
+def test_an_exception_comes_back(tmp_path: Path) -> None:
+    path = cache.entry_path(tmp_path, "key")
+    write(path, error=KeyError("why"))
+    output = cache.read_output(path)
+    assert output is not None
+    assert isinstance(output.error, KeyError)
+    assert (output.value, output.error.args) == (None, ("why",))
+
+
+def test_an_array_comes_back(tmp_path: Path) -> None:
+    numpy = pytest.importorskip("numpy")
+    path = cache.entry_path(tmp_path, "key")
+    write(path, output=numpy.arange(400_000.0).reshape(2, -1))
+    output = cache.read_output(path)
+    assert output is not None
+    assert (output.value == numpy.arange(400_000.0).reshape(2, -1)).all()
+
+
+def test_datasets_are_rows_of_gzipped_bytes(tmp_path: Path) -> None:
+    h5py = pytest.importorskip("h5py")
+    path = cache.entry_path(tmp_path, "key")
+    write(path, output=3)
+    with h5py.File(path) as file:
+        values = {name: pickle.loads(dataset[()].tobytes()) for name, dataset in file.items()}
+        assert all((each.ndim, each.dtype.str, each.compression) == (1, "|u1", "gzip") for each in file.values())
+    assert values == {
+        "function": operator.add,
+        "input_args": [1],
+        "input_kwargs": {"b": 2},
+        "resource_dict": {"cores": 1},
+        "output": 3,
+        "runtime": 0.5,
+    }
+
+
+@pytest.mark.parametrize("form", ["uint8", "void"])
+def test_files_of_others_load(tmp_path: Path, form: str) -> None:
+    write_plain(tmp_path / "done_o.h5", form, function=operator.add, input_args=(1,), output=b"\x80\x04K\x03.\0\0")
+    assert cache.read_output(tmp_path / "done_o.h5") == (3, None, None)
+    write_plain(tmp_path / "failed_o.h5", form, error=ValueError("x"), runtime=1.0, error_log_file="log")
+    output = cache.read_output(tmp_path / "failed_o.h5")
+    assert output is not None
+    assert str(output.error) == "x"
+    rows = cache.get_cache_data(tmp_path)
+    assert [sorted(row) for row in rows] == [
+        ["filename", "function", "input_args", "output"],
+        ["error", "error_log_file", "filename", "runtime"],
+    ]
+
+
+def test_inputs_that_executorlib_1_stored_as_references_to_files_load(tmp_path: Path) -> None:
+    module = types.ModuleType("executorlib.task_scheduler.file.shared")
+
+    class FutureItem:
+        def __init__(self, path: Path, selector: Any) -> None:
+            self._file_name, self._selector = str(path), selector
+
+    FutureItem.__module__, FutureItem.__qualname__ = module.__name__, "FutureItem"
+    module.FutureItem = FutureItem  # type: ignore[attr-defined]
+    sys.modules[module.__name__] = module
+    try:
+        inputs = [FutureItem(tmp_path / "a_o.h5", None), FutureItem(tmp_path / "a_o.h5", 1)]
+        write_plain(tmp_path / "b_i.h5", input_args=pickle.dumps(inputs))
+    finally:
+        del sys.modules[module.__name__]
+    [row] = cache.get_cache_data(tmp_path)
+    whole, part = row["input_args"]
+    assert (whole.done(), repr(whole)) == (False, f"StoredResult({str(tmp_path / 'a_o.h5')!r})")
+    with pytest.raises(FileNotFoundError, match="has no result yet"):
+        whole.result()
+    write(tmp_path / "a_o.h5", output=[1, 2])
+    assert (whole.done(), whole.result(), part.result()) == (True, [1, 2], 2)
+    write(tmp_path / "a_o.h5", error=KeyError("why"))
+    with pytest.raises(KeyError, match="why"):
+        part.result()
+
+
+def test_the_path_of_an_entry(tmp_path: Path) -> None:
+    assert cache.entry_path(tmp_path, "key") == tmp_path / "key_o.h5"
+    assert cache.entry_path(str(tmp_path), "a/b.c/key", "i") == tmp_path / "a/b.c/key_i.h5"
+    path = cache.entry_path(tmp_path, "k" * 250)
+    write(path, output=1)
+    assert cache.read_output(path) == (1, None, 0.5)
+
+
+@pytest.mark.parametrize("key", ["", "/key", "../key", "a/../../key", "a/..", "..", ".", "./key", "a//b", "a/", "a\0b"])
+def test_keys_that_lead_out_of_the_directory_are_refused(tmp_path: Path, key: str) -> None:
+    with pytest.raises(ValueError, match="does not name a file inside the cache directory"):
+        cache.entry_path(tmp_path, key)
+
+
+@pytest.mark.parametrize("key", ["k" * 251, "é" * 126, "k" * 256 + "/key"])
+def test_keys_that_are_too_long_are_refused(tmp_path: Path, key: str) -> None:
+    with pytest.raises(ValueError, match="too long for a file name"):
+        cache.entry_path(tmp_path, key)
+
+
+def test_a_missing_entry_is_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").touch()
+    assert cache.read_output(tmp_path / "no_o.h5") is None
+    assert cache.read_output(tmp_path / "no" / "no_o.h5") is None
+    assert cache.read_output(tmp_path / "file" / "no_o.h5") is None
+    assert not caplog.records
+
+
+def damaged_files(path: Path) -> Iterator[bytes]:
+    write(path, output=list(range(1000)))
+    whole = path.read_bytes()
+    yield from (b"", b"junk", b"\0" * 5000)
+    yield from (whole[: len(whole) * part // 8] for part in range(1, 8))
+    yield whole[:3000] + b"\0" * (len(whole) - 3000)
+    for values in ({}, {"output": b"junk"}, {"output": b"cno_module_of_this_name\nx\n."}, {"runtime": 1.0}):
+        write_plain(path, **values)
+        yield path.read_bytes()
+
+
+def test_a_damaged_entry_is_absent_and_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = cache.entry_path(tmp_path, "key")
+    for content in damaged_files(path):
+        path.write_bytes(content)
+        caplog.clear()
+        assert cache.read_output(path) is None
+        [record] = caplog.records
+        assert (record.name, record.levelno) == ("executorlib", logging.WARNING)
+        assert str(path) in record.getMessage()
+        write(path, output=1)
+        assert cache.read_output(path) == (1, None, 0.5)
+        assert files(tmp_path) == ["key_o.h5"]
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
+    path = cache.entry_path(tmp_path, "key")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def write_with_little_space() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+        try:
+            write(path, output=3)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    with pytest.raises(OSError, match="too large"):
+        write_with_little_space()
+    assert files(tmp_path) == []
+    write(path, output=2)
+    with pytest.raises(OSError, match="too large"):
+        write_with_little_space()
+    assert files(tmp_path) == ["key_o.h5"]
+    assert cache.read_output(path) == (2, None, 0.5)
+
+
+def test_a_failed_write_leaves_nothing_behind(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="lock"):
+        write(tmp_path / "key_o.h5", output=threading.Lock())
+    (tmp_path / "folder_o.h5").mkdir()
+    with pytest.raises(OSError, match="folder_o"):
+        write(tmp_path / "folder_o.h5", output=1)
+    assert files(tmp_path) == []
+
+
+def test_entries_are_for_all_who_may_use_the_directory(tmp_path: Path) -> None:
+    umask = os.umask(0o027)
+    try:
+        write(tmp_path / "a" / "key_o.h5", output=1)
+    finally:
+        os.umask(umask)
+    assert (tmp_path / "a" / "key_o.h5").stat().st_mode & 0o777 == 0o640
+
+
+def test_locks_do_not_matter(tmp_path: Path) -> None:
+    path = cache.entry_path(tmp_path, "key")
+    write(path, output=1)
+    with open(path, "rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert cache.read_output(path) == (1, None, 0.5)
+        write(path, output=2)
+    assert cache.read_output(path) == (2, None, 0.5)
+
+
+def test_a_look_up_lists_no_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = cache.entry_path(tmp_path, "a/key")
+    write(path, output=1)
+    with monkeypatch.context() as patch:
+        for name in ("listdir", "scandir", "walk"):
+            patch.delattr(os, name)
+        output = cache.read_output(path)
+    assert output == (1, None, 0.5)
+
+
+def test_many_processes_use_one_entry_at_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = cache.entry_path(tmp_path, "key")
+    code = """
+    import sys
+    from executorlib import cache
+    path, number = sys.argv[1], int(sys.argv[2])
+    for size in range(1, 25):
+        value = bytes([number]) * (size * 4000)
+        arguments = dict(args=(), kwargs={}, resource_dict={}, runtime=1.0)
+        cache.write_output(path, function=len, output=value, **arguments)
+        output = cache.read_output(path)
+        assert output is not None and len(set(output.value)) == 1, output
+    """
+    writers = [run(code, path, number) for number in range(3)]
+    seen = 0
+    while any(writer.poll() is None for writer in writers):
+        output = cache.read_output(path)
+        assert output is None or len(set(output.value)) == 1
+        seen += output is not None
+    for writer in writers:
+        output_of(writer)
+    assert seen
+    assert not caplog.records
+    assert files(tmp_path) == ["key_o.h5"]
+
+
+# -- what users call ---------------------------------------------------------------------------------------------------
+
+
+def test_cache_data_has_a_row_for_each_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path / "b_o.h5", output=3)
+    write(tmp_path / "folder" / "c_o.h5", error=KeyError("why"))
+    write_plain(tmp_path / "a_i.h5", function=len, input_args=[1], queue_id=17)
+    write_plain(tmp_path / "other.h5", function=len)
+    (tmp_path / "damaged_o.h5").write_bytes(b"junk")
+    waiting, done, failed = cache.get_cache_data(tmp_path)
+    assert waiting == {"function": len, "input_args": [1], "queue_id": 17, "filename": str(tmp_path / "a_i.h5")}
+    assert done == {
+        "function": operator.add,
+        "input_args": [1],
+        "input_kwargs": {"b": 2},
+        "output": 3,
+        "resource_dict": {"cores": 1},
+        "runtime": 0.5,
+        "filename": str(tmp_path / "b_o.h5"),
+    }
+    assert isinstance(failed.pop("error"), KeyError)
+    assert failed["filename"] == str(tmp_path / "folder" / "c_o.h5")
+    assert ["damaged_o.h5" in record.getMessage() for record in caplog.records] == [True]
+
+
+def test_cache_data_of_no_directory_is_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    assert cache.get_cache_data(tmp_path / "no") == []
+    assert cache.get_cache_data(str(tmp_path)) == []
+
+
+def test_cache_data_gives_absolute_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "a_o.h5", output=3)
+    monkeypatch.chdir(tmp_path)
+    assert [row["filename"] for row in cache.get_cache_data(".")] == [str(tmp_path / "a_o.h5")]
+
+
+def test_a_future_of_an_entry_that_is_done(tmp_path: Path) -> None:
+    write(tmp_path / "a" / "b_o.h5", output=3)
+    future = cache.get_future_from_cache(tmp_path, "a/b")
+    assert type(future) is concurrent.futures.Future
+    assert future.done()
+    assert future.result() == 3
+
+
+def test_the_exception_of_an_entry_is_raised(tmp_path: Path) -> None:
+    write(tmp_path / "a_o.h5", error=KeyError("why"))
+    with pytest.raises(KeyError, match="why"):
+        cache.get_future_from_cache(tmp_path, "a")
+
+
+def test_a_future_of_no_entry_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no entry 'a'; get_cache_data\(\) lists"):
+        cache.get_future_from_cache(tmp_path, "a")
+    with pytest.raises(ValueError, match="inside the cache directory"):
+        cache.get_future_from_cache(tmp_path, "../a")
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "_POLL_SECONDS", 0.01)
+
+
+def watchers() -> int:
+    return sum(thread.name == "executorlib-cache" for thread in threading.enumerate())
+
+
+def start_entry(directory: Path, key: str = "a", suffix: str = "i") -> concurrent.futures.Future[Any]:
+    write_plain(directory / f"{key}_{suffix}.h5", function=len)
+    future = cache.get_future_from_cache(directory, key)
+    assert not future.done()
+    return future
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("suffix", ["i", "r"])
+def test_a_future_of_a_running_entry_resolves(tmp_path: Path, suffix: str) -> None:
+    future = start_entry(tmp_path, suffix=suffix)
+    (tmp_path / f"a_{suffix}.h5").rename(tmp_path / "a_r.h5")
+    code = """
+    import sys
+    from executorlib import cache
+    cache.write_output(sys.argv[1], function=len, args=(), kwargs={}, resource_dict={}, runtime=1.0, output=3)
+    """
+    writer = run(code, tmp_path / "a_o.h5")
+    assert future.result(timeout=SECONDS) == 3
+    output_of(writer)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_future_of_a_running_entry_gets_the_exception(tmp_path: Path) -> None:
+    future = start_entry(tmp_path)
+    write(tmp_path / "a_o.h5", error=KeyError("why"))
+    assert isinstance(future.exception(timeout=SECONDS), KeyError)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_future_of_an_entry_that_ends_damaged_says_so(tmp_path: Path) -> None:
+    future = start_entry(tmp_path)
+    (tmp_path / "junk").write_bytes(b"junk")
+    (tmp_path / "junk").replace(tmp_path / "a_o.h5")
+    error = future.exception(timeout=SECONDS)
+    assert isinstance(error, OSError)
+    assert "a_o.h5 is damaged; remove it" in str(error)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_future_of_an_entry_that_is_removed_becomes_cancelled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "_GONE_SECONDS", 0.02)
+    future = start_entry(tmp_path)
+    cache.terminate_task_in_cache(tmp_path, "a")
+    assert concurrent.futures.wait([future], timeout=SECONDS).done
+    assert future.cancelled()
+
+
+@pytest.mark.usefixtures("quick")
+def test_one_thread_serves_all_futures_and_ends_with_the_last(tmp_path: Path) -> None:
+    futures = [start_entry(tmp_path, str(number)) for number in range(5)]
+    assert watchers() == 1
+    [watcher] = [thread for thread in threading.enumerate() if thread.name == "executorlib-cache"]
+    for number, future in enumerate(futures[:4]):
+        write(tmp_path / f"{number}_o.h5", output=number)
+        assert future.result(timeout=SECONDS) == number
+    assert futures[4].cancel()
+    assert concurrent.futures.wait(futures, timeout=SECONDS).done == set(futures)
+    watcher.join(SECONDS)
+    assert watchers() == 0
+    assert (tmp_path / "4_i.h5").exists()
+    again = cache.get_future_from_cache(tmp_path, "4")
+    write(tmp_path / "4_o.h5", output=4)
+    assert again.result(timeout=SECONDS) == 4
+
+
+@pytest.mark.usefixtures("quick")
+def test_callbacks_may_ask_for_further_entries(tmp_path: Path) -> None:
+    first, done = start_entry(tmp_path), threading.Event()
+    write_plain(tmp_path / "b_i.h5", function=len)
+
+    def follow(_: Any) -> None:
+        cache.get_future_from_cache(tmp_path, "b").add_done_callback(lambda _: done.set())
+
+    first.add_done_callback(follow)
+    write(tmp_path / "a_o.h5", output=1)
+    assert first.result(timeout=SECONDS) == 1
+    write(tmp_path / "b_o.h5", output=1)
+    assert done.wait(SECONDS)
+
+
+def test_waiting_for_an_entry_does_not_keep_the_interpreter_alive(tmp_path: Path) -> None:
+    write_plain(tmp_path / "a_i.h5", function=len)
+    code = """
+    import sys
+    from executorlib.cache import get_future_from_cache
+    print(get_future_from_cache(sys.argv[1], "a").done())
+    """
+    assert output_of(run(code, tmp_path)) == "False"
+
+
+def test_a_forked_process_can_wait_for_entries_of_its_own(tmp_path: Path) -> None:
+    write_plain(tmp_path / "a_i.h5", function=len)
+    code = """
+    import os, sys, warnings
+    from executorlib import cache
+    warnings.simplefilter("ignore")
+    parents = cache.get_future_from_cache(sys.argv[1], "a")
+    cache._watcher._lock.acquire()
+    if os.fork() == 0:
+        future = cache.get_future_from_cache(sys.argv[1], "a")
+        path = cache.entry_path(sys.argv[1], "a")
+        cache.write_output(path, function=len, args=(), kwargs={}, resource_dict={}, runtime=1.0, output=3)
+        os._exit(future.result(timeout=10))
+    cache._watcher._lock.release()
+    print(os.waitstatus_to_exitcode(os.wait()[1]), parents.result(timeout=10))
+    """
+    assert output_of(run(code, tmp_path)) == "3 3"
+
+
+def test_terminating_removes_what_waits_and_leaves_what_is_done(tmp_path: Path) -> None:
+    write_plain(tmp_path / "a_i.h5", function=len, queue_id=None)
+    write_plain(tmp_path / "folder" / "b_i.h5", function=len)
+    write_plain(tmp_path / "c_i.h5", function=len, queue_id=17)
+    write(tmp_path / "c_o.h5", output=3)
+    (tmp_path / "damaged_i.h5").write_bytes(b"junk")
+    cache.terminate_tasks_in_cache(tmp_path)
+    assert files(tmp_path) == ["c_i.h5", "c_o.h5"]
+    cache.terminate_tasks_in_cache(tmp_path / "no")
+
+
+def test_terminating_one_entry(tmp_path: Path) -> None:
+    for name in ("a", "folder/b"):
+        write_plain(tmp_path / f"{name}_i.h5", function=len)
+    write(tmp_path / "c_o.h5", output=3)
+    cache.terminate_task_in_cache(tmp_path, "folder/b")
+    cache.terminate_task_in_cache(tmp_path, "c")
+    assert files(tmp_path) == ["a_i.h5", "c_o.h5"]
+    with pytest.raises(FileNotFoundError, match="no entry 'b'"):
+        cache.terminate_task_in_cache(tmp_path, "b")
+
+
+def test_jobs_in_a_queue_cannot_be_terminated_yet(tmp_path: Path) -> None:
+    for name, job in (("a", None), ("b", 17), ("c", 18)):
+        write_plain(tmp_path / f"{name}_i.h5", function=len, queue_id=job)
+    with pytest.raises(ValueError, match=r"job\(s\) 17 18 cannot be cancelled .*\(scancel 17 18;"):
+        cache.terminate_tasks_in_cache(str(tmp_path))
+    with pytest.raises(ValueError, match=r"backend='slurm'.*then delete .*b_i\.h5"):
+        cache.terminate_task_in_cache(str(tmp_path), "b", backend="slurm")
+    assert files(tmp_path) == ["a_i.h5", "b_i.h5", "c_i.h5"]
+
+
+# -- without h5py ------------------------------------------------------------------------------------------------------
+
+
+def test_what_needs_h5py_says_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = cache.entry_path(tmp_path, "key")
+    write(path, output=1)
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    for call in (
+        lambda: write(path, output=1),
+        lambda: cache.read_output(path),
+        lambda: cache.get_cache_data(tmp_path),
+        lambda: cache.get_future_from_cache(tmp_path, "key"),
+    ):
+        with pytest.raises(ImportError, match=r'pip install "executorlib\[cache\]"'):
+            call()
+
+
+def test_importing_the_module_loads_neither_h5py_nor_numpy() -> None:
+    code = "import executorlib.cache, json, sys; print(json.dumps([n in sys.modules for n in ('h5py', 'numpy')]))"
+    assert json.loads(output_of(run(code))) == [False, False]
