@@ -86,6 +86,15 @@ def test_an_exception_comes_back(tmp_path: Path) -> None:
     assert (output.value, output.error.args) == (None, ("why",))
 
 
+def test_inputs_are_kept_as_they_were(tmp_path: Path) -> None:
+    path, values = cache.entry_path(tmp_path, "key"), [[1]]
+    inputs = {"args": cache.Snapshot.of(values), "kwargs": cache.Snapshot.of({"a": values})}
+    values[0].append(2)
+    cache.write_output(path, function=len, **inputs, resource_dict={}, runtime=1.0, output=b"")
+    [row] = cache.get_cache_data(tmp_path)
+    assert (row["input_args"], row["input_kwargs"], row["output"]) == ([[1]], {"a": [[1]]}, b"")
+
+
 def test_an_array_comes_back(tmp_path: Path) -> None:
     numpy = pytest.importorskip("numpy")
     path = cache.entry_path(tmp_path, "key")

@@ -132,12 +132,25 @@ def entry_path(directory: str | os.PathLike[str], key: str, suffix: Literal["i",
     return path
 
 
+class Snapshot(bytes):
+    """The pickle of a value as it was at some time."""
+
+    @classmethod
+    def of(cls, value: Any) -> Snapshot:
+        """Pickle a value now.
+
+        Raises:
+            Exception: Whatever pickling it raises.
+        """
+        return cls(dumps_in_band(value))
+
+
 def write_output(
     path: str | os.PathLike[str],
     *,
     function: Any,
-    args: Iterable[Any],
-    kwargs: dict[str, Any],
+    args: Iterable[Any] | Snapshot,
+    kwargs: dict[str, Any] | Snapshot,
     resource_dict: dict[str, Any],
     runtime: float,
     output: Any = None,
@@ -148,8 +161,9 @@ def write_output(
     Args:
         path: Its file, from `entry_path`; the folder is made where missing.
         function: The function that was called.
-        args: Its positional arguments.
-        kwargs: Its keyword arguments.
+        args: Its positional arguments, or a `Snapshot` of their list from before the function ran, which
+            may have changed them.
+        kwargs: Its keyword arguments, or a `Snapshot` of them.
         resource_dict: The resources it ran with.
         runtime: Seconds it took.
         output: What it returned; not kept where it raised.
@@ -163,7 +177,7 @@ def write_output(
     result = {"output": output} if error is None else {"error": error}
     values = {
         "function": function,
-        "input_args": list(args),
+        "input_args": args if isinstance(args, Snapshot) else list(args),
         "input_kwargs": kwargs,
         "resource_dict": resource_dict,
         **result,
@@ -180,7 +194,8 @@ def _pack(values: dict[str, Any]) -> memoryview:
     image = io.BytesIO()
     with h5py.File(image, "w") as file:
         for name, value in values.items():
-            data = numpy.frombuffer(dumps_in_band(value), dtype=numpy.uint8)
+            pickled = value if isinstance(value, Snapshot) else dumps_in_band(value)
+            data = numpy.frombuffer(pickled, dtype=numpy.uint8)
             file.create_dataset(
                 name,
                 data=data,
