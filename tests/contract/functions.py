@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 # Long enough for a loaded machine, short enough that a worker that is waited for in vain ends.
-SECONDS = 25.0
+SECONDS = 15.0
 
 
 def read(path: str | os.PathLike[str]) -> str:
@@ -27,6 +28,14 @@ def wait_for(path: str | os.PathLike[str], seconds: float = SECONDS) -> str:
             raise TimeoutError(f"no file {path} within {seconds:g} s")
         time.sleep(0.002)
     return read(path)
+
+
+def until(condition: Callable[[], Any], seconds: float = 5.0) -> None:
+    """Wait until something holds that the executor's own thread brings about."""
+    give_up = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < give_up, f"not so after {seconds:g} s"
+        time.sleep(0.002)
 
 
 def put(path: str | os.PathLike[str], text: str = "") -> None:
@@ -64,10 +73,7 @@ def alive(pid: int) -> bool:
 
 def wait_until_gone(*pids: int, seconds: float = 5.0) -> None:
     """Wait until none of these processes exists."""
-    give_up = time.monotonic() + seconds
-    while left := [pid for pid in pids if alive(pid)]:
-        assert time.monotonic() < give_up, f"still there after {seconds:g} s: {left}"
-        time.sleep(0.005)
+    until(lambda: not [pid for pid in pids if alive(pid)], seconds)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import pytest
 from contract.functions import CustomError, Gate, add, environment, identity, wait_until_gone
 
 WAIT = 50
-pytestmark = [pytest.mark.mpi, pytest.mark.rows("fork", "spawn", "block-fork")]
+pytestmark = pytest.mark.mpi
 TWO = {"cores": 2}
 
 
@@ -43,6 +43,7 @@ def rank_at_a_gate(gate: Gate) -> None:
     gate()
 
 
+@pytest.mark.rows("fork", "spawn", "block-fork")
 def test_results_of_all_ranks_in_order(make_executor: Callable[..., Any]) -> None:
     with make_executor(max_cores=4, resource_dict=TWO) as executor:
         assert executor.submit(rank, "x").result(WAIT) == [(0, 2, "x"), (1, 2, "x")]
@@ -51,7 +52,7 @@ def test_results_of_all_ranks_in_order(make_executor: Callable[..., Any]) -> Non
         assert executor.submit(rank_sum, 2.0).result(WAIT) == [6.0, 6.0]
 
 
-@pytest.mark.rows("fork", "spawn")
+@pytest.mark.rows("fork")
 def test_one_core_is_no_list(make_executor: Callable[..., Any]) -> None:
     with make_executor(max_cores=2) as executor:
         wide = executor.submit(rank, resource_dict=TWO)
@@ -61,7 +62,7 @@ def test_one_core_is_no_list(make_executor: Callable[..., Any]) -> None:
         assert dependent.result(WAIT) == [[(0, 2, None), (1, 2, None)], 3]
 
 
-@pytest.mark.rows("block-fork", "block-spawn")
+@pytest.mark.rows("block-fork")
 def test_a_block_of_worlds(make_executor: Callable[..., Any]) -> None:
     """A world lives on from call to call."""
 
@@ -90,6 +91,7 @@ def test_init_function_on_every_rank(make_executor: Callable[..., Any]) -> None:
         assert executor.submit(use).result(WAIT) == [0, 10]
 
 
+@pytest.mark.rows("fork", "block-fork")
 @pytest.mark.parametrize("bad", [0, 1])
 def test_one_rank_raises(make_executor: Callable[..., Any], bad: int) -> None:
     """Its exception is the call's, and the ranks that wait for it end."""
@@ -101,6 +103,7 @@ def test_one_rank_raises(make_executor: Callable[..., Any], bad: int) -> None:
         assert executor.submit(add, 1, 2).result(WAIT) == [3, 3]
 
 
+@pytest.mark.rows("fork")
 def test_all_ranks_raise(make_executor: Callable[..., Any]) -> None:
     def every_rank() -> None:
         raise CustomError("everywhere")
@@ -109,7 +112,7 @@ def test_all_ranks_raise(make_executor: Callable[..., Any]) -> None:
         assert isinstance(executor.submit(every_rank).exception(WAIT), CustomError)
 
 
-@pytest.mark.rows("fork", "spawn")
+@pytest.mark.rows("fork")
 def test_resources_of_ranks(make_executor: Callable[..., Any], tmp_path: Path) -> None:
     own = {
         "cores": 2,
@@ -128,11 +131,11 @@ def test_resources_of_ranks(make_executor: Callable[..., Any], tmp_path: Path) -
     assert set(",".join([first[2], second[2]]).split(",")) == {"0", "1"}
 
 
-@pytest.mark.rows("fork", "spawn")
+@pytest.mark.rows("fork")
 def test_run_time_max_of_ranks(make_executor: Callable[..., Any], gate: Callable[..., Gate]) -> None:
     """The limit is for the call, so that it is long enough for the ranks to start."""
     held = gate()
-    own = {"cores": 2, "run_time_max": 8}
+    own = {"cores": 2, "run_time_max": 5}
     with make_executor(max_cores=2) as executor:
         future = executor.submit(rank_at_a_gate, held, resource_dict=own)
         pids = held.pids(2)

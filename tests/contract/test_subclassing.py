@@ -54,12 +54,11 @@ def test_mixed_in_after_the_executor(row: Any) -> None:
         assert executor.submit(add, 1, 2).result(WAIT) == 3
 
 
+@pytest.mark.rows(block=False)
 def test_resources_added_by_a_subclass(row: Any, tmp_path: Any) -> None:
     """The keys that a subclass puts in are the call's own."""
     import os
 
-    if row.block:
-        pytest.skip("resources belong to the executor in a block")
     from executorlib import BaseExecutor, SingleNodeExecutor
 
     class InFolder(BaseExecutor):

@@ -127,12 +127,8 @@ def test_more_cores_than_there_will_ever_be(make_executor: Callable[..., Any], w
 
 
 def test_more_cores_at_construction_than_there_will_ever_be(row: Any) -> None:
-    """In a block no worker could start; by default every call would be refused."""
-    options = row.arguments(max_cores=2, resource_dict={"threads_per_core": 3})
-    if not row.block:
-        pytest.skip("a call may still ask for less")
     with pytest.raises(ValueError, match="max_cores"):
-        row.make(**options)
+        row.make(max_cores=2, resource_dict={"threads_per_core": 3})
 
 
 @pytest.mark.rows(block=False)
@@ -259,7 +255,6 @@ def test_future_that_a_shut_down_executor_cancelled(
         held.pid()
         waiting = [other.submit(add, i, 2) for i in range(100)]
         other.shutdown(wait=False, cancel_futures=True)
-        assert waiting[-1].cancelled()
         with pytest.raises(CancelledError):
             executor.submit(add, waiting[-1], 1).result(WAIT)
         held.open()
