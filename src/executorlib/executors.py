@@ -475,6 +475,8 @@ class SingleNodeExecutor(BaseExecutor):
                 f"and the {len(cpus)} CPUs that this process may use. Give max_cores, or leave pin_cores out."
             )
         ledger = Ledger([Node("localhost", ids, devices)])
+        if defaults.cache_directory is not None:
+            modules += _cache_modules(spawn)
         graph, finish_graph = _graph_mode(
             plot_dependency_graph,
             plot_dependency_graph_filename,
@@ -514,7 +516,7 @@ class SingleNodeExecutor(BaseExecutor):
                 "refresh_rate": refresh_rate,
                 "log_obj_size": log_obj_size,
                 "wait": wait,
-                "preload": tuple(modules),
+                "preload": tuple(preload),
                 "gpus": tuple(devices),
                 "start_method": "spawn" if spawn else "fork",
                 "pin_cores": can_pin and pin_cores is not False,
@@ -583,6 +585,20 @@ def _preload_modules(preload: Sequence[str], spawn: bool) -> list[str]:
     return modules
 
 
+def _cache_modules(spawn: bool) -> list[str]:
+    """What workers need to write cache entries; the agent imports it once, as it takes many times a fork.
+
+    Raises:
+        ValueError: It is not installed.
+    """
+    if importlib.util.find_spec("h5py") is None:
+        raise ValueError(
+            'cache_directory needs the package h5py, which is missing. Install it with `pip install "executorlib[cache]"`, '
+            "or leave cache_directory out."
+        )
+    return [] if spawn else ["executorlib.cache", "h5py"]
+
+
 def _devices(gpus: int | Sequence[str | int] | None) -> list[str]:
     if gpus is None:
         return machine.visible_gpus()
@@ -627,19 +643,23 @@ def _results(futures: deque[Future[Any]], submitted: Iterator[Future[Any]], dead
     """Yield results in order, submitting one more for each; cancel what is left when the caller stops."""
     try:
         while futures:
-            future = futures.popleft()
-            try:
-                result = future.result(None if deadline is None else deadline - time.monotonic())
-            except BaseException:
-                future.cancel()
-                raise
             futures.extend(itertools.islice(submitted, 1))
-            del future  # a generator that waits must not hold on to a result
-            yield result
-            del result
+            # Without a name for either: a generator that waits must not hold on to a future or its result.
+            yield _result_or_cancel(futures.popleft(), deadline)
     finally:
         for future in futures:
             future.cancel()
+
+
+def _result_or_cancel(future: Future[Any], deadline: float | None) -> Any:
+    try:
+        return future.result(None if deadline is None else deadline - time.monotonic())
+    except BaseException:
+        future.cancel()
+        raise
+    finally:
+        # An exception's traceback refers to this frame, and the frame to the future, which has the exception.
+        del future
 
 
 def _finish_at_exit() -> None:

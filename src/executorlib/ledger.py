@@ -136,7 +136,8 @@ class Ledger:
         if not node.reserved:
             self._remove(node)
         node.free_cores += allocation.cores
-        node.free_gpus += allocation.gpus
+        if allocation.gpus:
+            node.free_gpus += allocation.gpus
         if not node.reserved:
             self._insert(node)
 
@@ -181,7 +182,7 @@ class Ledger:
     def _take(self, node: Node, demand: Demand) -> Allocation:
         self._remove(node)
         cores = _pop(node.free_cores, node.cores_for(demand))
-        gpus = _pop(node.free_gpus, demand.gpus)
+        gpus = _pop(node.free_gpus, demand.gpus) if demand.gpus else []
         self._insert(node)
         return Allocation(node, cores, gpus)
 
@@ -199,8 +200,6 @@ class Ledger:
 
 
 def _pop(stack: list[int] | list[str], count: int) -> list:  # type: ignore[type-arg]
-    if count == 0:
-        return []
     if count == 1:
         return [stack.pop()]
     # Neighbouring cores share caches, and GPUs links, so several are taken in order.

@@ -56,7 +56,7 @@ class Worker:
         self.number = number
         self.slot = slot
         self.allocation = allocation
-        self.calls: deque[Task] = deque()
+        self.calls: list[Task] = []
         self.ready = False
         self.retiring = False
         self.stopping = False
@@ -283,6 +283,7 @@ class FreshScheduler(Scheduler):
         self._blocked: Task | None = None
         self._overtaken = 0
         self._reserved: Node | None = None
+        self._may_start = False  # whether anything has changed that could let a call start
         self._overtaken_limit = OVERTAKEN_PER_CORE * max(node.total_cores for node in ledger.nodes)
 
     def on_started(self, worker: Worker, lookahead: bool = False) -> None:
@@ -308,17 +309,19 @@ class FreshScheduler(Scheduler):
         """The call's future was cancelled before it was handed to a worker."""
         if task is self._blocked:
             self._unblock()
+            self._may_start = True
         super().on_cancel(task)
 
     def on_exit(self, worker: Worker, recalled: list[Task]) -> list[Task]:
         """The worker's resources are free; a call that it still had is lost."""
         del self.workers[worker.number]
         self.ledger.release(worker.allocation)
-        lost = [task for task in worker.calls if not task.over]
-        for task in lost:
-            self._end(task, FAILED)
-        worker.calls.clear()
-        return lost
+        self._may_start = True
+        (task,) = worker.calls
+        if task.over:
+            return []
+        self._end(task, FAILED)
+        return [task]
 
     def _enqueue(self, task: Task) -> None:
         demand = task.demand
@@ -326,8 +329,12 @@ class FreshScheduler(Scheduler):
         if queue is None:
             queue = self._queues[demand] = ReadyQueue()
         queue.push(task)
+        self._may_start = True
 
     def _fill(self) -> None:
+        if not self._may_start:
+            return
+        self._may_start = False
         while self._queues and (self.max_calls is None or len(self.workers) < self.max_calls):
             if not self._start_one():
                 break
@@ -417,9 +424,9 @@ class FreshScheduler(Scheduler):
         assert 0 <= self.not_started <= self.unfinished
 
 
-# Calls that a worker holds beyond the one it runs. Their expected time together stays below LOOKAHEAD_SECONDS, so that
-# a worker is never idle while the next call travels, yet little is tied to a worker; MAX_LOOKAHEAD bounds what has to be
-# taken back when a call turns out long.
+# Calls that a worker holds beyond the one it runs. Their expected time together stays below LOOKAHEAD_SECONDS, so
+# that a worker is never idle while the next call travels, yet little is tied to a worker; MAX_LOOKAHEAD bounds what
+# has to be taken back when a call turns out long.
 LOOKAHEAD_SECONDS = 0.005
 MAX_LOOKAHEAD = 64
 # Weight of the newest call in the moving average of call times.
@@ -470,10 +477,7 @@ class BlockScheduler(Scheduler):
     def on_result(self, worker: Worker, task: Task, seconds: float, failed: bool = False) -> None:
         """The call is over, the worker takes another."""
         self._end(task, FAILED if failed else DONE)
-        if worker.calls and worker.calls[0] is task:
-            worker.calls.popleft()
-        else:
-            worker.calls.remove(task)
+        worker.calls.remove(task)
         known = self._average
         self._average = seconds if known is None else known + _NEWEST * (seconds - known)
         self._set_hungry(worker)

@@ -6,9 +6,13 @@ opaque to everything between the two processes that write and read them.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import pickle
+import sys
+import weakref
 from collections.abc import Callable, Sequence
+from types import FunctionType
 from typing import Any, TypeAlias
 
 import cloudpickle
@@ -72,6 +76,16 @@ def loads(frames: Sequence[Frame]) -> Any:
     return pickle.loads(frames[0], buffers=frames[1:])
 
 
+def _is_importable(fn: object) -> bool:
+    """Whether cloudpickle would pickle a function as the name under which a worker can import it."""
+    if type(fn) is not FunctionType or fn.__module__ == "__main__":
+        return False
+    module = sys.modules.get(fn.__module__)
+    if module is None or getattr(module, fn.__qualname__, None) is not fn:
+        return False
+    return not cloudpickle.list_registry_pickle_by_value()
+
+
 class FunctionPickler:
     """Pickles each function once for all calls that were submitted before it was pickled.
 
@@ -83,19 +97,23 @@ class FunctionPickler:
     _KEEP = 64
 
     def __init__(self) -> None:
-        self._cache: dict[int, tuple[Callable[..., Any], int, bytes]] = {}
+        # Weak, as nothing may be kept of a call once it is over.
+        self._cache: dict[int, tuple[weakref.ref[Callable[..., Any]], int, bytes]] = {}
 
     def dumps(self, fn: Callable[..., Any], number: int, next_number: int) -> bytes:
         """Pickle ``fn`` for call ``number``, where the next call to be submitted is ``next_number``."""
+        if _is_importable(fn):
+            return pickle.dumps(fn, PROTOCOL)  # its name, which is cheap, and does not change
         known = self._cache.get(id(fn))
-        if known is not None and known[0] is fn and number < known[1]:
+        if known is not None and known[0]() is fn and number < known[1]:
             return known[2]
         data = dumps_in_band(fn)
         if len(self._cache) >= self._KEEP:
             self._cache.clear()
-        self._cache[id(fn)] = (fn, next_number, data)
+        with contextlib.suppress(TypeError):  # not all callables can be referred to weakly
+            self._cache[id(fn)] = (weakref.ref(fn), next_number, data)
         return data
 
     def clear(self) -> None:
-        """Drop all references to functions."""
+        """Forget all pickles."""
         self._cache.clear()

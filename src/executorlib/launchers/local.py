@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,11 +30,22 @@ _AGENT_END_SECONDS = 10.0
 
 
 def boot_code(module: str, call: str) -> str:
-    """Python source that runs ``module.call`` with this process's import path.
+    """Python source that runs ``module.call`` with this process's import path and arguments.
 
     The path is set before anything is imported, so that no file in the working directory takes a module's place.
     """
-    return f"import sys; sys.path[:] = {sys.path!r}; from {module} import main; main{call}"
+    return (
+        f"import sys; sys.path[:] = {_import_path()!r}; sys.argv[:] = {_arguments()!r}; "
+        f"from {module} import main; main{call}"
+    )
+
+
+def _import_path() -> list[str]:
+    return [str(entry) for entry in sys.path]
+
+
+def _arguments() -> list[str]:
+    return [str(argument) for argument in getattr(sys, "argv", [])]
 
 
 class Surroundings:
@@ -43,29 +54,40 @@ class Surroundings:
     A worker sees the user's process as it is when its call starts, although it is forked from an older agent.
     """
 
-    def __init__(self, environ: Mapping[str, str]) -> None:
-        self._base = dict(environ)
-        self._seen: dict[str, str] | None = None
+    def __init__(self) -> None:
+        self._environ = os.environ.copy()
+        self._path = _import_path()
+        self._argv = _arguments()
+        self._cwd = _working_directory()
+        self._seen: dict[Any, Any] | None = None
         self._changes: dict[str, str | None] = {}
 
     def changes(self) -> dict[str, Any]:
         """What a worker has to set up to see this process as it is now."""
-        environ = os.environ.copy()
-        if environ != self._seen:
-            changes: dict[str, str | None] = {
-                name: value for name, value in environ.items() if self._base.get(name) != value
-            }
-            changes.update((name, None) for name in self._base if name not in environ)
-            self._seen, self._changes = environ, changes
-        setup: dict[str, Any] = {
-            "path": [str(entry) for entry in sys.path],
-            "argv": list(getattr(sys, "argv", [])),
-        }
+        # The encoded form of os.environ is compared where there is one: decoding all of it takes longer than a fork.
+        seen = dict(getattr(os.environ, "_data", os.environ))
+        if seen != self._seen:
+            now, before = os.environ.copy(), self._environ
+            self._changes = {name: value for name, value in now.items() if before.get(name) != value}
+            self._changes.update((name, None) for name in before if name not in now)
+            self._seen = seen
+        setup: dict[str, Any] = {}
         if self._changes:
             setup["env"] = self._changes
-        with contextlib.suppress(OSError):  # the working directory may have been removed
-            setup["cwd"] = os.getcwd()
+        if (path := _import_path()) != self._path:
+            setup["path"] = path
+        if (argv := _arguments()) != self._argv:
+            setup["argv"] = argv
+        if (cwd := _working_directory()) != self._cwd:
+            setup["cwd"] = cwd
         return setup
+
+
+def _working_directory() -> str | None:
+    try:
+        return os.getcwd()
+    except OSError:  # it was removed
+        return None
 
 
 class PipeTransport:
@@ -146,7 +168,7 @@ class Agent:
         self._by_worker: dict[int, _Child] = {}
         self._host = socket.gethostname()
         self._greeted = False
-        self.surroundings = Surroundings(os.environ)
+        self.surroundings = Surroundings()
 
     # -- requests -------------------------------------------------------------------------------------------------
 
@@ -155,8 +177,8 @@ class Agent:
         if self._popen is not None:
             return
         ours, theirs = socket.socketpair()
+        self.surroundings = Surroundings()
         environ = os.environ.copy()
-        self.surroundings = Surroundings(environ)
         if self._preload:
             environ.update(dict.fromkeys(THREAD_VARIABLES, str(self._threads)))
         code = boot_code("executorlib.worker.agent", f"({theirs.fileno()}, {self._preload!r})")

@@ -23,7 +23,6 @@ import socket
 import struct
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from executorlib.serialize import Frame
@@ -53,7 +52,6 @@ _from_json = json.JSONDecoder().decode
 HAS_MEMORY_FILES = hasattr(os, "memfd_create")
 
 
-@dataclass
 class Message:
     """A received message.
 
@@ -63,14 +61,12 @@ class Message:
         fds: Open descriptors that came with it; the receiver owns them.
     """
 
-    header: Any
-    frames: list[Frame]
-    fds: list[int] = field(default_factory=list)
+    __slots__ = ("fds", "frames", "header")
 
-    @property
-    def size(self) -> int:
-        """Bytes of payload."""
-        return sum(_nbytes(frame) for frame in self.frames)
+    def __init__(self, header: Any, frames: list[Frame], fds: list[int]) -> None:
+        self.header = header
+        self.frames = frames
+        self.fds = fds
 
 
 def _nbytes(frame: Frame) -> int:

@@ -75,7 +75,7 @@ class Router:
     def send(self, identity: bytes, header: Any, frames: Sequence[Frame]) -> None:
         """Send a message; one to a peer that is gone is dropped, its exit is an event of its own."""
         with contextlib.suppress(zmq.ZMQError):
-            self._socket.send_multipart([identity, json.dumps(header).encode(), *frames], zmq.NOBLOCK, copy=False)
+            self._socket.send_multipart([identity, json.dumps(header).encode(), *frames], zmq.NOBLOCK)
         # Sending may swallow the edge that would have told of a message to read.
         self._events.call_later(0.0, self._on_readable)
 
@@ -157,7 +157,7 @@ class Dealer:
     def receive(self) -> Message:
         """Wait for a message."""
         header, *frames = self._socket.recv_multipart()
-        return Message(json.loads(header), [bytearray(frame) for frame in frames])
+        return Message(json.loads(header), [bytearray(frame) for frame in frames], [])
 
     def close(self) -> None:
         """Send what is left, then close."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import inspect
 import os
 import socket
 import struct
@@ -22,11 +21,14 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from types import FunctionType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from executorlib import serialize
 from executorlib.serialize import Frame
 from executorlib.transports.messages import Connection, Message
+
+if TYPE_CHECKING:
+    import inspect
 
 # The libraries' own documentation names these: OpenMP, OpenBLAS, MKL, numexpr, Apple's Accelerate (vecLib).
 THREAD_VARIABLES = (
@@ -71,32 +73,31 @@ class Function:
 
     def __init__(self, fn: Callable[..., Any]) -> None:
         self.fn = fn
-        self._signature: inspect.Signature | None = None
 
     def names(self) -> tuple[str, ...]:
         """Parameters that can be given by name; none where the callable does not tell."""
         if type(self.fn) is FunctionType and not hasattr(self.fn, "__wrapped__"):
             code = self.fn.__code__
             return code.co_varnames[code.co_posonlyargcount : code.co_argcount + code.co_kwonlyargcount]
-        signature = self._inspect()
+        signature = self._signature()
         if signature is None:
             return ()
-        kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-        return tuple(name for name, parameter in signature.parameters.items() if parameter.kind in kinds)
+        by_name = ("POSITIONAL_OR_KEYWORD", "KEYWORD_ONLY")
+        return tuple(name for name, parameter in signature.parameters.items() if parameter.kind.name in by_name)
 
-    def _inspect(self) -> inspect.Signature | None:
-        if self._signature is None:
-            try:
-                self._signature = inspect.signature(self.fn)
-            except (TypeError, ValueError):  # built-ins without a signature
-                return None
-        return self._signature
+    def _signature(self) -> inspect.Signature | None:
+        import inspect  # costs a new worker milliseconds, and few calls need it
+
+        try:
+            return inspect.signature(self.fn)
+        except (TypeError, ValueError):  # built-ins without a signature
+            return None
 
     def left_out(self, args: tuple[Any, ...], kwargs: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
         """Those of ``values`` that are parameters which the caller did not give."""
         wanted = {name: values[name] for name in self.names() if name in values and name not in kwargs}
         if wanted and args:
-            signature = self._inspect()
+            signature = self._signature()
             if signature is not None:
                 with contextlib.suppress(TypeError):
                     for name in signature.bind_partial(*args).arguments:
@@ -127,12 +128,12 @@ def run(
         fn = serialize.loads([function])
         args, kwargs = serialize.loads(arguments)
         filled = Function(fn).left_out(args, kwargs, values)
+        if not (finish and "cache" in options):
+            return Answer(serialize.dumps(fn(*args, **kwargs, **filled)), "")
+        entry = Entry(options, fn, args, kwargs)
         started = time.perf_counter()
         result = fn(*args, **kwargs, **filled)
-        seconds = time.perf_counter() - started
-        warning = ""
-        if finish and "cache" in options:
-            warning = store(options, fn, args, kwargs, result, seconds)
+        warning = entry.store(result, time.perf_counter() - started)
         return Answer(serialize.dumps(result), "", warning)
     except BaseException as error:
         text = traceback_text(error)
@@ -141,30 +142,42 @@ def run(
         return Answer(dump_error(error), text)
 
 
-def store(
-    options: dict[str, Any],
-    fn: Any,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    result: object,
-    seconds: float,
-) -> str:
-    """Keep a result in the cache. It is not worth losing a result over: what goes wrong is only returned as text."""
-    try:
+class Entry:
+    """A call's entry in the cache, begun before the call runs: its function may change its arguments.
+
+    Args:
+        options: ``cache``, the file, and ``resources``.
+        fn: The function.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+    """
+
+    def __init__(self, options: dict[str, Any], fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         from executorlib import cache
 
-        cache.write_output(
-            options["cache"],
-            function=fn,
-            args=args,
-            kwargs=kwargs,
-            resource_dict=options.get("resources", {}),
-            output=result,
-            runtime=seconds,
-        )
-    except Exception as error:
-        return f"the result was not kept in the cache file {options['cache']}: {type(error).__name__}: {error}"
-    return ""
+        self._path = options["cache"]
+        self._resources = options.get("resources", {})
+        self._fn = fn
+        self._args = cache.Snapshot.of(list(args))
+        self._kwargs = cache.Snapshot.of(kwargs)
+
+    def store(self, result: object, seconds: float) -> str:
+        """Write the entry. It is not worth losing a result over: what goes wrong is only returned as text."""
+        from executorlib import cache
+
+        try:
+            cache.write_output(
+                self._path,
+                function=self._fn,
+                args=self._args,
+                kwargs=self._kwargs,
+                resource_dict=self._resources,
+                output=result,
+                runtime=seconds,
+            )
+        except Exception as error:
+            return f"the result was not kept in the cache file {self._path}: {type(error).__name__}: {error}"
+        return ""
 
 
 def traceback_text(error: BaseException) -> str:

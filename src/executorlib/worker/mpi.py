@@ -127,9 +127,9 @@ class Rank:
             return
         warning = ""
         if "cache" in options:
-            results = [serialize.loads(rank_frames) for _, rank_frames in gathered]
             args, kwargs = serialize.loads(frames)
-            warning = call.store(options, serialize.loads([function]), args, kwargs, results, seconds)
+            entry = call.Entry(options, serialize.loads([function]), args, kwargs)
+            warning = entry.store([serialize.loads(rank_frames) for _, rank_frames in gathered], seconds)
         counts = [len(rank_frames) for _, rank_frames in gathered]
         everything = [frame for _, rank_frames in gathered for frame in rank_frames]
         self._connection().send(["result", number, seconds, warning, counts], everything)
