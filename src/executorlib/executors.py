@@ -38,7 +38,8 @@ _first_cpu = itertools.count()
 class BaseExecutor(Executor):
     """What all executors have in common: the standard library's `Executor` interface with resources for each call.
 
-    Subclasses that add behaviour call ``super().__init__(*args, **kwargs)`` and ``super().submit(fn, *args, **kwargs)``.
+    Subclasses that add behaviour call ``super().__init__(*args, **kwargs)`` and
+    ``super().submit(fn, *args, **kwargs)``.
 
     Args:
         make_launcher: Makes what starts workers, given the loop.
@@ -92,7 +93,7 @@ class BaseExecutor(Executor):
         self._settings = settings
         self._is_shut_down = False
         self._demand = self._checked_demand(resources, type(self).__name__)
-        _make_directory(resources.cwd, type(self).__name__)
+        self._make_directories(resources, type(self).__name__)
         if graph is not None:
             return
         scheduler: BlockScheduler | FreshScheduler
@@ -159,7 +160,7 @@ class BaseExecutor(Executor):
                 )
             resources = resources.updated(resource_dict, subject)
             demand = self._checked_demand(resources, subject)
-            _make_directory(resources.cwd, subject)
+            self._make_directories(resources, subject)
         if self._graph is not None:
             self._check_open()
             return self._graph.call(fn, args, kwargs, dict(resource_dict or {}))
@@ -289,7 +290,7 @@ class BaseExecutor(Executor):
         Setting it grows or shrinks a block: new workers start at once, surplus ones end after their calls.
 
         Raises:
-            ValueError: Set without ``block_allocation=True``, below 1, or to more than the executor's cores or GPUs allow.
+            ValueError: Set without ``block_allocation=True``, below 1, or to more than the cores or GPUs allow.
         """
         return self._worker_count
 
@@ -331,8 +332,9 @@ class BaseExecutor(Executor):
         most_gpus = max(node.total_gpus for node in self._ledger.nodes)
         if demand.gpus > most_gpus:
             raise ValueError(
-                f"{subject} needs {demand.gpus} GPUs (cores={resources.cores} × gpus_per_core={resources.gpus_per_core}), "
-                f"but there are {most_gpus}. Ask for fewer, or state the devices with the executor's argument gpus=…."
+                f"{subject} needs {demand.gpus} GPUs (cores={resources.cores} × "
+                f"gpus_per_core={resources.gpus_per_core}), but there are {most_gpus}. Ask for fewer, or state the "
+                "devices with the executor's argument gpus=…."
             )
         if not self._count_cores:
             return Demand(1, demand.gpus, demand.exclusive)
@@ -341,9 +343,22 @@ class BaseExecutor(Executor):
             raise ValueError(
                 f"{subject} needs {demand.cores} cores (cores={resources.cores} × "
                 f"threads_per_core={resources.threads_per_core}), but the executor has {most} "
-                f"(max_cores, or this machine's CPUs). Ask for fewer, or make the executor with max_cores={demand.cores}."
+                "(max_cores, or this machine's CPUs). Ask for fewer, or make the executor with "
+                f"max_cores={demand.cores}."
             )
         return demand
+
+    def _make_directories(self, resources: Resources, subject: str) -> None:
+        for key in ("cwd", "cache_directory"):
+            path = getattr(resources, key)
+            if path is None:
+                continue
+            try:
+                os.makedirs(path, exist_ok=True)
+            except OSError as error:
+                raise ValueError(
+                    f"{subject}: the directory {key}={path!r} cannot be made: {error.strerror}. Name another."
+                ) from error
 
     def _check(self, resources: Resources, subject: str) -> None:
         """Raise ValueError for a resource that this row cannot honour."""
@@ -353,8 +368,8 @@ class BaseExecutor(Executor):
         total_gpus = sum(node.total_gpus for node in self._ledger.nodes)
         if self._demand.gpus * size > total_gpus or (self._count_cores and self._demand.cores * size > total_cores):
             raise ValueError(
-                f"max_workers={size} workers of {self._demand.cores} cores and {self._demand.gpus} GPUs do not fit into "
-                f"{total_cores} cores and {total_gpus} GPUs. Ask for fewer workers or raise max_cores."
+                f"max_workers={size} workers of {self._demand.cores} cores and {self._demand.gpus} GPUs do not "
+                f"fit into {total_cores} cores and {total_gpus} GPUs. Ask for fewer workers or raise max_cores."
             )
 
 
@@ -399,7 +414,8 @@ class SingleNodeExecutor(BaseExecutor):
         wait: Whether leaving the `with` block waits for the calls.
         restart_limit: In block mode, how often each worker is replaced when it dies.
         openmpi_oversubscribe: Let Open MPI start more ranks than there are cores.
-        preload: Modules that are imported once, before any worker is forked, so that calls need not import them.
+        preload: Modules that are imported once, before any worker is forked, so that calls need not import them; with
+            "spawn", every worker imports them as it starts.
         gpus: Number of GPUs, or their device names; None asks the machine.
         start_method: "fork" (default on Linux) forks workers from a small process that has none of this one's threads;
             "spawn" (default elsewhere) starts a new interpreter for each, which is slower.
@@ -438,15 +454,17 @@ class SingleNodeExecutor(BaseExecutor):
         whole_number(0)("restart_limit", restart_limit)
         if init_function is not None and not block_allocation:
             raise ValueError(
-                "init_function needs block_allocation=True: without it every call has a process of its own, and nothing "
-                "would be left of the initialisation."
+                "init_function needs block_allocation=True: without it every call has a process of its own, and "
+                "nothing would be left of the initialisation."
             )
+        if init_function is not None and not callable(init_function):
+            raise TypeError(f"init_function is {init_function!r}, expected a callable that returns a dict.")
         if restart_limit and not block_allocation:
             raise ValueError(
                 "restart_limit needs block_allocation=True: without it every call has a process of its own anyway."
             )
         spawn = _is_spawn(start_method)
-        modules = _preload_modules(preload, spawn)
+        modules = _preload_modules(preload)
         defaults = Resources(openmpi_oversubscribe=openmpi_oversubscribe).updated(
             resource_dict or {}, "SingleNodeExecutor"
         )
@@ -471,12 +489,12 @@ class SingleNodeExecutor(BaseExecutor):
             ids = list(range(size))
         if pin_cores and not can_pin:
             raise ValueError(
-                f"pin_cores=True cannot be honoured: it needs a system with CPU affinity (Linux) and max_cores between 1 "
-                f"and the {len(cpus)} CPUs that this process may use. Give max_cores, or leave pin_cores out."
+                "pin_cores=True cannot be honoured: it needs a system with CPU affinity (Linux) and max_cores "
+                f"between 1 and the {len(cpus)} CPUs that this process may use. Give max_cores, or leave pin_cores out."
             )
         ledger = Ledger([Node("localhost", ids, devices)])
         if defaults.cache_directory is not None:
-            modules += _cache_modules(spawn)
+            modules += _cache_modules()
         graph, finish_graph = _graph_mode(
             plot_dependency_graph,
             plot_dependency_graph_filename,
@@ -532,7 +550,8 @@ class SingleNodeExecutor(BaseExecutor):
                 raise ValueError(f"{subject}: {key} cannot be honoured on a single node: {why}. Leave it out here.")
         if resources.num_nodes is not None and resources.num_nodes > 1:
             raise ValueError(
-                f"{subject}: num_nodes={resources.num_nodes} cannot be honoured on a single node. Ask for 1, or leave it out."
+                f"{subject}: num_nodes={resources.num_nodes} cannot be honoured on a single node. Ask for 1, or leave "
+                "it out."
             )
 
 
@@ -546,17 +565,6 @@ def _positive(name: str, value: int | None) -> int | None:
     return int(value)
 
 
-def _make_directory(cwd: str | None, subject: str) -> None:
-    if cwd is None:
-        return
-    try:
-        os.makedirs(cwd, exist_ok=True)
-    except OSError as error:
-        raise ValueError(
-            f"{subject}: the working directory cwd={cwd!r} cannot be made: {error.strerror}. Name another."
-        ) from error
-
-
 def _is_spawn(start_method: str | None) -> bool:
     if start_method is None:
         # macOS can fork, but some of its own frameworks do not survive it; CPython spawns there for that reason too.
@@ -566,15 +574,10 @@ def _is_spawn(start_method: str | None) -> bool:
     return start_method == "spawn"
 
 
-def _preload_modules(preload: Sequence[str], spawn: bool) -> list[str]:
+def _preload_modules(preload: Sequence[str]) -> list[str]:
     if isinstance(preload, str):
         raise TypeError(f"preload is the str {preload!r}, expected a list of module names such as [{preload!r}].")
     modules = list(preload)
-    if modules and spawn:
-        raise ValueError(
-            "preload cannot be honoured with start_method='spawn': every worker is a new interpreter, which would import "
-            "the modules again. Leave preload out, or use start_method='fork'."
-        )
     for module in modules:
         try:
             found = importlib.util.find_spec(module) is not None
@@ -585,7 +588,7 @@ def _preload_modules(preload: Sequence[str], spawn: bool) -> list[str]:
     return modules
 
 
-def _cache_modules(spawn: bool) -> list[str]:
+def _cache_modules() -> list[str]:
     """What workers need to write cache entries; the agent imports it once, as it takes many times a fork.
 
     Raises:
@@ -593,10 +596,10 @@ def _cache_modules(spawn: bool) -> list[str]:
     """
     if importlib.util.find_spec("h5py") is None:
         raise ValueError(
-            'cache_directory needs the package h5py, which is missing. Install it with `pip install "executorlib[cache]"`, '
-            "or leave cache_directory out."
+            "cache_directory needs the package h5py, which is missing. Install it with "
+            '`pip install "executorlib[cache]"`, or leave cache_directory out.'
         )
-    return [] if spawn else ["executorlib.cache", "h5py"]
+    return ["executorlib.cache", "h5py"]
 
 
 def _devices(gpus: int | Sequence[str | int] | None) -> list[str]:

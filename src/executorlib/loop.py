@@ -33,8 +33,7 @@ from typing import Any
 from executorlib import serialize
 from executorlib.errors import ExecutorlibSocketError, RemoteTraceback
 from executorlib.futures import fill_in, input_error
-from executorlib.launchers.base import Events, Exit, Launcher, Process
-from executorlib.launchers.local import tail_text
+from executorlib.launchers.base import Events, Exit, Launcher, Process, tail_text
 from executorlib.resources import Demand, Resources
 from executorlib.scheduler import (
     BlockScheduler,

@@ -517,6 +517,10 @@ class BlockScheduler(Scheduler):
 
     def on_resize(self, size: int) -> None:
         """Grow or shrink the block. Surplus workers end once their calls are over."""
+        (node, *_) = self.ledger.nodes
+        missing = size * self.demand.cores - sum(node.total_cores for node in self.ledger.nodes)
+        if missing > 0:  # only where calls are counted, not cores
+            self.ledger.grow(node, range(node.total_cores, node.total_cores + missing))
         for _ in range(len(self._slots), size):
             self._slots.append(None)
             self._restarts.append(0)

@@ -27,14 +27,14 @@ NAMES = {
     "get_future_from_cache",
     "get_item_from_future",
     "split_future",
+    "terminate_task_in_cache",
+    "terminate_tasks_in_cache",
 }
 NAMES_LATER = {
     "FluxClusterExecutor",
     "FluxJobExecutor",
     "SlurmClusterExecutor",
     "SlurmJobExecutor",
-    "terminate_task_in_cache",
-    "terminate_tasks_in_cache",
 }
 
 # Names of ``executorlib.api``.
@@ -120,6 +120,17 @@ FUNCTIONS: dict[str, Signature] = {
     "get_future_from_cache": [("cache_directory", _ANY, REQUIRED), ("cache_key", _ANY, REQUIRED)],
     "get_item_from_future": [("future", _ANY, REQUIRED), ("key", _ANY, REQUIRED)],
     "split_future": [("future", _ANY, REQUIRED), ("n", _ANY, REQUIRED)],
+    "terminate_task_in_cache": [
+        ("cache_directory", _ANY, REQUIRED),
+        ("cache_key", _ANY, REQUIRED),
+        ("pysqa_config_directory", _ANY, None),
+        ("backend", _ANY, None),
+    ],
+    "terminate_tasks_in_cache": [
+        ("cache_directory", _ANY, REQUIRED),
+        ("pysqa_config_directory", _ANY, None),
+        ("backend", _ANY, None),
+    ],
 }
 
 _SPAWNER: Signature = [

@@ -9,11 +9,12 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from executorlib.resources import Resources
-from executorlib.scheduler import Worker
-from executorlib.serialize import Frame
+if TYPE_CHECKING:
+    from executorlib.resources import Resources
+    from executorlib.scheduler import Worker
+    from executorlib.serialize import Frame
 
 # What a dead worker wrote last is part of its error text; this much of it is kept.
 STDERR_TAIL_BYTES = 4096
@@ -131,3 +132,9 @@ class Launcher(Protocol):
     def close(self) -> None:
         """End everything that was started and free all that is held; no event follows."""
         ...
+
+
+def tail_text(stderr: bytes | bytearray) -> str:
+    """The last lines of what a process wrote, indented for an error text."""
+    lines = bytes(stderr).decode(errors="replace").rstrip().splitlines()[-20:]
+    return "\n".join(f"    {line}" for line in lines)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from executorlib.errors import describe_exit
-from executorlib.launchers.base import STDERR_TAIL_BYTES, Events, Exit, Process
+from executorlib.launchers.base import STDERR_TAIL_BYTES, Events, Exit, Process, tail_text
 from executorlib.launchers.mpi import MpiLauncher
 from executorlib.serialize import Frame
 from executorlib.transports.messages import Channel, Message
@@ -181,7 +181,8 @@ class Agent:
         environ = os.environ.copy()
         if self._preload:
             environ.update(dict.fromkeys(THREAD_VARIABLES, str(self._threads)))
-        code = boot_code("executorlib.worker.agent", f"({theirs.fileno()}, {self._preload!r})")
+        preload = [] if self._spawn else self._preload
+        code = boot_code("executorlib.worker.agent", f"({theirs.fileno()}, {preload!r})")
         error_read, error_write = os.pipe()
         try:
             with theirs:
@@ -420,7 +421,7 @@ class Agent:
         if self._pooled:
             options["pooled"] = True
         if self._spawn:
-            code = boot_code("executorlib.worker.__main__", f"({self._pooled})")
+            code = boot_code("executorlib.worker.__main__", f"({self._pooled}, {self._preload!r})")
             options["argv"] = [sys.executable, "-c", code]
             options["env"] = os.environ.copy()
         return options
@@ -537,9 +538,3 @@ def _forward(fd: int, tail: bytearray) -> bool:
         del tail[:-STDERR_TAIL_BYTES]
         with contextlib.suppress(OSError):
             os.write(2, data)
-
-
-def tail_text(stderr: bytes | bytearray) -> str:
-    """The last lines of what a process wrote, indented for an error text."""
-    lines = bytes(stderr).decode(errors="replace").rstrip().splitlines()[-20:]
-    return "\n".join(f"    {line}" for line in lines)

@@ -12,14 +12,16 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import zmq
 import zmq.utils.z85
 
-from executorlib.launchers.base import Events
 from executorlib.serialize import Frame
 from executorlib.transports.messages import Message
+
+if TYPE_CHECKING:
+    from executorlib.launchers.base import Events
 
 # Name of the environment variable through which a worker learns how to connect.
 CONNECTION_VARIABLE = "EXECUTORLIB_CONNECTION"

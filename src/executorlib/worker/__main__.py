@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import socket
 import traceback
 
@@ -10,9 +11,16 @@ from executorlib.worker import call
 from executorlib.worker.agent import CONNECTION_FD, PERMITS_FD
 
 
-def main(pooled: bool) -> None:
-    """Serve calls over the inherited descriptors, then end the process."""
+def main(pooled: bool, preload: list[str]) -> None:
+    """Serve calls over the inherited descriptors, then end the process.
+
+    Args:
+        pooled: Whether it runs many calls and so needs permits.
+        preload: Modules to import first.
+    """
     try:
+        for name in preload:
+            importlib.import_module(name)
         permits = call.Permits(_socket(PERMITS_FD)) if pooled else None
         call.serve(Connection(_socket(CONNECTION_FD)), permits)
     except (EOFError, BrokenPipeError, ConnectionResetError):
