@@ -17,7 +17,7 @@ import textwrap
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -112,13 +112,38 @@ def row(request: pytest.FixtureRequest) -> Row:
     return request.param  # type: ignore[no-any-return]
 
 
-@pytest.fixture(scope="module")
-def executor(row: Row) -> Iterator[Any]:
-    """One executor of this row for all tests of a module that only submit to it."""
-    with row.make() as shared:
+class SharedExecutor:
+    """One executor for all tests of a module that only submit to it; replaced when one fails."""
+
+    def __init__(self, row: Row) -> None:
+        self.row = row
+        self.current: Any = None
+
+    def start(self) -> None:
+        self.current = self.row.make()
         # The first calls start what is started lazily, before a test's leak guard counts.
-        assert list(shared.map(abs, [-1] * 4)) == [1] * 4
-        yield shared
+        assert list(self.current.map(abs, [-1] * 4)) == [1] * 4
+
+    def replace(self) -> None:
+        self.current.kill_workers()
+        self.current.shutdown()
+        self.start()
+
+
+@pytest.fixture(scope="module")
+def shared_executor(row: Row) -> Iterator[SharedExecutor]:
+    shared = SharedExecutor(row)
+    shared.start()
+    yield shared
+    shared.current.shutdown()
+
+
+@pytest.fixture
+def executor(request: pytest.FixtureRequest, shared_executor: SharedExecutor, gates: list[Gate]) -> Iterator[Any]:
+    """The module's executor of this row."""
+    yield shared_executor.current
+    if failed(request):
+        shared_executor.replace()
 
 
 @pytest.fixture
@@ -215,6 +240,26 @@ def scripts(tmp_path: Path) -> Iterator[Scripts]:
         if process.poll() is None:
             process.kill()
         process.communicate()
+
+
+# What became of a test.
+
+_failed_key: pytest.StashKey[bool] = pytest.StashKey()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.failed:
+        item.stash[_failed_key] = True
+    return report
+
+
+def failed(request: pytest.FixtureRequest) -> bool:
+    """Whether this fixture's test has failed."""
+    return request.node.stash.get(_failed_key, False)  # type: ignore[no-any-return]
 
 
 # Markers.
@@ -317,12 +362,14 @@ def describe(pid: int) -> str:
 
 
 @pytest.fixture(autouse=True)
-def leak_guard(deadline: None) -> Iterator[None]:
+def leak_guard(request: pytest.FixtureRequest, deadline: None) -> Iterator[None]:
     """Fail a test that leaves a thread, a child process or an open file behind, and name it."""
     threads_before = set(threading.enumerate())
     children_before = children()
     files_before = open_files()
     yield
+    if failed(request):
+        return
 
     def left_over() -> list[str]:
         left = [f"thread {thread.name!r}" for thread in threading.enumerate() if thread not in threads_before]
