@@ -278,12 +278,16 @@ def missing_for_mpi() -> list[str]:
     return missing
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run also what takes longer than 10 s")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     for line in (
         "mpi: needs mpiexec and mpi4py",
         "cache: needs h5py",
         "linux: reads /proc",
-        "slow: takes longer than a few seconds",
+        "slow: takes longer than 10 s; runs with --slow only",
         "rows(*names, **properties): the rows that a test runs over, all of them without it",
     ):
         config.addinivalue_line("markers", line)
@@ -298,11 +302,12 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     os.close(config.stash[_stderr_key])
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     needs = {
         "mpi": missing_for_mpi(),
         "cache": [] if importlib.util.find_spec("h5py") else ["h5py (pip install h5py)"],
         "linux": [] if LINUX else ["Linux's /proc"],
+        "slow": [] if config.getoption("--slow") else ["--slow"],
     }
     for item in items:
         missing = [what for mark, what in needs.items() if item.get_closest_marker(mark)]

@@ -202,3 +202,45 @@ def highest(path: str | os.PathLike[str]) -> int:
         now += int(line)
         most = max(most, now)
     return most
+
+
+def odd_fails(number: int) -> int:
+    if number % 2:
+        fail(f"{number} is odd")
+    return number
+
+
+def affinity() -> set[int]:
+    return os.sched_getaffinity(0)
+
+
+def numbered(gate: Gate, executorlib_worker_id: int) -> int:
+    gate()
+    return executorlib_worker_id
+
+
+def rank(value: Any = None) -> tuple[int, int, Any]:
+    from mpi4py import MPI
+
+    world = MPI.COMM_WORLD
+    return world.Get_rank(), world.Get_size(), value
+
+
+def rank_sum(value: float) -> float:
+    from mpi4py import MPI
+
+    return MPI.COMM_WORLD.allreduce(value * (MPI.COMM_WORLD.Get_rank() + 1))  # type: ignore[no-any-return]
+
+
+def rank_that_fails(bad: int) -> int:
+    """One rank raises; the others wait for it, as ranks do."""
+    from mpi4py import MPI
+
+    if MPI.COMM_WORLD.Get_rank() == bad:
+        raise CustomError(f"rank {bad}")
+    MPI.COMM_WORLD.Barrier()
+    return 0
+
+
+def takes_resource_dict(value: Any, resource_dict: Any = None) -> Any:
+    return value

@@ -8,15 +8,10 @@ from typing import Any
 
 import pytest
 
-from contract.functions import CustomError, Gate, add, fail, lines, record
+from contract.functions import CustomError, Gate, add, fail, lines, numbered, record
 
 WAIT = 30
 block = pytest.mark.rows(block=True)
-
-
-def numbered(gate: Gate, executorlib_worker_id: int) -> int:
-    gate()
-    return executorlib_worker_id
 
 
 @block

@@ -12,15 +12,9 @@ from typing import Any
 
 import pytest
 
-from contract.functions import CustomError, Gate, add, fail, identity, lines, record
+from contract.functions import CustomError, Gate, add, fail, identity, lines, odd_fails, record
 
 WAIT = 30
-
-
-def odd_fails(number: int) -> int:
-    if number % 2:
-        fail(f"{number} is odd")
-    return number
 
 
 def test_results_in_order(executor: Any) -> None:

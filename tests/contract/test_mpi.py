@@ -9,38 +9,21 @@ from typing import Any
 
 import pytest
 
-from contract.functions import CustomError, Gate, add, environment, identity, wait_until_gone
+from contract.functions import (
+    CustomError,
+    Gate,
+    add,
+    environment,
+    identity,
+    rank,
+    rank_sum,
+    rank_that_fails,
+    wait_until_gone,
+)
 
 WAIT = 50
 pytestmark = pytest.mark.mpi
 TWO = {"cores": 2}
-
-
-def rank(value: Any = None) -> tuple[int, int, Any]:
-    from mpi4py import MPI
-
-    world = MPI.COMM_WORLD
-    return world.Get_rank(), world.Get_size(), value
-
-
-def rank_sum(value: float) -> float:
-    from mpi4py import MPI
-
-    return MPI.COMM_WORLD.allreduce(value * (MPI.COMM_WORLD.Get_rank() + 1))  # type: ignore[no-any-return]
-
-
-def rank_that_fails(bad: int) -> int:
-    """One rank raises; the others wait for it, as ranks do."""
-    from mpi4py import MPI
-
-    if MPI.COMM_WORLD.Get_rank() == bad:
-        raise CustomError(f"rank {bad}")
-    MPI.COMM_WORLD.Barrier()
-    return 0
-
-
-def rank_at_a_gate(gate: Gate) -> None:
-    gate()
 
 
 @pytest.mark.rows("fork", "spawn", "block-fork")
@@ -137,7 +120,7 @@ def test_run_time_max_of_ranks(make_executor: Callable[..., Any], gate: Callable
     held = gate()
     own = {"cores": 2, "run_time_max": 5}
     with make_executor(max_cores=2) as executor:
-        future = executor.submit(rank_at_a_gate, held, resource_dict=own)
+        future = executor.submit(held, resource_dict=own)
         pids = held.pids(2)
         assert isinstance(future.exception(WAIT), TimeoutError)
         wait_until_gone(*pids)
@@ -148,7 +131,7 @@ def test_run_time_max_of_ranks(make_executor: Callable[..., Any], gate: Callable
 def test_cores_of_ranks_are_held(make_executor: Callable[..., Any], gate: Callable[..., Gate]) -> None:
     held = gate()
     with make_executor(max_cores=2) as executor:
-        wide = executor.submit(rank_at_a_gate, held, resource_dict=TWO)
+        wide = executor.submit(held, resource_dict=TWO)
         held.pids(2)
         small = executor.submit(add, 1, 2)
         assert not small.running()

@@ -107,10 +107,6 @@ def test_the_dictionary_given_may_change_afterwards(make_executor: Callable[...,
 # Cores.
 
 
-def affinity() -> set[int]:
-    return os.sched_getaffinity(0)
-
-
 @pytest.mark.linux
 def test_pinning(make_executor: Callable[..., Any], gate: Callable[..., Gate]) -> None:
     """Calls that run at once are on cores of their own; the user's own set is the limit."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from contract.functions import add, identity
+from contract.functions import add, identity, takes_resource_dict
 
 WAIT = 30
 BAD = (TypeError, ValueError)
@@ -150,10 +150,6 @@ def test_directory_of_a_block_that_cannot_be_made(row: Any, tmp_path: Path) -> N
         with row.make(resource_dict={"cwd": wanted}) as executor:
             executor.submit(add, 1, 2).result(WAIT)
     assert wanted in str(caught.value)
-
-
-def takes_resource_dict(value: Any, resource_dict: Any = None) -> Any:
-    return value
 
 
 def test_function_with_a_parameter_named_resource_dict(executor: Any) -> None:

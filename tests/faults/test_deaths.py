@@ -26,19 +26,10 @@ from contract.functions import (
     wait_for,
     wait_until_gone,
 )
+from faults.functions import die, die_or_add
 
 WAIT = 30
 block = pytest.mark.rows(block=True)
-
-
-def die(number: int = signal.SIGKILL) -> None:
-    os.kill(os.getpid(), number)
-
-
-def die_or_add(i: int, every: int) -> int:
-    if i % every == every - 1:
-        die()
-    return i + 1
 
 
 # Workers.
@@ -206,32 +197,38 @@ def test_init_function_that_kills_the_worker(make_executor: Callable[..., Any]) 
             assert isinstance(future.exception(WAIT), BrokenExecutor)
 
 
-@pytest.mark.timeout(120)
-@block
-def test_attrition_of_a_block(make_executor: Callable[..., Any], row: Any) -> None:
-    """10,000 calls, a worker killed every 100: exactly the calls that killed are lost."""
-    count = 10_000 if row.start == "fork" else 1_000
-    with make_executor(restart_limit=count) as executor:
-        futures = [executor.submit(die_or_add, i, 100) for i in range(count)]
-        for i, future in enumerate(futures):
-            if i % 100 == 99:
-                assert isinstance(future.exception(WAIT), BrokenExecutor), i
-            else:
-                assert future.result(WAIT) == i + 1
+# Calls, one death in so many: 10,000 with a death every 100 where calls are quick.
+ATTRITION = {
+    "fork": (2_000, 100),
+    "spawn": (40, 10),
+    "block-fork": (10_000, 100),
+    "block-spawn": (1_000, 100),
+}
 
 
-@pytest.mark.timeout(120)
-@pytest.mark.rows("fork", "spawn")
-def test_attrition_of_fresh_processes(make_executor: Callable[..., Any], row: Any) -> None:
-    count = 10_000 if row.start == "fork" else 100
-    every = 100 if row.start == "fork" else 20
+def check_attrition(executor: Any, count: int, every: int) -> None:
+    """Exactly the calls that killed their worker are lost."""
+    futures = [executor.submit(die_or_add, i, every) for i in range(count)]
+    for i, future in enumerate(futures):
+        if i % every == every - 1:
+            assert isinstance(future.exception(WAIT), BrokenExecutor), i
+        else:
+            assert future.result(WAIT) == i + 1
+
+
+def test_attrition(make_executor: Callable[..., Any], row: Any) -> None:
+    count, every = ATTRITION[row.name]
+    options = {"restart_limit": count} if row.block else {}
+    with make_executor(**options) as executor:
+        check_attrition(executor, count, every)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.rows("fork")
+def test_long_attrition(make_executor: Callable[..., Any]) -> None:
     with make_executor() as executor:
-        futures = [executor.submit(die_or_add, i, every) for i in range(count)]
-        for i, future in enumerate(futures):
-            if i % every == every - 1:
-                assert isinstance(future.exception(WAIT), BrokenExecutor), i
-            else:
-                assert future.result(WAIT) == i + 1
+        check_attrition(executor, 10_000, 100)
 
 
 # The agent.
