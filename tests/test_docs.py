@@ -26,11 +26,7 @@ def files_of(page: str) -> dict[str, str]:
     return files
 
 
-PAGES = [
-    path
-    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-    if BLOCK.search(path.read_text())
-]
+PAGES = [path for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))] if BLOCK.search(path.read_text())]
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
