@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from contract.functions import Gate, add, environment, identity, put, wait_for, wait_until_gone
+from contract.functions import Gate, add, affinity, environment, identity, put, wait_for, wait_until_gone
 
 WAIT = 30
 THREADS = (

@@ -199,7 +199,7 @@ def test_init_function_that_kills_the_worker(make_executor: Callable[..., Any]) 
 
 # Calls, one death in so many: 10,000 with a death every 100 where calls are quick.
 ATTRITION = {
-    "fork": (2_000, 100),
+    "fork": (1_000, 100),
     "spawn": (40, 10),
     "block-fork": (10_000, 100),
     "block-spawn": (1_000, 100),

@@ -93,6 +93,29 @@ def test_file_size_limit_under_the_cache(row: Any, scripts: Any, tmp_path: Path)
     check_full(quietly(scripts, FULL, row.arguments(), env=env, preexec_fn=limit))
 
 
+def test_file_size_limit_and_large_values(row: Any, scripts: Any) -> None:
+    """A limit on files (``ulimit -f``) is none on arguments and results."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    out = quietly(
+        scripts,
+        """
+        def double(data):
+            return data + data
+
+        data = bytes(3_000_000)
+        with SingleNodeExecutor(**OPTIONS) as executor:
+            print(executor.submit(len, data).result(20))
+            print(executor.submit(double, data).result(20) == data + data)
+        """,
+        row.arguments(),
+        preexec_fn=limit,
+    )
+    assert out.split() == ["3000000", "True"]
+
+
 @pytest.mark.cache
 def test_file_in_the_cache_that_is_no_cache_file(row: Any, scripts: Any, tmp_path: Path) -> None:
     """Damage on disk is never a result: the call runs again, or the error names the file."""
