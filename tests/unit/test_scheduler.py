@@ -63,15 +63,27 @@ class Call:
 
 @dataclass
 class Simulated:
-    """A worker: reads the calls that it was handed one by one, and answers."""
+    """A worker: reads the calls that it was handed one by one, and answers.
+
+    The first call that it gets while it has none is its own; others may be taken back as long as it has not read them.
+    """
 
     worker: Worker
     unread: deque[Task] = field(default_factory=deque)
+    own: Task | None = None  # of the unread ones
     current: Task | None = None
     answers: deque[Task] = field(default_factory=deque)  # on their way to the executor
     connected: bool = False
     returns_calls: bool = False
     ending: bool = False
+
+    def give_back(self, most: int) -> list[Task]:
+        if not self.returns_calls:
+            return []
+        returned = [task for task in self.unread if task is not self.own][:most]
+        for task in returned:
+            self.unread.remove(task)
+        return returned
 
 
 class Driver:
@@ -140,6 +152,7 @@ class Driver:
         simulated = self.workers[worker.number]
         assert simulated.current is None
         simulated.current = task = simulated.unread.popleft()
+        simulated.own = None
         self.calls[task.number].starts += 1
         return task
 
@@ -170,10 +183,10 @@ class Driver:
         while simulated.answers:
             self.answer(worker)
         del self.workers[worker.number]
-        recalled = list(simulated.unread) if simulated.returns_calls else []
-        lost = self.scheduler.on_exit(worker, recalled)
+        running = simulated.current or simulated.own
+        lost = self.scheduler.on_exit(worker, simulated.give_back(len(worker.calls)))
         if simulated.returns_calls:
-            assert lost == ([simulated.current] if simulated.current is not None else [])
+            assert lost == ([running] if running is not None else [])
         for task in lost:
             assert task.state is FAILED
             self.end(task, "lost")
@@ -213,15 +226,17 @@ class Driver:
         elif isinstance(effect, Send):
             simulated = self.workers[effect.worker.number]
             assert simulated.connected
+            idle = len(effect.worker.calls) == len(effect.tasks)
             for task in effect.tasks:
                 assert task.state is RUNNING, f"{task} is to be sent"
-                self.send(simulated, task)
+                if self.send(simulated, task) and idle:
+                    simulated.own = task
+                    idle = False
         elif isinstance(effect, Recall):
             simulated = self.workers[effect.worker.number]
             assert simulated.returns_calls
             assert effect.most > 0
-            returned = [simulated.unread.popleft() for _ in range(min(effect.most, len(simulated.unread)))]
-            if returned:
+            if returned := simulated.give_back(effect.most):
                 assert isinstance(self.scheduler, BlockScheduler)
                 self.scheduler.on_recalled(effect.worker, returned)
         elif isinstance(effect, (Stop, Kill)):
@@ -237,7 +252,7 @@ class Driver:
             self.reasons[effect.task.number] = effect.reason
             self.end(effect.task, "failed")
 
-    def send(self, simulated: Simulated, task: Task) -> None:
+    def send(self, simulated: Simulated, task: Task) -> bool:
         call = self.calls[task.number]
         if call.future_cancelled:
             self.scheduler.on_unsent(simulated.worker, task, CANCELLED)
@@ -249,6 +264,8 @@ class Driver:
             call.announced = True
             self.order.append(task.number)
             simulated.unread.append(task)
+            return True
+        return False
 
     def look_up(self, task: Task) -> None:
         assert task.state is WAITING, f"{task} is to be looked up"
