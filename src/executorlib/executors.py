@@ -145,7 +145,7 @@ class BaseExecutor(Executor):
         """
         if not callable(fn):
             raise TypeError(f"submit needs a callable, got {fn!r} ({type(fn).__name__}).")
-        if "resource_dict" in Function(fn).names():
+        if Function(fn).takes(["resource_dict"]):
             raise ValueError(
                 f"call of {function_name(fn)}: its parameter 'resource_dict' can never be filled, because submit takes "
                 "that name for the call's resources. Rename the parameter."

@@ -37,6 +37,7 @@ from executorlib.launchers.base import Events, Exit, Launcher, Process, tail_tex
 from executorlib.resources import Demand, Resources
 from executorlib.scheduler import (
     BlockScheduler,
+    Effect,
     Fail,
     FreshScheduler,
     Kill,
@@ -128,6 +129,7 @@ class Loop(Events):
         self._refusal = ""  # why submit is refused
         self._inbox: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
         self._sleeping = False
+        self._settled = False  # whether the scheduler has had its say on all that happened
         self._closing = False
         self._tasks: dict[int, Task] = {}
         self._processes: dict[int, Process] = {}
@@ -289,8 +291,9 @@ class Loop(Events):
         try:
             self._launcher.prepare()
             while True:
-                while self._work():
-                    pass
+                self._work()
+                if self._inbox:
+                    continue
                 if self._closing and not self._tasks:
                     break
                 self._wait()
@@ -299,20 +302,21 @@ class Loop(Events):
         finally:
             self._end()
 
-    def _work(self) -> bool:
-        """Handle what is at hand; False when there was nothing."""
+    def _work(self) -> None:
+        """Handle what is at hand. Futures come last: who waits for them competes with this thread from then on."""
         inbox = self._inbox
-        busy = bool(inbox)
-        while inbox:
-            function, args = inbox.popleft()
-            function(*args)
-        effects = self.scheduler.take_effects()
-        for effect in effects:
-            self._carry_out(effect)
+        effects: list[Effect] = []
+        while inbox or effects or not self._settled:
+            self._settled = True
+            while inbox:
+                function, args = inbox.popleft()
+                function(*args)
+            effects = self.scheduler.take_effects()
+            for effect in effects:
+                self._carry_out(effect)
         results, self._results = self._results, []
         for task, header, frames in results:
             self._resolve(task, header, frames)
-        return busy or bool(effects) or bool(results)
 
     def _wait(self) -> None:
         """Sleep until something happens, and take it in."""
@@ -324,6 +328,7 @@ class Loop(Events):
             timeout = 0
         ready = self._selector.select(timeout)
         self._sleeping = False
+        self._settled = False
         for key, mask in ready:
             callbacks = self._callbacks.get(key.fd)
             if callbacks is None:
@@ -335,7 +340,7 @@ class Loop(Events):
         while self._timers and self._timers[0][0] <= time.monotonic():
             heapq.heappop(self._timers)[2]()
 
-    def _carry_out(self, effect: object) -> None:
+    def _carry_out(self, effect: Effect) -> None:
         if isinstance(effect, Send):
             self._send(effect.worker, effect.tasks)
         elif isinstance(effect, Launch):
@@ -367,33 +372,36 @@ class Loop(Events):
         process = self._processes[worker.number]
         transport = process.transport
         assert transport is not None
-        sent = []
+        # Calls that the worker does not hold yet and may start without asking: only the first, and only if it is idle.
+        now = len(worker.calls) == len(tasks)
+        held = []
         for task in tasks:
             if not self._announce(task):
                 self.scheduler.on_unsent(worker, task, CANCELLED)
                 self._drop(task)
                 continue
             try:
-                self._put_call(process, task)
+                self._put_call(process, task, now)
             except Exception as error:
                 self.scheduler.on_unsent(worker, task, FAILED)
                 self._conclude(task, None, self._advise_unpicklable(task, error))
                 continue
-            sent.append(task.number)
+            if process.permits is not None and not now:
+                held.append(task.number)
+            now = False
             if task.resources.run_time_max is not None:
                 self._set_deadline(process, task, task.resources.run_time_max)
-        if sent:
-            if process.permits is not None:
-                process.permits[0].send(b"".join(map(PERMIT.pack, sent)))
-            transport.flush()
+        if held and process.permits is not None:
+            process.permits[0].send(b"".join(map(PERMIT.pack, held)))
+        transport.flush()
 
-    def _put_call(self, process: Process, task: Task) -> None:
+    def _put_call(self, process: Process, task: Task, now: bool) -> None:
         transport = process.transport
         assert transport is not None
         assert task.fn is not None
         function = self._function_pickler.dumps(task.fn, task.number, self._next_number)
         arguments = serialize.dumps_arguments(task.args, task.kwargs)
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {"now": True} if now else {}
         resources = task.resources
         if resources.error_log_file is not None:
             options["error_log_file"] = resources.error_log_file
@@ -424,12 +432,10 @@ class Loop(Events):
             self._launcher.kill(process, signal.SIGKILL)
 
     def _stop(self, worker: Worker) -> None:
-        process = self._processes[worker.number]
-        if process.permits is not None:
-            process.permits[0].send(PERMIT.pack(0))
-        elif process.transport is not None:
-            process.transport.put(["stop"])
-            process.transport.flush()
+        transport = self._processes[worker.number].transport
+        if transport is not None:
+            transport.put(["stop"])
+            transport.flush()
 
     def _recall(self, worker: Worker, count: int) -> None:
         tasks = self._take_back(self._processes[worker.number], count)

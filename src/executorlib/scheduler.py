@@ -463,7 +463,7 @@ class BlockScheduler(Scheduler):
         self._slots: list[Worker | None] = [None] * size  # who holds each executorlib_worker_id
         self._restarts = [0] * size
         self._average: float | None = None
-        self._hungry: dict[Worker, None] = {}  # workers that may be handed calls, those without any first
+        self._hungry: dict[Worker, None] = {}  # workers that may be handed calls, in the order of their last result
         self._may_recall = True
         self._incomplete = True  # some slot may lack its worker
         self._broken = ""
@@ -572,7 +572,8 @@ class BlockScheduler(Scheduler):
 
     def _feed(self) -> None:
         batches: dict[Worker, list[Task]] = {}
-        for worker in list(self._hungry):
+        # Who worked last goes first: its caches are warm.
+        for worker in reversed(list(self._hungry)):
             if worker.retiring and not worker.calls:
                 self.on_planned_exit(worker)
                 self._effects.append(Stop(worker))

@@ -12,7 +12,7 @@ import pickle
 import sys
 import weakref
 from collections.abc import Callable, Sequence
-from types import FunctionType
+from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any, TypeAlias
 
 import cloudpickle
@@ -78,6 +78,8 @@ def loads(frames: Sequence[Frame]) -> Any:
 
 def _is_importable(fn: object) -> bool:
     """Whether cloudpickle would pickle a function as the name under which a worker can import it."""
+    if type(fn) is BuiltinFunctionType:
+        return isinstance(fn.__self__, ModuleType)  # not a method of some object
     if type(fn) is not FunctionType or fn.__module__ == "__main__":
         return False
     module = sys.modules.get(fn.__module__)

@@ -2,8 +2,8 @@
 
 The same for forked and for spawned workers, for one call and for many. Ranks of an MPI world use `run` from here too.
 
-Messages to a worker are ``["setup", {...}]``, once, ``["call", number, function number, options]`` and
-``["forget"]``; a call's frames begin with the function's pickle where the worker does not have it yet. Answers are
+Messages to a worker are ``["setup", {...}]``, once, ``["call", number, function number, options]``, ``["forget"]`` and
+``["stop"]``; a call's frames begin with the function's pickle where the worker does not have it yet. Answers are
 ``["ready"]``, ``["result", number, seconds, warning]`` and ``["error", number, seconds, traceback]``, where number 0
 is the init function.
 """
@@ -19,8 +19,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from types import FunctionType
+from collections.abc import Callable, Iterable, Sequence
+from types import BuiltinFunctionType, FunctionType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from executorlib import serialize
@@ -44,20 +44,31 @@ PERMIT = struct.Struct("<Q")
 
 
 class Permits:
-    """The numbers of calls that a worker may start, one after the other.
+    """Says which of the calls that a worker holds it may start.
 
-    A worker may hold calls beyond the one that it runs. Whether it starts one or the executor takes it back is
-    settled by who reads the call's number from this socket first; both have a descriptor of its reading end.
+    A worker of a block may hold calls beyond the one that it runs, so that it need not wait for the next. Whether it
+    starts one of these or the executor takes it back is settled by who reads the call's number from this socket
+    first: both have a descriptor of its reading end. A number is sent before its call.
     """
 
     def __init__(self, sock: socket.socket) -> None:
-        sock.setblocking(True)
         self._sock = sock
+        self._next = 0  # read already, for a call that comes later
 
-    def next(self) -> int:
-        """Wait for the number of the next call; 0 when there will be none."""
-        data = self._sock.recv(PERMIT.size, socket.MSG_WAITALL)
-        return int(PERMIT.unpack(data)[0]) if len(data) == PERMIT.size else 0
+    def allow(self, number: int) -> bool:
+        """Whether call ``number``, the first that the worker holds, may start; if not, it was taken back."""
+        if not self._next:
+            try:
+                data = self._sock.recv(PERMIT.size, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return False
+            if len(data) < PERMIT.size:
+                return False
+            (self._next,) = PERMIT.unpack(data)
+        if self._next != number:
+            return False
+        self._next = 0
+        return True
 
 
 class Answer(NamedTuple):
@@ -74,16 +85,25 @@ class Function:
     def __init__(self, fn: Callable[..., Any]) -> None:
         self.fn = fn
 
-    def names(self) -> tuple[str, ...]:
-        """Parameters that can be given by name; none where the callable does not tell."""
-        if type(self.fn) is FunctionType and not hasattr(self.fn, "__wrapped__"):
-            code = self.fn.__code__
-            return code.co_varnames[code.co_posonlyargcount : code.co_argcount + code.co_kwonlyargcount]
+    def takes(self, names: Iterable[str]) -> list[str]:
+        """Those of ``names`` that can be given by name; none where the callable does not tell."""
+        fn = self.fn
+        if type(fn) is FunctionType and not hasattr(fn, "__wrapped__"):
+            code = fn.__code__
+            known: Sequence[str] = code.co_varnames[code.co_posonlyargcount : code.co_argcount + code.co_kwonlyargcount]
+            return [name for name in names if name in known]
+        if type(fn) is BuiltinFunctionType:
+            # Parsing the signature of a built-in takes many times longer than calling it.
+            text = getattr(fn, "__text_signature__", None) or ""
+            names = [name for name in names if name in text]
+            if not names:
+                return []
         signature = self._signature()
         if signature is None:
-            return ()
+            return []
         by_name = ("POSITIONAL_OR_KEYWORD", "KEYWORD_ONLY")
-        return tuple(name for name, parameter in signature.parameters.items() if parameter.kind.name in by_name)
+        known = [name for name, parameter in signature.parameters.items() if parameter.kind.name in by_name]
+        return [name for name in names if name in known]
 
     def _signature(self) -> inspect.Signature | None:
         import inspect  # costs a new worker milliseconds, and few calls need it
@@ -95,7 +115,7 @@ class Function:
 
     def left_out(self, args: tuple[Any, ...], kwargs: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
         """Those of ``values`` that are parameters which the caller did not give."""
-        wanted = {name: values[name] for name in self.names() if name in values and name not in kwargs}
+        wanted = {name: values[name] for name in self.takes(values) if name not in kwargs}
         if wanted and args:
             signature = self._signature()
             if signature is not None:
@@ -284,18 +304,17 @@ def serve(connection: Connection, permits: Permits | None) -> None:
         return
     connection.send(["ready"])
     functions: dict[int, Frame] = {}
-    while number := permits.next():
-        while True:
-            message = connection.receive()
-            if message.header[0] == "forget":
-                functions.clear()
-                continue
-            if message.header[1] == number:
-                break
-            # Taken back before it was started; but the function that came with it will be used again.
+    while (message := connection.receive()).header[0] != "stop":
+        if message.header[0] == "forget":
+            functions.clear()
+            continue
+        _, number, _, options = message.header
+        if options.get("now") or permits.allow(number):
+            _run_one(connection, message, values, functions)
+        else:
+            # Taken back; but the function that came with it may be used again.
             _learn(functions, message)
-        _run_one(connection, message, values, functions)
-        # A result may share memory with the message: nothing may be kept of either.
+        # Not kept while waiting for the next: it may hold large arrays.
         del message
 
 
