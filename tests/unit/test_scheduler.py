@@ -807,6 +807,10 @@ def node(cores: int, gpus: int = 0, name: str = "localhost") -> Node:
     return Node(name, range(cores), [str(gpu) for gpu in range(gpus)])
 
 
+def five_nodes() -> list[Node]:
+    return [node(8, name=f"node{index}") for index in range(5)]
+
+
 def on_one_node(cores: int, gpus: int = 0, **kwargs: Any) -> FreshDriver:
     return FreshDriver([node(cores, gpus)], **kwargs)
 
@@ -901,16 +905,20 @@ def test_small_calls_fill_the_gaps() -> None:
 @pytest.mark.parametrize(
     ("nodes", "small", "large"),
     [
-        ([node(8)], Demand(1), Demand(8)),
-        ([node(8)], Demand(1), Demand(2)),
-        ([node(8)], Demand(3), Demand(8)),
-        ([node(8)], Demand(1), Demand(1, exclusive=True)),
-        ([node(4, 4)], Demand(1, 1), Demand(1, 4)),
-        ([node(8, name=f"node{index}") for index in range(5)], Demand(1), Demand(8)),
-        ([node(8, name=f"node{index}") for index in range(5)], Demand(2), Demand(1, exclusive=True)),
-        ([node(2, name="small"), node(8, name="large"), node(4, 2, name="gpus")], Demand(1), Demand(8)),
+        pytest.param([node(8)], Demand(1), Demand(8), id="whole node"),
+        pytest.param([node(8)], Demand(1), Demand(2), id="two cores"),
+        pytest.param([node(8)], Demand(3), Demand(8), id="among larger ones"),
+        pytest.param([node(8)], Demand(1), Demand(1, exclusive=True), id="exclusive"),
+        pytest.param([node(4, 4)], Demand(1, 1), Demand(1, 4), id="all GPUs"),
+        pytest.param(five_nodes(), Demand(1), Demand(8), id="one of five nodes"),
+        pytest.param(five_nodes(), Demand(2), Demand(1, exclusive=True), id="exclusive, one of five"),
+        pytest.param(
+            [node(2, name="small"), node(8, name="large"), node(4, 2, name="gpus")],
+            Demand(1),
+            Demand(8),
+            id="the one that is large enough",
+        ),
     ],
-    ids=str,
 )
 def test_large_call_is_not_starved(nodes: list[Node], small: Demand, large: Demand) -> None:
     """However many small ones come: after so many have overtaken it, room is made."""
