@@ -19,7 +19,7 @@ import heapq
 import itertools
 import logging
 import os
-import selectors
+import select
 import signal
 import socket
 import threading
@@ -54,6 +54,10 @@ from executorlib.task import CANCELLED, FAILED, RUNNING, CallFuture, Task
 from executorlib.worker.call import PERMIT
 
 logger = logging.getLogger("executorlib")
+
+# The same bits for epoll and poll. Used directly, because the selectors module takes longer for an event than we do.
+_HAS_EPOLL = hasattr(select, "epoll")
+_READABLE, _WRITABLE = select.POLLIN, select.POLLOUT
 
 # Functions that one worker keeps the pickles of; beyond that they are sent anew.
 _FUNCTIONS_PER_WORKER = 256
@@ -143,11 +147,11 @@ class Loop(Events):
         self._function_counter = itertools.count(1)
         self._known_functions: dict[int, set[int]] = {}
         self._pid = os.getpid()
-        self._wake_read, self._wake_write = socket.socketpair()
-        self._wake_read.setblocking(False)
-        self._wake_write.setblocking(False)
-        self._selector = selectors.DefaultSelector()
-        self._callbacks: dict[int, list[Callable[[], None] | None]] = {}
+        self._wake_read, self._wake_write = os.pipe()
+        os.set_blocking(self._wake_read, False)
+        os.set_blocking(self._wake_write, False)
+        self._poll: Any = select.epoll() if _HAS_EPOLL else select.poll()
+        self._callbacks: dict[int, tuple[Callable[[], None], Callable[[], None] | None]] = {}
         self.watch(self._wake_read, self._on_wake)
         self._launcher = make_launcher(self)
         self._thread = threading.Thread(target=self._run, name=name, daemon=False)
@@ -205,7 +209,7 @@ class Loop(Events):
         if self._sleeping:
             self._sleeping = False
             with contextlib.suppress(OSError):  # full: it is awake already; closed: it has ended
-                self._wake_write.send(b"\0")
+                os.write(self._wake_write, b"\0")
 
     def shutdown(self, cancel: bool, reason: str = "cannot schedule new futures after shutdown") -> None:
         """Take no more calls; end once those at hand are over.
@@ -320,23 +324,26 @@ class Loop(Events):
 
     def _wait(self) -> None:
         """Sleep until something happens, and take it in."""
-        timeout = None
+        timeout = -1.0
         if self._timers:
             timeout = max(0.0, self._timers[0][0] - time.monotonic())
         self._sleeping = True
         if self._inbox:
-            timeout = 0
-        ready = self._selector.select(timeout)
+            timeout = 0.0
+        # epoll takes seconds, poll milliseconds; for both, below zero is for ever.
+        ready = self._poll.poll(timeout if _HAS_EPOLL or timeout <= 0 else timeout * 1000)
         self._sleeping = False
         self._settled = False
-        for key, mask in ready:
-            callbacks = self._callbacks.get(key.fd)
+        for fd, mask in ready:
+            callbacks = self._callbacks.get(fd)
             if callbacks is None:
                 continue  # unwatched by an earlier one of this turn
-            if mask & selectors.EVENT_WRITE and callbacks[1] is not None:
-                callbacks[1]()
-            if mask & selectors.EVENT_READ and callbacks[0] is not None and key.fd in self._callbacks:
-                callbacks[0]()
+            on_readable, on_writable = callbacks
+            if mask & _WRITABLE and on_writable is not None:
+                on_writable()
+            # Also errors and hang-ups: reading tells what it is.
+            if mask & ~_WRITABLE and fd in self._callbacks:
+                on_readable()
         while self._timers and self._timers[0][0] <= time.monotonic():
             heapq.heappop(self._timers)[2]()
 
@@ -660,28 +667,28 @@ class Loop(Events):
 
     def watch(self, fileobj: Any, callback: Callable[[], None]) -> None:
         """See `Events.watch`."""
-        key = self._selector.register(fileobj, selectors.EVENT_READ)
-        self._callbacks[key.fd] = [callback, None]
+        fd = _descriptor(fileobj)
+        self._poll.register(fd, _READABLE)
+        self._callbacks[fd] = (callback, None)
 
     def watch_writable(self, fileobj: Any, wanted: bool, callback: Callable[[], None]) -> None:
         """See `Events.watch_writable`."""
-        fd = fileobj if isinstance(fileobj, int) else fileobj.fileno()
+        fd = _descriptor(fileobj)
         callbacks = self._callbacks.get(fd)
         if callbacks is None or (callbacks[1] is not None) == wanted:
             return
-        callbacks[1] = callback if wanted else None
-        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if wanted else 0)
-        self._selector.modify(fileobj, events)
+        self._callbacks[fd] = (callbacks[0], callback if wanted else None)
+        self._poll.modify(fd, _READABLE | _WRITABLE if wanted else _READABLE)
 
     def unwatch(self, fileobj: Any) -> None:
         """See `Events.unwatch`."""
-        fd = fileobj if isinstance(fileobj, int) else fileobj.fileno()
+        fd = _descriptor(fileobj)
         if self._callbacks.pop(fd, None) is not None:
-            self._selector.unregister(fileobj)
+            self._poll.unregister(fd)
 
     def _on_wake(self) -> None:
         with contextlib.suppress(BlockingIOError):
-            self._wake_read.recv(4096)
+            os.read(self._wake_read, 4096)
 
     # -- the end ------------------------------------------------------------------------------------------------------
 
@@ -709,9 +716,10 @@ class Loop(Events):
 
     def _end(self) -> None:
         self._launcher.close()
-        self._selector.close()
-        self._wake_read.close()
-        self._wake_write.close()
+        if _HAS_EPOLL:
+            self._poll.close()
+        os.close(self._wake_read)
+        os.close(self._wake_write)
         self._function_pickler.clear()
         self._init_function = None
         _loops.discard(self)
@@ -723,10 +731,15 @@ class Loop(Events):
         )
         self._sleeping = False
         self._submit_lock = threading.Lock()
-        for fd in [*self._callbacks]:
+        for fd in [*self._callbacks, self._wake_write]:
             with contextlib.suppress(OSError):
                 os.close(fd)
         self._callbacks.clear()
+
+
+def _descriptor(fileobj: Any) -> int:
+    fd: int = fileobj if isinstance(fileobj, int) else fileobj.fileno()
+    return fd
 
 
 def _load_ranks(frames: list[Frame], counts: list[int]) -> list[Any]:

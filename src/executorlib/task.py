@@ -45,14 +45,14 @@ _LEGAL = tuple(sum(1 << target for target in LEGAL_MOVES[state]) for state in St
 class _LeanCondition:
     """Stands for the `threading.Condition` of a future, which alone takes more memory than the rest of a queued call.
 
-    A real one is made over the same lock when somebody waits.
+    Those who wait are kept in a list that is made for the first of them.
     """
 
-    __slots__ = ("_condition", "_lock")
+    __slots__ = ("_lock", "_waiters")
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        self._condition: threading.Condition | None = None
+        self._waiters: list[threading.Lock] | None = None
 
     def acquire(self) -> bool:
         """See `threading.Condition.acquire`."""
@@ -69,15 +69,32 @@ class _LeanCondition:
         self._lock.__exit__(*exc)
 
     def wait(self, timeout: float | None = None) -> bool:
-        """See `threading.Condition.wait`."""
-        if self._condition is None:
-            self._condition = threading.Condition(self._lock)
-        return self._condition.wait(timeout)
+        """See `threading.Condition.wait`; as `Future` does, the caller holds the lock once."""
+        waiter = threading.Lock()
+        waiter.acquire()
+        if self._waiters is None:
+            self._waiters = []
+        self._waiters.append(waiter)
+        self._lock.release()
+        notified = False
+        try:
+            if timeout is None:
+                notified = waiter.acquire()
+            else:
+                notified = waiter.acquire(timeout=timeout) if timeout > 0 else waiter.acquire(blocking=False)
+            return notified
+        finally:
+            self._lock.acquire()
+            if not notified and waiter in self._waiters:
+                self._waiters.remove(waiter)
 
     def notify_all(self) -> None:
         """See `threading.Condition.notify_all`."""
-        if self._condition is not None:
-            self._condition.notify_all()
+        waiters = self._waiters
+        if waiters:
+            self._waiters = []
+            for waiter in waiters:
+                waiter.release()
 
 
 class CallFuture(Future[Any]):
