@@ -12,7 +12,7 @@ from concurrent.futures import CancelledError, Future, wait
 from typing import Any, NamedTuple
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from executorlib.futures import (
@@ -25,6 +25,7 @@ from executorlib.futures import (
     input_error,
     split_future,
 )
+from unit import repeatable
 
 
 def done(value: Any) -> Future[Any]:
@@ -269,7 +270,7 @@ def build(shape: tuple[str, Any], make_future: Callable[[Any], Any]) -> Any:
     return Pair(items[0], items[1:]) if kind == "pair" else items
 
 
-@settings(derandomize=True, deadline=None)
+@repeatable
 @given(shapes)
 def test_any_shape(shape: tuple[str, Any]) -> None:
     made: list[Future[Any]] = []
@@ -389,7 +390,7 @@ def test_derived_futures_can_be_waited_for_from_another_thread() -> None:
 # Batches.
 
 
-@settings(derandomize=True, deadline=None)
+@repeatable
 @given(
     outcomes=st.lists(st.sampled_from(["result", "error", "cancel"]), max_size=12),
     already=st.integers(0, 12),

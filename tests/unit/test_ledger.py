@@ -15,6 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from executorlib import ledger as module
 from executorlib.ledger import Allocation, Ledger, Node
 from executorlib.resources import Demand
+from unit import repeatable
 
 demands = st.builds(Demand, cores=st.integers(1, 6), gpus=st.integers(0, 3), exclusive=st.booleans() | st.just(False))
 
@@ -150,7 +151,7 @@ class AgainstModel(RuleBasedStateMachine):
         self.agrees()
 
 
-AgainstModel.TestCase.settings = settings(derandomize=True, deadline=None, max_examples=60, stateful_step_count=40)
+AgainstModel.TestCase.settings = settings(repeatable, max_examples=60, stateful_step_count=40)
 test_against_model = AgainstModel.TestCase
 
 

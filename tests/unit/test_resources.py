@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from executorlib.resources import Demand, Resources
+from unit import repeatable
 
 KEYS = [field.name for field in dataclasses.fields(Resources)]
 
@@ -150,7 +151,7 @@ def test_documented_once_and_all() -> None:
 good_changes = st.lists(st.sampled_from(GOOD)).map(lambda chosen: {key: value for key, value, _ in chosen})
 
 
-@settings(derandomize=True, deadline=None)
+@repeatable
 @given(good_changes, good_changes)
 def test_updated_changes_no_input(first: dict[str, Any], second: dict[str, Any]) -> None:
     """Neither the dictionaries nor the resources that they change; the later one wins."""
@@ -179,7 +180,7 @@ def test_nothing_changed_is_the_same_object() -> None:
     assert resources.updated({}, "f") is resources
 
 
-@settings(derandomize=True, deadline=None)
+@repeatable
 @given(good_changes)
 def test_as_dict_and_back(changes: dict[str, Any]) -> None:
     resources = Resources().updated(changes, "f")

@@ -17,7 +17,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from hypothesis import Phase, assume, settings
+from hypothesis import assume, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -44,6 +44,7 @@ from executorlib.scheduler import (
     Worker,
 )
 from executorlib.task import CANCELLED, DONE, FAILED, LAUNCHING, READY, RUNNING, WAITING, CallFuture, Task
+from unit import repeatable
 
 # The driver: the loop's part, with workers that only exist in a dictionary.
 
@@ -786,12 +787,7 @@ class BlockMachine(Machine):
 
 def as_test(machine: type[Machine], examples: int, steps: int) -> Any:
     machine.TestCase.settings = settings(
-        derandomize=True,
-        deadline=None,
-        max_examples=examples,
-        stateful_step_count=steps,
-        phases=[Phase.generate, Phase.shrink],
-        report_multiple_bugs=False,
+        repeatable, max_examples=examples, stateful_step_count=steps, report_multiple_bugs=False
     )
     return machine.TestCase
 
@@ -1650,7 +1646,7 @@ def test_loop_exit_just_before_the_call_is_sent() -> None:
 def test_loop_cancel_just_before_the_cache_is_asked(tmp_path: Path) -> None:
     with loop_with(lambda launcher, process: launcher.exit(process)) as loop:
         held = threading.Event()
-        loop.post(lambda: held.wait(10) and None)
+        loop.post(lambda: (held.wait(10), None)[1])
         future = submit_to(loop, cache_directory=str(tmp_path))
         assert future.cancel()
         held.set()

@@ -24,6 +24,7 @@ from executorlib.serialize import (
     dumps_in_band,
     loads,
 )
+from unit import repeatable
 
 
 class Number(int):
@@ -70,7 +71,7 @@ def test_what_cannot_be_pickled() -> None:
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.binary()
 
 
-@settings(derandomize=True, deadline=None)
+@repeatable
 @given(
     args=st.lists(scalars | st.lists(scalars, max_size=2), max_size=4).map(tuple),
     kwargs=st.dictionaries(st.text(), scalars, max_size=3),
@@ -231,7 +232,7 @@ def test_call_that_is_sent_after_a_later_one() -> None:
     assert loads([submits.send(function, third)])() == 3
 
 
-@settings(derandomize=True, deadline=None, max_examples=60)
+@settings(repeatable, max_examples=60)
 @given(st.lists(st.sampled_from(["submit", "send", "change"]), max_size=25), st.data())
 def test_no_call_sees_what_was_before_its_submit(steps: list[str], data: st.DataObject) -> None:
     function, namespace = of_main("k = 0\ndef f(): return k")
