@@ -17,7 +17,7 @@ import contextlib
 import ctypes
 import fcntl
 import gc
-import importlib
+import importlib.util
 import os
 import select
 import signal
@@ -281,6 +281,9 @@ def main(fd: int, preload: list[str]) -> None:
     try:
         for name in preload:
             importlib.import_module(name)
+        # Looks in vain through the whole import path, so that every child inherits the directory listings instead of
+        # reading them anew for its first import.
+        importlib.util.find_spec("_executorlib_finds_no_such_module")
         connection.send(["hello", os.getpid()])
         # Children share this process's pages as long as nobody writes to them; the collector would.
         gc.collect()
