@@ -299,7 +299,13 @@ class Loop(Events):
                 if self._inbox:
                     continue
                 if self._closing and not self._tasks:
-                    break
+                    if self._block is not None and self._block.size:
+                        self._block.on_resize(0)
+                        self._settled = False
+                        continue
+                    # Workers end by themselves, so that neither their exit handlers nor their threads are cut short.
+                    if not self._processes:
+                        break
                 self._wait()
         except BaseException as error:
             self._crash(error)
@@ -515,7 +521,7 @@ class Loop(Events):
         if kind == "ready":
             self.scheduler.on_started(worker, lookahead=process.permits is not None)
             return
-        number, seconds, text = rest[:3]
+        number, seconds, text, more = rest
         if number == 0:  # not in a call, but before: setting up, or the init function
             self._on_setup_error(process, frames, text)
             return
@@ -525,7 +531,7 @@ class Loop(Events):
         if self._log_sizes:
             size = sum(frame.nbytes if isinstance(frame, memoryview) else len(frame) for frame in frames)
             logger.warning("call %d of %s: received %d bytes", task.number, task.name, size)
-        self.scheduler.on_result(worker, task, seconds, failed=kind == "error")
+        self.scheduler.on_result(worker, task, seconds, failed=kind == "error", leaving="leaving" in more)
         if kind == "error" and self._block is not None and process.resources.cores > 1:
             # The launcher ends the world, whose other ranks may wait for the failed one for ever; it is replaced.
             self._block.on_planned_exit(worker)
@@ -596,14 +602,14 @@ class Loop(Events):
         return True
 
     def _resolve(self, task: Task, header: list[Any], frames: list[Frame]) -> None:
-        kind, _, _, text, *counts = header
+        kind, _, _, text, more = header
         if kind == "error":
             self._conclude(task, None, self._load_error(frames, text, task.name))
             return
         if text:
             logger.warning("call %d of %s: %s", task.number, task.name, text)
         try:
-            value = _load_ranks(frames, counts[0]) if counts else serialize.loads(frames)
+            value = _load_ranks(frames, more["counts"]) if "counts" in more else serialize.loads(frames)
         except BaseException as error:
             error.__cause__ = error.__cause__ or RemoteTraceback(
                 f"call {task.number} of {task.name} returned, but its result could not be unpickled here"

@@ -206,8 +206,18 @@ class Scheduler:
         """A worker takes calls from now on."""
         raise NotImplementedError
 
-    def on_result(self, worker: Worker, task: Task, seconds: float, failed: bool = False) -> None:
-        """A worker is through with a call, after ``seconds`` in it."""
+    def on_result(
+        self, worker: Worker, task: Task, seconds: float, failed: bool = False, leaving: bool = False
+    ) -> None:
+        """A worker is through with a call.
+
+        Args:
+            worker: The worker.
+            task: The call.
+            seconds: Time in it.
+            failed: Whether it raised.
+            leaving: Whether the worker's process has nothing left to do but to exit.
+        """
         raise NotImplementedError
 
     def on_unsent(self, worker: Worker, task: Task, state: State) -> None:
@@ -301,9 +311,13 @@ class FreshScheduler(Scheduler):
         self._end(task, state)
         self._effects.append(Kill(worker))
 
-    def on_result(self, worker: Worker, task: Task, seconds: float, failed: bool = False) -> None:
-        """The call is over; its resources are free once the worker is gone."""
+    def on_result(
+        self, worker: Worker, task: Task, seconds: float, failed: bool = False, leaving: bool = False
+    ) -> None:
+        """The call is over. Its cores are free when its process is about to exit, GPUs when it has exited."""
         self._end(task, FAILED if failed else DONE)
+        if leaving and not worker.allocation.gpus:
+            self._free(worker)
 
     def on_cancel(self, task: Task) -> None:
         """The call's future was cancelled before it was handed to a worker."""
@@ -314,14 +328,19 @@ class FreshScheduler(Scheduler):
 
     def on_exit(self, worker: Worker, recalled: list[Task]) -> list[Task]:
         """The worker's resources are free; a call that it still had is lost."""
-        del self.workers[worker.number]
-        self.ledger.release(worker.allocation)
-        self._may_start = True
+        if worker.number not in self.workers:
+            return []
+        self._free(worker)
         (task,) = worker.calls
         if task.over:
             return []
         self._end(task, FAILED)
         return [task]
+
+    def _free(self, worker: Worker) -> None:
+        del self.workers[worker.number]
+        self.ledger.release(worker.allocation)
+        self._may_start = True
 
     def _enqueue(self, task: Task) -> None:
         demand = task.demand
@@ -474,7 +493,9 @@ class BlockScheduler(Scheduler):
         worker.lookahead = lookahead and self._may_look_ahead
         self._set_hungry(worker)
 
-    def on_result(self, worker: Worker, task: Task, seconds: float, failed: bool = False) -> None:
+    def on_result(
+        self, worker: Worker, task: Task, seconds: float, failed: bool = False, leaving: bool = False
+    ) -> None:
         """The call is over, the worker takes another."""
         self._end(task, FAILED if failed else DONE)
         worker.calls.remove(task)

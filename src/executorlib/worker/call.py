@@ -4,8 +4,8 @@ The same for forked and for spawned workers, for one call and for many. Ranks of
 
 Messages to a worker are ``["setup", {...}]``, once, ``["call", number, function number, options]``, ``["forget"]`` and
 ``["stop"]``; a call's frames begin with the function's pickle where the worker does not have it yet. Answers are
-``["ready"]``, ``["result", number, seconds, warning]`` and ``["error", number, seconds, traceback]``, where number 0
-is the init function.
+``["ready"]``, ``["result", number, seconds, warning, more]`` and ``["error", number, seconds, traceback, more]``, where
+number 0 is the init function, and ``more`` may say ``leaving``: that nothing is left of the process but to exit.
 """
 
 from __future__ import annotations
@@ -296,11 +296,12 @@ def serve(connection: Connection, permits: Permits | None) -> None:
         if setup_message.frames:
             values.update(initial_values(setup_message.frames))
     except BaseException as error:
-        connection.send(["error", 0, 0.0, traceback_text(error)], dump_error(error))
+        connection.send(["error", 0, 0.0, traceback_text(error), {}], dump_error(error))
         return
     del setup_message
     if permits is None:
-        _run_one(connection, connection.receive(), values, {})
+        if _run_one(connection, connection.receive(), values, {}, last=True):
+            os._exit(0)
         return
     connection.send(["ready"])
     functions: dict[int, Frame] = {}
@@ -310,7 +311,7 @@ def serve(connection: Connection, permits: Permits | None) -> None:
             continue
         _, number, _, options = message.header
         if options.get("now") or permits.allow(number):
-            _run_one(connection, message, values, functions)
+            _run_one(connection, message, values, functions, last=False)
         else:
             # Taken back; but the function that came with it may be used again.
             _learn(functions, message)
@@ -336,16 +337,30 @@ def _learn(functions: dict[int, Frame], message: Message) -> tuple[Frame, list[F
     return functions[function_number], message.frames
 
 
-def _run_one(connection: Connection, message: Message, values: dict[str, Any], functions: dict[int, Frame]) -> None:
+def _run_one(
+    connection: Connection, message: Message, values: dict[str, Any], functions: dict[int, Frame], *, last: bool
+) -> bool:
+    """Run a call and answer; return whether the process, if this was its last call, has nothing left to do."""
     _, number, _, options = message.header
     function, arguments = _learn(functions, message)
     started = time.perf_counter()
     answer = run(function, arguments, values, options)
     seconds = time.perf_counter() - started
+    _flush()  # what the function printed comes before its result
+    # Threads and exit handlers of the function may take any time after its result.
+    leaving = last and threading.active_count() == 1 and atexit._ncallbacks() == 0
+    more = {"leaving": True} if leaving else {}
     if answer.traceback:
-        connection.send(["error", number, seconds, answer.traceback], answer.frames)
+        connection.send(["error", number, seconds, answer.traceback, more], answer.frames)
     else:
-        connection.send(["result", number, seconds, answer.warning], answer.frames)
+        connection.send(["result", number, seconds, answer.warning, more], answer.frames)
+    return leaving
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
 
 
 def leave(code: int) -> None:
@@ -353,8 +368,6 @@ def leave(code: int) -> None:
     try:
         threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(Exception):
-                stream.flush()
+        _flush()
     finally:
         os._exit(code)

@@ -80,7 +80,7 @@ class Rank:
             if frames:
                 values.update(call.initial_values(frames))
         except BaseException as error:
-            self._connection().send(["error", 0, 0.0, call.traceback_text(error)], call.dump_error(error))
+            self._connection().send(["error", 0, 0.0, call.traceback_text(error), {}], call.dump_error(error))
             self._world.Barrier()  # until the executor ends us
             raise
         if not single:
@@ -120,7 +120,7 @@ class Rank:
         seconds = time.perf_counter() - started
         if answer.traceback:
             text = f"on rank {self._rank} of {self._world.Get_size()}:\n{answer.traceback}"
-            self._connection().send(["error", number, seconds, text], answer.frames)
+            self._connection().send(["error", number, seconds, text, {}], answer.frames)
         # A failed rank waits here with the others, or alone, until the executor ends the world.
         gathered = self._world.gather((bool(answer.traceback), [bytes(frame) for frame in answer.frames]), 0)
         if self._rank != 0 or gathered is None or any(failed for failed, _ in gathered):
@@ -132,7 +132,7 @@ class Rank:
             warning = entry.store([serialize.loads(rank_frames) for _, rank_frames in gathered], seconds)
         counts = [len(rank_frames) for _, rank_frames in gathered]
         everything = [frame for _, rank_frames in gathered for frame in rank_frames]
-        self._connection().send(["result", number, seconds, warning, counts], everything)
+        self._connection().send(["result", number, seconds, warning, {"counts": counts}], everything)
 
     def close(self) -> None:
         """Send what is left."""
