@@ -164,19 +164,19 @@ class Driver:
         simulated.answers.append(simulated.current)
         simulated.current = None
 
-    def answer(self, worker: Worker, seconds: float = 0.0, failed: bool = False) -> Task:
-        """The answer arrives."""
+    def answer(self, worker: Worker, seconds: float = 0.0, failed: bool = False, leaving: bool = False) -> Task:
+        """The answer arrives; the last one may say that nothing is left but to exit."""
         task = self.workers[worker.number].answers.popleft()
-        self.scheduler.on_result(worker, task, seconds, failed)
+        self.scheduler.on_result(worker, task, seconds, failed=failed, leaving=leaving)
         assert task.state is (FAILED if failed else DONE)
         self.end(task, "failed" if failed else "done")
         return task
 
-    def run(self, worker: Worker, seconds: float = 0.0) -> Task:
+    def run(self, worker: Worker, seconds: float = 0.0, leaving: bool = False) -> Task:
         """All three: one call from start to answer."""
         self.read(worker)
         self.finish(worker)
-        return self.answer(worker, seconds)
+        return self.answer(worker, seconds, leaving=leaving)
 
     def exit(self, worker: Worker) -> list[Task]:
         """The worker is gone; what it had sent before arrives first. Returns the calls that were lost."""
@@ -340,7 +340,7 @@ class Driver:
                 assert call.starts == 0
         assert self.scheduler.unfinished == self.scheduler.not_started == 0
         assert self.scheduler.submitted == len(self.calls)
-        assert list(self.scheduler.workers) == list(self.workers)
+        assert set(self.scheduler.workers) == set(self.workers)
 
 
 def turn_of(task: Task) -> tuple[int, int]:
@@ -357,6 +357,7 @@ class FreshDriver(Driver):
             super().__init__(FreshScheduler(Ledger(nodes), max_calls))
         self.nodes = nodes
         self.free = {node: [node.total_cores, node.total_gpus] for node in nodes}
+        self.freed: set[Worker] = set()  # ahead of their exit
         self.ready: dict[int, int] = {}  # call number → when it became ready
         self.clock = itertools.count()
 
@@ -419,16 +420,27 @@ class FreshDriver(Driver):
             self.free[node][0] -= cores
             self.free[node][1] -= task.demand.gpus
 
+    def answer(self, worker: Worker, seconds: float = 0.0, failed: bool = False, leaving: bool = False) -> Task:
+        task = super().answer(worker, seconds, failed, leaving)
+        if leaving and not worker.allocation.gpus:
+            self.give_back(worker)
+            self.freed.add(worker)
+        return task
+
     def exit(self, worker: Worker) -> list[Task]:
         lost = super().exit(worker)
+        if worker not in self.freed:
+            self.give_back(worker)
+        return lost
+
+    def give_back(self, worker: Worker) -> None:
         self.free[worker.allocation.node][0] += len(worker.allocation.cores)
         self.free[worker.allocation.node][1] += len(worker.allocation.gpus)
-        return lost
 
     def turn(self) -> list[Effect]:
         effects = super().turn()
         # Nothing that could run is kept waiting.
-        if self.scheduler.max_calls is None or len(self.workers) < self.scheduler.max_calls:
+        if self.scheduler.max_calls is None or len(self.scheduler.workers) < self.scheduler.max_calls:
             for task in self.note_ready():
                 fitting = [node for node in self.nodes if not node.reserved and self.fits(task, node)]
                 assert not fitting, f"{task} could run on {fitting[0].name}"
@@ -538,10 +550,12 @@ class Machine(RuleBasedStateMachine):
         data=st.data(),
         seconds=st.sampled_from([0.0, 1e-5, 1e-4, 1e-3, 0.004, 0.1, 60.0]),
         failed=st.booleans(),
+        leaving=st.booleans(),
         turn=st.booleans(),
     )
-    def answers(self, data: st.DataObject, seconds: float, failed: bool, turn: bool) -> None:
-        self.driver.answer(self.worker(data, answers=True).worker, seconds, failed)
+    def answers(self, data: st.DataObject, seconds: float, failed: bool, leaving: bool, turn: bool) -> None:
+        leaving = leaving and isinstance(self.driver, FreshDriver)
+        self.driver.answer(self.worker(data, answers=True).worker, seconds, failed, leaving)
         self.after(turn)
 
     @given_worker()
@@ -615,12 +629,13 @@ class FreshMachine(Machine):
         self.after(turn)
 
     @given_worker(unread=True, current=False, ending=False)
-    @rule(data=st.data(), turn=st.booleans())
-    def runs(self, data: st.DataObject, turn: bool) -> None:
+    @rule(data=st.data(), leaving=st.booleans(), turn=st.booleans())
+    def runs(self, data: st.DataObject, leaving: bool, turn: bool) -> None:
         """All at once, so that a run of the machine gets to many calls."""
         worker = self.worker(data, unread=True, current=False, ending=False).worker
-        self.driver.run(worker)
-        self.driver.exit(worker)
+        self.driver.run(worker, leaving=leaving)
+        if not leaving:
+            self.driver.exit(worker)
         self.after(turn)
 
 
@@ -635,9 +650,9 @@ class BlockDriver(Driver):
         self.average: float | None = None
         self.deaths: Counter[int] = Counter()  # by slot, those that were not planned
 
-    def answer(self, worker: Worker, seconds: float = 0.0, failed: bool = False) -> Task:
+    def answer(self, worker: Worker, seconds: float = 0.0, failed: bool = False, leaving: bool = False) -> Task:
         self.average = seconds if self.average is None else 0.8 * self.average + 0.2 * seconds
-        return super().answer(worker, seconds, failed)
+        return super().answer(worker, seconds, failed, leaving)
 
     def exit(self, worker: Worker) -> list[Task]:
         if not worker.stopping:
@@ -887,6 +902,25 @@ def test_result_does_not_free_what_its_worker_still_holds() -> None:
     driver.exit(worker)
     driver.turn()
     assert second.state is LAUNCHING
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_worker_that_is_leaving_holds_its_gpus_until_it_is_gone(gpus: int) -> None:
+    """Its driver frees a device only then; cores are free at once."""
+    driver = on_one_node(1, gpus)
+    driver.submit(Demand(1, gpus))
+    driver.turn()
+    [worker] = driver.launched
+    driver.start(worker)
+    driver.turn()
+    driver.run(worker, leaving=True)
+    second = driver.submit()
+    driver.turn()
+    assert second.state is (READY if gpus else LAUNCHING)
+    driver.exit(worker)
+    driver.turn()
+    assert second.state is LAUNCHING
+    run_to_the_end(driver)
 
 
 def test_small_calls_fill_the_gaps() -> None:
@@ -1386,6 +1420,23 @@ def test_shrinking_and_growing_again() -> None:
     driver.drain()
     driver.check_end()
     assert len(driver.launched) == 3  # none was replaced: they were asked to stay in time
+
+
+def test_shrinking_to_nothing() -> None:
+    """At shutdown every worker is asked to end, also one that has not started yet."""
+    driver = warm_block(1, 1.0)
+    driver.scheduler.on_resize(2)
+    driver.turn()
+    idle, late = driver.launched
+    driver.scheduler.on_resize(0)
+    assert driver.turn() == [Stop(idle)]
+    driver.exit(idle)
+    assert driver.turn() == []
+    driver.start(late)
+    assert driver.turn() == [Stop(late)]
+    driver.exit(late)
+    assert driver.turn() == []
+    driver.check_end()
 
 
 def test_block_that_waits_for_the_resources_of_retiring_workers() -> None:
