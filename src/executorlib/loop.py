@@ -294,6 +294,8 @@ class Loop(Events):
     def _run(self) -> None:
         try:
             self._launcher.prepare()
+            import cloudpickle  # noqa: F401  # while the workers start; the first call may need it
+
             while True:
                 self._work()
                 if self._inbox:

@@ -11,11 +11,12 @@ import io
 import pickle
 import sys
 import weakref
-from collections.abc import Callable, Sequence
 from types import BuiltinFunctionType, FunctionType, ModuleType
-from typing import Any, TypeAlias
 
-import cloudpickle
+TYPE_CHECKING = False  # typing's own would load typing, of which a starting worker needs nothing
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from typing import Any, TypeAlias
 
 Frame: TypeAlias = bytes | bytearray | memoryview
 
@@ -41,6 +42,8 @@ def dumps(obj: object) -> list[Frame]:
     """
     if type(obj) in _PLAIN:
         return [pickle.dumps(obj, PROTOCOL)]
+    import cloudpickle  # takes longer to load than all else of a worker, and plain values do without
+
     buffers: list[Frame] = []
 
     def keep_small_in_band(buffer: pickle.PickleBuffer) -> bool:
@@ -64,6 +67,8 @@ def dumps_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Frame
 
 def dumps_in_band(obj: object) -> bytes:
     """Pickle an object into one piece of bytes."""
+    import cloudpickle
+
     data: bytes = cloudpickle.dumps(obj, PROTOCOL)
     return data
 
@@ -85,7 +90,8 @@ def _is_importable(fn: object) -> bool:
     module = sys.modules.get(fn.__module__)
     if module is None or getattr(module, fn.__qualname__, None) is not fn:
         return False
-    return not cloudpickle.list_registry_pickle_by_value()
+    cloudpickle = sys.modules.get("cloudpickle")
+    return cloudpickle is None or not cloudpickle.list_registry_pickle_by_value()
 
 
 class FunctionPickler:

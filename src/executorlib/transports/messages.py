@@ -22,10 +22,13 @@ import os
 import socket
 import struct
 from collections import deque
-from collections.abc import Sequence
-from typing import Any
 
-from executorlib.serialize import Frame
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
+
+    from executorlib.serialize import Frame
 
 _PREFIX = struct.Struct("<IHH")
 _LENGTH = struct.Struct("<Q")

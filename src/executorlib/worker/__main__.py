@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import socket
-import traceback
+import sys
 
 from executorlib.transports.messages import Connection
 from executorlib.worker import call
@@ -25,8 +25,8 @@ def main(pooled: bool, preload: list[str]) -> None:
         call.serve(Connection(_socket(CONNECTION_FD)), permits)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # the executor is gone
-    except BaseException:
-        traceback.print_exc()
+    except BaseException as error:
+        sys.stderr.write(call.traceback_text(error))
         call.leave(1)
     call.leave(0)
 

@@ -24,11 +24,13 @@ import signal
 import socket
 import sys
 import time
-import traceback
-from typing import Any
 
 from executorlib.transports.messages import Connection
 from executorlib.worker import call
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 # <linux/prctl.h>
 _PR_SET_PDEATHSIG = 1
@@ -98,6 +100,14 @@ class Agent:
                         self._obey(self._connection.receive().header)
                 except (EOFError, OSError):
                     return
+                self._load_the_rest()
+
+    def _load_the_rest(self) -> None:
+        """Load what most children need, once the first ones are on their way: they would wait longer for it."""
+        if "cloudpickle" not in sys.modules:
+            import cloudpickle  # noqa: F401
+
+            _freeze()
 
     def _obey(self, header: list[Any]) -> None:
         if header[0] == "start":
@@ -179,8 +189,8 @@ class Agent:
             call.serve(Connection(ours[0]), permits)
         except (EOFError, BrokenPipeError, ConnectionResetError):
             os._exit(0)  # the executor is gone
-        except BaseException:
-            traceback.print_exc()
+        except BaseException as error:
+            sys.stderr.write(call.traceback_text(error))
             call.leave(1)
         call.leave(0)
 
@@ -261,6 +271,12 @@ def _descendants(pid: int) -> list[int]:
     return found
 
 
+def _freeze() -> None:
+    """Keep the collector's hands off what is there: children share these pages as long as nobody writes to them."""
+    gc.collect()
+    gc.freeze()
+
+
 def _reseed() -> None:
     """Give the child random numbers of its own. Python's generator sees to itself; numpy's, if preloaded, does not."""
     numpy_random = sys.modules.get("numpy.random")
@@ -285,10 +301,8 @@ def main(fd: int, preload: list[str]) -> None:
         # reading them anew for its first import.
         importlib.util.find_spec("_executorlib_finds_no_such_module")
         connection.send(["hello", os.getpid()])
-        # Children share this process's pages as long as nobody writes to them; the collector would.
-        gc.collect()
         gc.disable()
-        gc.freeze()
+        _freeze()
         agent.serve()
     finally:
         agent.end()

@@ -18,17 +18,19 @@ import struct
 import sys
 import threading
 import time
-import traceback
-from collections.abc import Callable, Iterable, Sequence
 from types import BuiltinFunctionType, FunctionType
-from typing import TYPE_CHECKING, Any, NamedTuple
 
 from executorlib import serialize
-from executorlib.serialize import Frame
-from executorlib.transports.messages import Connection, Message
 
+# Nothing is loaded here that most calls do without: what a worker loads, it pays for at every start.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     import inspect
+    from collections.abc import Callable, Iterable, Sequence
+    from typing import Any
+
+    from executorlib.serialize import Frame
+    from executorlib.transports.messages import Connection, Message
 
 # The libraries' own documentation names these: OpenMP, OpenBLAS, MKL, numexpr, Apple's Accelerate (vecLib).
 THREAD_VARIABLES = (
@@ -71,12 +73,15 @@ class Permits:
         return True
 
 
-class Answer(NamedTuple):
+class Answer:
     """How a call ended: ``frames`` hold the pickled result, or exception where ``traceback`` is not empty."""
 
-    frames: list[Frame]
-    traceback: str
-    warning: str = ""
+    __slots__ = ("frames", "traceback", "warning")
+
+    def __init__(self, frames: list[Frame], traceback: str, warning: str = "") -> None:
+        self.frames = frames
+        self.traceback = traceback
+        self.warning = warning
 
 
 class Function:
@@ -202,6 +207,8 @@ class Entry:
 
 def traceback_text(error: BaseException) -> str:
     """The traceback as the interpreter would print it, without the frames of this module."""
+    import traceback
+
     trace = error.__traceback__
     while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
         trace = trace.tb_next
