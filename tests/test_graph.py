@@ -331,9 +331,7 @@ def test_missing_library(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         Graph().write(tmp_path / name)
 
 
-def test_program_dot_takes_the_place_of_the_library(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_program_dot_takes_the_place_of_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     no_graphviz(monkeypatch)
     program = tmp_path / "dot"
     program.write_text('#!/bin/sh\necho "$1"\nexec /bin/cat\n')
@@ -395,9 +393,7 @@ def test_notebook_shows_svg(shown: list[dict[str, str]]) -> None:
     assert "</svg>" in shown[0]["image/svg+xml"]
 
 
-def test_notebook_without_the_library(
-    shown: list[dict[str, str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_notebook_without_the_library(shown: list[dict[str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
     no_graphviz(monkeypatch)
     with pytest.raises(ValueError, match=r'pip install "executorlib\[graph\]"'):
         check_filename(None)
@@ -547,9 +543,7 @@ def values(on: Any) -> Any:
     ],
     ids=lambda flow: flow.__name__,
 )
-def test_exported_workflow_runs_to_the_same_result(
-    flow: Callable[[Any], Any], tmp_path: Path
-) -> None:
+def test_exported_workflow_runs_to_the_same_result(flow: Callable[[Any], Any], tmp_path: Path) -> None:
     runner = pytest.importorskip(
         "python_workflow_definition.purepython",
         reason="exports are not run: pip install python-workflow-definition",
@@ -674,9 +668,7 @@ if __name__ == "__main__":
         (["not-a-name.py"], "__main__.triple"),
     ],
 )
-def test_functions_of_a_script_are_named_after_its_file(
-    command: list[str], path: str, tmp_path: Path
-) -> None:
+def test_functions_of_a_script_are_named_after_its_file(command: list[str], path: str, tmp_path: Path) -> None:
     for name in ("a_script.py", "not-a-name.py"):
         (tmp_path / name).write_text(SCRIPT)
     environment = {**os.environ, "PYTHONPATH": str(Path(graph_module.__file__).parents[1])}
