@@ -39,7 +39,6 @@ lint: $(VENV)/installed-dev
 	@$(BIN)/ruff format --check --quiet . || { \
 		echo "Not formatted as ruff does: run $(BIN)/ruff format ."; exit 1; }
 	@$(BIN)/mypy
-	@$(BIN)/mypy --platform darwin
 	@$(BIN)/lint-imports --no-logo
 
 docs: $(VENV)/installed-dev
