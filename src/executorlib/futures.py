@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import threading
 from collections.abc import Callable, Iterable
@@ -32,40 +33,36 @@ def find_futures(obj: object) -> list[Future[Any]]:
     Raises:
         ValueError: A container that holds a future also holds itself; it could never be rebuilt with results.
     """
-    if type(obj) in _LEAVES:
-        return []
     found: dict[int, Future[Any]] = {}
-    cyclic = _search(obj, found, {}, set())
-    if found and cyclic:
-        raise ValueError(
-            "the inputs hold a future inside a container that contains itself (a cycle), so its result cannot be "
-            "filled in. Pass the future as an argument of its own, or break the cycle."
-        )
+    _search(obj, found, {}, set())
     return list(found.values())
 
 
-def _search(obj: object, found: dict[int, Future[Any]], seen: dict[int, object], path: set[int]) -> bool:
-    """Collect futures below ``obj``; True where a container contains itself."""
+def _search(obj: object, found: dict[int, Future[Any]], seen: dict[int, bool], cyclic: set[int]) -> bool:
+    """Collect the futures below ``obj``; whether there are any. ``seen`` has the answers for containers met before."""
     if type(obj) in _LEAVES:
         return False
     if isinstance(obj, Future):
         found[id(obj)] = obj
-        return False
+        return True
     children = _children(obj)
     if children is None:
         return False
     key = id(obj)
-    if key in path:
-        return True
     if key in seen:
-        return False
-    seen[key] = obj
-    path.add(key)
-    cyclic = False
+        cyclic.add(key)  # or only shared, in which case nobody asks any more
+        return seen[key]
+    seen[key] = False  # while it is being searched
+    holds = False
     for child in children:
-        cyclic |= _search(child, found, seen, path)
-    path.discard(key)
-    return cyclic
+        holds |= _search(child, found, seen, cyclic)
+    seen[key] = holds
+    if holds and key in cyclic:
+        raise ValueError(
+            "the inputs hold a future inside a container that contains itself (a cycle), so its result cannot be "
+            "filled in. Pass the future as an argument of its own, or break the cycle."
+        )
+    return holds
 
 
 def _children(obj: object) -> Iterable[object] | None:
@@ -80,43 +77,46 @@ def _children(obj: object) -> Iterable[object] | None:
 
 def fill_in(obj: Any) -> Any:
     """Replace all futures, which must be done, by their results; containers without futures stay as they are."""
+    return _fill(obj, {})
+
+
+def _fill(obj: Any, known: dict[int, Any]) -> Any:
+    """`fill_in` with what came of the containers met before, so that shared ones stay shared."""
     if type(obj) in _LEAVES:
         return obj
     if isinstance(obj, Future):
         return obj.result()
-    if isinstance(obj, (list, tuple, set, frozenset)):
-        if not find_futures(obj):
-            return obj
-        items = [fill_in(item) for item in obj]
-        if isinstance(obj, tuple) and hasattr(obj, "_make"):  # named tuple
-            return obj._make(items)
-        return type(obj)(items)
+    children = _children(obj)
+    if children is None:
+        return obj
+    key = id(obj)
+    if key in known:
+        return known[key]
+    known[key] = obj  # met again below itself, it has no futures: find_futures saw to that
+    before = list(children)
+    after = [_fill(child, known) for child in before]
+    if any(old is not new for old, new in zip(before, after, strict=True)):
+        known[key] = _rebuilt(obj, after)
+    return known[key]
+
+
+def _rebuilt(obj: Any, children: list[Any]) -> Any:
+    """A container like ``obj`` with other children, in the order in which `_children` gives them."""
     if isinstance(obj, dict):
-        if not find_futures(obj):
-            return obj
-        return _rebuilt_dict(obj)
-    if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
-        return _rebuilt_dataclass(obj) if find_futures(obj) else obj
-    return obj
-
-
-def _rebuilt_dict(obj: dict[Any, Any]) -> dict[Any, Any]:
-    copy = obj.copy()  # keeps the type and what belongs to it, such as a default factory
-    copy.clear()
-    for key, value in obj.items():
-        copy[fill_in(key)] = fill_in(value)
-    return copy
-
-
-def _rebuilt_dataclass(obj: Any) -> Any:
-    copy = object.__new__(type(obj))
+        result = copy.copy(obj)  # keeps the type and what belongs to it, such as a default factory
+        result.clear()
+        result.update(zip(children[: len(obj)], children[len(obj) :], strict=True))
+        return result
+    if isinstance(obj, tuple) and hasattr(obj, "_make"):  # a named tuple
+        return obj._make(children)
+    if isinstance(obj, (list, tuple, set, frozenset)):
+        return type(obj)(children)
     # Not dataclasses.replace: fields may be absent from __init__, and __post_init__ ran once already.
-    for name, value in getattr(obj, "__dict__", {}).items():
-        object.__setattr__(copy, name, value)
-    for field in dataclasses.fields(obj):
+    result = copy.copy(obj)
+    for field, child in zip(dataclasses.fields(obj), children, strict=True):
         if hasattr(obj, field.name):
-            object.__setattr__(copy, field.name, fill_in(getattr(obj, field.name)))
-    return copy
+            object.__setattr__(result, field.name, child)
+    return result
 
 
 def input_error(future: Future[Any]) -> BaseException | None:

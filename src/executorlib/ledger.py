@@ -20,7 +20,7 @@ class Node:
         gpus: GPU device names.
     """
 
-    __slots__ = ("free_cores", "free_gpus", "name", "reserved", "total_cores", "total_gpus")
+    __slots__ = ("free_cores", "free_gpus", "kept_for", "name", "total_cores", "total_gpus")
 
     def __init__(self, name: str, cores: Iterable[int], gpus: Iterable[str] = ()) -> None:
         self.name = name
@@ -29,11 +29,18 @@ class Node:
         self.free_gpus = list(gpus)[::-1]
         self.total_cores = len(self.free_cores)
         self.total_gpus = len(self.free_gpus)
-        self.reserved = False
+        self.kept_for: Demand | None = None
 
     def cores_for(self, demand: Demand) -> int:
         """Cores that the demand takes on this node."""
         return self.total_cores if demand.exclusive else demand.cores
+
+    def available(self) -> tuple[int, int]:
+        """GPUs and cores that are free and not kept for a call."""
+        kept = self.kept_for
+        if kept is None:
+            return len(self.free_gpus), len(self.free_cores)
+        return max(0, len(self.free_gpus) - kept.gpus), max(0, len(self.free_cores) - self.cores_for(kept))
 
     def could_hold(self, demand: Demand) -> bool:
         """Whether the demand fits on the node when it is empty."""
@@ -105,17 +112,18 @@ class Ledger:
         return self._take(node, demand)
 
     def reserve(self, demand: Demand) -> Node | None:
-        """Withhold from everybody else the node on which the demand will fit soonest (most of it is free).
+        """Withhold what the demand needs from everybody else, on the node where it will fit soonest (most is free).
 
         Returns:
             The node, for `allocate_reserved` and `unreserve`; None where no node could ever hold the demand.
         """
-        able = [node for node in self.nodes if not node.reserved and node.could_hold(demand)]
+        able = [node for node in self.nodes if node.kept_for is None and node.could_hold(demand)]
         if not able:
             return None
         node = max(able, key=lambda node: (len(node.free_cores), len(node.free_gpus)))
         self._remove(node)
-        node.reserved = True
+        node.kept_for = demand
+        self._insert(node)
         return node
 
     def allocate_reserved(self, node: Node, demand: Demand) -> Allocation | None:
@@ -127,31 +135,28 @@ class Ledger:
 
     def unreserve(self, node: Node) -> None:
         """End a reservation."""
-        node.reserved = False
+        self._remove(node)
+        node.kept_for = None
         self._insert(node)
 
     def release(self, allocation: Allocation) -> None:
         """Give back what was taken."""
         node = allocation.node
-        if not node.reserved:
-            self._remove(node)
+        self._remove(node)
         node.free_cores += allocation.cores
         if allocation.gpus:
             node.free_gpus += allocation.gpus
-        if not node.reserved:
-            self._insert(node)
+        self._insert(node)
 
     def grow(self, node: Node, cores: Iterable[int]) -> None:
         """Add cores to a node."""
         added = list(cores)
-        if not node.reserved:
-            self._remove(node)
+        self._remove(node)
         node.free_cores[:0] = added
         node.total_cores += len(added)
         for row in self._buckets:
             row += [{} for _ in range(node.total_cores + 1 - len(row))]
-        if not node.reserved:
-            self._insert(node)
+        self._insert(node)
 
     def free(self) -> tuple[int, int]:
         """Cores and GPUs that are free now, over all nodes."""
@@ -163,10 +168,8 @@ class Ledger:
             for cores, bucket in enumerate(row):
                 assert bool(bucket) == bool(self._masks[gpus] >> cores & 1)
                 for node in bucket:
-                    assert (len(node.free_gpus), len(node.free_cores)) == (gpus, cores)
-                    assert not node.reserved
-        indexed = sum(len(bucket) for row in self._buckets for bucket in row)
-        assert indexed == sum(not node.reserved for node in self.nodes)
+                    assert node.available() == (gpus, cores)
+        assert sum(len(bucket) for row in self._buckets for bucket in row) == len(self.nodes)
         for node in self.nodes:
             assert len(set(node.free_cores)) == len(node.free_cores) <= node.total_cores
             assert len(set(node.free_gpus)) == len(node.free_gpus) <= node.total_gpus
@@ -175,7 +178,7 @@ class Ledger:
         for gpus in range(demand.gpus, len(self._masks)):
             for bucket in self._buckets[gpus][demand.cores :]:
                 for node in bucket:
-                    if len(node.free_cores) == node.total_cores:
+                    if len(node.free_cores) == node.total_cores and node.kept_for is None:
                         return node
         return None
 
@@ -187,12 +190,12 @@ class Ledger:
         return Allocation(node, cores, gpus)
 
     def _insert(self, node: Node) -> None:
-        gpus, cores = len(node.free_gpus), len(node.free_cores)
+        gpus, cores = node.available()
         self._buckets[gpus][cores][node] = None
         self._masks[gpus] |= 1 << cores
 
     def _remove(self, node: Node) -> None:
-        gpus, cores = len(node.free_gpus), len(node.free_cores)
+        gpus, cores = node.available()
         bucket = self._buckets[gpus][cores]
         del bucket[node]
         if not bucket:

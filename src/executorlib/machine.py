@@ -71,6 +71,8 @@ def visible_gpus(environ: Mapping[str, str] = os.environ) -> list[str]:
     for variable in ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"):
         if variable in environ:
             names = [name.strip() for name in environ[variable].split(",") if name.strip()]
+            if names == ["NoDevFiles"]:  # Slurm's way to say "none"
+                return []
             # CUDA ignores all that follows the first invalid index; -1 is the common way to say "none".
             return names[: names.index("-1")] if "-1" in names else names
     nvidia = Path("/proc/driver/nvidia/gpus")

@@ -162,6 +162,7 @@ class Scheduler:
 
     def __init__(self) -> None:
         self._effects: list[Effect] = []
+        self._to_look_up: list[Task] = []
         self._worker_number = 0
         self.workers: dict[int, Worker] = {}
         self.submitted = 0
@@ -236,6 +237,10 @@ class Scheduler:
 
     def take_effects(self) -> list[Effect]:
         """Decide what can be decided now and return it, in the order in which to carry it out."""
+        if self._to_look_up:
+            # Not before now: the call may have been cancelled since.
+            self._effects += [LookUp(task) for task in self._to_look_up if not task.over]
+            self._to_look_up.clear()
         self._fill()
         effects = self._effects
         self._effects = []
@@ -251,7 +256,7 @@ class Scheduler:
 
     def _inputs_complete(self, task: Task) -> None:
         if task.resources.cache_directory is not None:
-            self._effects.append(LookUp(task))
+            self._to_look_up.append(task)
         else:
             self._make_ready(task)
 
@@ -290,6 +295,7 @@ class FreshScheduler(Scheduler):
         self.ledger = ledger
         self.max_calls = max_calls
         self._queues: dict[Demand, ReadyQueue] = {}
+        self._started: dict[Worker, None] = {}  # that were not told yet what to do
         self._blocked: Task | None = None
         self._overtaken = 0
         self._reserved: Node | None = None
@@ -299,12 +305,7 @@ class FreshScheduler(Scheduler):
     def on_started(self, worker: Worker, lookahead: bool = False) -> None:
         """The worker's call is handed over."""
         worker.ready = True
-        task = worker.calls[0]
-        if task.over:  # cancelled while the worker was started
-            self._effects.append(Kill(worker))
-        else:
-            task.move(RUNNING)
-            self._effects.append(Send(worker, [task]))
+        self._started[worker] = None
 
     def on_unsent(self, worker: Worker, task: Task, state: State) -> None:
         """The call did not go out; its worker has nothing else to do."""
@@ -328,6 +329,7 @@ class FreshScheduler(Scheduler):
 
     def on_exit(self, worker: Worker, recalled: list[Task]) -> list[Task]:
         """The worker's resources are free; a call that it still had is lost."""
+        self._started.pop(worker, None)
         if worker.number not in self.workers:
             return []
         self._free(worker)
@@ -351,12 +353,24 @@ class FreshScheduler(Scheduler):
         self._may_start = True
 
     def _fill(self) -> None:
+        if self._started:
+            self._tell_started()
         if not self._may_start:
             return
         self._may_start = False
         while self._queues and (self.max_calls is None or len(self.workers) < self.max_calls):
             if not self._start_one():
                 break
+
+    def _tell_started(self) -> None:
+        for worker in self._started:
+            (task,) = worker.calls
+            if task.over:  # cancelled while the worker was started
+                self._effects.append(Kill(worker))
+            else:
+                task.move(RUNNING)
+                self._effects.append(Send(worker, [task]))
+        self._started.clear()
 
     def _start_one(self) -> bool:
         """Start the first call that may start; False when there is none."""
@@ -365,7 +379,12 @@ class FreshScheduler(Scheduler):
                 allocation = self.ledger.allocate_reserved(self._reserved, task.demand)
                 if allocation is not None:
                     self._reserved = None
+                else:
+                    allocation = self.ledger.allocate(task.demand)
             else:
+                allocation = self.ledger.allocate(task.demand)
+            if allocation is None and self._is_before_reservation(task):
+                self._unblock()
                 allocation = self.ledger.allocate(task.demand)
             if allocation is None:
                 self._note_blocked(task)
@@ -415,6 +434,15 @@ class FreshScheduler(Scheduler):
             self._overtaken = 0
         if self._reserved is None and self._overtaken >= self._overtaken_limit:
             self._reserved = self.ledger.reserve(task.demand)
+
+    def _is_before_reservation(self, task: Task) -> bool:
+        """Whether a node is kept for a call over which this one has priority."""
+        return (
+            self._reserved is not None
+            and self._blocked is not None
+            and self._blocked is not task
+            and not self._comes_before(self._blocked, task)
+        )
 
     @staticmethod
     def _comes_before(one: Task, other: Task) -> bool:
@@ -537,7 +565,8 @@ class BlockScheduler(Scheduler):
         self._hungry.pop(worker, None)
 
     def on_resize(self, size: int) -> None:
-        """Grow or shrink the block. Surplus workers end once their calls are over."""
+        """Grow or shrink the block, whose workers may be restarted anew. Surplus ones end once their calls are over."""
+        self._restarts = [0] * len(self._slots)
         (node, *_) = self.ledger.nodes
         missing = size * self.demand.cores - sum(node.total_cores for node in self.ledger.nodes)
         if missing > 0:  # only where calls are counted, not cores
@@ -618,7 +647,7 @@ class BlockScheduler(Scheduler):
         self._hungry = dict.fromkeys(idle)
 
     def _hand(self, worker: Worker, count: int, batches: dict[Worker, list[Task]]) -> None:
-        for _ in range(count):
+        for _ in range(0 if self._broken else count):
             task = self._queue.peek()
             if task is None:
                 return

@@ -49,6 +49,18 @@ class AgainstModel(RuleBasedStateMachine):
             return False
         return len(self.free_cores(node)) >= demand.cores and len(self.free_gpus(node)) >= demand.gpus
 
+    def available(self, node: Node) -> tuple[int, int]:
+        """GPUs and cores for anybody: what is kept for a call is for that call alone."""
+        kept = self.reserved.get(node, Demand(0))
+        cores = len(self.all_cores[node]) if kept.exclusive else kept.cores
+        return max(0, len(self.free_gpus(node)) - kept.gpus), max(0, len(self.free_cores(node)) - cores)
+
+    def fits_anybody(self, demand: Demand, node: Node) -> bool:
+        gpus, cores = self.available(node)
+        if demand.exclusive and node in self.reserved:
+            return False
+        return self.fits(demand, node) and demand.cores <= cores and demand.gpus <= gpus
+
     def check_taken(self, taken: Allocation, demand: Demand) -> None:
         """What was taken was free, and is as much as was asked for; the ledger lists neighbours in order."""
         node = taken.node
@@ -62,14 +74,14 @@ class AgainstModel(RuleBasedStateMachine):
 
     @rule(demand=demands)
     def allocate(self, demand: Demand) -> None:
-        fitting = [node for node in self.nodes if node not in self.reserved and self.fits(demand, node)]
-        fullest = min(((len(self.free_gpus(node)), len(self.free_cores(node))) for node in fitting), default=None)
+        fitting = [node for node in self.nodes if self.fits_anybody(demand, node)]
+        fullest = min((self.available(node) for node in fitting), default=None)
         taken = self.ledger.allocate(demand)
         assert (taken is None) == (not fitting)
         if taken is not None:
             assert taken.node in fitting
             if not demand.exclusive:  # best fit: the fullest, and those with few GPUs first
-                assert (len(self.free_gpus(taken.node)), len(self.free_cores(taken.node))) == fullest
+                assert self.available(taken.node) == fullest
             self.check_taken(taken, demand)
 
     @precondition(lambda self: self.held)
@@ -132,7 +144,7 @@ class AgainstModel(RuleBasedStateMachine):
         for node in self.nodes:
             assert set(node.free_cores) == self.free_cores(node)
             assert set(node.free_gpus) == self.free_gpus(node)
-            assert node.reserved == (node in self.reserved)
+            assert (node.kept_for is not None) == (node in self.reserved)
         assert self.ledger.free() == (
             sum(len(self.free_cores(node)) for node in self.nodes),
             sum(len(self.free_gpus(node)) for node in self.nodes),
@@ -210,7 +222,7 @@ def test_a_reserved_node_is_for_its_call_alone() -> None:
     ledger.release(running)
     assert ledger.allocate(Demand(1)) is None
     assert ledger.allocate_reserved(node, Demand(2)) is not None
-    assert not node.reserved
+    assert node.kept_for is None
 
 
 def test_reserves_where_most_is_free() -> None:

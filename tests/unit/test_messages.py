@@ -343,7 +343,7 @@ def test_receives_all_that_is_there_behind_a_descriptor(pair: tuple[socket.socke
         connection.send(["result", number], [b"x" * LARGE])
         connection.send(["result", number], [b"small"])
     connection.close()
-    received, _ = channel.receive()
+    received, _ = channel.receive(everything=True)
     assert [message.header[1] for message in received] == [0, 0, 1, 1, 2, 2]
 
 

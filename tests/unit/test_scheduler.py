@@ -411,7 +411,7 @@ class FreshDriver(Driver):
                 if other.demand == task.demand:
                     assert self.place(task) < self.place(other), f"{task} overtakes {other}, its like"
                 elif turn_of(other) < turn_of(task):
-                    fitting = [node for node in self.nodes if not node.reserved and self.fits(other, node)]
+                    fitting = [node for node in self.nodes if node.kept_for is None and self.fits(other, node)]
                     assert not fitting, f"{task} is started although it is the turn of {other}, which fits"
             node = worker.allocation.node
             assert self.fits(task, node)
@@ -442,7 +442,7 @@ class FreshDriver(Driver):
         # Nothing that could run is kept waiting.
         if self.scheduler.max_calls is None or len(self.scheduler.workers) < self.scheduler.max_calls:
             for task in self.note_ready():
-                fitting = [node for node in self.nodes if not node.reserved and self.fits(task, node)]
+                fitting = [node for node in self.nodes if node.kept_for is None and self.fits(task, node)]
                 assert not fitting, f"{task} could run on {fitting[0].name}"
         return effects
 
@@ -458,7 +458,7 @@ class FreshDriver(Driver):
         super().check_end()
         assert self.workers == {}
         for node in self.nodes:
-            assert not node.reserved
+            assert node.kept_for is None
             assert self.free[node] == [len(node.free_cores), len(node.free_gpus)] == [node.total_cores, node.total_gpus]
 
 
@@ -765,6 +765,8 @@ class BlockMachine(Machine):
     @rule(size=st.integers(1, 6), turn=st.booleans())
     def resizes(self, size: int, turn: bool) -> None:
         self.driver.scheduler.on_resize(size)
+        self.driver.deaths.clear()  # who resizes wants workers: their restarts count anew
+        self.driver.launched.clear()
         self.after(turn)
 
     @precondition(lambda self: hasattr(self, "driver") and len(self.driver.calls) > 40)
@@ -992,7 +994,7 @@ def reserve_by_overtaking(driver: FreshDriver, large: Demand) -> Task:
     driver.turn()
     task = driver.submit(large)
     running = deque(driver.launched)
-    while not any(each.reserved for each in driver.nodes):
+    while not any(each.kept_for is not None for each in driver.nodes):
         driver.run_one(running.popleft())
         driver.submit()
         launched = len(driver.launched)
@@ -1005,7 +1007,7 @@ def test_call_for_which_a_node_is_kept_may_run_on_another() -> None:
     """If that is free first: whoever runs on the kept one may take for ever."""
     driver = FreshDriver([node(2, name="a"), node(2, name="b")])
     task = reserve_by_overtaking(driver, Demand(2))
-    [other] = [each for each in driver.nodes if not each.reserved]
+    [other] = [each for each in driver.nodes if each.kept_for is None]
     for waiting in driver.unfinished():
         if waiting.state is READY and waiting is not task:
             driver.cancel(waiting)

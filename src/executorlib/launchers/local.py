@@ -310,15 +310,20 @@ class Agent:
             self._events.on_connected(process)
 
     def _on_channel(self, child: _Child) -> None:
-        if self._receive(child):
-            # End of stream; from now on only the exit counts.
-            assert child.channel is not None
-            self._events.unwatch(child.channel)
+        if not self._receive(child):
+            return
+        # The end of the stream; from now on only the exit counts. It is made to come where a call still waits: the
+        # function may have closed the descriptor, or written into it.
+        assert child.channel is not None
+        self._events.unwatch(child.channel)
+        process = child.process
+        if process is not None and (not process.single or not all(task.over for task in process.worker.calls)):
+            self.kill(process, signal.SIGKILL)
 
-    def _receive(self, child: _Child) -> bool:
+    def _receive(self, child: _Child, everything: bool = False) -> bool:
         """Deliver what a child sent; True at the end of the stream."""
         assert child.channel is not None
-        messages, closed = child.channel.receive()
+        messages, closed = child.channel.receive(everything)
         process = child.process
         while messages:
             message = messages.pop(0)
@@ -333,7 +338,7 @@ class Agent:
     def _on_child_exit(self, child: _Child, status: int | None, text: str) -> None:
         # What it sent before it died is in the socket by now.
         if child.channel is not None:
-            self._receive(child)
+            self._receive(child, everything=True)
         process = child.process
         if process is None:
             if child in self._stock:

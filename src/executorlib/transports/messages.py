@@ -21,6 +21,8 @@ import mmap
 import os
 import socket
 import struct
+import sys
+import weakref
 from collections import deque
 
 TYPE_CHECKING = False
@@ -41,6 +43,8 @@ MAPPED_BYTES = 192 * 1024
 _ALIGNMENT = 64
 # Just below malloc's default threshold for mmap, so that a receive does not map and fault fresh pages.
 _RECEIVE_BYTES = 120 * 1024
+# Headers hold an environment at most. What claims to be longer is no message.
+_MOST_HEADER_BYTES = 16 * 1024 * 1024
 # The kernel takes at most SCM_MAX_FD = 253 descriptors with one message.
 _MOST_DESCRIPTORS = 253
 _ANCILLARY_BYTES = socket.CMSG_SPACE(_MOST_DESCRIPTORS * 4)
@@ -103,6 +107,7 @@ def _aligned(offset: int) -> int:
 def _store(frames: Sequence[Frame], lengths: Sequence[int]) -> int:
     fd = os.memfd_create("executorlib", os.MFD_CLOEXEC)
     try:
+        os.ftruncate(fd, sum(map(_aligned, lengths)))
         offset = 0
         for frame, length in zip(frames, lengths, strict=True):
             view = memoryview(frame).cast("B") if length else memoryview(b"")
@@ -124,9 +129,31 @@ def _load(fd: int, lengths: Sequence[int]) -> list[Frame]:
         total = _aligned(total + length)
     # Private and writable: the receiver may change its arrays, and nobody sees it. Not populated: on a private writable
     # mapping that copies every page (measured: 5 ms for 10 MB, where reading it costs 1.5 ms of page faults).
-    end = starts[-1] + lengths[-1]
-    view = memoryview(mmap.mmap(fd, end, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE))
+    view = _map(fd, total)
     return [view[start : start + length] for start, length in zip(starts, lengths, strict=True)]
+
+
+def _map(fd: int, length: int) -> memoryview:
+    """Map a file, privately and writable, for as long as anything refers to the memory."""
+    if os.fstat(fd).st_size < length:
+        raise ValueError("a memory file is shorter than its message says")  # reading behind its end is a bus error
+    if sys.version_info >= (3, 13):
+        return memoryview(
+            mmap.mmap(fd, length, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE, trackfd=False)
+        )
+    # Before, an mmap object kept a descriptor open for as long as it lived: a thousand results, a thousand open files.
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    address = libc.mmap(None, length, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE, fd, 0)
+    if address == ctypes.c_void_p(-1).value:
+        raise OSError(ctypes.get_errno(), "cannot map a received message")
+    memory = (ctypes.c_ubyte * length).from_address(address)
+    weakref.finalize(memory, libc.munmap, address, length).atexit = False
+    return memoryview(memory).cast("B")
 
 
 class Decoder:
@@ -150,6 +177,8 @@ class Decoder:
         available = len(buffer)
         while available - position >= _PREFIX.size:
             header_length, frame_count, flags = _PREFIX.unpack_from(buffer, position)
+            if header_length > _MOST_HEADER_BYTES:
+                raise ValueError("not a message of executorlib")
             cursor = position + _PREFIX.size
             lengths_end = cursor + frame_count * _LENGTH.size
             if available < lengths_end + header_length:
@@ -245,11 +274,15 @@ class Channel:
                 out[0] = out[0][sent:]
         return True
 
-    def receive(self) -> tuple[list[Message], bool]:
+    def receive(self, everything: bool = False) -> tuple[list[Message], bool]:
         """Read what is there.
 
+        Args:
+            everything: Whether to read to the end, at the price of one more system call; otherwise some may be left,
+                for which the descriptor stays readable.
+
         Returns:
-            The complete messages, and whether the other end is closed.
+            The complete messages, and whether the stream has ended: closed by the other end, or not fit to be read.
         """
         messages: list[Message] = []
         while True:
@@ -263,8 +296,12 @@ class Channel:
                 return messages, True
             if not data:
                 return messages, True
-            messages += self._decoder.feed(data, ancillary)
-            if len(data) < _RECEIVE_BYTES:
+            try:
+                messages += self._decoder.feed(data, ancillary)
+            except (ValueError, IndexError, OSError):
+                # Somebody else wrote into the worker's descriptor. What follows cannot be told apart any more.
+                return messages, True
+            if len(data) < _RECEIVE_BYTES and not everything:
                 return messages, False
 
     def _close_sent(self) -> None:

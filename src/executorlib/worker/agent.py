@@ -147,6 +147,10 @@ class Agent:
             pid = os.fork()
             if pid == 0:
                 try:
+                    # The ends that belong to the executor: held here too, they would never be at their end.
+                    os.close(error_read)
+                    for sock in theirs:
+                        sock.close()
                     self._become_child(error_write, ours, options)
                 finally:
                     os._exit(70)
@@ -304,5 +308,7 @@ def main(fd: int, preload: list[str]) -> None:
         gc.disable()
         _freeze()
         agent.serve()
+    except (BrokenPipeError, ConnectionResetError):
+        pass  # the executor is gone
     finally:
         agent.end()
