@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -131,17 +130,19 @@ def test_failed_calls_are_on_record(make_executor: Callable[..., Any], store: st
         assert isinstance(row["error"], CustomError)
 
 
-def test_result_that_cannot_be_kept(
-    make_executor: Callable[..., Any], store: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    """The result arrives all the same; a warning names the file."""
+def test_directory_that_cannot_be_made(make_executor: Callable[..., Any], store: str) -> None:
     Path(store).write_text("a file where the directory should be")
-    with (
-        caplog.at_level(logging.WARNING, logger="executorlib"),
-        make_executor(cache_directory=store) as executor,
-    ):
+    with pytest.raises(ValueError, match="store"):
+        make_executor(cache_directory=store)
+
+
+@pytest.mark.rows("fork", "spawn")
+def test_directory_of_a_call_that_cannot_be_made(make_executor: Callable[..., Any], store: str) -> None:
+    Path(store).write_text("a file where the directory should be")
+    with make_executor() as executor:
+        with pytest.raises(ValueError, match="store"):
+            executor.submit(add, 1, 2, resource_dict={"cache_directory": store})
         assert executor.submit(add, 1, 2).result(WAIT) == 3
-    assert store in caplog.text
 
 
 def test_two_executors_at_once(make_executor: Callable[..., Any], store: str) -> None:
