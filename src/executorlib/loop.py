@@ -133,7 +133,7 @@ class Loop(Events):
         self._refusal = ""  # why submit is refused
         self._inbox: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
         self._sleeping = False
-        self._settled = False  # whether the scheduler has had its say on all that happened
+        self._settled = False  # whether the scheduler has decided upon all that it was told
         self._closing = False
         self._tasks: dict[int, Task] = {}
         self._processes: dict[int, Process] = {}
@@ -317,14 +317,12 @@ class Loop(Events):
     def _work(self) -> None:
         """Handle what is at hand. Futures come last: who waits for them competes with this thread from then on."""
         inbox = self._inbox
-        effects: list[Effect] = []
-        while inbox or effects or not self._settled:
+        while inbox or not self._settled:
             self._settled = True
             while inbox:
                 function, args = inbox.popleft()
                 function(*args)
-            effects = self.scheduler.take_effects()
-            for effect in effects:
+            for effect in self.scheduler.take_effects():
                 self._carry_out(effect)
         results, self._results = self._results, []
         for task, header, frames in results:
@@ -392,12 +390,14 @@ class Loop(Events):
         held = []
         for task in tasks:
             if not self._announce(task):
+                self._settled = False
                 self.scheduler.on_unsent(worker, task, CANCELLED)
                 self._drop(task)
                 continue
             try:
                 self._put_call(process, task, now)
             except Exception as error:
+                self._settled = False
                 self.scheduler.on_unsent(worker, task, FAILED)
                 self._conclude(task, None, self._advise_unpicklable(task, error))
                 continue
@@ -455,6 +455,7 @@ class Loop(Events):
     def _recall(self, worker: Worker, count: int) -> None:
         tasks = self._take_back(self._processes[worker.number], count)
         if tasks and self._block is not None:
+            self._settled = False
             self._block.on_recalled(worker, tasks)
 
     def _take_back(self, process: Process, count: int) -> list[Task]:
@@ -471,6 +472,7 @@ class Loop(Events):
     def _look_up(self, task: Task) -> None:
         from executorlib import cache, fingerprint
 
+        self._settled = False
         resources = task.resources
         assert task.fn is not None
         assert resources.cache_directory is not None
@@ -511,6 +513,7 @@ class Loop(Events):
                 self._kill(worker)
                 return
         transport.put(["setup", setup], frames)
+        self._settled = False
         if self._block is None:
             self.scheduler.on_started(worker)
         else:
@@ -549,6 +552,7 @@ class Loop(Events):
     def on_exit(self, process: Process, end: Exit) -> None:
         """See `Events.on_exit`."""
         worker = process.worker
+        self._settled = False
         del self._processes[worker.number]
         self._known_functions.pop(worker.number, None)
         recalled = self._take_back(process, len(worker.calls))
@@ -703,6 +707,7 @@ class Loop(Events):
     def _break(self, error: BaseException) -> None:
         """A block whose workers cannot be set up: all its calls fail with the reason."""
         self._broken_by = error
+        self._settled = False
         if self._block is not None:
             self._block.on_break(f"the workers cannot be set up: {error}")
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 _PREFIX = struct.Struct("<IHH")
 _LENGTH = struct.Struct("<Q")
+_PREFIX_OF_ONE = struct.Struct("<IHHQ")
 _MAPPED = 0x8000
 
 # Below this, copying through the socket is cheaper than a memory file with its system calls and page faults
@@ -87,8 +88,12 @@ def encode(header: Any, frames: Sequence[Frame], fds: Sequence[int] = ()) -> tup
         The pieces of bytes in order, the descriptors to send, and those of them to close once they are sent.
     """
     text = _to_json(header).encode()
-    lengths = [_nbytes(frame) for frame in frames]
     count = len(fds)
+    if len(frames) == 1 and len(frames[0]) < _JOINED_BYTES and type(frames[0]) is bytes:
+        # A small call or result, which is most of what travels.
+        (frame,) = frames
+        return [_PREFIX_OF_ONE.pack(len(text), 1, count, len(frame)) + text + frame], list(fds), []
+    lengths = [_nbytes(frame) for frame in frames]
     total = sum(lengths)
     if HAS_MEMORY_FILES and total >= MAPPED_BYTES:
         mapped = _store(frames, lengths)

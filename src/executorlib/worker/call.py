@@ -365,9 +365,11 @@ def _run_one(
 
 
 def _flush() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(Exception):
-            stream.flush()
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except Exception:  # closed or replaced by the user's function
+        return
 
 
 def leave(code: int) -> None:
