@@ -287,12 +287,6 @@ def test_preload(make_executor: Callable[..., Any]) -> None:
         assert executor.submit(loaded).result(WAIT) == [True, False]
 
 
-@pytest.mark.rows("fork", "block-fork")
-def test_preload_of_several(make_executor: Callable[..., Any]) -> None:
-    with make_executor(preload=["colorsys", "json.tool"]) as executor:
-        assert executor.submit(add, 1, 2).result(WAIT) == 3
-
-
 def test_preload_is_accepted_by_all(make_executor: Callable[..., Any]) -> None:
     with make_executor(preload=["colorsys"]) as executor:
         assert executor.submit(lambda: "colorsys" in __import__("sys").modules).result(WAIT)

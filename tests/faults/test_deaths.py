@@ -438,8 +438,8 @@ def test_interrupt_of_the_main_thread_only(row: Any, scripts: Any, tmp_path: Pat
             future = executor.submit(work)
             while not Path("running").exists():
                 time.sleep(0.002)
-            print("running", flush=True)
             try:
+                print("running", flush=True)
                 future.result()
             except KeyboardInterrupt:
                 Path("go").touch()
