@@ -89,7 +89,7 @@ def encode(header: Any, frames: Sequence[Frame], fds: Sequence[int] = ()) -> tup
     """
     text = _to_json(header).encode()
     count = len(fds)
-    if len(frames) == 1 and len(frames[0]) < _JOINED_BYTES and type(frames[0]) is bytes:
+    if len(frames) == 1 and type(frames[0]) is bytes and len(frames[0]) < min(_JOINED_BYTES, MAPPED_BYTES):
         # A small call or result, which is most of what travels.
         (frame,) = frames
         return [_PREFIX_OF_ONE.pack(len(text), 1, count, len(frame)) + text + frame], list(fds), []
