@@ -168,11 +168,14 @@ class BaseExecutor(Executor):
         self._loop.check_open()
         if resources.cores > 1:
             check_mpi()  # asks mpiexec here, once, and not in the loop
+        call: Future[Any] = CallFuture()
         try:
             inputs = find_futures_in_call(args, kwargs)
         except ValueError as error:
             raise ValueError(f"call of {function_name(fn)}: {error}") from None
-        call: Future[Any] = CallFuture()
+        except RecursionError as error:  # nested too deeply to be pickled either
+            call.set_exception(error)
+            return call
         if inputs and self._disable_dependencies:
             call.set_exception(
                 ValueError(

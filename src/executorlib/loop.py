@@ -257,7 +257,7 @@ class Loop(Events):
         if task.missing == 1:  # the last one
             try:
                 task.args, task.kwargs = fill_in(task.args), fill_in(task.kwargs)
-            except Exception as caught:
+            except BaseException as caught:
                 self._fail(task, caught)
                 return
         self.scheduler.on_input(task)
@@ -396,7 +396,7 @@ class Loop(Events):
                 continue
             try:
                 self._put_call(process, task, now)
-            except Exception as error:
+            except BaseException as error:  # whatever the user's objects raise while they are pickled
                 self._settled = False
                 self.scheduler.on_unsent(worker, task, FAILED)
                 self._conclude(task, None, self._advise_unpicklable(task, error))
@@ -480,7 +480,7 @@ class Loop(Events):
             key = resources.cache_key or fingerprint.call_key(task.fn, task.args, task.kwargs)
             task.cache_path = str(cache.entry_path(resources.cache_directory, key, "o"))
             output = cache.read_output(task.cache_path)
-        except Exception as error:
+        except BaseException as error:
             self._fail(task, error)
             return
         if output is None:
@@ -508,7 +508,7 @@ class Loop(Events):
         if self._init_function is not None:
             try:
                 frames = serialize.dumps(self._init_function)
-            except Exception as error:
+            except BaseException as error:
                 self._break(error)
                 self._kill(worker)
                 return
@@ -638,7 +638,7 @@ class Loop(Events):
         error.__cause__ = RemoteTraceback(text)
         return error
 
-    def _advise_unpicklable(self, task: Task, error: Exception) -> Exception:
+    def _advise_unpicklable(self, task: Task, error: BaseException) -> BaseException:
         text = (
             f"call {task.number} of {task.name} could not be sent to a worker: its function or one of its arguments "
             "cannot be pickled. Create such objects (open files, locks, connections) inside the function instead."
@@ -668,6 +668,8 @@ class Loop(Events):
             if not task.announced:
                 task.announced = True
                 future.set_running_or_notify_cancel()
+        except BaseException:  # a callback's: Future itself sees to those that are Exceptions only
+            logger.exception("a callback of a future raised")
 
     def _drop(self, task: Task) -> None:
         self._tasks.pop(task.number, None)

@@ -149,19 +149,23 @@ def run(
     fn: Any = None
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = {}
+    stage = "the call could not be unpickled in its worker"
     try:
         fn = serialize.loads([function])
         args, kwargs = serialize.loads(arguments)
+        stage = ""
         filled = Function(fn).left_out(args, kwargs, values)
-        if not (finish and "cache" in options):
-            return Answer(serialize.dumps(fn(*args, **kwargs, **filled)), "")
-        entry = Entry(options, fn, args, kwargs)
+        entry = Entry(options, fn, args, kwargs) if finish and "cache" in options else None
         started = time.perf_counter()
         result = fn(*args, **kwargs, **filled)
-        warning = entry.store(result, time.perf_counter() - started)
+        stage = "the call returned, but its result cannot be pickled"
+        warning = entry.store(result, time.perf_counter() - started) if entry is not None else ""
         return Answer(serialize.dumps(result), "", warning)
     except BaseException as error:
         text = traceback_text(error)
+        if stage:
+            name = getattr(fn, "__qualname__", type(fn).__qualname__) if fn is not None else "a function"
+            text = f"call of {name}: {stage}\n{text}"
         if "error_log_file" in options:
             log_error(options["error_log_file"], fn, args, kwargs, text)
         return Answer(dump_error(error), text)
@@ -350,9 +354,12 @@ def _run_one(
     """Run a call and answer; return whether the process, if this was its last call, has nothing left to do."""
     _, number, _, options = message.header
     function, arguments = _learn(functions, message)
+    process = os.getpid()
     started = time.perf_counter()
     answer = run(function, arguments, values, options)
     seconds = time.perf_counter() - started
+    if os.getpid() != process:
+        os._exit(0)  # a copy that the function forked, and that came back from it, too
     _flush()  # what the function printed comes before its result
     # Threads and exit handlers of the function may take any time after its result.
     leaving = last and threading.active_count() == 1 and atexit._ncallbacks() == 0
