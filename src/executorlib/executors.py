@@ -216,7 +216,9 @@ class BaseExecutor(Executor):
             whole_number(1)("map: buffersize", buffersize)
         deadline = None if timeout is None else time.monotonic() + timeout
         calls: Iterator[tuple[Any, ...]] = zip(*iterables, strict=False)
-        if chunksize > 1 and self._graph is None:
+        # A chunk's result on several ranks would be the ranks' lists, not the calls'; a graph shows every call.
+        chunked = chunksize > 1 and self._graph is None and self._resources.cores == 1
+        if chunked:
             chunks = iter(lambda: list(itertools.islice(calls, chunksize)), [])
             submitted: Iterator[Future[Any]] = (self.submit(_run_chunk, fn, chunk) for chunk in chunks)
         else:
@@ -224,7 +226,7 @@ class BaseExecutor(Executor):
         # Submitted now, not when the first result is asked for.
         futures = deque(submitted if buffersize is None else itertools.islice(submitted, buffersize))
         results = _results(futures, submitted, deadline)
-        return itertools.chain.from_iterable(results) if chunksize > 1 and self._graph is None else results
+        return itertools.chain.from_iterable(results) if chunked else results
 
     def batched(self, iterable: Iterable[Future[Any]], n: int) -> list[Future[list[Any]]]:
         """Group futures by ``n`` in the order in which they finish; see `executorlib.futures.batched`."""
@@ -480,12 +482,15 @@ class SingleNodeExecutor(BaseExecutor):
         demand = defaults.demand
         if block_allocation:
             fitting = max(1, cores // demand.cores)
-            size = min(max_workers or fitting, fitting) if count_cores else max_workers or 1
+            if demand.gpus:
+                fitting = max(1, min(fitting, len(devices) // demand.gpus))
+            size = max_workers or fitting
         else:
             size = max_workers or max(1, cores // demand.cores)
         if count_cores:
             can_pin = hasattr(os, "sched_setaffinity") and cores <= len(cpus)
-            first = next(_first_cpu) * cores % len(cpus)
+            # Also other processes' executors should begin elsewhere, so that two small ones do not share a CPU.
+            first = (os.getpid() + next(_first_cpu)) * cores % len(cpus)
             ids = (cpus[first:] + cpus[:first])[:cores] if can_pin else list(range(cores))
         else:
             can_pin = False
@@ -670,7 +675,8 @@ def _result_or_cancel(future: Future[Any], deadline: float | None) -> Any:
 
 def _finish_at_exit() -> None:
     """Finish all calls before the interpreter ends, as `ProcessPoolExecutor` does; after Ctrl-C, end them."""
-    interrupted = getattr(sys, "last_type", None) is KeyboardInterrupt
+    # Not in an interactive session, where the last exception may be an old one.
+    interrupted = getattr(sys, "last_type", None) is KeyboardInterrupt and not hasattr(sys, "ps1")
     loops = running_loops()
     for loop in loops:
         loop.shutdown(cancel=interrupted, reason="cannot schedule new futures after interpreter shutdown")

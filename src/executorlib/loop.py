@@ -192,10 +192,7 @@ class Loop(Events):
             task = Task(number, fn, args, kwargs, future, resources, demand, len(inputs))
             if isinstance(future, CallFuture):
                 future.on_cancel = _Cancelled(self, task)
-            self.post(self._on_submit, task)
-        if inputs:
-            for source in inputs:
-                source.add_done_callback(_InputDone(self, task))
+            self.post(self._on_submit, task, inputs)
 
     def check_open(self) -> None:
         """Raise RuntimeError if calls are not taken (any more)."""
@@ -207,9 +204,10 @@ class Loop(Events):
         self._inbox.append((function, args))
         # The loop sets the flag, then looks into the inbox, then sleeps: either it sees this entry or we see the flag.
         if self._sleeping:
-            self._sleeping = False
+            # Written before the flag is cleared: a Ctrl-C may come in between.
             with contextlib.suppress(OSError):  # full: it is awake already; closed: it has ended
                 os.write(self._wake_write, b"\0")
+            self._sleeping = False
 
     def shutdown(self, cancel: bool, reason: str = "cannot schedule new futures after shutdown") -> None:
         """Take no more calls; end once those at hand are over.
@@ -243,9 +241,12 @@ class Loop(Events):
 
     # -- events from the inbox ----------------------------------------------------------------------------------------
 
-    def _on_submit(self, task: Task) -> None:
+    def _on_submit(self, task: Task, inputs: list[Future[Any]]) -> None:
         self._tasks[task.number] = task
         self.scheduler.on_submit(task)
+        # Here and not in submit, where a Ctrl-C could leave some of them out.
+        for source in inputs:
+            source.add_done_callback(_InputDone(self, task))
 
     def on_input_done(self, task: Task, error: BaseException | None) -> None:
         """One of a call's inputs is done."""
@@ -280,8 +281,9 @@ class Loop(Events):
         if self._block is not None:
             self._block.on_break("the workers were ended")
         for process in list(self._processes.values()):
-            if process.worker.calls:
-                self._launcher.kill(process, signal_number)
+            # Who waits for calls has nothing to interrupt.
+            idle = not process.worker.calls and signal_number == signal.SIGINT
+            self._launcher.kill(process, signal.SIGTERM if idle else signal_number)
         if signal_number != signal.SIGKILL:
             self.call_later(_GRACE_SECONDS, lambda: self._on_end_workers(signal.SIGKILL))
 
@@ -379,7 +381,11 @@ class Loop(Events):
         assert resources is not None
         process = Process(worker, resources, single=self._block is None)
         self._processes[worker.number] = process
-        self._launcher.launch(process)
+        try:
+            self._launcher.launch(process)
+        except Exception as error:
+            if worker.number in self._processes:
+                self.on_exit(process, Exit(None, f"it could not be started: {type(error).__name__}: {error}"))
 
     def _send(self, worker: Worker, tasks: list[Task]) -> None:
         process = self._processes[worker.number]
@@ -434,10 +440,10 @@ class Loop(Events):
             if len(known) >= _FUNCTIONS_PER_WORKER:
                 transport.put(["forget"])
                 known.clear()
-            known.add(number)
             options["new"] = True
             frames = [function, *arguments]
         size = transport.put(["call", task.number, number, options], frames)
+        known.add(number)
         if self._log_sizes:
             logger.warning("call %d of %s: sent %d bytes", task.number, task.name, size)
 
@@ -477,7 +483,7 @@ class Loop(Events):
         assert task.fn is not None
         assert resources.cache_directory is not None
         try:
-            key = resources.cache_key or fingerprint.call_key(task.fn, task.args, task.kwargs)
+            key = resources.cache_key or fingerprint.call_key(task.fn, task.args, self._inputs_of_key(task))
             task.cache_path = str(cache.entry_path(resources.cache_directory, key, "o"))
             output = cache.read_output(task.cache_path)
         except BaseException as error:
@@ -488,6 +494,15 @@ class Loop(Events):
         else:
             self.scheduler.on_found(task)
             self._conclude(task, output.value, output.error)
+
+    def _inputs_of_key(self, task: Task) -> dict[str, Any]:
+        """The call's keyword arguments, and what else makes its result another one."""
+        inputs = dict(task.kwargs)
+        if task.resources.cores > 1:
+            inputs["number of ranks"] = task.resources.cores  # the result is a list of as many
+        if self._init_function is not None:
+            inputs["init function"] = self._init_function  # fills parameters that the caller left out
+        return inputs
 
     # -- launcher events ----------------------------------------------------------------------------------------------
 
@@ -563,6 +578,8 @@ class Loop(Events):
         said = f" Its last lines on standard error:\n{tail}" if tail else " It wrote nothing to standard error."
         if not expected:
             self._last_death = f"The last worker to die{where}: {end.text}.{said}"
+        if process.on_gone is not None:
+            process.on_gone()
         for task in lost:
             error = (
                 process.verdict
@@ -582,12 +599,15 @@ class Loop(Events):
 
     def _set_deadline(self, process: Process, task: Task, seconds: float) -> None:
         number = task.number
+        worker_number = process.worker.number
 
+        # By numbers: the timer stays until it is due, and must not keep the call, or its result, until then.
         def expire() -> None:
             task = self._tasks.get(number)
-            worker = process.worker
-            if task is None or task.state is not RUNNING or task not in worker.calls:
+            process = self._processes.get(worker_number)
+            if task is None or process is None or task.state is not RUNNING or task not in process.worker.calls:
                 return
+            worker = process.worker
             process.verdict = TimeoutError(
                 f"Call {number} of {task.name} ran longer than its run_time_max of {seconds:g} s and was ended; "
                 "give it more time with resource_dict={'run_time_max': seconds}."

@@ -223,7 +223,7 @@ def test_diamond(executor: Any) -> None:
 
 
 def test_long_chain(executor: Any, row: Any) -> None:
-    length = 500 if row.block or row.start == "fork" else 8
+    length = 500 if row.block else row.many
     future = executor.submit(identity, 0)
     for _ in range(length):
         future = executor.submit(add, future, 1)

@@ -60,7 +60,7 @@ def works_on(executor: Any) -> None:
     assert executor.submit(add, 1, 2).result(WAIT) == 3
 
 
-@pytest.mark.rows(block=False)
+@pytest.mark.rows("fork")
 @pytest.mark.parametrize(("key", "value", "named"), WRONG_VALUES, ids=WRONG_IDS)
 def test_wrong_value_at_submit(executor: Any, key: str, value: Any, named: str) -> None:
     with pytest.raises(BAD) as caught:
@@ -72,7 +72,7 @@ def test_wrong_value_at_submit(executor: Any, key: str, value: Any, named: str) 
     works_on(executor)
 
 
-@pytest.mark.rows("fork", "spawn", "block-fork")
+@pytest.mark.rows("fork", "block-fork")
 @pytest.mark.parametrize(("key", "value", "named"), WRONG_VALUES, ids=WRONG_IDS)
 def test_wrong_value_at_construction(row: Any, key: str, value: Any, named: str) -> None:
     with pytest.raises(BAD) as caught:

@@ -65,6 +65,7 @@ class Process:
         stderr: The end of what it wrote to standard error.
         single: Whether it runs one call.
         verdict: Why it is being ended, where that is our doing: the exception for the calls lost with it.
+        on_gone: Called once it is gone.
     """
 
     worker: Worker
@@ -76,6 +77,7 @@ class Process:
     stderr: bytearray = field(default_factory=bytearray)
     single: bool = True
     verdict: BaseException | None = None
+    on_gone: Callable[[], None] | None = None
 
 
 class Events(Protocol):

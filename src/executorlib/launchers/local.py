@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -17,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from executorlib.errors import describe_exit
+from executorlib.errors import ExecutorlibSocketError, describe_exit
 from executorlib.launchers.base import STDERR_TAIL_BYTES, Events, Exit, Process, tail_text
 from executorlib.launchers.mpi import MpiLauncher
 from executorlib.serialize import Frame
@@ -27,6 +28,8 @@ from executorlib.worker.call import THREAD_VARIABLES
 # How long an agent may take to end after its connection was closed, in seconds. It only kills and reaps; five
 # seconds is its own limit for that.
 _AGENT_END_SECONDS = 10.0
+# How long a worker whose connection has ended may take to exit, in seconds, before it counts as running on without.
+_EXIT_SECONDS = 1.0
 
 
 def boot_code(module: str, call: str) -> str:
@@ -312,13 +315,24 @@ class Agent:
     def _on_channel(self, child: _Child) -> None:
         if not self._receive(child):
             return
-        # The end of the stream; from now on only the exit counts. It is made to come where a call still waits: the
-        # function may have closed the descriptor, or written into it.
+        # The end of the stream; from now on only the exit counts. It mostly follows at once.
         assert child.channel is not None
         self._events.unwatch(child.channel)
         process = child.process
-        if process is not None and (not process.single or not all(task.over for task in process.worker.calls)):
-            self.kill(process, signal.SIGKILL)
+        if process is not None and (not process.single or any(not task.over for task in process.worker.calls)):
+            self._events.call_later(_EXIT_SECONDS, lambda: self._end_disconnected(child.number))
+
+    def _end_disconnected(self, number: int) -> None:
+        """Kill a worker that runs on without a connection."""
+        child = self._children.get(number)
+        if child is None or child.process is None:
+            return
+        process = child.process
+        process.verdict = process.verdict or ExecutorlibSocketError(
+            f"The connection of worker process {process.pid} on {process.host} ended although the process ran on, so "
+            "it was killed: what it ran closed the connection's file descriptor, or wrote into it."
+        )
+        self.kill(process, signal.SIGKILL)
 
     def _receive(self, child: _Child, everything: bool = False) -> bool:
         """Deliver what a child sent; True at the end of the stream."""
@@ -528,6 +542,18 @@ class LocalLauncher:
             self._mpi.close()
 
 
+def _write_stderr(data: bytes) -> None:
+    """Write what the user's standard error takes without waiting; a full pipe or a stopped terminal gets no more."""
+    poll = select.poll()
+    poll.register(2, select.POLLOUT)
+    for start in range(0, len(data), select.PIPE_BUF):
+        # As much as a pipe is sure to take when it says that it can be written.
+        if not poll.poll(0):
+            return
+        with contextlib.suppress(OSError):
+            os.write(2, data[start : start + select.PIPE_BUF])
+
+
 def _forward(fd: int, tail: bytearray) -> bool:
     """Pass on what a process wrote to standard error, keeping its end; False at the end of it."""
     while True:
@@ -541,5 +567,4 @@ def _forward(fd: int, tail: bytearray) -> bool:
             return False
         tail += data
         del tail[:-STDERR_TAIL_BYTES]
-        with contextlib.suppress(OSError):
-            os.write(2, data)
+        _write_stderr(data)

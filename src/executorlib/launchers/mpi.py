@@ -151,6 +151,7 @@ class MpiLauncher:
         env[CONNECTION_VARIABLE] = self._router.credentials(identity)
         argv = mpiexec.command(resources.cores, [sys.executable, "-c", code], resources.openmpi_oversubscribe)
         self._processes[identity.encode()] = process, agent
+        process.on_gone = lambda: self._forget(identity.encode())
         agent.run(process, argv, env, resources.cwd)
 
     def _on_message(self, peer: bytes, header: list[Any], frames: list[Frame]) -> None:
@@ -165,7 +166,9 @@ class MpiLauncher:
             self._events.on_message(process, header, frames)
             if header[0] == "error":
                 self.end(process, agent)
-            elif header[0] == "result" and header[1] and process.single:
+            elif header[0] == "result" and process.single and process.transport is not None:
+                # It waits for this: an exit that came before the result was read would count as a death.
+                process.transport.put(["stop"])
                 self._events.call_later(_FINALIZE_SECONDS, lambda: self._kill_if_alive(identity))
             return
         _, size, library = header
@@ -192,9 +195,8 @@ class MpiLauncher:
             process, agent = known
             agent.kill(process, signal.SIGKILL)
 
-    def forget(self, process: Process) -> None:
-        """The world is gone."""
-        self._processes.pop(str(process.worker.number).encode(), None)
+    def _forget(self, identity: bytes) -> None:
+        self._processes.pop(identity, None)
 
     def close(self) -> None:
         """Close the connections."""

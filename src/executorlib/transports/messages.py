@@ -2,7 +2,7 @@
 
 A message is a control header of plain data (JSON) and opaque frames (pickled user objects). On the wire:
 
-    u32 header length, u16 number of frames, u16 number of descriptors,
+    u32 header length, u32 number of frames, u16 number of descriptors,
     u64 length of each frame, header, frames
 
 Descriptors travel beside the bytes (SCM_RIGHTS) and are matched to messages by order. When the frames are large and
@@ -16,6 +16,7 @@ Both ends are here: `Channel` never blocks and is for the executor's loop; `Conn
 from __future__ import annotations
 
 import array
+import contextlib
 import json
 import mmap
 import os
@@ -32,9 +33,9 @@ if TYPE_CHECKING:
 
     from executorlib.serialize import Frame
 
-_PREFIX = struct.Struct("<IHH")
+_PREFIX = struct.Struct("<IIH")
 _LENGTH = struct.Struct("<Q")
-_PREFIX_OF_ONE = struct.Struct("<IHHQ")
+_PREFIX_OF_ONE = struct.Struct("<IIHQ")
 _MAPPED = 0x8000
 
 # Below this, copying through the socket is cheaper than a memory file with its system calls and page faults
@@ -96,9 +97,11 @@ def encode(header: Any, frames: Sequence[Frame], fds: Sequence[int] = ()) -> tup
     lengths = [_nbytes(frame) for frame in frames]
     total = sum(lengths)
     if HAS_MEMORY_FILES and total >= MAPPED_BYTES:
-        mapped = _store(frames, lengths)
-        head = _PREFIX.pack(len(text), len(frames), (count + 1) | _MAPPED)
-        return [head + b"".join(map(_LENGTH.pack, lengths)) + text], [*fds, mapped], [mapped]
+        # Where that fails (a limit on the size of files counts here, too), the frames go through the socket.
+        with contextlib.suppress(OSError):
+            mapped = _store(frames, lengths)
+            head = _PREFIX.pack(len(text), len(frames), (count + 1) | _MAPPED)
+            return [head + b"".join(map(_LENGTH.pack, lengths)) + text], [*fds, mapped], [mapped]
     head = _PREFIX.pack(len(text), len(frames), count) + b"".join(map(_LENGTH.pack, lengths)) + text
     if total < _JOINED_BYTES:
         return [head + b"".join(frames)], list(fds), []

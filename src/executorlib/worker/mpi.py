@@ -22,7 +22,7 @@ def main(single: bool) -> None:
     """Run as one rank.
 
     Args:
-        single: Whether the world runs one call, or many until it is told to stop.
+        single: Whether the world runs one call, which it need not announce that it is ready for.
     """
     credentials = os.environ.pop(CONNECTION_VARIABLE)
     from mpi4py import MPI
@@ -72,7 +72,7 @@ class Rank:
         return received
 
     def serve(self, single: bool) -> None:
-        """Take calls; see `main`."""
+        """Take calls until told to stop, which a world of one call is once its result was read; see `main`."""
         (_, setup), frames = self._receive()
         values: dict[str, Any] = {"executorlib_worker_id": setup.get("slot", 0)}
         try:
@@ -96,8 +96,6 @@ class Rank:
                 self._functions.clear()
                 continue
             self._run(header, frames, values)
-            if single:
-                return
 
     def _share(self, setup: dict[str, Any]) -> dict[str, Any]:
         """This rank's part of the cores and GPUs."""
