@@ -204,10 +204,9 @@ class Loop(Events):
         self._inbox.append((function, args))
         # The loop sets the flag, then looks into the inbox, then sleeps: either it sees this entry or we see the flag.
         if self._sleeping:
-            # Written before the flag is cleared: a Ctrl-C may come in between.
+            # The flag is for the loop to clear. Done here it could hit the next sleep, or a Ctrl-C could come between.
             with contextlib.suppress(OSError):  # full: it is awake already; closed: it has ended
                 os.write(self._wake_write, b"\0")
-            self._sleeping = False
 
     def shutdown(self, cancel: bool, reason: str = "cannot schedule new futures after shutdown") -> None:
         """Take no more calls; end once those at hand are over.
