@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import socket
 import sys
 
@@ -19,8 +18,7 @@ def main(pooled: bool, preload: list[str]) -> None:
         preload: Modules to import first.
     """
     try:
-        for name in preload:
-            importlib.import_module(name)
+        call.load(preload)
         permits = call.Permits(_socket(PERMITS_FD)) if pooled else None
         call.serve(Connection(_socket(CONNECTION_FD)), permits)
     except (EOFError, BrokenPipeError, ConnectionResetError):

@@ -40,9 +40,6 @@ _PR_SET_CHILD_SUBREAPER = 36
 CONNECTION_FD = 3
 PERMITS_FD = 4
 
-# Preloaded by us and not by the user, only to save time; a call that needs what is missing says so itself.
-_TIME_SAVERS = frozenset({"h5py"})
-
 # How long the agent looks for processes that are left when it ends; SIGKILL takes effect in far less.
 _REAP_SECONDS = 5.0
 
@@ -302,12 +299,7 @@ def main(fd: int, preload: list[str]) -> None:
     os.set_inheritable(fd, False)
     agent = Agent(connection)
     try:
-        for name in preload:
-            try:
-                importlib.import_module(name)
-            except ImportError:
-                if name not in _TIME_SAVERS:
-                    raise
+        call.load(preload)
         # Looks in vain through the whole import path, so that every child inherits the directory listings instead of
         # reading them anew for its first import.
         importlib.util.find_spec("_executorlib_finds_no_such_module")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import importlib
 import os
 import socket
 import struct
@@ -41,6 +42,9 @@ THREAD_VARIABLES = (
     "VECLIB_MAXIMUM_THREADS",
 )
 GPU_VARIABLES = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+
+# Preloaded by us and not by the user, only to save time; a call that needs what is missing says so itself.
+_TIME_SAVERS = frozenset({"h5py"})
 
 PERMIT = struct.Struct("<Q")
 
@@ -377,6 +381,16 @@ def _flush() -> None:
         sys.stderr.flush()
     except Exception:  # closed or replaced by the user's function
         return
+
+
+def load(modules: Sequence[str]) -> None:
+    """Import modules ahead of the calls that use them."""
+    for name in modules:
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            if name not in _TIME_SAVERS:
+                raise
 
 
 def leave(code: int) -> None:
