@@ -1,4 +1,4 @@
-"""The public executors: each is a row of (how workers start) × (how calls travel), and a few lines long."""
+"""The public executors: each is a row of (how workers start) × (how calls travel), over one base class."""
 
 from __future__ import annotations
 
