@@ -5,8 +5,8 @@
     sockets, exits, timers ─┘                       └─▶ LookUp, Fail ─▶ cache, futures
 
 One turn: (1) hand the events in the inbox to the scheduler, (2) carry out its effects, so that workers have work again,
-(3) only then unpickle the results that came and resolve their futures, whose callbacks may fill the inbox anew, (4) sleep
-until a descriptor is ready, a timer is due or another thread posts.
+(3) only then unpickle the results that came and resolve their futures, whose callbacks may fill the inbox anew,
+(4) sleep until a descriptor is ready, a timer is due or another thread posts.
 
 All state of calls and workers belongs to this thread. Other threads only append to the inbox. Nothing here waits for
 another process but the sleep itself, and `close` at the very end. What does take time: pickling, callbacks of
