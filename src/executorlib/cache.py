@@ -245,6 +245,42 @@ def read_output(path: str | os.PathLike[str]) -> Output | None:
     return None
 
 
+def read_entry(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """Read all that the file of an entry holds.
+
+    Args:
+        path: Its file, from `entry_path`.
+
+    Returns:
+        Its datasets, unpickled, by name; None where there is no such file or it cannot be read, of which the
+        latter is logged as a warning.
+
+    Raises:
+        ImportError: If h5py is missing.
+    """
+    return _read(path, _DATASETS)
+
+
+def datasets_of(path: str | os.PathLike[str]) -> set[str]:
+    """Name what the file of an entry holds, without unpickling it.
+
+    Args:
+        path: Its file, from `entry_path`.
+
+    Returns:
+        Names of its datasets; none where there is no such file or it is damaged.
+
+    Raises:
+        ImportError: If h5py is missing.
+    """
+    h5py = _h5py()
+    try:
+        with open(path, "rb") as raw, h5py.File(raw, "r") as file:
+            return set(file)
+    except Exception:  # damaged files raise nearly everything
+        return set()
+
+
 def _read(path: str | os.PathLike[str], names: Iterable[str]) -> dict[str, Any] | None:
     h5py = _h5py()
     try:
@@ -292,7 +328,7 @@ def get_cache_data(cache_directory: str | os.PathLike[str]) -> list[dict[str, An
     """
     rows = []
     for path in _entries(cache_directory, (_INPUT, _OUTPUT)):
-        values = _read(path, _DATASETS)
+        values = read_entry(path)
         if values is not None:
             rows.append({**values, "filename": path})
     return rows

@@ -1,0 +1,9 @@
+"""The command line, as ``python -m executorlib``."""
+
+from __future__ import annotations
+
+import sys
+
+from executorlib.commands import main
+
+sys.exit(main())

@@ -1,0 +1,729 @@
+"""The command line: `executorlib cache ls`, `show`, `rm` and `prune`.
+
+Everything but `show` goes by the names, sizes and times of files; `prune --failed` also looks whether a file
+has a dataset `error`. Only `show` unpickles. No command asks a queuing system.
+
+What a call's job left beside its entry is in a batch directory, ``.executorlib/<batch>/`` in the cache
+directory: `entries` names the `_i.h5` of each call, a line each, `job_id` the job or job array, and
+``output.<line number>``, counted from 0, is what the job printed. It is there from the moment the job starts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import heapq
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+from executorlib import cache
+from executorlib._version import __version__
+
+State = Literal["waiting", "running", "done", "failed"]
+
+DEFAULT_DIRECTORY = "executorlib_cache"  # that of the cluster executors
+
+_INPUT, _WRITING, _OUTPUT = "_i.h5", "_r.h5", "_o.h5"
+_ENDING_BYTES = len(_OUTPUT)
+_BATCHES = ".executorlib"
+# As `cache` names what it has not put in place yet.
+_TEMPORARY = re.compile(r"\.\d+-[0-9a-f]{16}\.tmp")
+# A file that is being written changes all the time. Without an age, batch directories are removed a minute
+# after the last change in them: their session may not have read yet what a job printed.
+_ABANDONED_SECONDS = 3600.0
+_SETTLED_SECONDS = 60.0
+_SHOWN_CHARACTERS = 1000
+
+_SIZE_UNITS = "BKMGTP"
+_AGE_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+
+_SHOW_WARNING = (
+    "Reading an entry unpickles it, and unpickling runs whatever the file says: "
+    "show only entries of directories whose writers you trust."
+)
+
+
+class CommandFailed(Exception):
+    """A command cannot do what was asked; the text says why and what to do."""
+
+
+# -- what is in a cache directory ---------------------------------------------------------------------------------
+
+
+class Entry(NamedTuple):
+    """One call of a cache directory.
+
+    Attributes:
+        key: Its key.
+        state: ``"done"`` where the file with its result is there, whether it returned or raised;
+            ``"running"`` where its job has started; ``"failed"`` where its job has started and neither its
+            inputs nor a result are left; else ``"waiting"``.
+        size: Bytes of its file.
+        modified: When that file was written, in seconds since 1970.
+        path: That file; of a call that failed what its job printed.
+    """
+
+    key: str
+    state: State
+    size: int
+    modified: float
+    path: str
+
+
+class Job(NamedTuple):
+    """One line of a batch directory: the job of one call.
+
+    Attributes:
+        stem: Path of the call's entry without its ending, symbolic links resolved.
+        name: What the queuing system calls the job, or None before it is submitted.
+        output: File of what it printed, or None before it starts.
+    """
+
+    stem: str
+    name: str | None
+    output: str | None
+
+
+def scan(directory: str) -> Iterator[Entry]:
+    """Find all entries of a cache directory and its sub-folders, in no order.
+
+    It takes one `stat` per entry and keeps only those that are not done in memory.
+
+    Args:
+        directory: The cache directory.
+
+    Raises:
+        OSError: If it cannot be listed.
+    """
+    root = os.path.realpath(directory)
+    pending: dict[str, Entry] = {}
+    for item in _files(root):
+        if item.name.endswith(_OUTPUT):
+            entry = _entry(root, item.path, "done")
+            if entry:
+                yield entry
+        elif item.name.endswith((_INPUT, _WRITING)):
+            entry = _entry(root, item.path, "running" if item.name.endswith(_WRITING) else "waiting")
+            if entry:
+                pending[_stem(item.path)] = entry
+    failed: set[str] = set()
+    for job in _jobs(root):
+        entry = pending.pop(job.stem, None)
+        if entry:
+            yield _not_done(entry, job)
+        elif job.output and job.stem not in failed and job.stem.startswith(root + os.sep) and _is_gone(job.stem):
+            failed.add(job.stem)
+            entry = _failed(root, job)
+            if entry:
+                yield entry
+    yield from (entry for stem, entry in pending.items() if not os.path.exists(stem + _OUTPUT))
+
+
+def find(directory: str, key: str) -> tuple[Entry, Job | None] | None:
+    """Find one entry without listing the cache directory.
+
+    Args:
+        directory: The cache directory.
+        key: Its key.
+
+    Returns:
+        The entry and its job, if a batch directory knows one; None where there is no such entry.
+
+    Raises:
+        ValueError: If the key leads out of the directory.
+    """
+    root = os.path.realpath(directory)
+    stem = _stem(str(cache.entry_path(root, key)))
+    job = next((job for job in _jobs(root) if job.stem == os.path.realpath(stem)), None)
+    # The order of a call's life, so that an entry that moves on meanwhile is seen in one of them.
+    endings: dict[str, State] = {_INPUT: "waiting", _WRITING: "running", _OUTPUT: "done"}
+    found = {state: _entry(root, stem + ending, state) for ending, state in endings.items()}
+    entry = found["done"] or found["running"] or found["waiting"]
+    if entry is None:
+        entry = _failed(root, job) if job and job.output else None
+    elif entry.state == "waiting" and job:
+        entry = _not_done(entry, job)
+    return (entry, job) if entry else None
+
+
+def _files(root: str) -> Iterator[os.DirEntry[str]]:
+    folders = [root]
+    while folders:
+        folder = folders.pop()
+        try:
+            items = os.scandir(folder)
+        except FileNotFoundError:
+            if folder == root:
+                raise
+            continue  # removed meanwhile
+        with items:
+            for item in items:
+                if not item.is_dir(follow_symlinks=False):
+                    yield item
+                elif item.path != os.path.join(root, _BATCHES):
+                    folders.append(item.path)
+
+
+def _stem(path: str) -> str:
+    return path[:-_ENDING_BYTES]
+
+
+def _entry(root: str, path: str, state: State) -> Entry | None:
+    try:
+        status = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return Entry(_stem(path)[len(root) + 1 :], state, status.st_size, status.st_mtime, path)
+
+
+def _not_done(entry: Entry, job: Job) -> Entry:
+    return entry._replace(state="running") if job.output else entry
+
+
+def _failed(root: str, job: Job) -> Entry | None:
+    entry = _entry(root, job.output or "", "failed")
+    return entry and entry._replace(key=job.stem[len(root) + 1 :])
+
+
+def _is_gone(stem: str) -> bool:
+    return not any(os.path.exists(stem + ending) for ending in (_INPUT, _WRITING, _OUTPUT))
+
+
+def _batches(root: str) -> list[str]:
+    """List the batch directories, the latest first: of two that name an entry, the latest counts."""
+    try:
+        with os.scandir(os.path.join(root, _BATCHES)) as items:
+            folders = [item.path for item in items if item.is_dir(follow_symlinks=False)]
+    except FileNotFoundError:
+        return []
+    return sorted(folders, key=lambda folder: (_modified(os.path.join(folder, "entries")), folder), reverse=True)
+
+
+def _jobs(root: str) -> Iterator[Job]:
+    for batch in _batches(root):
+        yield from _jobs_of(batch)
+
+
+def _jobs_of(batch: str) -> Iterator[Job]:
+    try:
+        lines = Path(batch, "entries").read_text(errors="surrogateescape").splitlines()
+        printed = {name for name in os.listdir(batch) if name.startswith("output.")}
+    except FileNotFoundError:
+        return
+    try:
+        name = Path(batch, "job_id").read_text().strip() or None
+    except FileNotFoundError:
+        name = None
+    for index, line in enumerate(lines):
+        output = f"output.{index}"
+        yield Job(
+            os.path.join(_realpath(os.path.dirname(line)), _stem(os.path.basename(line))),
+            f"{name}_{index}" if name and len(lines) > 1 else name,
+            os.path.join(batch, output) if output in printed else None,
+        )
+
+
+@functools.lru_cache(maxsize=64)
+def _realpath(folder: str) -> str:
+    return os.path.realpath(folder)
+
+
+def _modified(path: str) -> float:
+    try:
+        return os.stat(path).st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
+# -- removing -----------------------------------------------------------------------------------------------------
+
+
+class Leftover(NamedTuple):
+    """What no call needs any more.
+
+    Attributes:
+        kind: ``"temporary file"``, ``"inputs"`` of a call that is done, or ``"batch directory"``.
+        size: Its bytes.
+        path: The file or folder.
+    """
+
+    kind: str
+    size: int
+    path: str
+
+
+def remove(directory: str, entries: Iterable[Entry]) -> None:
+    """Remove entries and what their jobs printed; jobs that wait or run are not cancelled.
+
+    Args:
+        directory: The cache directory.
+        entries: What `scan` or `find` found there.
+
+    Raises:
+        OSError: If a file cannot be removed.
+    """
+    root = os.path.realpath(directory)
+    stems = set()
+    for entry in entries:
+        Path(entry.path).unlink(missing_ok=True)
+        stem = os.path.join(root, entry.key)
+        if entry.state == "done":
+            Path(stem + _INPUT).unlink(missing_ok=True)
+        stems.add(os.path.join(_realpath(os.path.dirname(stem)), os.path.basename(stem)))
+    # Else the job would count as failed: started, and nothing left.
+    for job in _jobs(root) if stems else ():
+        if job.output and job.stem in stems:
+            Path(job.output).unlink(missing_ok=True)
+
+
+def leftovers(directory: str, older_than: float) -> Iterator[Leftover]:
+    """Find what crashed processes and calls that are done left behind.
+
+    Args:
+        directory: The cache directory.
+        older_than: Seconds that batch directories must have been left alone; files an hour at least.
+
+    Raises:
+        OSError: If the directory cannot be listed.
+    """
+    root = os.path.realpath(directory)
+    now = time.time()
+    for item in _files(root):
+        temporary = _TEMPORARY.fullmatch(item.name)
+        if temporary or (item.name.endswith(_INPUT) and os.path.exists(_stem(item.path) + _OUTPUT)):
+            try:
+                status = item.stat(follow_symlinks=False)
+            except FileNotFoundError:
+                continue
+            if now - status.st_mtime > max(_ABANDONED_SECONDS, older_than):
+                yield Leftover("temporary file" if temporary else "inputs", status.st_size, item.path)
+    for batch in _batches(root):
+        files = [os.path.join(batch, name) for name in os.listdir(batch)]
+        complete = os.path.join(batch, "entries") in files
+        age = now - max(map(_modified, [batch, *files]))
+        if age <= (older_than if complete else max(_ABANDONED_SECONDS, older_than)):
+            continue
+        if not any(_is_pending(job.stem) for job in _jobs_of(batch)):
+            yield Leftover("batch directory", sum(map(os.path.getsize, files)), batch)
+
+
+def _is_pending(stem: str) -> bool:
+    waits = os.path.exists(stem + _INPUT) or os.path.exists(stem + _WRITING)
+    return waits and not os.path.exists(stem + _OUTPUT)
+
+
+# -- commands -----------------------------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: What follows the program's name; by default those of this process.
+
+    Returns:
+        The exit code: 0, or 1 where something could not be done, of which standard error tells; 2, for
+        wrong arguments, is raised as `SystemExit`.
+    """
+    options = _parser().parse_args(arguments)
+    command: Callable[[argparse.Namespace], int] = options.command
+    try:
+        code = command(options)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Of `ls | head`; the interpreter must not flush once more when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except (CommandFailed, ImportError, OSError, ValueError) as error:
+        _complain(str(error))
+        return 1
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="executorlib", description="Tools for executorlib.")
+    parser.add_argument("--version", action="version", version=__version__)
+    tools = parser.add_subparsers(metavar="TOOL", required=True)
+    text = "look at and clean a cache directory"
+    commands = tools.add_parser("cache", help=text, description=text).add_subparsers(metavar="COMMAND", required=True)
+
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "-d",
+        "--directory",
+        default=DEFAULT_DIRECTORY,
+        help="the cache directory (default: %(default)s, that of the cluster executors)",
+    )
+    common.add_argument("--json", action="store_true", help="one JSON object a line; sizes in bytes, times in seconds")
+
+    def add(name: str, command: Callable[[argparse.Namespace], int], text: str, more: str) -> argparse.ArgumentParser:
+        description = f"{text[0].upper()}{text[1:]}. {more}"
+        added = commands.add_parser(name, parents=[common], help=text, description=description)
+        added.set_defaults(command=command)
+        return added
+
+    ls = add(
+        "ls",
+        _ls,
+        "list the entries and their total",
+        "No entry is read, and no queuing system asked: a call is 'running' when its job has started and left no "
+        "result yet, 'done' when it has returned or raised, and 'failed' when its job ended without a result.",
+    )
+    ls.add_argument("--state", action="append", choices=get_args(State), help="only these; may be repeated")
+    ls.add_argument(
+        "--sort",
+        choices=["none", *_SORT_KEYS],
+        default="none",
+        help="size: largest first; age: newest first; none (default): as they are found, at once and without "
+        "keeping them in memory",
+    )
+    ls.add_argument("--reverse", action="store_true", help="the other way round")
+    ls.add_argument("--limit", type=_count, metavar="N", help="list the first N; the total is that of all")
+
+    show = add("show", _show, "show what an entry holds", _SHOW_WARNING)
+    show.add_argument("key", metavar="KEY", help="as listed by ls")
+    show.add_argument("--full", action="store_true", help=f"cut no value after {_SHOWN_CHARACTERS} characters")
+
+    rm = add("rm", _rm, "remove entries", "The calls run again when they are submitted again.")
+    rm.add_argument("keys", metavar="KEY", nargs="+", help="as listed by ls")
+    rm.add_argument("--force", action="store_true", help="also entries that wait or run; cancels no job")
+
+    prune = add(
+        "prune",
+        _prune,
+        "remove entries by age and size, and what crashed processes left behind",
+        "An entry is removed when all of --older-than, --larger-than and --failed that are given hold. Entries that "
+        "wait or run stay, unless --pending is given. Without any of these only leftovers are removed: temporary "
+        "files and inputs of finished calls, after an hour, and batch directories of which no call waits or runs.",
+    )
+    prune.add_argument("--older-than", type=_age, metavar="AGE", help="not written for this long: 30d, 12h; s m h d w")
+    prune.add_argument("--larger-than", type=_size, metavar="SIZE", help="1G, 500M; K M G T are powers of 1024")
+    prune.add_argument(
+        "--failed", action="store_true", help="the function raised, or its job ended without a result; opens each file"
+    )
+    prune.add_argument(
+        "--max-size", type=_size, metavar="SIZE", help="then remove the oldest until the rest is not larger than this"
+    )
+    prune.add_argument("--pending", action="store_true", help="also entries that wait or run; cancels no job")
+    prune.add_argument("--dry-run", action="store_true", help="remove nothing, list what would be removed")
+    return parser
+
+
+_SORT_KEYS: dict[str, Callable[[Entry], Any]] = {
+    "key": lambda entry: entry.key,
+    "size": lambda entry: -entry.size,
+    "age": lambda entry: -entry.modified,
+    "state": lambda entry: (get_args(State).index(entry.state), entry.key),
+}
+
+
+def _ls(options: argparse.Namespace) -> int:
+    counts: Counter[str] = Counter()
+    size = 0
+
+    def counted() -> Iterator[Entry]:
+        nonlocal size
+        for entry in _scan(options.directory):
+            if not options.state or entry.state in options.state:
+                counts[entry.state] += 1
+                size += entry.size
+                yield entry
+
+    key = _SORT_KEYS.get(options.sort)
+    if key is None:
+        if options.reverse:
+            raise CommandFailed("--reverse needs an order: add --sort key, size, age or state")
+        entries: Iterable[Entry] = counted()
+    elif options.limit is None:
+        entries = sorted(counted(), key=key, reverse=options.reverse)
+    else:
+        first = heapq.nlargest if options.reverse else heapq.nsmallest
+        entries = first(options.limit, counted(), key=key)
+    now = time.time()
+    for number, entry in enumerate(entries):
+        if options.limit is None or number < options.limit:
+            _print_entry(entry, now, options.json)
+    if not options.json:
+        _print(f"{_entries_and_size(sum(counts.values()), size)}{_states(counts)}")
+    return 0
+
+
+def _show(options: argparse.Namespace) -> int:
+    found = _find(options.directory, options.key)
+    if found is None:
+        raise CommandFailed(_no_entry(options.directory, options.key))
+    entry, job = found
+    shown = _entry_as_json(entry, time.time())
+    if job:
+        shown |= {"job": job.name, "job_output": job.output}
+    values = cache.read_entry(entry.path) if entry.state != "failed" else {}
+    if values is None:
+        raise CommandFailed(
+            f"{entry.path} cannot be read; a warning above tells why. Where a module is missing, run "
+            "`python -m executorlib cache show` in the folder of that module and with the Python that has what the "
+            "call used; where the file is damaged, remove it with `executorlib cache rm`"
+        )
+    limit = None if options.full else _SHOWN_CHARACTERS
+    for name, value in values.items():
+        if name == "function":
+            shown[name] = _name_of(value)
+        elif name == "input_args":
+            shown[name] = [_repr(each, limit) for each in value]
+        elif name == "input_kwargs":
+            shown[name] = {str(key): _repr(each, limit) for key, each in value.items()}
+        elif name in ("runtime", "queue_id", "resource_dict", "error_log_file"):
+            shown[name] = value
+        else:
+            shown[name] = _repr(value, limit)
+    if options.json:
+        _print_json(shown)
+        return 0
+    shown |= {"size": _human_size(entry.size), "age": _human_age(shown["age"])}
+    if isinstance(shown.get("runtime"), float):
+        shown["runtime"] = f"{shown['runtime']:.3g} s"
+    for name, value in shown.items():
+        if name == "input_args":
+            _print_fields(name, [f"[{index}] {each}" for index, each in enumerate(value)])
+        elif name == "input_kwargs":
+            _print_fields(name, [f"{key} = {each}" for key, each in value.items()])
+        elif name == "resource_dict" and isinstance(value, dict):
+            _print_fields(name, [f"{key} = {_repr(each, limit)}" for key, each in value.items()])
+        elif value is not None:
+            _print_fields(name, [_printable(str(value))])
+    if entry.state == "failed":
+        _print("Its job ended without a result; job_output is what it printed. Submit the call again to run it again.")
+    return 0
+
+
+def _rm(options: argparse.Namespace) -> int:
+    removed: list[Entry] = []
+    failures = 0
+    for key in dict.fromkeys(options.keys):
+        try:
+            found = _find(options.directory, key)
+        except ValueError as error:
+            problem = str(error)
+        else:
+            if found is None:
+                problem = _no_entry(options.directory, key)
+            elif found[0].state in ("waiting", "running") and not options.force:
+                problem = (
+                    f"the entry {key!r} is {found[0].state}: cancel its job with terminate_task_in_cache() in Python, "
+                    "which removes it, or add --force to remove its files alone"
+                )
+            else:
+                removed.append(found[0])
+                continue
+        _complain(problem)
+        failures += 1
+    remove(options.directory, removed)
+    now = time.time()
+    for entry in removed:
+        if options.json:
+            _print_json({"removed": entry.path, **_entry_as_json(entry, now)})
+        else:
+            _print(f"removed {_printable(entry.key)}")
+    return 1 if failures else 0
+
+
+def _prune(options: argparse.Namespace) -> int:
+    now = time.time()
+    entries = _chosen(options, now)
+    counts: Counter[str] = Counter(entry.state for entry in entries)
+    size = sum(entry.size for entry in entries)
+    if not options.dry_run:
+        remove(options.directory, entries)
+    rest = list(leftovers(options.directory, _SETTLED_SECONDS if options.older_than is None else options.older_than))
+    for left in () if options.dry_run else rest:
+        if left.kind == "batch directory":
+            shutil.rmtree(left.path, ignore_errors=True)
+        else:
+            Path(left.path).unlink(missing_ok=True)
+    if options.json:
+        word = "would_remove" if options.dry_run else "removed"
+        for entry in entries:
+            _print_json({word: entry.path, "kind": "entry", **_entry_as_json(entry, now)})
+        for left in rest:
+            _print_json({word: left.path, "kind": left.kind, "size": left.size})
+        return 0
+    if options.dry_run:
+        for entry in entries:
+            _print_entry(entry, now, False)
+        for left in rest:
+            _print(f"{left.kind:<15}  {_human_size(left.size):>6}  {_printable(left.path)}")
+    total = size + sum(left.size for left in rest)
+    kinds = Counter(left.kind for left in rest)
+    # "3 leftovers: 1 temporary file(s), 2 inputs"
+    parts = [f"{count} {kind}" for kind, count in sorted(kinds.items())]
+    _print(
+        f"{'would remove' if options.dry_run else 'removed'} {_entries_and_size(len(entries), size)}{_states(counts)}; "
+        f"{len(rest)} leftover(s){': ' + ', '.join(parts) if parts else ''}; {_human_size(total)} in all"
+    )
+    return 0
+
+
+def _chosen(options: argparse.Namespace, now: float) -> list[Entry]:
+    """Choose what `prune` removes: by the conditions given, then the oldest of what is left."""
+    conditions: list[Callable[[Entry], bool]] = []
+    if options.older_than is not None:
+        conditions.append(lambda entry: now - entry.modified > options.older_than)
+    if options.larger_than is not None:
+        conditions.append(lambda entry: entry.size > options.larger_than)
+    if options.failed:
+        conditions.append(lambda entry: entry.state == "failed" or (entry.state == "done" and _raised(entry)))
+    chosen: list[Entry] = []
+    rest: list[Entry] = []
+    size = 0
+    for entry in _scan(options.directory):
+        removable = options.pending or entry.state in ("done", "failed")
+        if removable and conditions and all(condition(entry) for condition in conditions):
+            chosen.append(entry)
+        else:
+            size += entry.size
+            if removable and options.max_size is not None:
+                rest.append(entry)
+    if options.max_size is not None:
+        rest.sort(key=lambda entry: entry.modified)
+        for entry in rest:
+            if size <= options.max_size:
+                break
+            chosen.append(entry)
+            size -= entry.size
+        if size > options.max_size:
+            _complain(f"{_human_size(size)} remain, all of entries that wait or run, which stay without --pending")
+    return chosen
+
+
+def _raised(entry: Entry) -> bool:
+    return "error" in cache.datasets_of(entry.path)
+
+
+def _scan(directory: str) -> Iterator[Entry]:
+    try:
+        yield from scan(directory)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CommandFailed(_no_directory(directory)) from error
+
+
+def _find(directory: str, key: str) -> tuple[Entry, Job | None] | None:
+    if not os.path.isdir(directory):
+        raise CommandFailed(_no_directory(directory))
+    return find(directory, key)
+
+
+def _no_directory(directory: str) -> str:
+    return f"there is no directory {directory}; name the executor's cache_directory with --directory"
+
+
+def _no_entry(directory: str, key: str) -> str:
+    return f"{directory} has no entry {key!r}; `executorlib cache ls -d {directory}` lists those it has"
+
+
+# -- printing and parsing -----------------------------------------------------------------------------------------
+
+
+def _print(line: str) -> None:
+    sys.stdout.write(line + "\n")
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    _print(json.dumps(value, default=repr))
+
+
+def _print_entry(entry: Entry, now: float, as_json: bool) -> None:
+    if as_json:
+        _print_json(_entry_as_json(entry, now))
+    else:
+        age = _human_age(now - entry.modified)
+        _print(f"{entry.state:<7}  {_human_size(entry.size):>6}  {age:>4}  {_printable(entry.key)}")
+
+
+def _print_fields(name: str, lines: list[str]) -> None:
+    for line in lines or ["none"]:
+        _print(f"{name + ':' if name else '':<15} {line}")
+        name = ""
+
+
+def _entry_as_json(entry: Entry, now: float) -> dict[str, Any]:
+    age = max(0.0, now - entry.modified)
+    return {"key": entry.key, "state": entry.state, "size": entry.size, "age": age, "file": entry.path}
+
+
+def _entries_and_size(count: int, size: int) -> str:
+    return f"{count} {'entry' if count == 1 else 'entries'}, {_human_size(size)}"
+
+
+def _states(counts: Counter[str]) -> str:
+    parts = [f"{counts[state]} {state}" for state in get_args(State) if counts[state]]
+    return f" ({', '.join(parts)})" if parts else ""
+
+
+def _complain(problem: str) -> None:
+    sys.stdout.flush()
+    sys.stderr.write(f"executorlib: {problem}\n")
+
+
+def _name_of(function: Any) -> str:
+    if hasattr(function, "__qualname__"):
+        return f"{getattr(function, '__module__', None)}.{function.__qualname__}"
+    return _repr(function, _SHOWN_CHARACTERS)
+
+
+def _repr(value: Any, limit: int | None) -> str:
+    try:
+        text = repr(value)
+    except Exception as error:
+        text = f"<{type(value).__name__}, whose repr() raised {type(error).__name__}>"
+    return text if limit is None or len(text) <= limit else f"{text[:limit]}... ({len(text)} characters)"
+
+
+def _printable(text: str) -> str:
+    """Escape what would act on the terminal: names of files are anybody's."""
+    return text if text.isprintable() else repr(text)[1:-1]
+
+
+def _human_size(size: float) -> str:
+    unit = 0
+    while size >= 1000 and unit < len(_SIZE_UNITS) - 1:
+        size /= 1024
+        unit += 1
+    digits = 1 if unit and size < 10 else 0
+    return f"{size:.{digits}f}{_SIZE_UNITS[unit]}"
+
+
+def _human_age(seconds: float) -> str:
+    for unit, following in (("s", "m"), ("m", "h"), ("h", "d")):
+        if seconds < 2 * _AGE_UNITS[following]:
+            return f"{max(0, int(seconds / _AGE_UNITS[unit]))}{unit}"
+    return f"{int(seconds / _AGE_UNITS['d'])}d"
+
+
+def _size(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(?:([KMGTP])(?:i?B)?|B)?", text.strip(), re.IGNORECASE)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write a number and K, M, G or T, such as 1.5G")
+    return int(float(match[1]) * 1024 ** _SIZE_UNITS.index((match[2] or "B").upper()))
+
+
+def _age(text: str) -> float:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw])", text.strip(), re.IGNORECASE)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an age; write a number and s, m, h, d or w, such as 30d")
+    return float(match[1]) * _AGE_UNITS[match[2].lower()]
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of entries")
+    return int(text)
