@@ -33,6 +33,7 @@ from contract.functions import Gate
 LINUX = sys.platform.startswith("linux")
 TEST_SECONDS = 60.0
 LEAK_SECONDS = 5.0
+SETTLE_SECONDS = 0.2
 # Every process that a test starts inherits this mark, by which orphans are found.
 MARK = f"EXECUTORLIB_TEST_RUN={os.getpid()}"
 
@@ -119,6 +120,7 @@ class SharedExecutor:
     def __init__(self, row: Row) -> None:
         self.row = row
         self.current: Any = None
+        self.files = 0
 
     def start(self) -> None:
         self.current = self.row.make()
@@ -130,6 +132,8 @@ class SharedExecutor:
             gate.open()
             for future in futures:
                 future.result()
+        # A stock of forked children refills after the calls, and again after each test.
+        self.files = settled_files()
 
     def replace(self) -> None:
         self.current.kill_workers()
@@ -137,11 +141,16 @@ class SharedExecutor:
         self.start()
 
 
+_shared_key: pytest.StashKey[SharedExecutor] = pytest.StashKey()
+
+
 @pytest.fixture(scope="module")
-def shared_executor(row: Row) -> Iterator[SharedExecutor]:
+def shared_executor(request: pytest.FixtureRequest, row: Row) -> Iterator[SharedExecutor]:
     shared = SharedExecutor(row)
     shared.start()
+    request.node.stash[_shared_key] = shared
     yield shared
+    del request.node.stash[_shared_key]
     shared.current.shutdown()
 
 
@@ -285,6 +294,19 @@ def missing_for_mpi() -> list[str]:
     return missing
 
 
+def missing_for_slurm() -> list[str]:
+    if not shutil.which("sinfo"):
+        return ["Slurm: there is no sinfo on PATH (make test-slurm starts a cluster)"]
+    try:
+        answer = subprocess.run(["sinfo", "--noheader"], capture_output=True, text=True, timeout=10)
+    except subprocess.TimeoutExpired:
+        return ["a Slurm cluster that answers: sinfo took more than 10 s"]
+    if answer.returncode:
+        reason = answer.stderr.strip().partition("\n")[0] or f"exit status {answer.returncode}"
+        return [f"a Slurm cluster that answers (make test-slurm starts one): {reason}"]
+    return []
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run also what takes longer than 10 s")
 
@@ -315,6 +337,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         "cache": [] if importlib.util.find_spec("h5py") else ["h5py (pip install h5py)"],
         "linux": [] if LINUX else ["Linux's /proc"],
         "slow": [] if config.getoption("--slow") else ["--slow"],
+        # Asked for only where it matters: sinfo waits for a cluster that does not answer.
+        "slurm": missing_for_slurm() if any(item.get_closest_marker("slurm") for item in items) else [],
     }
     for item in items:
         missing = [what for mark, what in needs.items() if item.get_closest_marker(mark)]
@@ -363,6 +387,17 @@ def open_files() -> dict[int, str]:
     return found
 
 
+def settled_files() -> int:
+    """How many files are open once their number has not changed for SETTLE_SECONDS."""
+    give_up = time.monotonic() + LEAK_SECONDS
+    count, since = len(open_files()), time.monotonic()
+    while (now := time.monotonic()) < min(since + SETTLE_SECONDS, give_up):
+        time.sleep(0.01)
+        if len(open_files()) != count:
+            count, since = len(open_files()), now
+    return count
+
+
 def describe(pid: int) -> str:
     """A process's id, state and command line, as far as it still has them."""
     try:
@@ -379,6 +414,10 @@ def leak_guard(request: pytest.FixtureRequest, deadline: None) -> Iterator[None]
     threads_before = set(threading.enumerate())
     children_before = children()
     files_before = open_files()
+    # A shared executor of this module may still be on its way back to its steady number.
+    module = request.node.getparent(pytest.Module)
+    shared = module.stash.get(_shared_key, None) if module else None
+    files_allowed = max(len(files_before), shared.files if shared else 0)
     yield
     if failed(request):
         return
@@ -387,7 +426,7 @@ def leak_guard(request: pytest.FixtureRequest, deadline: None) -> Iterator[None]
         left = [f"thread {thread.name!r}" for thread in threading.enumerate() if thread not in threads_before]
         left += [f"child process {describe(pid)}" for pid in children() - children_before]
         files = open_files()
-        if len(files) > len(files_before):
+        if len(files) > files_allowed:
             left += [
                 f"open file {number} -> {target}"
                 for number, target in files.items()
