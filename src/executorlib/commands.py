@@ -307,13 +307,16 @@ def leftovers(directory: str, older_than: float) -> Iterator[Leftover]:
             if now - status.st_mtime > max(_ABANDONED_SECONDS, older_than):
                 yield Leftover("temporary file" if temporary else "inputs", status.st_size, item.path)
     for batch in _batches(root):
-        files = [os.path.join(batch, name) for name in os.listdir(batch)]
-        complete = os.path.join(batch, "entries") in files
-        age = now - max(map(_modified, [batch, *files]))
-        if age <= (older_than if complete else max(_ABANDONED_SECONDS, older_than)):
-            continue
-        if not any(_is_pending(job.stem) for job in _jobs_of(batch)):
-            yield Leftover("batch directory", sum(map(os.path.getsize, files)), batch)
+        try:
+            sizes = {item.path: item.stat() for item in os.scandir(batch)}
+            modified = max(status.st_mtime for status in (os.stat(batch), *sizes.values()))
+        except FileNotFoundError:
+            continue  # removed meanwhile
+        # Without this file it is still being made, or its session died as it made it.
+        complete = os.path.join(batch, "entries") in sizes
+        settled = now - modified > (older_than if complete else max(_ABANDONED_SECONDS, older_than))
+        if settled and not any(_is_pending(job.stem) for job in _jobs_of(batch)):
+            yield Leftover("batch directory", sum(status.st_size for status in sizes.values()), batch)
 
 
 def _is_pending(stem: str) -> bool:
@@ -482,7 +485,7 @@ def _show(options: argparse.Namespace) -> int:
             shown[name] = [_repr(each, limit) for each in value]
         elif name == "input_kwargs":
             shown[name] = {str(key): _repr(each, limit) for key, each in value.items()}
-        elif name in ("runtime", "queue_id", "resource_dict", "error_log_file"):
+        elif name in ("runtime", "queue_id", "resource_dict", "error_log_file", "traceback"):
             shown[name] = value
         else:
             shown[name] = _repr(value, limit)
@@ -499,8 +502,8 @@ def _show(options: argparse.Namespace) -> int:
             _print_fields(name, [f"{key} = {each}" for key, each in value.items()])
         elif name == "resource_dict" and isinstance(value, dict):
             _print_fields(name, [f"{key} = {_repr(each, limit)}" for key, each in value.items()])
-        elif value is not None:
-            _print_fields(name, [_printable(str(value))])
+        elif value not in (None, ""):
+            _print_fields(name, [_printable(line) for line in str(value).splitlines()])
     if entry.state == "failed":
         _print("Its job ended without a result; job_output is what it printed. Submit the call again to run it again.")
     return 0
