@@ -27,11 +27,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
+from executorlib.errors import RemoteTraceback
 from executorlib.serialize import dumps_in_band
 
 _logger = logging.getLogger("executorlib")
 
 _INPUT, _OUTPUT = "_i.h5", "_o.h5"
+# Where jobs of queuing systems find what they are to run: one folder a batch, in this folder of the cache directory.
+BATCHES_FOLDER = ".executorlib"
+ENTRIES_FILE = "entries"
+JOB_ID_FILE = "job_id"
 _WRITING = "_r.h5"  # executorlib 1.x calls an entry so while it adds the result to it
 
 _DATASETS = (
@@ -45,6 +50,8 @@ _DATASETS = (
     "queue_id",
     "error_log_file",
 )
+
+_CALL = ("function", "input_args", "input_kwargs", "resource_dict")
 
 # Large arrays of floats hardly shrink at any level, so the fastest.
 _GZIP_LEVEL = 1
@@ -100,10 +107,43 @@ class StoredResult:
         return output.value if self._selector is None else output.value[self._selector]
 
 
+class ResultOf:
+    """Stands among a call's inputs for the result of another entry, and is unpickled to that result.
+
+    Args:
+        path: The other entry's output file, absolute.
+        keys: What to take of the result: ``result[keys[0]][keys[1]]...``.
+    """
+
+    def __init__(self, path: str, keys: tuple[Any, ...] = ()) -> None:
+        self._path = path
+        self._keys = keys
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _load_result, (self._path, self._keys)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._path!r}, {self._keys!r})"
+
+
+def _load_result(path: str, keys: tuple[Any, ...]) -> Any:
+    output = read_output(path)
+    if output is None:
+        raise FileNotFoundError(f"an input of this call is the result of {path}, which is not there (any more)")
+    if output.error is not None:
+        raise output.error
+    value = output.value
+    for key in keys:
+        value = value[key]
+    return value
+
+
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if name == "FutureItem" and module.startswith("executorlib."):
             return StoredResult
+        if name == "_load_result" and module == __name__:
+            return ResultOf  # who looks at a call's inputs need not load them all
         return super().find_class(module, name)
 
 
@@ -186,6 +226,134 @@ def write_output(
     _write(os.fspath(path), _pack(values))
 
 
+def write_pickles(path: str, pickles: dict[str, bytes]) -> None:
+    """Put an entry in place whose values are pickled already.
+
+    Args:
+        path: Its file.
+        pickles: Datasets and what they hold.
+
+    Raises:
+        ImportError: If h5py is missing.
+        OSError: If the file cannot be written; nothing is left behind.
+    """
+    _write(path, _pack({name: Snapshot(data) for name, data in pickles.items()}))
+
+
+def write_input(path: str, values: dict[str, Any]) -> bool:
+    """Claim an entry: of all who try at the same time, one puts its file in place and has the call run.
+
+    Args:
+        path: The file, from `entry_path` with ``"i"``; its folder is made where missing.
+        values: Datasets and their values; a `Snapshot` is stored as it is.
+
+    Returns:
+        Whether it was put in place; False where there is one already.
+
+    Raises:
+        ImportError: If h5py is missing.
+        OSError: If the file cannot be written; nothing is left behind.
+        Exception: Whatever pickling one of the values raises.
+    """
+    data = _pack(values)
+    temporary = _temporary(path)
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
+        except OSError:
+            # No hard links here. An empty file is claimed as well, and `read_input` knows that it may be filled soon.
+            try:
+                os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+            except FileExistsError:
+                return False
+            os.replace(temporary, path)
+        return True
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+
+
+def read_input(path: str) -> dict[str, Any] | None:
+    """Read what is to be run.
+
+    Args:
+        path: The file, as `write_input` made it.
+
+    Returns:
+        The pickles ``function``, ``input_args``, ``input_kwargs`` and ``resource_dict``; ``batch``, the batch directory
+        (None in files of executorlib 1.x), and ``run_time_max`` and ``error_log_file`` as values. None where there is
+        no such file or it cannot be read.
+    """
+    pickles = _read_pickles(path, (*_CALL, "batch"))
+    if pickles is None or not pickles.keys() >= set(_CALL):
+        return None
+    resources = _load(pickles["resource_dict"])
+    batch = _load(pickles.pop("batch")) if "batch" in pickles else None
+    return {
+        **pickles,
+        "batch": batch,
+        "run_time_max": resources.get("run_time_max"),
+        "error_log_file": resources.get("error_log_file"),
+    }
+
+
+class Ending(NamedTuple):
+    """How a call ended, before anything of the user's is unpickled.
+
+    Attributes:
+        data: Pickle of what the function returned, or of what it raised.
+        failed: Whether it raised.
+        runtime: Seconds that it took.
+        traceback: Where it raised, as text.
+    """
+
+    data: bytes
+    failed: bool
+    runtime: float
+    traceback: str
+
+
+def read_ending(path: str) -> Ending | None:
+    """Read how a call ended; None where its output file is not there, not whole, or holds no result."""
+    pickles = _read_pickles(path, ("output", "error", "runtime", "traceback"))
+    if pickles is None or not pickles.keys() & {"output", "error"}:
+        return None
+    failed = "error" in pickles
+    runtime = _load(pickles["runtime"]) if "runtime" in pickles else 0.0
+    traceback = _load(pickles["traceback"]) if "traceback" in pickles else ""
+    return Ending(pickles["error" if failed else "output"], failed, runtime, traceback)
+
+
+def remove_input(path: str) -> None:
+    """Remove the file of an entry that waits or runs; it may be gone already."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def output_of(path: str) -> str:
+    """Name the file that holds an entry's result, given that of the entry that waits or runs."""
+    return path.removesuffix(_INPUT) + _OUTPUT
+
+
+def batch_entries(directory: str) -> dict[int, str]:
+    """Read which entries a batch directory's jobs run: index in the job array → file."""
+    entries = {}
+    with open(os.path.join(directory, ENTRIES_FILE), encoding="utf-8") as file:
+        for line in file:
+            index, _, path = line.rstrip("\n").partition(" ")
+            entries[int(index)] = path
+    return entries
+
+
+def write_text(path: str, text: str) -> None:
+    """Put a small text file in place, whole or not at all."""
+    _write(path, memoryview(text.encode()))
+
+
 def _pack(values: dict[str, Any]) -> memoryview:
     """Return the bytes of an HDF5 file that holds these values."""
     h5py = _h5py()
@@ -207,10 +375,7 @@ def _pack(values: dict[str, Any]) -> memoryview:
 
 
 def _write(path: str, data: memoryview) -> None:
-    folder = os.path.dirname(path)
-    os.makedirs(folder or ".", exist_ok=True)
-    # Not `tempfile`: its files are the owner's alone, and an entry is for all who may use the directory.
-    temporary = os.path.join(folder, f".{os.getpid()}-{os.urandom(8).hex()}.tmp")
+    temporary = _temporary(path)
     try:
         with open(temporary, "xb") as file:
             file.write(data)
@@ -219,6 +384,14 @@ def _write(path: str, data: memoryview) -> None:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
+
+
+def _temporary(path: str) -> str:
+    """Name a file beside ``path``, whose folder is made where missing."""
+    folder = os.path.dirname(path)
+    os.makedirs(folder or ".", exist_ok=True)
+    # Not `tempfile`: its files are the owner's alone, and an entry is for all who may use the directory.
+    return os.path.join(folder, f".{os.getpid()}-{os.urandom(8).hex()}.tmp")
 
 
 def read_output(path: str | os.PathLike[str]) -> Output | None:
@@ -234,11 +407,15 @@ def read_output(path: str | os.PathLike[str]) -> Output | None:
     Raises:
         ImportError: If h5py is missing.
     """
-    values = _read(path, ("output", "error", "runtime"))
+    values = _read(path, ("output", "error", "runtime", "traceback"))
     if values is None:
         return None
     if "error" in values:
-        return Output(None, values["error"], values.get("runtime"))
+        error = values["error"]
+        traceback = values.get("traceback", "")
+        if isinstance(error, BaseException) and traceback:
+            error.__cause__ = RemoteTraceback(traceback)
+        return Output(None, error, values.get("runtime"))
     if "output" in values:
         return Output(values["output"], None, values.get("runtime"))
     _logger.warning("the cache file %s is ignored: it holds no result", path)
@@ -282,17 +459,35 @@ def datasets_of(path: str | os.PathLike[str]) -> set[str]:
 
 
 def _read(path: str | os.PathLike[str], names: Iterable[str]) -> dict[str, Any] | None:
+    pickles = _read_pickles(path, names)
+    if pickles is None:
+        return None
+    try:
+        return {name: _load(data) for name, data in pickles.items()}
+    except Exception as error:  # damaged pickles raise nearly everything
+        _warn_unreadable(path, error)
+        return None
+
+
+def _read_pickles(path: str | os.PathLike[str], names: Iterable[str]) -> dict[str, bytes] | None:
     h5py = _h5py()
     try:
         # h5py would lock a file that it opens by its path.
         with open(path, "rb") as raw, h5py.File(raw, "r") as file:
-            pickles = {name: file[name][()].tobytes() for name in names if name in file}
-        return {name: _Unpickler(io.BytesIO(data)).load() for name, data in pickles.items()}
+            return {name: file[name][()].tobytes() for name in names if name in file}
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except Exception as error:  # damaged files and pickles raise nearly everything
-        _logger.warning("the cache file %s is ignored: %s: %s", path, type(error).__name__, error)
+    except Exception as error:  # damaged files raise nearly everything
+        _warn_unreadable(path, error)
         return None
+
+
+def _load(data: bytes) -> Any:
+    return _Unpickler(io.BytesIO(data)).load()
+
+
+def _warn_unreadable(path: str | os.PathLike[str], error: Exception) -> None:
+    _logger.warning("the cache file %s is ignored: %s: %s", path, type(error).__name__, error)
 
 
 def _h5py() -> ModuleType:

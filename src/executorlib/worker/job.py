@@ -1,0 +1,174 @@
+"""A job of a queuing system: run one call of a cache directory and leave its result there.
+
+The batch directory says which: line *n* of its file ``entries`` belongs to element *n* of the job array. Between the
+submission and now, anything may have happened to the entry, so the job looks at it first: an entry that is done, was
+removed, or was claimed by a later batch is left alone.
+
+Exit codes are for the session that waits: `RESULT` and `RAISED` say that the entry is in place, whatever a slow file
+system shows.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import sys
+import time
+
+from executorlib import cache, serialize
+from executorlib.worker import call
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from executorlib.serialize import Frame
+
+RESULT = 0
+RAISED = 3  # the entry holds what the function raised
+NOT_MINE = 0  # somebody else has run the call, or will
+FAILED = 70
+
+# What queuing systems call the number of an array's element. Without one, the job is the batch's only one.
+INDEX_VARIABLES = ("SLURM_ARRAY_TASK_ID", "SGE_TASK_ID", "PBS_ARRAY_INDEX", "LSB_JOBINDEX")
+JOB_VARIABLES = ("SLURM_ARRAY_JOB_ID", "SLURM_JOB_ID", "FLUX_JOB_ID", "JOB_ID", "PBS_JOBID", "LSB_JOBID")
+
+
+def main(directory: str) -> None:
+    """Run this job's call and exit.
+
+    Args:
+        directory: The batch directory.
+    """
+    code = FAILED
+    try:
+        code = run(directory, _first_number(INDEX_VARIABLES) or 0)
+    except BaseException as error:
+        sys.stderr.write(call.traceback_text(error))
+    call.leave(code)
+
+
+def _first_number(names: tuple[str, ...]) -> int | None:
+    for name in names:
+        value = os.environ.get(name, "")
+        if value.isdigit():
+            return int(value)
+    return None
+
+
+def run(directory: str, index: int) -> int:
+    """Run one call of a batch, on every rank where it has several.
+
+    Args:
+        directory: The batch directory.
+        index: Number of the call in the batch.
+
+    Returns:
+        The exit code.
+    """
+    with open(os.path.join(directory, "setup.json"), encoding="utf-8") as file:
+        setup = json.load(file)
+    call.set_up(setup)
+    if setup.get("ranks", 1) > 1:
+        return _run_ranks(directory, index, setup["ranks"])
+    job = _claimed(directory, index)
+    if job is None:
+        return NOT_MINE
+    answer, seconds = _run(job)
+    return _store(job, answer, seconds)
+
+
+def _claimed(directory: str, index: int) -> dict[str, Any] | None:
+    """What is to be run; None where it is not ours (any more)."""
+    job_file = os.path.join(directory, cache.JOB_ID_FILE)
+    if not os.path.exists(job_file):
+        # The session may have ended before it could note it, and who looks for this job needs it.
+        job_id = next((os.environ[name] for name in JOB_VARIABLES if name in os.environ), "")
+        if job_id:
+            cache.write_text(job_file, job_id)
+    path = cache.batch_entries(directory)[index]
+    entry = cache.read_input(path)
+    if entry is None or entry["batch"] != directory or os.path.exists(cache.output_of(path)):
+        return None
+    return {**entry, "path": path, "index": index}
+
+
+class _Pickled:
+    """Unpickles to what a pickle holds."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return pickle.loads, (self._data,)
+
+
+def _run(job: dict[str, Any]) -> tuple[call.Answer, float]:
+    if job["run_time_max"] is not None:
+        # By the kernel, as the function may not let Python's threads run; SIGALRM is for nothing else by default.
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, job["run_time_max"])
+    arguments = pickle.dumps((_Pickled(job["input_args"]), _Pickled(job["input_kwargs"])))
+    options = {"error_log_file": job["error_log_file"]} if job["error_log_file"] else {}
+    started = time.perf_counter()
+    answer = call.run(job["function"], [arguments], {"executorlib_worker_id": 0}, options, finish=False)
+    seconds = time.perf_counter() - started
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    return answer, seconds
+
+
+def _store(job: dict[str, Any], answer: call.Answer, seconds: float) -> int:
+    """Put the finished entry in place of the waiting one."""
+    ending = {"error": _in_band(answer.frames)} if answer.traceback else {"output": _in_band(answer.frames)}
+    path = job["path"]
+    cache.write_pickles(
+        cache.output_of(path),
+        {
+            "function": job["function"],
+            "input_args": job["input_args"],
+            "input_kwargs": job["input_kwargs"],
+            "resource_dict": job["resource_dict"],
+            **ending,
+            "traceback": serialize.dumps_in_band(answer.traceback),
+            "runtime": serialize.dumps_in_band(seconds),
+            "queue_id": serialize.dumps_in_band(_first_number(JOB_VARIABLES)),
+        },
+    )
+    cache.remove_input(path)
+    return RAISED if answer.traceback else RESULT
+
+
+def _in_band(frames: list[Frame]) -> bytes:
+    """One pickle of what may have large buffers beside it."""
+    return bytes(frames[0]) if len(frames) == 1 else serialize.dumps_in_band(serialize.loads(frames))
+
+
+def _run_ranks(directory: str, index: int, ranks: int) -> int:
+    from mpi4py import MPI
+
+    # Messages of ours must never meet those of the user's functions, which use COMM_WORLD.
+    world = MPI.COMM_WORLD.Dup()
+    rank, size = world.Get_rank(), world.Get_size()
+    if size != ranks:
+        sys.stderr.write(
+            f"executorlib: {ranks} ranks were started, but mpi4py sees a world of size {size}: it runs on another MPI "
+            f"({MPI.Get_library_version().splitlines()[0]}) than what starts the ranks, or pmi_mode does not fit. "
+            "Results would be wrong.\n"
+        )
+        return FAILED
+    job: dict[str, Any] | None = world.bcast(_claimed(directory, index) if rank == 0 else None, 0)
+    if job is None:
+        return NOT_MINE
+    answer, seconds = _run(job)
+    if answer.traceback:
+        # The other ranks may wait for this one inside the function, so it cannot rely on them.
+        answer.traceback = f"on rank {rank} of {size}:\n{answer.traceback}"
+        _store(job, answer, seconds)
+        world.Abort(RAISED)
+    gathered = world.gather(_in_band(answer.frames), 0)
+    if gathered is None:
+        return RESULT
+    results = [pickle.loads(data) for data in gathered]
+    return _store(job, call.Answer(serialize.dumps(results), ""), seconds)
