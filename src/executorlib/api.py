@@ -42,10 +42,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import cloudpickle
 import zmq
-from zmq.utils import z85
 
 from executorlib import serialize
 from executorlib.errors import ExecutorlibSocketError, RemoteTraceback, describe_exit
+from executorlib.transports.curve import ClientKeys, Door
 from executorlib.worker import call
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ __all__ = [
 
 _logger = logging.getLogger("executorlib")
 
-# Environment variable with the interface's public key and the program's public and secret key.
+# Environment variable with the keys of the interface's program.
 _KEYS_VARIABLE = "EXECUTORLIB_CURVE_KEYS"
 _HELLO = b""
 
@@ -100,29 +100,20 @@ class _Listener:
     """The library's end of the connection: lets one key in, and knows one program."""
 
     def __init__(self) -> None:
-        public, secret = zmq.curve_keypair()
-        program_public, program_secret = zmq.curve_keypair()
-        self.keys = b" ".join((public, program_public, program_secret)).decode()
-        self._admitted = z85.decode(program_public)
         self._program: bytes | None = None
         self._context = zmq.Context()
-        # ZAP, https://rfc.zeromq.org/spec/27: libzmq asks here about every connection. A connection
-        # that comes while nobody answers is kept waiting, for which there is no limit
-        # (HANDSHAKE_IVL).
-        self._zap = self._context.socket(zmq.REP)
-        self._zap.bind("inproc://zeromq.zap.01")
+        self._door = Door(self._context)
+        self.keys = self._door.keys.dumps()
         self._socket = self._context.socket(zmq.ROUTER)
-        self._socket.setsockopt(zmq.CURVE_SERVER, 1)
-        self._socket.setsockopt(zmq.CURVE_SECRETKEY, secret)
-        self._socket.setsockopt(zmq.ZAP_DOMAIN, b"executorlib")
-        self._socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
+        self._door.guard(self._socket)
+        # A connection that comes while nobody answers at the door is kept waiting, without a limit.
         self._socket.setsockopt(zmq.HANDSHAKE_IVL, 0)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.setsockopt(zmq.SNDHWM, 0)
         self._socket.setsockopt(zmq.RCVHWM, 0)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._poller = zmq.Poller()
-        self._poller.register(self._zap, zmq.POLLIN)
+        self._poller.register(self._door.socket, zmq.POLLIN)
         self._poller.register(self._socket, zmq.POLLIN)
 
     @property
@@ -157,8 +148,8 @@ class _Listener:
         while True:
             left = max(0.0, deadline - time.monotonic())
             ready = dict(self._poller.poll(round(left * 1000)))
-            if self._zap in ready:
-                self._admit()
+            if self._door.socket in ready:
+                self._door.answer()
             elif self._socket not in ready:
                 return None
             if self._socket in ready:
@@ -168,17 +159,9 @@ class _Listener:
                 if sender == self._program and len(frames) == 1:
                     return frames[0]
 
-    def _admit(self) -> None:
-        version, request, _, _, _, mechanism, *credentials = self._zap.recv_multipart()
-        known = mechanism == b"CURVE" and credentials == [self._admitted]
-        status, reason = (b"200", b"OK") if known else (b"400", b"unknown key")
-        self._zap.send_multipart([version, request, status, reason, b"", b""])
-
     def close(self) -> None:
-        # In this order: as long as there is a listening socket, there is someone to ask about a
-        # connection.
         self._socket.close()
-        self._zap.close(linger=0)
+        self._door.close()
         self._program = None
         self._context.term()
 
@@ -737,7 +720,7 @@ def interface_connect(host: str, port: str) -> tuple[zmq.Context[Any], zmq.Socke
         OSError: The host's name cannot be resolved.
     """
     try:
-        library_public, public, secret = os.environ[_KEYS_VARIABLE].encode().split()
+        keys = ClientKeys.parse(os.environ[_KEYS_VARIABLE])
     except (KeyError, ValueError):
         raise ExecutorlibSocketError(
             f"The environment variable {_KEYS_VARIABLE} does not hold the keys of an interface. "
@@ -747,9 +730,7 @@ def interface_connect(host: str, port: str) -> tuple[zmq.Context[Any], zmq.Socke
     getaddrinfo(host, port, AF_INET)  # libzmq would try for ever, in silence
     context = zmq.Context()
     socket = cast(_ProgramSocket, context.socket(zmq.DEALER, socket_class=_ProgramSocket))
-    socket.setsockopt(zmq.CURVE_SERVERKEY, library_public)
-    socket.setsockopt(zmq.CURVE_PUBLICKEY, public)
-    socket.setsockopt(zmq.CURVE_SECRETKEY, secret)
+    keys.use(socket)
     socket.setsockopt(zmq.HANDSHAKE_IVL, 0)
     socket.setsockopt(zmq.SNDHWM, 0)
     socket.setsockopt(zmq.RCVHWM, 0)

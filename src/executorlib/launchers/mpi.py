@@ -122,7 +122,7 @@ class MpiLauncher:
     def __init__(self, events: Events) -> None:
         self._events = events
         self._router: Router | None = None
-        self._processes: dict[bytes, tuple[Process, Agent]] = {}
+        self._processes: dict[str, tuple[Process, Agent]] = {}
 
     def launch(self, process: Process, agent: Agent, code: str) -> None:
         """Start the ranks of a world.
@@ -140,7 +140,7 @@ class MpiLauncher:
             from executorlib.transports.router import Router
 
             self._router = Router(self._events, self._on_message)
-        from executorlib.transports.router import CONNECTION_VARIABLE
+        from executorlib.transports.curve import CONNECTION_VARIABLE
 
         resources = process.resources
         mpiexec = find_mpiexec()
@@ -148,16 +148,16 @@ class MpiLauncher:
         env = {name: value for name, value in os.environ.items() if not name.startswith(_FOREIGN_PREFIXES)}
         env.update(mpiexec.environment())
         env.update(dict.fromkeys(THREAD_VARIABLES, str(resources.threads_per_core)))
-        env[CONNECTION_VARIABLE] = self._router.credentials(identity)
+        env[CONNECTION_VARIABLE] = self._router.credentials(identity).dumps()
         argv = mpiexec.command(resources.cores, [sys.executable, "-c", code], resources.openmpi_oversubscribe)
-        self._processes[identity.encode()] = process, agent
-        process.on_gone = lambda: self._forget(identity.encode())
+        self._processes[identity] = process, agent
+        process.on_gone = lambda: self._forget(identity)
         agent.run(process, argv, env, resources.cwd)
 
     def _on_message(self, peer: bytes, header: list[Any], frames: list[Frame]) -> None:
-        from executorlib.transports.router import RouterTransport
+        from executorlib.transports.router import RouterTransport, worker_of
 
-        identity, _, _ = peer.partition(b".")
+        identity = worker_of(peer)
         known = self._processes.get(identity)
         if known is None or self._router is None:
             return  # a rank of a world that was given up
@@ -171,12 +171,13 @@ class MpiLauncher:
                 process.transport.put(["stop"])
                 self._events.call_later(_FINALIZE_SECONDS, lambda: self._kill_if_alive(identity))
             return
-        _, size, library = header
-        if size != process.resources.cores:
+        about = header[1]
+        if about["size"] != process.resources.cores:
             process.verdict = RuntimeError(
-                f"mpiexec started {process.resources.cores} ranks, but mpi4py sees a world of size {size}: mpi4py runs "
-                f"on another MPI ({library}) than {find_mpiexec().path} ({find_mpiexec().version}). Results would be "
-                f"wrong. Use an mpi4py that was built for this MPI. {_INSTALL}"
+                f"mpiexec started {process.resources.cores} ranks, but mpi4py sees a world of size {about['size']}: "
+                f"mpi4py runs on another MPI ({about['library']}) than {find_mpiexec().path} "
+                f"({find_mpiexec().version}). Results would be wrong. Use an mpi4py that was built for this MPI. "
+                f"{_INSTALL}"
             )
             self.end(process, agent)
             return
@@ -186,16 +187,16 @@ class MpiLauncher:
     def end(self, process: Process, agent: Agent) -> None:
         """End a world: gently, then, after a grace, by force."""
         agent.kill(process, signal.SIGTERM)
-        identity = str(process.worker.number).encode()
+        identity = str(process.worker.number)
         self._events.call_later(_GRACE_SECONDS, lambda: self._kill_if_alive(identity))
 
-    def _kill_if_alive(self, identity: bytes) -> None:
+    def _kill_if_alive(self, identity: str) -> None:
         known = self._processes.get(identity)
         if known is not None:
             process, agent = known
             agent.kill(process, signal.SIGKILL)
 
-    def _forget(self, identity: bytes) -> None:
+    def _forget(self, identity: str) -> None:
         self._processes.pop(identity, None)
 
     def close(self) -> None:

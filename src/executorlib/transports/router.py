@@ -1,130 +1,237 @@
-"""Messages over ZeroMQ, for workers that connect on their own: the ranks of an MPI world.
+"""The executor's end of messages over ZeroMQ: one socket for all workers that connect on their own.
 
-A ROUTER in the executor, a DEALER in every worker, CURVE between them: all traffic is encrypted, and only who holds the
-one client key that was made for this executor is let in (ZAP, RFC 27). The key travels by environment. Frames on the
-wire: header as JSON, then the payload's frames.
+These are the ranks of MPI worlds, and workers on other nodes; their end is `transports.dealer`. On one node they meet
+at a Unix socket in a directory of mode 0700, between nodes at a TCP port that the system chose.
+
+libzmq tells of the end of a connection by its descriptor only, which a message knows, too: so a peer's first message
+tells which one is its. But its connection may have ended before that message was read, and the descriptor may be that
+of another connection by then. So it is asked after a little later, by sending it nothing, which fails if it is gone.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 import shutil
 import tempfile
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import zmq
-import zmq.utils.z85
+from zmq.utils.monitor import parse_monitor_message
 
 from executorlib.serialize import Frame
-from executorlib.transports.messages import Message
+from executorlib.transports import address
+from executorlib.transports.curve import Credentials, Door
+from executorlib.transports.zeromq import (
+    CONNECT_SECONDS,
+    NOTHING,
+    UNCOPIED_BYTES,
+    beat,
+    milliseconds,
+    monitor_of,
+    pack,
+    unpack,
+)
 
 if TYPE_CHECKING:
     from executorlib.launchers.base import Events
 
-# Name of the environment variable through which a worker learns how to connect.
-CONNECTION_VARIABLE = "EXECUTORLIB_CONNECTION"
+# Connections of workers that come at the same moment wait in this queue; the system's own limit applies, too.
+_BACKLOG = 4096
+# When a new peer is asked after, in seconds. libzmq's thread has long told its socket by then.
+_CHECK_SECONDS = 1.0
 
-# https://rfc.zeromq.org/spec/27/
-_ZAP_ENDPOINT = "inproc://zeromq.zap.01"
-_ZAP_DOMAIN = "executorlib"
+
+def worker_of(peer: bytes) -> str:
+    """The identity that a peer's credentials had."""
+    return peer.partition(b".")[0].decode()
 
 
 class Router:
-    """The executor's socket for workers of this node that connect on their own.
+    """The executor's socket for workers that connect on their own.
 
     Args:
         events: The loop.
-        on_message: Called with a peer's identity, header and frames.
+        on_message: Called with a peer, header and frames. The peer is a connection: a worker that is started again
+            with the same credentials is another one; `worker_of` tells whose it is.
+        on_lost: Called with a peer that has sent messages and whose connection has ended: it left, died or went silent.
+            All that it sent was delivered before.
+        tcp: Whether workers of other nodes connect; otherwise only those of this one can.
+        interfaces: Addresses of this machine to listen at; by default all.
+        hostname_localhost: Whether to listen on the loopback interface only.
+
+    Attributes:
+        endpoints: Where it may be reached.
+
+    Raises:
+        OSError: It cannot listen there.
     """
 
-    def __init__(self, events: Events, on_message: Callable[[bytes, Any, list[Frame]], None]) -> None:
+    def __init__(
+        self,
+        events: Events,
+        on_message: Callable[[bytes, Any, list[Frame]], None],
+        on_lost: Callable[[bytes], None] | None = None,
+        *,
+        tcp: bool = False,
+        interfaces: Sequence[str] = (),
+        hostname_localhost: bool = False,
+    ) -> None:
         self._events = events
         self._on_message = on_message
-        # mkdtemp makes it accessible to this user alone (mode 0700).
-        self._directory = tempfile.mkdtemp(prefix="executorlib-")
+        self._on_lost = on_lost
+        self._descriptors: dict[bytes, int] = {}
+        # The other way round. All but one of several are gone, and will be found out.
+        self._peers: dict[int, set[bytes]] = {}
+        self._lost: deque[bytes] = deque()
+        self._directory = ""
         self._context = zmq.Context()
-        self._public, secret = zmq.curve_keypair()
-        self._client_public, self._client_secret = zmq.curve_keypair()
-        self._zap = self._context.socket(zmq.REP)
-        self._zap.bind(_ZAP_ENDPOINT)
+        self._door = Door(self._context)
         self._socket = self._context.socket(zmq.ROUTER)
-        self._socket.curve_server = True
-        self._socket.curve_secretkey = secret
-        self._socket.zap_domain = _ZAP_DOMAIN.encode()
-        # A send never blocks: the queue has no bound but memory, and a peer that is gone is an error, not a wait.
-        self._socket.sndhwm = 0
-        self._socket.rcvhwm = 0
-        self._socket.router_mandatory = True
-        self._endpoint = f"ipc://{self._directory}/router"
-        self._socket.bind(self._endpoint)
-        events.watch(self._zap, self._on_readable)
-        events.watch(self._socket, self._on_readable)
+        self._door.guard(self._socket)
+        # A message for a peer that is gone is an error, not dropped in silence.
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._socket.setsockopt(zmq.BACKLOG, _BACKLOG)
+        self._socket.copy_threshold = UNCOPIED_BYTES
+        self._monitor = monitor_of(self._socket, zmq.EVENT_DISCONNECTED)
+        try:
+            if tcp:
+                hosts = [address.LOOPBACK] if hostname_localhost else list(interfaces)
+                self.endpoints = self._listen(hosts)
+            else:
+                # mkdtemp makes it accessible to this user alone (mode 0700).
+                self._directory = tempfile.mkdtemp(prefix="executorlib-")
+                self.endpoints = [f"ipc://{self._directory}/router"]
+                self._socket.bind(self.endpoints[0])
+        except BaseException:
+            self._close()
+            raise
+        for sock in (self._door.socket, self._socket, self._monitor):
+            events.watch(sock, self._on_readable)
 
-    def credentials(self, identity: str) -> str:
-        """The value of `CONNECTION_VARIABLE` for one worker."""
-        return json.dumps(
-            {
-                "endpoint": self._endpoint,
-                "identity": identity,
-                "server_key": self._public.decode(),
-                "public_key": self._client_public.decode(),
-                "secret_key": self._client_secret.decode(),
-            }
-        )
+    def _listen(self, hosts: Sequence[str]) -> list[str]:
+        self._socket.setsockopt(zmq.IPV6, 1)  # both; where there is no IPv6, libzmq takes IPv4
+        # A stranger that says nothing is let go; a worker waits that long for a busy loop to let it in.
+        self._socket.setsockopt(zmq.HANDSHAKE_IVL, milliseconds(CONNECT_SECONDS))
+        beat(self._socket)
+        if not hosts:
+            return address.endpoints(self._bind("*"))
+        return [endpoint for host in hosts for endpoint in address.endpoints(self._bind(host), [host])]
 
-    def send(self, identity: bytes, header: Any, frames: Sequence[Frame]) -> None:
-        """Send a message; one to a peer that is gone is dropped, its exit is an event of its own."""
-        with contextlib.suppress(zmq.ZMQError):
-            self._socket.send_multipart([identity, json.dumps(header).encode(), *frames], zmq.NOBLOCK)
+    def _bind(self, host: str) -> int:
+        try:
+            self._socket.bind(f"tcp://[{host}]:*" if ":" in host else f"tcp://{host}:*")
+        except zmq.ZMQError as error:
+            raise OSError(
+                error.errno, f"cannot listen at {host}, which must be an address of this machine: {error.strerror}"
+            ) from None
+        return address.split(self._socket.getsockopt_string(zmq.LAST_ENDPOINT))[1]
+
+    def credentials(self, identity: str) -> Credentials:
+        """What a worker needs in order to connect.
+
+        Args:
+            identity: The worker's name, without a dot.
+        """
+        return Credentials(tuple(self.endpoints), identity, self._door.keys)
+
+    def send(self, peer: bytes, header: Any, frames: Sequence[Frame]) -> None:
+        """Send a message; one to a peer that is gone is dropped, its end is an event of its own.
+
+        Frames may be read until they have arrived, so they must not be written to.
+        """
+        self._send([peer, *pack(header, frames)])
+
+    def _send(self, parts: list[Frame]) -> None:
+        try:
+            self._socket.send_multipart(parts, zmq.NOBLOCK, copy=False)
+        except zmq.ZMQError as error:
+            # EHOSTUNREACH: it is gone. EAGAIN: a thousand messages wait for it (SNDHWM), so it will never answer.
+            if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
+                raise
+            self._lose(bytes(parts[0]))
         # Sending may swallow the edge that would have told of a message to read.
         self._events.call_later(0.0, self._on_readable)
 
     def _on_readable(self) -> None:
         # The descriptor of a ZeroMQ socket only says that something may have changed, once: read until nothing is left.
         while not self._context.closed:
-            if int(self._zap.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
-                self._authenticate(self._zap.recv_multipart())
+            self._note_losses()
+            if int(self._door.socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+                self._door.answer()
             elif int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
-                identity, header, *frames = self._socket.recv_multipart(copy=False)
-                self._deliver(identity.bytes, header.bytes, [frame.buffer for frame in frames])
+                peer, *parts = self._socket.recv_multipart(copy=False)
+                # What ended before this message came ended before its connection took over the descriptor.
+                self._note_losses()
+                self._meet(peer.bytes, int(parts[0].get(zmq.SRCFD)))
+                header, frames = unpack(parts)
+                self._on_message(peer.bytes, header, frames)
+            elif self._lost:
+                lost = self._lost.popleft()
+                if self._on_lost is not None:
+                    self._on_lost(lost)
             else:
                 return
 
-    def _deliver(self, identity: bytes, header: bytes, frames: list[Frame]) -> None:
-        self._on_message(identity, json.loads(header), [bytearray(frame) for frame in frames])
+    def _meet(self, peer: bytes, descriptor: int) -> None:
+        if peer not in self._descriptors and peer not in self._lost:
+            self._descriptors[peer] = descriptor
+            self._peers.setdefault(descriptor, set()).add(peer)
+            self._check_later(peer)
 
-    def _authenticate(self, request: list[bytes]) -> None:
-        version, request_id, domain, _, _, mechanism, *credentials = request
-        known = (
-            mechanism == b"CURVE"
-            and domain == _ZAP_DOMAIN.encode()
-            and len(credentials) == 1
-            and zmq.utils.z85.encode(credentials[0]) == self._client_public
-        )
-        status, text = (b"200", b"OK") if known else (b"400", b"unknown key")
-        self._zap.send_multipart([version, request_id, status, text, b"", b""])
+    def _note_losses(self) -> None:
+        while int(self._monitor.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+            descriptor = parse_monitor_message(self._monitor.recv_multipart())["value"]
+            peers = list(self._peers.get(descriptor, ()))
+            for peer in peers:
+                if len(peers) == 1:
+                    self._lose(peer)
+                else:
+                    self._check_later(peer)
+
+    def _check_later(self, peer: bytes) -> None:
+        self._events.call_later(_CHECK_SECONDS, lambda: self._check(peer))
+
+    def _check(self, peer: bytes) -> None:
+        if peer in self._descriptors and not self._context.closed:
+            self._send([peer, NOTHING])
+
+    def _lose(self, peer: bytes) -> None:
+        descriptor = self._descriptors.pop(peer, None)
+        if descriptor is not None:
+            self._peers[descriptor].discard(peer)
+            if not self._peers[descriptor]:
+                del self._peers[descriptor]
+            self._lost.append(peer)
 
     def close(self) -> None:
         """Close the sockets, drop what was not sent, remove the directory."""
-        for sock in (self._socket, self._zap):
+        if self._context.closed:
+            return
+        for sock in (self._socket, self._monitor, self._door.socket):
             self._events.unwatch(sock)
-            sock.close(linger=0)
+        self._close()
+
+    def _close(self) -> None:
+        self._socket.disable_monitor()
+        self._socket.close(linger=0)
+        self._monitor.close(linger=0)
+        self._door.close()
         self._context.term()
-        shutil.rmtree(self._directory, ignore_errors=True)
+        if self._directory:
+            shutil.rmtree(self._directory, ignore_errors=True)
 
 
 class RouterTransport:
     """The way to one peer of a router."""
 
-    def __init__(self, router: Router, identity: bytes) -> None:
+    def __init__(self, router: Router, peer: bytes) -> None:
         self._router = router
-        self._identity = identity
+        self._peer = peer
 
     def put(self, header: Any, frames: Sequence[Frame] = ()) -> int:
         """See `Transport.put`; it is on its way at once."""
-        self._router.send(self._identity, header, frames)
+        self._router.send(self._peer, header, frames)
         return sum(frame.nbytes if isinstance(frame, memoryview) else len(frame) for frame in frames)
 
     def flush(self) -> None:
@@ -132,36 +239,3 @@ class RouterTransport:
 
     def close(self) -> None:
         """See `Transport.close`."""
-
-
-class Dealer:
-    """A worker's end; it blocks.
-
-    Args:
-        credentials: The value of `CONNECTION_VARIABLE`.
-        rank: Distinguishes the ranks of one world.
-    """
-
-    def __init__(self, credentials: str, rank: int) -> None:
-        options = json.loads(credentials)
-        self._context = zmq.Context(io_threads=1)
-        self._socket = self._context.socket(zmq.DEALER)
-        self._socket.curve_serverkey = options["server_key"].encode()
-        self._socket.curve_publickey = options["public_key"].encode()
-        self._socket.curve_secretkey = options["secret_key"].encode()
-        self._socket.identity = f"{options['identity']}.{rank}".encode()
-        self._socket.connect(options["endpoint"])
-
-    def send(self, header: Any, frames: Sequence[Frame] = ()) -> None:
-        """Send a message."""
-        self._socket.send_multipart([json.dumps(header).encode(), *frames])
-
-    def receive(self) -> Message:
-        """Wait for a message."""
-        header, *frames = self._socket.recv_multipart()
-        return Message(json.loads(header), [bytearray(frame) for frame in frames], [])
-
-    def close(self) -> None:
-        """Send what is left, then close."""
-        self._socket.close(linger=-1)
-        self._context.term()

@@ -14,8 +14,10 @@ from typing import Any
 
 from executorlib import serialize
 from executorlib.serialize import Frame
-from executorlib.transports.router import CONNECTION_VARIABLE, Dealer
+from executorlib.transports.curve import CONNECTION_VARIABLE, Credentials
+from executorlib.transports.dealer import Dealer
 from executorlib.worker import call
+from executorlib.worker.remote import hello
 
 
 def main(single: bool) -> None:
@@ -24,7 +26,7 @@ def main(single: bool) -> None:
     Args:
         single: Whether the world runs one call, which it need not announce that it is ready for.
     """
-    credentials = os.environ.pop(CONNECTION_VARIABLE)
+    credentials = Credentials.parse(os.environ.pop(CONNECTION_VARIABLE))
     from mpi4py import MPI
 
     # Messages of ours must never meet those of the user's functions, which use COMM_WORLD.
@@ -48,18 +50,18 @@ class Rank:
         library: The MPI library's name and version.
     """
 
-    def __init__(self, world: Any, credentials: str, library: str) -> None:
+    def __init__(self, world: Any, credentials: Credentials, library: str) -> None:
         self._world = world
         self._rank = world.Get_rank()
         self._credentials = credentials
         self._dealer: Dealer | None = None
         self._functions: dict[int, Frame] = {}
         if self._rank == 0:
-            self._connection().send(["hello", world.Get_size(), library])
+            self._connection().send(hello(world.Get_size(), library))
 
     def _connection(self) -> Dealer:
         if self._dealer is None:
-            self._dealer = Dealer(self._credentials, self._rank)
+            self._dealer = Dealer(self._credentials, f"{self._credentials.identity}.{self._rank}")
         return self._dealer
 
     def _receive(self) -> tuple[list[Any], list[Frame]]:

@@ -1,0 +1,151 @@
+"""Where this machine can be reached by others, and where others can be.
+
+A machine of a cluster has several networks, and it is not known here which of them the other one shares. So all that
+may be right is offered, and whoever connects finds out (`transports.router.Dealer`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import ipaddress
+import socket
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+
+LOOPBACK = "127.0.0.1"
+
+# net/if.h, the same on Linux, macOS and the BSDs.
+_IFF_UP = 0x1
+_IFF_LOOPBACK = 0x8
+
+# Set aside for documentation (RFC 5737, RFC 3849): nobody is there. UDP only looks up the route there, to connect.
+_ELSEWHERE = ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1"))
+
+# Asking for the fully qualified name may ask a name server, which may not answer.
+_NAME_SECONDS = 1.0
+
+
+class _Interface(ctypes.Structure):
+    """`struct ifaddrs` of getifaddrs(3)."""
+
+
+_Interface._fields_ = [
+    ("next", ctypes.POINTER(_Interface)),
+    ("name", ctypes.c_char_p),
+    ("flags", ctypes.c_uint),
+    ("address", ctypes.c_void_p),
+    ("netmask", ctypes.c_void_p),
+    ("destination", ctypes.c_void_p),
+    ("data", ctypes.c_void_p),
+]
+
+
+def addresses() -> list[str]:
+    """Addresses of this machine by which others may reach it.
+
+    Returns:
+        IPv4 addresses, then IPv6 addresses, as numbers; of each, the one of the default route first. Addresses of the
+        loopback interface, and those that are valid on one link only, are left out.
+    """
+    found = _preferred()
+    with contextlib.suppress(OSError, AttributeError):  # a C library without getifaddrs
+        found += _of_interfaces()
+    unique = [each for each in dict.fromkeys(found) if not (each.is_loopback or each.is_link_local)]
+    return [str(each) for each in sorted(unique, key=lambda each: each.version)]
+
+
+_IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+
+def _preferred() -> list[_IPAddress]:
+    found: list[_IPAddress] = []
+    for family, elsewhere in _ELSEWHERE:
+        try:
+            with socket.socket(family, socket.SOCK_DGRAM) as probe:
+                probe.connect((elsewhere, 9))
+                found.append(ipaddress.ip_address(probe.getsockname()[0]))
+        except OSError:  # no such network, or no route
+            continue
+    return found
+
+
+def _of_interfaces() -> list[_IPAddress]:
+    libc = ctypes.CDLL(None, use_errno=True)
+    first = ctypes.POINTER(_Interface)()
+    if libc.getifaddrs(ctypes.byref(first)) != 0:
+        raise OSError(ctypes.get_errno(), "getifaddrs failed")
+    found: list[_IPAddress] = []
+    try:
+        entry = first
+        while entry:
+            interface = entry.contents
+            if interface.address and interface.flags & _IFF_UP and not interface.flags & _IFF_LOOPBACK:
+                found += _in_socket_address(interface.address)
+            entry = interface.next
+        return found
+    finally:
+        libc.freeifaddrs(first)
+
+
+def _in_socket_address(location: int) -> Iterator[_IPAddress]:
+    # The BSDs, with macOS, have a byte of length before a family of one byte; Linux has a family of two bytes.
+    head = ctypes.string_at(location, 2)
+    family = int.from_bytes(head, sys.byteorder) if sys.platform.startswith("linux") else head[1]
+    if family == socket.AF_INET:
+        yield ipaddress.IPv4Address(ctypes.string_at(location + 4, 4))
+    elif family == socket.AF_INET6:
+        yield ipaddress.IPv6Address(ctypes.string_at(location + 8, 16))
+
+
+@functools.lru_cache
+def names() -> tuple[str, ...]:
+    """This machine's host name and its fully qualified name, where they say more than ``localhost``.
+
+    Waits for a name server, but not longer than a second; the answer is kept.
+    """
+    found = [socket.gethostname()]
+    asking = threading.Thread(target=lambda: found.append(socket.getfqdn()), daemon=True)
+    asking.start()
+    asking.join(_NAME_SECONDS)
+    return tuple(name for name in dict.fromkeys(found) if name and not name.startswith("localhost"))
+
+
+def endpoints(port: int, hosts: Sequence[str] = ()) -> list[str]:
+    """ZeroMQ endpoints at which a port of this machine may be reached.
+
+    Args:
+        port: The TCP port.
+        hosts: Addresses or names; by default all of this machine, addresses first, or that of the loopback interface
+            where it has no other.
+    """
+    if not hosts:
+        hosts = [*addresses(), *names()] or [LOOPBACK]
+    return [f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}" for host in hosts]
+
+
+def split(endpoint: str) -> tuple[str, int]:
+    """Host and port of a TCP endpoint."""
+    host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def is_numeric(host: str) -> bool:
+    """Whether it is an address and not a name."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def resolve(host: str) -> list[str]:
+    """Addresses of a host, as numbers.
+
+    Raises:
+        OSError: The name cannot be resolved.
+    """
+    found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    return list(dict.fromkeys(str(address[0]) for *_, address in found))

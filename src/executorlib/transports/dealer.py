@@ -1,0 +1,300 @@
+"""A worker's end of messages over ZeroMQ: it finds the executor, and it notices when that is gone.
+
+The executor's machine may have several addresses, and not all can be reached from here. All are tried at once, and the
+first connection by which the executor lets us in is kept: its key is the proof that it is ours, whoever else listens at
+such an address and port.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import zmq
+from zmq.utils.monitor import parse_monitor_message
+
+from executorlib.serialize import Frame
+from executorlib.transports import address
+from executorlib.transports.curve import ClientKeys, Credentials
+from executorlib.transports.messages import Message
+from executorlib.transports.zeromq import (
+    CONNECT_SECONDS,
+    SILENCE_SECONDS,
+    UNCOPIED_BYTES,
+    beat,
+    milliseconds,
+    monitor_of,
+    pack,
+    unpack,
+)
+
+# Of an attempt to reach one address, and from its failure to the next attempt there, in seconds.
+_ATTEMPT_SECONDS = 10.0
+_PAUSE_SECONDS = 1.0
+# How often names that are still being resolved are looked after, in seconds.
+_RESOLVE_SECONDS = 0.05
+# How long a worker that leaves waits for its last message to be taken, in seconds.
+_LINGER_SECONDS = 30.0
+
+_ATTEMPT_EVENTS = (
+    zmq.EVENT_CONNECTED
+    | zmq.EVENT_CLOSED
+    | zmq.EVENT_DISCONNECTED
+    | zmq.EVENT_HANDSHAKE_SUCCEEDED
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_MONITOR_STOPPED
+)
+
+
+class Dealer:
+    """A worker's end; it blocks.
+
+    Args:
+        credentials: Where the executor is, and the keys.
+        name: The worker's identity; what follows a dot tells ranks of one world apart.
+        on_lost: Called in a thread of its own when the connection was lost, whatever the worker is doing then.
+        seconds: How long to try to connect.
+
+    Raises:
+        ConnectionError: The executor was not reached.
+    """
+
+    def __init__(
+        self,
+        credentials: Credentials,
+        name: str,
+        on_lost: Callable[[], None] | None = None,
+        seconds: float = CONNECT_SECONDS,
+    ) -> None:
+        self._on_lost = on_lost
+        self._context = zmq.Context()
+        try:
+            attempt = _Search(self._context, credentials, name, seconds).run()
+        except BaseException:
+            self._context.destroy(linger=0)
+            raise
+        self._socket = attempt.socket
+        self._monitor = attempt.monitor
+        self.endpoint = attempt.endpoint
+        self._lost_read, self._lost_write = os.pipe()
+        self._watcher = threading.Thread(target=self._watch, name="executorlib connection", daemon=True)
+        self._watcher.start()
+
+    def _watch(self) -> None:
+        """Wait for the end of the connection; all other events are over, or are of no interest."""
+        while True:
+            event = parse_monitor_message(self._monitor.recv_multipart())["event"]
+            if event == zmq.EVENT_MONITOR_STOPPED:
+                return
+            if event == zmq.EVENT_DISCONNECTED:
+                os.write(self._lost_write, b"\0")
+                if self._on_lost is not None:
+                    self._on_lost()
+
+    def _wait(self, event: int) -> None:
+        while not int(self._socket.getsockopt(zmq.EVENTS)) & event:
+            ready = dict(zmq.zmq_poll([(self._socket, event), (self._lost_read, zmq.POLLIN)]))
+            if self._lost_read in ready and self._socket not in ready:
+                raise EOFError(
+                    f"the connection to the executor at {self.endpoint} was lost: the executor has ended, or its "
+                    f"machine has not answered for {SILENCE_SECONDS:g} s."
+                )
+
+    def send(self, header: Any, frames: Sequence[Frame] = ()) -> None:
+        """Send a message.
+
+        Frames may be read until they have arrived, so they must not be written to until the executor has answered.
+
+        Raises:
+            EOFError: The connection was lost.
+        """
+        self._wait(zmq.POLLOUT)
+        self._socket.send_multipart(pack(header, frames), copy=False)
+
+    def receive(self) -> Message:
+        """Wait for a message.
+
+        Raises:
+            EOFError: The connection was lost.
+        """
+        while True:
+            self._wait(zmq.POLLIN)
+            parts = self._socket.recv_multipart(copy=False)
+            if len(parts[0]):
+                return Message(*unpack(parts), [])
+
+    def close(self) -> None:
+        """Send what is left, if the executor takes it in time, then close."""
+        self._socket.disable_monitor()
+        self._watcher.join()
+        self._monitor.close()
+        self._socket.close(linger=milliseconds(_LINGER_SECONDS))
+        self._context.term()
+        os.close(self._lost_read)
+        os.close(self._lost_write)
+
+
+class _Attempt:
+    """To connect to one address, again and again.
+
+    Args:
+        context: The worker's.
+        keys: Its keys.
+        peer: The identity of this connection.
+        endpoint: Where to.
+
+    Attributes:
+        outcome: What came of it so far.
+        again: When to try again, on the monotonic clock; 0 while it goes on.
+    """
+
+    def __init__(self, context: zmq.Context[Any], keys: ClientKeys, peer: str, endpoint: str) -> None:
+        self._context = context
+        self._keys = keys
+        self._peer = peer.encode()
+        self.endpoint = endpoint
+        self.outcome = "no answer"
+        self.start()
+
+    def start(self) -> None:
+        self.again = 0.0
+        sock = self.socket = self._context.socket(zmq.DEALER)
+        self._keys.use(sock)
+        sock.setsockopt(zmq.ROUTING_ID, self._peer)
+        sock.setsockopt(zmq.LINGER, 0)
+        sock.setsockopt(zmq.RECONNECT_IVL, -1)
+        sock.setsockopt(zmq.HANDSHAKE_IVL, milliseconds(CONNECT_SECONDS))
+        sock.copy_threshold = UNCOPIED_BYTES
+        if self.endpoint.startswith("tcp:"):
+            sock.setsockopt(zmq.IPV6, 1)
+            sock.setsockopt(zmq.CONNECT_TIMEOUT, milliseconds(_ATTEMPT_SECONDS))
+            beat(sock)
+        self.monitor = monitor_of(sock, _ATTEMPT_EVENTS)
+        sock.connect(self.endpoint)
+
+    def stop(self) -> None:
+        self.socket.disable_monitor()
+        self.monitor.close()
+        self.socket.close()
+
+    def succeeded(self) -> bool:
+        """Take in an event; return whether the executor has let us in."""
+        event = parse_monitor_message(self.monitor.recv_multipart())["event"]
+        if event == zmq.EVENT_CONNECTED:
+            self.outcome = "connected, but it does not answer"
+        elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+            self.outcome = "it refuses this worker's key"
+        elif event == zmq.EVENT_CLOSED:
+            self.outcome = "nobody listens there, or it cannot be reached"
+            self._pause()
+        elif event == zmq.EVENT_DISCONNECTED:
+            if self.outcome.startswith("connected"):
+                self.outcome = "who listens there is not this worker's executor"
+            self._pause()
+        return bool(event == zmq.EVENT_HANDSHAKE_SUCCEEDED)
+
+    def _pause(self) -> None:
+        self.stop()
+        self.again = time.monotonic() + _PAUSE_SECONDS
+
+
+class _Search:
+    """Tries all endpoints at once.
+
+    Args:
+        context: The worker's.
+        credentials: Where the executor may be, and the keys.
+        name: The worker's identity.
+        seconds: How long to try.
+    """
+
+    def __init__(self, context: zmq.Context[Any], credentials: Credentials, name: str, seconds: float) -> None:
+        self._context = context
+        self._keys = credentials.keys
+        # The executor knows connections by these, so each is another one, also of a worker that is started again.
+        self._peers = f"{name}.{os.urandom(6).hex()}"
+        self._seconds = seconds
+        self._give_up = time.monotonic() + seconds
+        self._attempts: dict[str, _Attempt] = {}
+        self._unresolved: dict[str, str] = {}  # endpoints, and why they are not tried
+        self._resolved: queue.SimpleQueue[tuple[str, list[str] | OSError]] = queue.SimpleQueue()
+        self._resolving = 0
+        for endpoint in credentials.endpoints:
+            if endpoint.startswith("tcp:") and not address.is_numeric(address.split(endpoint)[0]):
+                self._resolve(endpoint)
+            else:
+                self._attempt(endpoint)
+
+    def _attempt(self, endpoint: str) -> None:
+        if endpoint not in self._attempts:
+            peer = f"{self._peers}.{len(self._attempts)}"
+            self._attempts[endpoint] = _Attempt(self._context, self._keys, peer, endpoint)
+
+    def _resolve(self, endpoint: str) -> None:
+        """Have a thread find the addresses of a name, which may take long; libzmq would do nothing else meanwhile."""
+
+        def resolve() -> None:
+            try:
+                self._resolved.put((endpoint, address.resolve(address.split(endpoint)[0])))
+            except OSError as error:
+                self._resolved.put((endpoint, error))
+
+        self._resolving += 1
+        self._unresolved[endpoint] = "its name was not resolved in time"
+        threading.Thread(target=resolve, daemon=True).start()
+
+    def _take_resolved(self) -> None:
+        while self._resolving and not self._resolved.empty():
+            endpoint, found = self._resolved.get()
+            self._resolving -= 1
+            if isinstance(found, OSError):
+                self._unresolved[endpoint] = f"its name cannot be resolved: {found.strerror}"
+                continue
+            del self._unresolved[endpoint]
+            for each in address.endpoints(address.split(endpoint)[1], found):
+                self._attempt(each)
+
+    def run(self) -> _Attempt:
+        """Return the attempt that succeeded; see `Dealer` for what is raised."""
+        while (left := self._give_up - time.monotonic()) > 0:
+            self._take_resolved()
+            winner = self._wait(left)
+            if winner is not None:
+                self._stop(winner)
+                return winner
+        self._stop(None)
+        outcomes = {**{each.endpoint: each.outcome for each in self._attempts.values()}, **self._unresolved}
+        tried = "; ".join(f"{endpoint} ({outcome})" for endpoint, outcome in outcomes.items())
+        raise ConnectionError(
+            f"the executor was not reached from {socket.gethostname()} within {self._seconds:g} s. Tried: {tried}. "
+            "Either it has ended, or its machine cannot be reached from here: see that no firewall keeps this machine "
+            "from the ports of that one."
+        )
+
+    def _wait(self, left: float) -> _Attempt | None:
+        """Wait for one event or pause to be over; return the attempt that has succeeded, if any."""
+        if self._resolving:
+            left = min(left, _RESOLVE_SECONDS)
+        now = time.monotonic()
+        for each in self._attempts.values():
+            if each.again:
+                left = min(left, max(0.0, each.again - now))
+                if each.again <= now:
+                    each.start()
+        running = {each.monitor: each for each in self._attempts.values() if not each.again}
+        if not running:
+            time.sleep(left)
+        for monitor, _ in zmq.zmq_poll([(monitor, zmq.POLLIN) for monitor in running], milliseconds(left)):
+            if running[monitor].succeeded():
+                return running[monitor]
+        return None
+
+    def _stop(self, winner: _Attempt | None) -> None:
+        for each in self._attempts.values():
+            if each is not winner and not each.again:
+                each.stop()
