@@ -1,0 +1,127 @@
+"""The other queues that pysqa drives: Grid Engine, Torque and PBS, LSF. One job a call, no dependencies.
+
+Templates, commands and the reading of states are pysqa's; added is what has to hold whatever a template says.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from executorlib.launchers.queue import Batch, JobState, Phase
+from executorlib.launchers.slurm import DEFAULT_TEMPLATE, Settings, SlurmQueue
+from executorlib.launchers.templates import Templates, load_commands
+
+# Options that send both output streams to a file, whatever the script says.
+_OUTPUT_OPTIONS = {"SGE": ["-j", "y", "-o"], "TORQUE": ["-j", "oe", "-o"], "LSF": ["-o"]}
+# pysqa's words and what queues say beside them. Whatever else a job may be, it is not over.
+_PHASES = {
+    "pending": Phase.PENDING,
+    "qw": Phase.PENDING,
+    "hqw": Phase.PENDING,
+    "PSUSP": Phase.PENDING,
+    "error": Phase.ENDED,
+    "DONE": Phase.ENDED,
+    "EXIT": Phase.ENDED,
+}
+_TRANSIENT = re.compile(
+    r"can(not|'t) (connect|contact|reach)|unable to (connect|contact|send)|connection refused|timed? ?out"
+    r"|commlib|communication|try again|not responding|LSF is (down|not responding)",
+    re.IGNORECASE,
+)
+
+
+def open_queue(pysqa_config_directory: str | None, settings: Settings | None = None) -> SlurmQueue | PysqaQueue:
+    """The queue of a pysqa configuration, or Slurm where there is none.
+
+    Args:
+        pysqa_config_directory: Directory with a ``queue.yaml`` and templates, as pysqa describes them.
+        settings: What the cluster is set to, for Slurm.
+
+    Raises:
+        ValueError: The configuration cannot be used; the text says why.
+        ImportError: A configuration is given, and pysqa is not installed.
+    """
+    templates = Templates(DEFAULT_TEMPLATE, pysqa_config_directory)
+    if templates.queue_type == "SLURM":
+        return SlurmQueue(settings, templates)
+    return PysqaQueue(templates)
+
+
+class PysqaQueue:
+    """A queue other than Slurm, as `queue.Queue` describes it.
+
+    Args:
+        templates: A configuration for such a queue.
+    """
+
+    array_limit = 1
+    has_dependencies = False
+
+    def __init__(self, templates: Templates) -> None:
+        self._templates = templates
+        self._commands = load_commands(templates.queue_type)
+
+    def script(self, batch: Batch) -> str:
+        """See `queue.Queue.script`."""
+        return self._templates.render(batch)
+
+    def unused(self, batch: Batch) -> list[str]:
+        """See `queue.Queue.unused`."""
+        ignored = ["slurm_cmd_args"] if batch.resources.slurm_cmd_args else []
+        return self._templates.unused(batch) + ignored
+
+    def submit_command(self, batch: Batch, script_path: str) -> list[str]:
+        """See `queue.Queue.submit_command`."""
+        if batch.count > 1 or batch.dependencies:
+            raise ValueError(f"{self._templates.queue_type} jobs are submitted one by one, after their inputs.")
+        output = [*_OUTPUT_OPTIONS[self._templates.queue_type], f"{batch.directory}/output.0"]
+        return [*self._commands.submit_job_command, *output, script_path]
+
+    def parse_job_id(self, output: str) -> str:
+        """See `queue.Queue.parse_job_id`."""
+        try:
+            return str(self._commands.get_job_id_from_output(output))
+        except (ValueError, IndexError) as error:
+            raise ValueError(f"the queue printed no job id but {output.strip()!r}.") from error
+
+    def is_transient(self, error_text: str) -> bool:
+        """See `queue.Queue.is_transient`."""
+        return _TRANSIENT.search(error_text) is not None
+
+    def status_command(self, job_ids: Sequence[str]) -> list[str]:
+        """See `queue.Queue.status_command`."""
+        return list(self._commands.get_queue_status_command)
+
+    def parse_status(self, output: str) -> dict[tuple[str, int], JobState]:
+        """See `queue.Queue.parse_status`."""
+        if self._templates.queue_type == "SGE" and "<job_list" not in output:
+            if "</job_info>" not in output:
+                raise ValueError(f"qstat printed no list of jobs but {output.strip()!r}.")
+            return {}  # pysqa cannot read an empty list
+        try:
+            frame = self._commands.convert_queue_status(output)
+        except Exception as error:  # whatever pysqa stumbles over, the output was not a list of jobs
+            raise ValueError(f"the queue printed no list of jobs but {output.strip()!r}: {error}") from error
+        states = {}
+        for job_id, word in zip(frame["jobid"], frame["status"], strict=True):
+            states[str(job_id), 0] = JobState(_PHASES.get(word, Phase.RUNNING), str(word))
+        return states
+
+    def detail_command(self, job_id: str, index: int | None) -> list[str]:
+        """See `queue.Queue.detail_command`; of these queues only Grid Engine has a history for users."""
+        return ["qacct", "-j", job_id] if self._templates.queue_type == "SGE" else []
+
+    def parse_detail(self, output: str) -> JobState | None:
+        """See `queue.Queue.parse_detail`."""
+        found = dict(re.findall(r"^(\w+) +(.*?) *$", output, re.MULTILINE))
+        if "exit_status" not in found:
+            return None
+        failed, _, reason = found.get("failed", "0").partition(":")
+        code = found["exit_status"].split()[0]
+        state = "failed" if failed.strip() != "0" or code != "0" else "finished"
+        return JobState(Phase.ENDED, state, reason.strip(), code, found.get("hostname", ""))
+
+    def cancel_command(self, jobs: Sequence[tuple[str, int | None]]) -> list[str]:
+        """See `queue.Queue.cancel_command`."""
+        return [*self._commands.delete_job_command, *dict.fromkeys(job_id for job_id, _ in jobs)]

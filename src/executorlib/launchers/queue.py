@@ -1,0 +1,158 @@
+"""What is known of a batch queue: how to put its commands, and how to read its answers.
+
+A `Queue` starts no process and reads no clock: it turns a `Batch` into a script and an argument list, and text into
+`JobState`. Who runs the commands decides when, and never has to know which queue it is.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from executorlib.resources import Resources
+
+
+class Phase(enum.Enum):
+    """How far a job is."""
+
+    PENDING = "pending"
+    RUNNING = "running"
+    ENDED = "ended"
+
+
+@dataclass(frozen=True)
+class JobState:
+    """What a queue says of a job.
+
+    Attributes:
+        phase: How far it is. A job that cleans up, is suspended or is being signalled still counts as running.
+        state: The queue's own word, such as ``OUT_OF_MEMORY``.
+        reason: Why it waits or ended, in the queue's own words; empty where it gives none.
+        exit_code: As the queue writes it, for Slurm ``exit code:signal``; empty where it is not known.
+        node: Where it ran or runs; empty where it did not, or that is not known.
+        hopeless: Whether a job that waits will not start unless somebody changes the job or the limits that hold it.
+    """
+
+    phase: Phase
+    state: str
+    reason: str = ""
+    exit_code: str = ""
+    node: str = ""
+    hopeless: bool = False
+
+
+@dataclass(frozen=True)
+class Dependency:
+    """A job that has to succeed before another starts.
+
+    Attributes:
+        job_id: The job.
+        index: Which element of an array; None for a plain job, or for all elements of an array.
+        corresponding: Whether each element waits only for that of the same index, instead of all for what `index` says.
+            Both jobs are arrays then.
+    """
+
+    job_id: str
+    index: int | None = None
+    corresponding: bool = False
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Calls with the same needs, submitted together: a job array, or a plain job where it is one call.
+
+    Attributes:
+        name: Name of the job, where the user gave none as ``job_name``.
+        directory: Absolute path of the batch's directory, which receives ``output.<index>``.
+        command: Shell command that the job runs.
+        count: Number of calls; they have the indices 0 to ``count - 1``.
+        resources: What each call needs.
+        template_values: Further keys of ``resource_dict``, for the template.
+        cwd: Absolute path of the directory in which the job starts.
+        dependencies: Jobs that have to succeed first; of a queue without dependencies, none.
+        max_running: How many may run at once; None for no limit.
+    """
+
+    name: str
+    directory: str
+    command: str
+    count: int
+    resources: Resources
+    template_values: Mapping[str, Any]
+    cwd: str
+    dependencies: tuple[Dependency, ...] = ()
+    max_running: int | None = None
+
+
+class Queue(Protocol):
+    """A batch queue's language."""
+
+    @property
+    def array_limit(self) -> int:
+        """Most calls in one batch; 1 for a queue without job arrays."""
+        ...
+
+    @property
+    def has_dependencies(self) -> bool:
+        """Whether the queue takes care of `Batch.dependencies`; else whoever submits waits for inputs first."""
+        ...
+
+    def script(self, batch: Batch) -> str:
+        """The text of the job script.
+
+        Raises:
+            ValueError: The template cannot be rendered, or the values do not fit the queue.
+            ImportError: pysqa is not installed; the text says what to do.
+        """
+        ...
+
+    def unused(self, batch: Batch) -> list[str]:
+        """The keys of ``resource_dict`` that are set and have no effect with this template, for a warning."""
+        ...
+
+    def submit_command(self, batch: Batch, script_path: str) -> list[str]:
+        """The command that submits the script.
+
+        Raises:
+            ValueError: Options of the user's would break what has to hold.
+        """
+        ...
+
+    def parse_job_id(self, output: str) -> str:
+        """The job's id, from the standard output of the submission.
+
+        Raises:
+            ValueError: There is none in it.
+        """
+        ...
+
+    def is_transient(self, error_text: str) -> bool:
+        """Whether a command that failed, saying this, may succeed when repeated as it is."""
+        ...
+
+    def status_command(self, job_ids: Sequence[str]) -> list[str]:
+        """One query for all of these jobs."""
+        ...
+
+    def parse_status(self, output: str) -> dict[tuple[str, int], JobState]:
+        """States by job id and array index (0 for a plain job). Jobs that the queue no longer knows are absent.
+
+        Raises:
+            ValueError: The output is incomplete; what is absent from it cannot be told from what is gone.
+        """
+        ...
+
+    def detail_command(self, job_id: str, index: int | None) -> list[str]:
+        """The query for what became of one job; empty where there is nothing to ask."""
+        ...
+
+    def parse_detail(self, output: str) -> JobState | None:
+        """How the job of `detail_command` ended; None where the queue does not know it (any more)."""
+        ...
+
+    def cancel_command(self, jobs: Sequence[tuple[str, int | None]]) -> list[str]:
+        """The command that cancels jobs, or elements of job arrays; None stands for the whole job."""
+        ...

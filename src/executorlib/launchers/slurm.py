@@ -1,0 +1,387 @@
+"""Slurm's language: scripts and commands for it, and what its answers mean. Nothing is run here.
+
+Written for Slurm 20.11 and later, tried with 22.05. Sources of the words: the manual pages of sbatch, squeue, sacct,
+scontrol and scancel, and what a real Slurm printed, which tests/unit/test_slurm.py keeps.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from executorlib.launchers.queue import Batch, Dependency, JobState, Phase
+from executorlib.launchers.templates import Templates
+
+if TYPE_CHECKING:
+    from executorlib.resources import Resources
+
+# What has to hold whatever a template says is not here but on sbatch's command line, which counts for more.
+#
+# - GPUs: --gres is what every Slurm takes, but counts by node; ranks may be spread, so theirs are counted by task.
+# - priority: whoever is no operator may only lower it. Where the nice value is negative sbatch says so and ignores it.
+# - A job that lost its node, or was preempted, ends in an error instead of running again unasked; `--requeue` in
+#   slurm_cmd_args, or a template without this line, lets it.
+DEFAULT_TEMPLATE = """\
+{%- macro quoted(text) -%}
+"{{ text | string | replace("\\\\", "\\\\\\\\") | replace('"', '\\\\"') | replace("\\n", " ") }}"
+{%- endmacro -%}
+#!/bin/bash
+#SBATCH --job-name={{ quoted(job_name) }}
+{%- for option, value in [
+    ("partition", partition or queue), ("account", account), ("qos", qos), ("constraint", constraint),
+    ("reservation", reservation)] if value %}
+#SBATCH --{{ option }}={{ quoted(value) }}
+{%- endfor %}
+{%- if num_nodes %}
+#SBATCH --nodes={{ num_nodes }}
+{%- endif %}
+#SBATCH --ntasks={{ cores }}
+#SBATCH --cpus-per-task={{ threads_per_core }}
+{%- if gpus_per_core %}
+#SBATCH {{ "--gpus-per-task=" if cores > 1 else "--gres=gpu:" }}{{ gpus_per_core }}
+{%- endif %}
+{%- if memory_max | float(0) %}
+#SBATCH --mem={{ (memory_max | float * 1024) | round(0, "ceil") | int }}M
+{%- elif memory_max %}
+#SBATCH --mem={{ quoted(memory_max) }}
+{%- endif %}
+{%- if run_time_max %}
+#SBATCH --time={{ run_time_max // 60 }}
+{%- endif %}
+{%- if exclusive %}
+#SBATCH --exclusive
+{%- endif %}
+{%- if priority %}
+#SBATCH --nice={{ -priority }}
+{%- endif %}
+#SBATCH --no-requeue
+
+{{ command }}
+"""
+
+# States of `man squeue`, with those that later versions added; all others count as running.
+_WAITING = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT"}
+_ENDED = {
+    "BOOT_FAIL",
+    "CANCELLED",
+    "COMPLETED",
+    "DEADLINE",
+    "FAILED",
+    "LAUNCH_FAILED",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "PREEMPTED",
+    "RECONFIG_FAIL",
+    "REVOKED",
+    "TIMEOUT",
+}
+# Reasons for which a job waits until somebody changes it, or the limits. A job held by its user is not among them: the
+# one who held it knows.
+_HOPELESS = re.compile(
+    r"BadConstraints|DependencyNeverSatisfied|InvalidAccount|InvalidQOS|AccountNotAllowed|QOSNotAllowed"
+    r"|Partition(Config|NodeLimit|TimeLimit)|JobHeldAdmin|launch.failed.requeued.held|\w+PerJob(Limit)?"
+)
+# What goes into an error text: a reason for waiting says nothing of a job that was cancelled meanwhile.
+_CANCEL_REASONS = {"DependencyNeverSatisfied"}
+# Options of sbatch that are ours.
+_RESERVED = re.compile(
+    r"(-[aoeDW].*|--(array|output|error|chdir|open-mode|parsable|wait|wrap|test-only|kill-on-invalid-dep)(=.*)?)$"
+)
+_TRANSIENT = re.compile(
+    r"unable to contact|connection (refused|reset|timed out)|connect failure|timed out|timeout|temporarily"
+    r"|try(ing)? again|zero bytes were transmitted|communication|transport endpoint|standby mode|no route to host"
+    r"|network is unreachable|munge|protocol authentication|broken pipe|MaxSubmitJob|database.*(down|connection)",
+    re.IGNORECASE,
+)
+_SQUEUE_FIELDS = ("ArrayJobID", "ArrayTaskID", "State", "exit_code", "NodeList", "Reason")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a cluster is set to.
+
+    Attributes:
+        array_limit: Most elements of a job array; 1 where there are none.
+        accounting: Whether there is a database that `sacct` can ask.
+    """
+
+    array_limit: int = 1001  # MaxArraySize, where slurm.conf does not say
+    accounting: bool = False
+
+
+SETTINGS_COMMAND = ["scontrol", "show", "config"]
+
+
+def parse_settings(output: str) -> Settings:
+    """Read what `SETTINGS_COMMAND` printed; what is missing there is left at Slurm's own default."""
+    found = dict(re.findall(r"^(\w+)\s*=\s*(.*?)\s*$", output, re.MULTILINE))
+    settings = Settings()
+    limit = int(found.get("MaxArraySize", settings.array_limit))
+    # Of all users, ended ones of the last minutes included. What does not fit is refused as a whole.
+    limit = min(limit, int(found.get("MaxJobCount", 2 * limit)) // 2)
+    storage = found.get("AccountingStorageType", "")
+    return Settings(
+        array_limit=max(1, limit),
+        accounting=storage not in ("", "(null)") and not storage.endswith("none"),
+    )
+
+
+def command_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment for Slurm's commands.
+
+    Inside a job Slurm leaves variables that would become options of the next one submitted (``SLURM_MEM_PER_CPU``
+    beside ``--mem`` is an error), and ``SQUEUE_`` and ``SACCT_`` ones change what is printed. Left are the ones that
+    say which cluster to talk to, and sbatch's own, ``SBATCH_``, by which users set their defaults.
+
+    Args:
+        environ: The environment of this process.
+    """
+    kept = {"SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT"}
+    dropped = ("SLURM_", "SQUEUE_", "SACCT_", "SCANCEL_", "SBATCH_ARRAY_INX", "SBATCH_WAIT")
+    cleaned = {key: value for key, value in environ.items() if key in kept or not key.startswith(dropped)}
+    # All of a job array's indices are printed, not the first 64 characters of them.
+    cleaned["SLURM_BITSTR_LEN"] = "0"
+    return cleaned
+
+
+def rank_command(
+    resources: Resources, pmi_mode: str | None, program: Sequence[str], mpiexec: str = "mpiexec"
+) -> list[str]:
+    """The command, in a job, that runs a program on all ranks of a call.
+
+    Args:
+        resources: What the call needs.
+        pmi_mode: How `srun` and MPI find each other, such as ``"pmix"``; None for ``mpiexec`` instead of `srun`.
+        program: Program and arguments.
+        mpiexec: The MPI library's own starter.
+    """
+    if resources.cores == 1:
+        return list(program)
+    ranks = str(resources.cores)
+    if pmi_mode is None:
+        oversubscribe = ["--oversubscribe"] if resources.openmpi_oversubscribe else []
+        return [mpiexec, "-n", ranks, *oversubscribe, *program]
+    # Since Slurm 22.05 srun no longer takes the threads from the job.
+    options = ["-n", ranks, f"--cpus-per-task={resources.threads_per_core}", f"--mpi={pmi_mode}"]
+    # When one rank dies the others would wait for it until the time limit.
+    options.append("--kill-on-bad-exit=1")
+    if resources.openmpi_oversubscribe:
+        options.append("--overcommit")
+    return ["srun", *options, *program]
+
+
+class SlurmQueue:
+    """Slurm, as `queue.Queue` describes it.
+
+    Args:
+        settings: What the cluster is set to.
+        templates: Where job scripts come from; by default `DEFAULT_TEMPLATE`, and a call's own.
+        user: The user's number, whose jobs are asked for; None is the user of this process.
+    """
+
+    has_dependencies = True
+
+    def __init__(
+        self, settings: Settings | None = None, templates: Templates | None = None, user: int | None = None
+    ) -> None:
+        self._settings = settings or Settings()
+        self._templates = templates or Templates(DEFAULT_TEMPLATE)
+        self._user = os.geteuid() if user is None else user
+
+    @property
+    def array_limit(self) -> int:
+        """Most calls in one job array."""
+        return self._settings.array_limit
+
+    def script(self, batch: Batch) -> str:
+        """See `queue.Queue.script`."""
+        return self._templates.render(batch)
+
+    def unused(self, batch: Batch) -> list[str]:
+        """See `queue.Queue.unused`."""
+        return self._templates.unused(batch)
+
+    def submit_command(self, batch: Batch, script_path: str) -> list[str]:
+        """See `queue.Queue.submit_command`."""
+        options = batch.resources.slurm_cmd_args
+        for option in options:
+            if _RESERVED.match(option) or (batch.dependencies and re.match(r"-d|--dependency", option)):
+                raise ValueError(
+                    f"resource_dict['slurm_cmd_args'] has {option!r}, an option of sbatch that is set for every call "
+                    "by what the call needs; leave it out."
+                )
+        # In the names of Slurm's output files a % begins a placeholder.
+        directory = batch.directory.replace("%", "%%")
+        output = f"{directory}/output.{'%a' if batch.count > 1 else '0'}"
+        command = ["sbatch", *options, "--parsable", f"--chdir={batch.cwd}"]
+        command += [f"--output={output}", f"--error={output}", "--open-mode=append"]
+        if batch.count > 1:
+            limit = "" if batch.max_running is None else f"%{batch.max_running}"
+            command.append(f"--array=0-{batch.count - 1}{limit}")
+        if batch.dependencies:
+            # Without the second option a job whose input has failed would stay in the queue for ever.
+            command += [f"--dependency={_dependencies(batch.dependencies)}", "--kill-on-invalid-dep=yes"]
+        return [*command, script_path]
+
+    def parse_job_id(self, output: str) -> str:
+        """See `queue.Queue.parse_job_id`."""
+        # A number, on some clusters with ";cluster"; sites may print lines of their own before.
+        found = re.findall(r"^(?:Submitted batch job )?(\d+)(?:;\S*)?\s*$", output, re.MULTILINE)
+        if not found:
+            raise ValueError(f"sbatch printed no job id but {output.strip()!r}.")
+        return str(found[-1])
+
+    def is_transient(self, error_text: str) -> bool:
+        """See `queue.Queue.is_transient`."""
+        return _TRANSIENT.search(error_text) is not None
+
+    def status_command(self, job_ids: Sequence[str]) -> list[str]:
+        """See `queue.Queue.status_command`.
+
+        The controller is asked for the user's jobs: for a list of ids squeue would fetch those of all users, and the
+        list has no limit. Elements of an array that wait share a line.
+        """
+        fields = ",".join(f"{field}:|" for field in _SQUEUE_FIELDS)
+        # As SLURM_BITSTR_LEN in command_environment, for callers without it: incomplete indices are of no use.
+        return [
+            *("env", "SLURM_BITSTR_LEN=0", "squeue", "--noheader", "--all", "--states=all"),
+            *(f"--user={self._user}", f"--Format={fields}"),
+        ]
+
+    def parse_status(self, output: str) -> dict[tuple[str, int], JobState]:
+        """See `queue.Queue.parse_status`."""
+        states: dict[tuple[str, int], JobState] = {}
+        for line in output.splitlines():
+            if not line.strip() or line.startswith("CLUSTER:"):
+                continue
+            parts = line.split("|", len(_SQUEUE_FIELDS) - 1)
+            if len(parts) < len(_SQUEUE_FIELDS):
+                raise ValueError(f"squeue printed a line that is incomplete: {line!r}.")
+            job_id, indices, word, exit_code, node, reason = (part.strip() for part in parts)
+            state = _state(word, reason.rstrip("|"), exit_code, node)
+            for index in _expand(indices):
+                states[job_id, index] = state
+        return states
+
+    def detail_command(self, job_id: str, index: int | None) -> list[str]:
+        """See `queue.Queue.detail_command`."""
+        job = job_id if index is None else f"{job_id}_{index}"
+        if self._settings.accounting:
+            fields = "JobID,State,ExitCode,NodeList"
+            return ["sacct", "--noheader", "--parsable2", f"--format={fields}", f"--jobs={job}"]
+        return ["scontrol", "show", "job", job]
+
+    def parse_detail(self, output: str) -> JobState | None:
+        """See `queue.Queue.parse_detail`."""
+        return _parse_scontrol(output) if "JobState=" in output else _parse_sacct(output)
+
+    def cancel_command(self, jobs: Sequence[tuple[str, int | None]]) -> list[str]:
+        """See `queue.Queue.cancel_command`."""
+        elements: dict[str, set[int] | None] = {}
+        for job_id, index in jobs:
+            known = elements.setdefault(job_id, set())
+            if index is None:
+                elements[job_id] = None
+            elif known is not None:
+                known.add(index)
+        targets = [
+            job_id if indices is None else f"{job_id}_[{_ranges(indices)}]" for job_id, indices in elements.items()
+        ]
+        return ["scancel", "--quiet", *targets]
+
+
+def _dependencies(dependencies: Iterable[Dependency]) -> str:
+    """What --dependency takes: all must succeed."""
+    corresponding = [each.job_id for each in dependencies if each.corresponding]
+    others = [
+        each.job_id if each.index is None else f"{each.job_id}_{each.index}"
+        for each in dependencies
+        if not each.corresponding
+    ]
+    kinds = (("aftercorr", corresponding), ("afterok", others))
+    return ",".join(":".join([kind, *dict.fromkeys(jobs)]) for kind, jobs in kinds if jobs)
+
+
+def _state(word: str, reason: str, exit_code: str, node: str) -> JobState:
+    """Put together what Slurm says of a job.
+
+    Args:
+        word: Its state, maybe with more behind it, as in ``CANCELLED by 0`` or ``CANCELLED+``.
+        reason: Why.
+        exit_code: ``code:signal``, or the wait status as a number.
+        node: Names of nodes.
+    """
+    state, _, rest = word.partition(" ")
+    state = state.rstrip("+")
+    phase = Phase.PENDING if state in _WAITING else Phase.ENDED if state in _ENDED else Phase.RUNNING
+    if reason in ("None", "(null)") or (state == "CANCELLED" and reason not in _CANCEL_REASONS):
+        reason = ""
+    if rest.startswith("by "):
+        reason = f"by user {rest[3:]}"
+    if phase is not Phase.ENDED:
+        exit_code = ""
+    elif exit_code.isdigit():
+        exit_code = f"{int(exit_code) >> 8}:{int(exit_code) & 0x7F}"
+    node = "" if node in ("None assigned", "(null)") else node
+    hopeless = phase is Phase.PENDING and _HOPELESS.fullmatch(reason) is not None
+    return JobState(phase, state, reason, exit_code, node, hopeless)
+
+
+def _parse_sacct(output: str) -> JobState | None:
+    """The first job of sacct's output, a line for the job and one for each of its steps."""
+    found: JobState | None = None
+    for line in output.splitlines():
+        job, *rest = line.split("|")
+        if len(rest) != 3:
+            continue
+        # Its reasons are not asked for: they are those for which the job last waited.
+        state = _state(rest[0], "", rest[1], rest[2])
+        if "." not in job:
+            if found is not None:
+                break
+            found = state
+        elif found is not None and found.state == "FAILED" and state.state == "OUT_OF_MEMORY":
+            # Where srun started what took the memory, only that step is said to have done so.
+            return state
+    return found
+
+
+def _parse_scontrol(output: str) -> JobState | None:
+    """The first job of scontrol's output."""
+    # Only line beginnings are trusted: the first line ends in the job's name, which may be anything.
+    state = re.search(r"^ +JobState=(\S+) Reason=(.*?)(?: Dependency=.*)?$", output, re.MULTILINE)
+    if state is None:
+        return None
+    output = output[state.end() :].partition("\n\n")[0]
+    exit_code = re.search(r"^ +Requeue=.* ExitCode=(\S+)", output, re.MULTILINE)
+    node = re.search(r"^ +NodeList=(\S*)", output, re.MULTILINE)
+    # Where squeue writes spaces, scontrol writes underscores.
+    reason = state[2].replace("_", " ")
+    return _state(state[1], reason, exit_code[1] if exit_code else "", node[1] if node else "")
+
+
+def _expand(indices: str) -> Iterator[int]:
+    """The numbers of an array's index expression, such as ``0,3-9,20-30:2%5``; 0 for a plain job."""
+    if indices in ("N/A", ""):
+        yield 0
+        return
+    for part in indices.partition("%")[0].split(","):
+        match = re.fullmatch(r"(\d+)(?:-(\d+)(?::(\d+))?)?", part)
+        if match is None:
+            raise ValueError(f"array indices {indices!r} are incomplete; SLURM_BITSTR_LEN=0 has squeue print all.")
+        first, last, step = match.groups()
+        yield from range(int(first), int(last or first) + 1, int(step or 1))
+
+
+def _ranges(indices: Iterable[int]) -> str:
+    """The shortest index expression of numbers: the reverse of `_expand`, without steps."""
+    runs: list[list[int]] = []
+    for index in sorted(indices):
+        if runs and index == runs[-1][1] + 1:
+            runs[-1][1] = index
+        else:
+            runs.append([index, index])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)

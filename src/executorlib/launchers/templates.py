@@ -1,0 +1,209 @@
+"""Job scripts: which template a batch gets, and what goes into it. pysqa renders them.
+
+pysqa is loaded when it is first needed, not before: it takes half a second.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from executorlib.launchers.queue import Batch
+
+# What every template can count on; a key of the same name in resource_dict has no effect.
+_OURS = ("command", "working_directory", "dependency_list")
+# The resources that only the template can see to. Ranks, threads and time are also seen to elsewhere.
+_NEEDS_TEMPLATE = ("gpus_per_core", "num_nodes", "exclusive", "priority")
+_INSTALL = 'Install it with `pip install "executorlib[cluster]"`.'
+
+
+class Templates:
+    """Chooses and renders templates: the call's own, else one of a pysqa configuration, else the default.
+
+    Args:
+        default: Template for calls without one of their own; None where there is none.
+        directory: pysqa's configuration: a directory with a ``queue.yaml`` and the templates that it names.
+
+    Raises:
+        ValueError: The directory holds no configuration that can be used.
+        ImportError: The directory is given and pysqa is not installed.
+    """
+
+    def __init__(self, default: str | None, directory: str | None = None) -> None:
+        self._default = default
+        self._directory = None if directory is None else os.path.abspath(os.path.expanduser(directory))
+        self._adapter: Any = None
+        self.queue_type = "SLURM"
+        if self._directory is not None:
+            self._adapter = _read_configuration(self._directory)
+            self.queue_type = str(self._adapter.config["queue_type"])
+
+    def render(self, batch: Batch) -> str:
+        """The job script of a batch.
+
+        Raises:
+            ValueError: Template and values do not fit; the text says which and why.
+            ImportError: pysqa is not installed.
+        """
+        text, where = self._template(batch)
+        values = self._values(batch, text)
+        commands = load_commands(self.queue_type)
+        from jinja2 import TemplateError
+
+        try:
+            script = commands.render_submission_template(submission_template=text, **values)
+        except (TemplateError, TypeError, ValueError, ArithmeticError) as error:
+            line = getattr(error, "lineno", None)
+            raise ValueError(f"{where} cannot be rendered: {f'line {line}: ' if line else ''}{error}") from error
+        return str(script).rstrip("\n") + "\n"
+
+    def unused(self, batch: Batch) -> list[str]:
+        """The keys of ``resource_dict`` that are set and that the template does not use."""
+        text, where = self._template(batch)
+        used = _variables(text, where)
+        if self._directory is not None:
+            used |= {"queue"}
+        given = [key for key, value in batch.template_values.items() if value is not None]
+        given += [key for key in _NEEDS_TEMPLATE if getattr(batch.resources, key)]
+        return [key for key in given if key not in used or key in _OURS]
+
+    def _template(self, batch: Batch) -> tuple[str, str]:
+        """A batch's template, and what to call it in an error text."""
+        if batch.resources.submission_template is not None:
+            return batch.resources.submission_template, "submission_template"
+        if self._adapter is not None:
+            assert self._directory is not None
+            path = os.path.join(self._directory, self._queue(batch)["script"])
+            return _read(path), f"submission template {path}"
+        if self._default is None:
+            raise ValueError("there is no template for this queue: give one as resource_dict['submission_template'].")
+        return self._default, "the default submission template"
+
+    def _queue(self, batch: Batch) -> dict[str, Any]:
+        """The queue of the configuration that a batch goes to."""
+        queues: dict[str, dict[str, Any]] = self._adapter.config["queues"]
+        name = batch.template_values.get("queue") or self._adapter.config.get("queue_primary")
+        queue = queues.get(name)
+        if queue is None:
+            raise ValueError(
+                f"resource_dict['queue'] is {name!r}, but {self._directory}/queue.yaml has only {', '.join(queues)}."
+            )
+        if queue.get("script") is None:
+            raise ValueError(
+                f"queue {name!r} in {self._directory}/queue.yaml names no script, the submission template."
+            )
+        return queue
+
+    def _values(self, batch: Batch, text: str) -> dict[str, Any]:
+        resources = batch.resources
+        cores = resources.cores
+        if "threads_per_core" not in _variables(text, "submission_template"):
+            # A template that knows only of cores still asks for as many as the threads of all ranks need.
+            cores *= resources.threads_per_core
+        values = {
+            "job_name": batch.name,
+            "partition": None,
+            "memory_max": None,
+            **{key: value for key, value in batch.template_values.items() if value is not None},
+            "cores": cores,
+            "threads_per_core": resources.threads_per_core,
+            "gpus_per_core": resources.gpus_per_core,
+            "num_nodes": resources.num_nodes,
+            "exclusive": resources.exclusive,
+            "priority": resources.priority,
+            "run_time_max": None if resources.run_time_max is None else 60 * minutes(resources.run_time_max),
+            "command": batch.command,
+            "working_directory": batch.cwd,
+            "dependency_list": None,
+        }
+        if self._adapter is not None and resources.submission_template is None:
+            self._limit(batch, values)
+        return values
+
+    def _limit(self, batch: Batch, values: dict[str, Any]) -> None:
+        """Bring the values within the limits that the configuration sets, and fill in its defaults."""
+        adapter, queue = self._adapter, self._queue(batch)
+        cores, run_time_max, memory_max = adapter.check_queue_parameters(
+            queue=None,
+            cores=values["cores"],
+            run_time_max=values["run_time_max"],
+            memory_max=values["memory_max"],
+            active_queue=queue,
+        )
+        if cores < values["cores"]:
+            raise ValueError(
+                f"the call needs {values['cores']} cores, but its queue has cores_max: {cores} in "
+                f"{self._directory}/queue.yaml; choose another one by resource_dict['queue']."
+            )
+        values.update(cores=cores, run_time_max=run_time_max, memory_max=memory_max)
+        values["queue"] = values.get("queue") or adapter.config.get("queue_primary")
+
+
+def minutes(seconds: float) -> int:
+    """A time limit in whole minutes that leaves the job's worker the time to end the call itself, and to say so."""
+    return math.ceil(seconds / 60) + 1
+
+
+def load_commands(queue_type: str) -> Any:
+    """Load pysqa's commands for a type of queue.
+
+    Raises:
+        ImportError: pysqa, or what it needs for this queue, is not installed.
+    """
+    try:
+        from pysqa.base.core import get_queue_commands
+
+        return get_queue_commands(queue_type)
+    except ImportError as error:
+        if error.name == "defusedxml":
+            raise ImportError('Grid Engine needs `pip install "pysqa[sge]"`.', name=error.name) from error
+        raise ImportError(
+            f"job scripts are rendered by the package pysqa, which cannot be loaded ({error}). {_INSTALL}",
+            name=error.name,
+        ) from error
+
+
+def _read_configuration(directory: str) -> Any:
+    """Load a directory with a configuration into pysqa's adapter."""
+    load_commands("SLURM")
+    from jinja2 import TemplateError
+    from pysqa.base.config import QueueAdapterWithConfig, read_config
+
+    path = os.path.join(directory, "queue.yaml")
+    try:
+        config = read_config(file_name=path)
+        if not isinstance(config, dict) or not {"queue_type", "queues"} <= config.keys():
+            raise ValueError("it needs the keys queue_type and queues")
+        if config["queue_type"] not in _DRIVEN:
+            raise ValueError(f"queues of type {config['queue_type']!r} cannot be driven, only {', '.join(_DRIVEN)}")
+        return QueueAdapterWithConfig(config=config, directory=directory)
+    except ImportError:
+        raise
+    except (OSError, TemplateError) as error:
+        raise ValueError(f"pysqa_config_directory={directory!r} cannot be used: {error}") from error
+    except Exception as error:  # YAML's and pydantic's own
+        raise ValueError(f"pysqa_config_directory={directory!r}: {path} cannot be used: {error}") from error
+
+
+# pysqa can neither read job numbers nor states of MOAB, logs in elsewhere for REMOTE and needs a shell for GENT.
+_DRIVEN = ("SLURM", "SGE", "TORQUE", "LSF")
+
+
+@functools.lru_cache
+def _variables(text: str, where: str) -> set[str]:
+    """The names that a template takes from outside."""
+    load_commands("SLURM")
+    from jinja2 import Environment, TemplateSyntaxError, meta
+
+    try:
+        return set(meta.find_undeclared_variables(Environment().parse(text)))
+    except TemplateSyntaxError as error:
+        raise ValueError(f"{where} is no valid Jinja template: line {error.lineno}: {error.message}") from error
+
+
+def _read(path: str) -> str:
+    with open(path, encoding="utf-8") as file:
+        return file.read()
