@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import CancelledError, Future
 from typing import Any
@@ -126,23 +127,39 @@ def input_error(future: Future[Any]) -> BaseException | None:
     return future.exception()
 
 
+class _Derive:
+    """Resolves a derived future once its source is done, and keeps neither of them afterwards.
+
+    Futures keep their callbacks for ever, so a plain reference would keep the one's result as long as the other.
+    """
+
+    __slots__ = ("_compute", "_derived")
+
+    def __init__(self, derived: Future[Any], compute: Callable[[Any], Any]) -> None:
+        self._derived: Future[Any] | None = derived
+        self._compute = compute
+
+    def __call__(self, source: Future[Any]) -> None:
+        derived, self._derived = self._derived, None
+        if derived is None or not derived.set_running_or_notify_cancel():
+            return
+        error = input_error(source)
+        if error is None:
+            try:
+                value = self._compute(source.result())
+            except Exception as caught:
+                # The frames of its traceback, and those that called them, refer to the source and its result.
+                error = caught.with_traceback(None)
+            else:
+                derived.set_result(value)
+                return
+        derived.set_exception(error)
+
+
 def derived_future(source: Future[Any], compute: Callable[[Any], Any]) -> Future[Any]:
     """A future of something computed, cheaply, from another's result as soon as that is done."""
     derived: Future[Any] = Future()
-
-    def resolve(done: Future[Any]) -> None:
-        if not derived.set_running_or_notify_cancel():
-            return
-        error = input_error(done)
-        if error is None:
-            try:
-                derived.set_result(compute(done.result()))
-                return
-            except Exception as caught:
-                error = caught
-        derived.set_exception(error)
-
-    source.add_done_callback(resolve)
+    source.add_done_callback(_Derive(derived, compute))
     return derived
 
 
@@ -215,12 +232,11 @@ class _Batches:
 
     def __init__(self, groups: list[Future[list[Any]]], n: int, total: int) -> None:
         self._lock = threading.Lock()
-        self._groups = groups
+        self._groups = deque(groups)  # not resolved yet; the callbacks keep them, and would keep their results
         self._n = n
         self._missing = total
         self._results: list[Any] = []
         self._errors: list[BaseException] = []
-        self._next = 0
 
     def on_done(self, future: Future[Any]) -> None:
         ready: list[tuple[Future[list[Any]], list[Any], BaseException | None]] = []
@@ -231,15 +247,14 @@ class _Batches:
             else:
                 self._errors.append(error)
             self._missing -= 1
-            while self._next < len(self._groups) and (len(self._results) >= self._n or not self._missing):
+            while self._groups and (len(self._results) >= self._n or not self._missing):
                 values = self._results[: self._n]
                 del self._results[: self._n]
                 group_error = None
                 if len(values) < self._n and self._errors:
                     group_error = self._errors[0]
                     del self._errors[: self._n - len(values)]
-                ready.append((self._groups[self._next], values, group_error))
-                self._next += 1
+                ready.append((self._groups.popleft(), values, group_error))
         # Outside the lock: callbacks of a group may finish further inputs.
         for group, values, group_error in ready:
             if not group.set_running_or_notify_cancel():

@@ -517,3 +517,29 @@ def test_batches_keep_no_results() -> None:
     gc.collect()
     assert reference() is None
     futures[0].set_result(2)
+
+
+@pytest.mark.parametrize(
+    "derive", [lambda source: get_item_from_future(source, 0), lambda source: batched([source], 1)[0]]
+)
+def test_source_keeps_no_result_of_what_was_derived(derive: Callable[[Future[Any]], Future[Any]]) -> None:
+    source: Future[Any] = Future()
+    reference = weakref.ref(derive(source))
+    assert reference() is not None  # its callbacks may be all that anybody wants of it
+    source.set_result([1])
+    gc.collect()
+    assert reference() is None
+
+
+@pytest.mark.parametrize("key", [0, "not there"])
+def test_derived_future_keeps_no_source(key: Any) -> None:
+    """Nor does its exception, whose traceback has seen the source's result."""
+    source: Future[Any] = Future()
+    item = get_item_from_future(source, key)
+    holder = Holder(1)
+    references = weakref.ref(source), weakref.ref(holder)
+    source.set_result([1, holder])
+    assert item.done()
+    del source, holder
+    gc.collect()
+    assert [reference() for reference in references] == [None, None]
