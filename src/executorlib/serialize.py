@@ -103,10 +103,13 @@ class FunctionPickler:
     """
 
     _KEEP = 64
+    # Of all pickles together: some may hold data, and stay although their functions are gone.
+    _KEEP_BYTES = 64 * 1024 * 1024
 
     def __init__(self) -> None:
         # Weak, as nothing may be kept of a call once it is over.
         self._cache: dict[int, tuple[weakref.ref[Callable[..., Any]], int, bytes]] = {}
+        self._bytes = 0
 
     def dumps(self, fn: Callable[..., Any], number: int, next_number: int) -> bytes:
         """Pickle ``fn`` for call ``number``, where the next call to be submitted is ``next_number``."""
@@ -116,12 +119,18 @@ class FunctionPickler:
         if known is not None and known[0]() is fn and number < known[1]:
             return known[2]
         data = dumps_in_band(fn)
-        if len(self._cache) >= self._KEEP:
-            self._cache.clear()
-        with contextlib.suppress(TypeError):  # not all callables can be referred to weakly
-            self._cache[id(fn)] = (weakref.ref(fn), next_number, data)
+        if known is not None:
+            self._bytes -= len(known[2])
+            del self._cache[id(fn)]
+        if len(self._cache) >= self._KEEP or self._bytes + len(data) > self._KEEP_BYTES:
+            self.clear()
+        if len(data) <= self._KEEP_BYTES:
+            with contextlib.suppress(TypeError):  # not all callables can be referred to weakly
+                self._cache[id(fn)] = (weakref.ref(fn), next_number, data)
+                self._bytes += len(data)
         return data
 
     def clear(self) -> None:
         """Forget all pickles."""
         self._cache.clear()
+        self._bytes = 0

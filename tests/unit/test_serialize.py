@@ -282,6 +282,23 @@ def test_keeps_few_functions_and_forgets_all() -> None:
     assert [reference() for reference in references] == [None] * 300
 
 
+def test_keeps_few_bytes_of_functions() -> None:
+    """Functions that hold data, each with a change between two submits, too."""
+    submits = Submits()
+    limit = 10_000
+    submits.pickler._KEEP_BYTES = limit
+    functions = [functools.partial(len, bytes(size)) for size in (3000, 3000, 3000, 3000, 3000, limit, 3000)]
+    for function in functions * 2:
+        kept = submits.send(function, submits.submit())
+        assert loads([kept])() == len(function.args[0])
+        total = sum(len(data) for _, _, data in submits.pickler._cache.values())
+        assert total <= limit
+        assert total == submits.pickler._bytes
+    assert submits.pickler.dumps(functions[-1], 1, 2) is kept
+    submits.pickler.clear()
+    assert submits.pickler._bytes == 0
+
+
 def test_standard_containers() -> None:
     value = collections.OrderedDict(a=collections.deque([1], 3), b=collections.Counter("aab"))
     assert loads(dumps(value)) == value
