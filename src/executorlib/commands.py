@@ -4,8 +4,8 @@ Everything but `show` goes by the names, sizes and times of files; `prune --fail
 has a dataset `error`. Only `show` unpickles. No command asks a queuing system.
 
 What a call's job left beside its entry is in a batch directory, ``.executorlib/<batch>/`` in the cache
-directory: `entries` names the `_i.h5` of each call, a line each, `job_id` the job or job array, and
-``output.<line number>``, counted from 0, is what the job printed. It is there from the moment the job starts.
+directory: `entries` names the `_i.h5` of each call and its index in the job array, `job_id` the job, and
+``output.<index>`` is what the job of that call printed. It is there from the moment the job starts.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ DEFAULT_DIRECTORY = "executorlib_cache"  # that of the cluster executors
 
 _INPUT, _WRITING, _OUTPUT = "_i.h5", "_r.h5", "_o.h5"
 _ENDING_BYTES = len(_OUTPUT)
-_BATCHES = ".executorlib"
 # As `cache` names what it has not put in place yet.
 _TEMPORARY = re.compile(r"\.\d+-[0-9a-f]{16}\.tmp")
 # A file that is being written changes all the time. Without an age, batch directories are removed a minute
@@ -115,6 +114,8 @@ def scan(directory: str) -> Iterator[Entry]:
             entry = _entry(root, item.path, "running" if item.name.endswith(_WRITING) else "waiting")
             if entry:
                 pending[_stem(item.path)] = entry
+    # Of a job that ends just now, the inputs are still there beside the result.
+    pending = {stem: entry for stem, entry in pending.items() if not os.path.exists(stem + _OUTPUT)}
     failed: set[str] = set()
     for job in _jobs(root):
         entry = pending.pop(job.stem, None)
@@ -125,7 +126,7 @@ def scan(directory: str) -> Iterator[Entry]:
             entry = _failed(root, job)
             if entry:
                 yield entry
-    yield from (entry for stem, entry in pending.items() if not os.path.exists(stem + _OUTPUT))
+    yield from pending.values()
 
 
 def find(directory: str, key: str) -> tuple[Entry, Job | None] | None:
@@ -169,7 +170,7 @@ def _files(root: str) -> Iterator[os.DirEntry[str]]:
             for item in items:
                 if not item.is_dir(follow_symlinks=False):
                     yield item
-                elif item.path != os.path.join(root, _BATCHES):
+                elif item.path != os.path.join(root, cache.BATCHES_FOLDER):
                     folders.append(item.path)
 
 
@@ -201,11 +202,13 @@ def _is_gone(stem: str) -> bool:
 def _batches(root: str) -> list[str]:
     """List the batch directories, the latest first: of two that name an entry, the latest counts."""
     try:
-        with os.scandir(os.path.join(root, _BATCHES)) as items:
+        with os.scandir(os.path.join(root, cache.BATCHES_FOLDER)) as items:
             folders = [item.path for item in items if item.is_dir(follow_symlinks=False)]
     except FileNotFoundError:
         return []
-    return sorted(folders, key=lambda folder: (_modified(os.path.join(folder, "entries")), folder), reverse=True)
+    return sorted(
+        folders, key=lambda folder: (_modified(os.path.join(folder, cache.ENTRIES_FILE)), folder), reverse=True
+    )
 
 
 def _jobs(root: str) -> Iterator[Job]:
@@ -215,19 +218,19 @@ def _jobs(root: str) -> Iterator[Job]:
 
 def _jobs_of(batch: str) -> Iterator[Job]:
     try:
-        lines = Path(batch, "entries").read_text(errors="surrogateescape").splitlines()
+        entries = cache.batch_entries(batch)
         printed = {name for name in os.listdir(batch) if name.startswith("output.")}
-    except FileNotFoundError:
-        return
+    except (FileNotFoundError, ValueError):
+        return  # removed meanwhile, or not complete
     try:
-        name = Path(batch, "job_id").read_text().strip() or None
+        name = Path(batch, cache.JOB_ID_FILE).read_text(encoding="utf-8").strip() or None
     except FileNotFoundError:
         name = None
-    for index, line in enumerate(lines):
+    for index, path in entries.items():
         output = f"output.{index}"
         yield Job(
-            os.path.join(_realpath(os.path.dirname(line)), _stem(os.path.basename(line))),
-            f"{name}_{index}" if name and len(lines) > 1 else name,
+            os.path.join(_realpath(os.path.dirname(path)), _stem(os.path.basename(path))),
+            f"{name}_{index}" if name and len(entries) > 1 else name,
             os.path.join(batch, output) if output in printed else None,
         )
 
@@ -309,11 +312,12 @@ def leftovers(directory: str, older_than: float) -> Iterator[Leftover]:
     for batch in _batches(root):
         try:
             sizes = {item.path: item.stat() for item in os.scandir(batch)}
-            modified = max(status.st_mtime for status in (os.stat(batch), *sizes.values()))
+            # Not that of the folder, which changes as entries and what their jobs printed are removed.
+            modified = max((status.st_mtime for status in sizes.values()), default=_modified(batch))
         except FileNotFoundError:
             continue  # removed meanwhile
         # Without this file it is still being made, or its session died as it made it.
-        complete = os.path.join(batch, "entries") in sizes
+        complete = os.path.join(batch, cache.ENTRIES_FILE) in sizes
         settled = now - modified > (older_than if complete else max(_ABANDONED_SECONDS, older_than))
         if settled and not any(_is_pending(job.stem) for job in _jobs_of(batch)):
             yield Leftover("batch directory", sum(status.st_size for status in sizes.values()), batch)
@@ -701,7 +705,7 @@ def _human_size(size: float) -> str:
     while size >= 1000 and unit < len(_SIZE_UNITS) - 1:
         size /= 1024
         unit += 1
-    digits = 1 if unit and size < 10 else 0
+    digits = 1 if unit and size < 9.95 else 0
     return f"{size:.{digits}f}{_SIZE_UNITS[unit]}"
 
 
