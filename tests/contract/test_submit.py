@@ -452,6 +452,29 @@ def test_standard_output_of_calls_is_the_programs(row: Any, scripts: Any) -> Non
     assert sorted(out) == sorted("one\ntwothree")
 
 
+def test_what_c_code_prints_is_there_with_the_result(row: Any, scripts: Any) -> None:
+    """To standard output and to files of its own, which C's stdio keeps until it is told to write, or exits."""
+    out = scripts.run(
+        """
+        def say(text, path):
+            import ctypes
+
+            libc = ctypes.CDLL(None)
+            libc.printf(text)
+            libc.fopen.restype = ctypes.c_void_p
+            libc.fputs(text, ctypes.c_void_p(libc.fopen(path, b"w")))
+
+        with SingleNodeExecutor(**OPTIONS) as executor:
+            for name in (b"one", b"two"):
+                executor.submit(say, name, name).result()
+                with open(name) as file:
+                    print(file.read(), end="", flush=True)
+        """,
+        row.arguments(),
+    )
+    assert sorted(out) == sorted("one" * 2 + "two" * 2)
+
+
 def test_standard_error_of_calls_is_the_programs(row: Any, scripts: Any) -> None:
     process = scripts.start(
         """

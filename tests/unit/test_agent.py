@@ -695,6 +695,18 @@ def test_preload(make_agent: Callable[..., Client], tmp_path: Path) -> None:
     assert client.end() == (0, "")
 
 
+def test_what_preloaded_modules_print_is_printed_once(tmp_path: Path) -> None:
+    """Not again by every child, which is a copy of the agent with all that is still to be written."""
+    (tmp_path / "preloaded.py").write_text("import ctypes\nprint('imported')\nctypes.CDLL(None).printf(b'loaded')\n")
+    script = "from executorlib import SingleNodeExecutor\nif __name__ == '__main__':\n    "
+    script += "with SingleNodeExecutor(2, start_method='fork', preload=['preloaded']) as executor:\n        "
+    script += "assert list(executor.map(abs, range(4))) == [0, 1, 2, 3]\n"
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    environ.pop("PYTHONUNBUFFERED", None)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environ, timeout=30)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "imported\nloaded", "")
+
+
 @pytest.mark.parametrize(
     ("source", "said"),
     [(None, "No module named 'preloaded'"), ("1 / 0", "ZeroDivisionError"), ("raise SystemExit(4)", "")],

@@ -300,6 +300,7 @@ def main(fd: int, preload: list[str]) -> None:
     agent = Agent(connection)
     try:
         call.load(preload)
+        call.flush()  # or every child would print it again
         # Looks in vain through the whole import path, so that every child inherits the directory listings instead of
         # reading them anew for its first import.
         importlib.util.find_spec("_executorlib_finds_no_such_module")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import importlib
 import os
 import socket
@@ -364,7 +365,7 @@ def _run_one(
     seconds = time.perf_counter() - started
     if os.getpid() != process:
         os._exit(0)  # a copy that the function forked, and that came back from it, too
-    _flush()  # what the function printed comes before its result
+    flush()  # what the function printed comes before its result
     # Threads and exit handlers of the function may take any time after its result.
     leaving = last and threading.active_count() == 1 and atexit._ncallbacks() == 0
     more = {"leaving": True} if leaving else {}
@@ -375,12 +376,22 @@ def _run_one(
     return leaving
 
 
-def _flush() -> None:
+def flush() -> None:
+    """Write out what was printed, by Python and by C's stdio, of which `os._exit` would lose the rest."""
     try:
         sys.stdout.flush()
         sys.stderr.flush()
     except Exception:  # closed or replaced by the user's function
-        return
+        pass
+    _c_flush()(None)
+
+
+@functools.cache
+def _c_flush() -> Callable[[None], int]:
+    import ctypes
+
+    flush_files: Callable[[None], int] = ctypes.CDLL(None).fflush
+    return flush_files
 
 
 def load(modules: Sequence[str]) -> None:
@@ -398,6 +409,6 @@ def leave(code: int) -> None:
     try:
         threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
-        _flush()
+        flush()
     finally:
         os._exit(code)
