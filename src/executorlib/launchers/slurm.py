@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # What has to hold whatever a template says is not here but on sbatch's command line, which counts for more.
 #
 # - GPUs: --gres is what every Slurm takes, but counts by node; ranks may be spread, so theirs are counted by task.
-# - priority: whoever is no operator may only lower it. Where the nice value is negative sbatch says so and ignores it.
+# - priority: only operators, root among them, may raise a job's; sbatch refuses a negative nice value of others.
 # - A job that lost its node, or was preempted, ends in an error instead of running again unasked; `--requeue` in
 #   slurm_cmd_args, or a template without this line, lets it.
 DEFAULT_TEMPLATE = """\
@@ -54,7 +54,7 @@ DEFAULT_TEMPLATE = """\
 {%- if exclusive %}
 #SBATCH --exclusive
 {%- endif %}
-{%- if priority %}
+{%- if priority < 0 or (priority and operator) %}
 #SBATCH --nice={{ -priority }}
 {%- endif %}
 #SBATCH --no-requeue
@@ -198,11 +198,14 @@ class SlurmQueue:
 
     def script(self, batch: Batch) -> str:
         """See `queue.Queue.script`."""
-        return self._templates.render(batch)
+        return self._templates.render(batch, operator=self._user == 0)
 
     def unused(self, batch: Batch) -> list[str]:
         """See `queue.Queue.unused`."""
-        return self._templates.unused(batch)
+        unused = self._templates.unused(batch)
+        if batch.resources.priority > 0 and self._user != 0 and self._templates.is_default(batch):
+            unused.append("priority")
+        return unused
 
     def submit_command(self, batch: Batch, script_path: str) -> list[str]:
         """See `queue.Queue.submit_command`."""

@@ -41,8 +41,16 @@ class Templates:
             self._adapter = _read_configuration(self._directory)
             self.queue_type = str(self._adapter.config["queue_type"])
 
-    def render(self, batch: Batch) -> str:
+    def is_default(self, batch: Batch) -> bool:
+        """Whether a batch gets the default template."""
+        return batch.resources.submission_template is None and self._adapter is None
+
+    def render(self, batch: Batch, **more: Any) -> str:
         """The job script of a batch.
+
+        Args:
+            batch: The batch.
+            more: What the template can use beside resources and the batch's own values.
 
         Raises:
             ValueError: Template and values do not fit; the text says which and why.
@@ -54,7 +62,7 @@ class Templates:
         from jinja2 import TemplateError
 
         try:
-            script = commands.render_submission_template(submission_template=text, **values)
+            script = commands.render_submission_template(submission_template=text, **{**values, **more})
         except (TemplateError, TypeError, ValueError, ArithmeticError) as error:
             line = getattr(error, "lineno", None)
             raise ValueError(f"{where} cannot be rendered: {f'line {line}: ' if line else ''}{error}") from error
