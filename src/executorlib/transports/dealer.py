@@ -7,6 +7,7 @@ such an address and port.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import socket
@@ -81,7 +82,8 @@ class Dealer:
         self._socket = attempt.socket
         self._monitor = attempt.monitor
         self.endpoint = attempt.endpoint
-        self._lost_read, self._lost_write = os.pipe()
+        self._lost = threading.Event()
+        self._lost_read, self._lost_write = os.pipe()  # becomes readable with it
         self._watcher = threading.Thread(target=self._watch, name="executorlib connection", daemon=True)
         self._watcher.start()
 
@@ -92,6 +94,7 @@ class Dealer:
             if event == zmq.EVENT_MONITOR_STOPPED:
                 return
             if event == zmq.EVENT_DISCONNECTED:
+                self._lost.set()
                 os.write(self._lost_write, b"\0")
                 if self._on_lost is not None:
                     self._on_lost()
@@ -100,10 +103,13 @@ class Dealer:
         while not int(self._socket.getsockopt(zmq.EVENTS)) & event:
             ready = dict(zmq.zmq_poll([(self._socket, event), (self._lost_read, zmq.POLLIN)]))
             if self._lost_read in ready and self._socket not in ready:
-                raise EOFError(
-                    f"the connection to the executor at {self.endpoint} was lost: the executor has ended, or its "
-                    f"machine has not answered for {SILENCE_SECONDS:g} s."
-                )
+                raise self._end()
+
+    def _end(self) -> EOFError:
+        return EOFError(
+            f"the connection to the executor at {self.endpoint} was lost: the executor has ended, or its machine has "
+            f"not answered for {SILENCE_SECONDS:g} s."
+        )
 
     def send(self, header: Any, frames: Sequence[Frame] = ()) -> None:
         """Send a message.
@@ -113,8 +119,13 @@ class Dealer:
         Raises:
             EOFError: The connection was lost.
         """
-        self._wait(zmq.POLLOUT)
-        self._socket.send_multipart(pack(header, frames), copy=False)
+        while not self._lost.is_set():
+            self._wait(zmq.POLLOUT)
+            # Without the connection, which may end here, it would wait for ever.
+            with contextlib.suppress(zmq.Again):
+                self._socket.send_multipart(pack(header, frames), zmq.NOBLOCK, copy=False)
+                return
+        raise self._end()
 
     def receive(self) -> Message:
         """Wait for a message.
@@ -133,7 +144,7 @@ class Dealer:
         self._socket.disable_monitor()
         self._watcher.join()
         self._monitor.close()
-        self._socket.close(linger=milliseconds(_LINGER_SECONDS))
+        self._socket.close(linger=0 if self._lost.is_set() else milliseconds(_LINGER_SECONDS))
         self._context.term()
         os.close(self._lost_read)
         os.close(self._lost_write)

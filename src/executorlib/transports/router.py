@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 
 # Connections of workers that come at the same moment wait in this queue; the system's own limit applies, too.
 _BACKLOG = 4096
+# Read in one turn of the loop; and the pause then, in seconds, in which it gets to the rest.
+_MESSAGES_A_TURN = 100
+_REST_SECONDS = 0.001
 # When a new peer is asked after, in seconds. libzmq's thread has long told its socket by then.
 _CHECK_SECONDS = 1.0
 
@@ -84,6 +87,7 @@ class Router:
         # The other way round. All but one of several are gone, and will be found out.
         self._peers: dict[int, set[bytes]] = {}
         self._lost: deque[bytes] = deque()
+        self._resting = False
         self._directory = ""
         self._context = zmq.Context()
         self._door = Door(self._context)
@@ -154,8 +158,13 @@ class Router:
         self._events.call_later(0.0, self._on_readable)
 
     def _on_readable(self) -> None:
-        # The descriptor of a ZeroMQ socket only says that something may have changed, once: read until nothing is left.
-        while not self._context.closed:
+        # The descriptor of a ZeroMQ socket only says that something may have changed, once: read until nothing is left,
+        # or come back, as the loop has more to do.
+        if self._resting:
+            return
+        for _ in range(_MESSAGES_A_TURN):
+            if self._context.closed:
+                return
             self._note_losses()
             if int(self._door.socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
                 self._door.answer()
@@ -172,6 +181,12 @@ class Router:
                     self._on_lost(lost)
             else:
                 return
+        self._resting = True
+        self._events.call_later(_REST_SECONDS, self._go_on)
+
+    def _go_on(self) -> None:
+        self._resting = False
+        self._on_readable()
 
     def _meet(self, peer: bytes, descriptor: int) -> None:
         if peer not in self._descriptors and peer not in self._lost:
