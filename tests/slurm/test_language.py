@@ -18,11 +18,7 @@ from executorlib.launchers.queue import Batch, Dependency, JobState, Phase
 from executorlib.launchers.slurm import SETTINGS_COMMAND, SlurmQueue, command_environment, parse_settings, rank_command
 from executorlib.resources import Resources
 
-pytestmark = [
-    pytest.mark.slurm,
-    # pandas and jinja2, which pysqa loads, are not ours to keep free of warnings.
-    pytest.mark.filterwarnings("default"),
-]
+pytestmark = pytest.mark.slurm
 
 COMMAND_SECONDS = 30.0
 JOB_SECONDS = 30.0

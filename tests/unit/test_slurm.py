@@ -20,8 +20,6 @@ from executorlib.resources import Resources
 from unit import repeatable
 
 needs_pysqa = pytest.mark.skipif(importlib.util.find_spec("pysqa") is None, reason="needs pysqa (pip install pysqa)")
-# pandas and jinja2 are not ours to keep free of warnings.
-pytestmark = pytest.mark.filterwarnings("default")
 
 
 def batch(count: int = 1, values: dict[str, Any] | None = None, **more: Any) -> Batch:
