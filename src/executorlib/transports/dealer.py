@@ -42,6 +42,10 @@ _RESOLVE_SECONDS = 0.05
 # How long a worker that leaves waits for its last message to be taken, in seconds.
 _LINGER_SECONDS = 30.0
 
+_NO_ANSWER = "no answer"
+_NOBODY = "nobody listens there, or it cannot be reached"
+_REFUSED = "it refuses this worker's key"
+
 _ATTEMPT_EVENTS = (
     zmq.EVENT_CONNECTED
     | zmq.EVENT_CLOSED
@@ -169,7 +173,7 @@ class _Attempt:
         self._keys = keys
         self._peer = peer.encode()
         self.endpoint = endpoint
-        self.outcome = "no answer"
+        self.outcome = _NO_ANSWER
         self.start()
 
     def start(self) -> None:
@@ -197,14 +201,15 @@ class _Attempt:
         """Take in an event; return whether the executor has let us in."""
         event = parse_monitor_message(self.monitor.recv_multipart())["event"]
         if event == zmq.EVENT_CONNECTED:
-            self.outcome = "connected, but it does not answer"
+            if self.outcome in (_NO_ANSWER, _NOBODY):  # what an earlier connection came to says more
+                self.outcome = "connected, but it does not answer"
         elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
-            self.outcome = "it refuses this worker's key"
+            self.outcome = _REFUSED
         elif event == zmq.EVENT_CLOSED:
-            self.outcome = "nobody listens there, or it cannot be reached"
+            self.outcome = _NOBODY
             self._pause()
         elif event == zmq.EVENT_DISCONNECTED:
-            if self.outcome.startswith("connected"):
+            if self.outcome != _REFUSED:
                 self.outcome = "who listens there is not this worker's executor"
             self._pause()
         return bool(event == zmq.EVENT_HANDSHAKE_SUCCEEDED)
