@@ -30,14 +30,16 @@ def write(path: Path, **result: Any) -> Path:
     return path
 
 
-def batch(directory: Path, name: str, entries: dict[int, str], job: str = "", outputs: dict[int, str] = {}) -> Path:  # noqa: B006
+def batch(
+    directory: Path, name: str, entries: dict[int, str], job: str = "", outputs: dict[int, str] | None = None
+) -> Path:
     """Make the batch directory of these keys; ``outputs`` is what the jobs that started printed."""
     folder = directory / ".executorlib" / name
     folder.mkdir(parents=True)
     (folder / "entries").write_text("".join(f"{index} {directory}/{key}_i.h5\n" for index, key in entries.items()))
     if job:
         (folder / "job_id").write_text(job + "\n")
-    for index, text in outputs.items():
+    for index, text in (outputs or {}).items():
         (folder / f"output.{index}").write_text(text)
     return folder
 
