@@ -136,6 +136,20 @@ def test_files_of_others_load(tmp_path: Path, form: str) -> None:
     ]
 
 
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("form", ["uint8", "void"])
+def test_a_job_that_executorlib_1_submitted_is_followed(tmp_path: Path, form: str) -> None:
+    values = {"function": operator.add, "input_args": [1], "input_kwargs": {"b": 2}, "error_log_file": None}
+    write_plain(tmp_path / "a_i.h5", form, **values, resource_dict={"cores": 1}, queue_id=17)
+    [row] = cache.get_cache_data(tmp_path)
+    assert row == {**values, "resource_dict": {"cores": 1}, "queue_id": 17, "filename": str(tmp_path / "a_i.h5")}
+    future = cache.get_future_from_cache(tmp_path, "a")
+    (tmp_path / "a_i.h5").rename(tmp_path / "a_r.h5")
+    write_plain(tmp_path / "new", form, **values, output=3, runtime=0.5)
+    (tmp_path / "new").rename(tmp_path / "a_o.h5")
+    assert future.result(timeout=SECONDS) == 3
+
+
 def test_inputs_that_executorlib_1_stored_as_references_to_files_load(tmp_path: Path) -> None:
     module = types.ModuleType("executorlib.task_scheduler.file.shared")
 
@@ -265,14 +279,31 @@ def test_locks_do_not_matter(tmp_path: Path) -> None:
     assert cache.read_output(path) == (2, None, 0.5)
 
 
-def test_a_look_up_lists_no_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = cache.entry_path(tmp_path, "a/key")
-    write(path, output=1)
-    with monkeypatch.context() as patch:
-        for name in ("listdir", "scandir", "walk"):
-            patch.delattr(os, name)
-        output = cache.read_output(path)
-    assert output == (1, None, 0.5)
+def test_a_look_up_lists_no_directory(tmp_path: Path) -> None:
+    write(tmp_path / "a" / "done_o.h5", output=1)
+    write_plain(tmp_path / "a" / "runs_i.h5", function=len)
+    code = """
+    import sys
+    from executorlib import SingleNodeExecutor, cache
+
+    def look(event, arguments):
+        if event in ("os.listdir", "os.scandir") and str(arguments[0]).startswith(sys.argv[1]):
+            listed.append(arguments)
+
+    listed = []
+    sys.addaudithook(look)
+    results = [
+        cache.read_output(cache.entry_path(sys.argv[1], "a/done")).value,
+        cache.read_output(cache.entry_path(sys.argv[1], "a/no")),
+        cache.get_future_from_cache(sys.argv[1], "a/done").result(),
+        cache.get_future_from_cache(sys.argv[1], "a/runs").done(),
+    ]
+    with SingleNodeExecutor(cache_directory=sys.argv[1]) as executor:
+        futures = [executor.submit(len, "xx", resource_dict={"cache_key": key}) for key in ("a/done", "a/no")]
+    print([*results, *(future.result() for future in futures)], listed)
+    """
+    assert output_of(run(code, tmp_path)) == "[1, None, 1, False, 1, 2] []"
+    assert files(tmp_path) == ["a/done_o.h5", "a/no_o.h5", "a/runs_i.h5"]
 
 
 def test_many_processes_use_one_entry_at_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -357,6 +388,13 @@ def test_a_future_of_no_entry_is_an_error(tmp_path: Path) -> None:
         cache.get_future_from_cache(tmp_path, "a")
     with pytest.raises(ValueError, match="inside the cache directory"):
         cache.get_future_from_cache(tmp_path, "../a")
+
+
+def test_the_names_of_datasets_are_read_without_what_they_hold(tmp_path: Path) -> None:
+    write_plain(tmp_path / "a_o.h5", function=b"junk", error=b"junk")
+    (tmp_path / "damaged_o.h5").write_bytes(b"junk")
+    assert cache.datasets_of(tmp_path / "a_o.h5") == {"function", "error"}
+    assert cache.datasets_of(tmp_path / "damaged_o.h5") == cache.datasets_of(tmp_path / "no_o.h5") == set()
 
 
 @pytest.fixture
@@ -522,6 +560,8 @@ def test_what_needs_h5py_says_how_to_install_it(tmp_path: Path, monkeypatch: pyt
     for call in (
         lambda: write(path, output=1),
         lambda: cache.read_output(path),
+        lambda: cache.read_entry(path),
+        lambda: cache.datasets_of(path),
         lambda: cache.get_cache_data(tmp_path),
         lambda: cache.get_future_from_cache(tmp_path, "key"),
     ):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import operator
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -249,6 +250,15 @@ def test_show_writes_json(tmp_path: Path, call: Call) -> None:
     assert (code, shown["error"], shown["runtime"]) == (0, "KeyError('why')", 0.5)
     assert shown["input_args"] == ["<Unrepresentable, whose repr() raised RuntimeError>"]
     assert "output" not in shown
+
+
+def test_show_prints_where_a_function_raised(tmp_path: Path, call: Call) -> None:
+    values = {"function": operator.add, "error": KeyError("why"), "traceback": "Traceback:\n  in add", "queue_id": 17}
+    cache.write_pickles(str(tmp_path / "key_o.h5"), {name: pickle.dumps(value) for name, value in values.items()})
+    _, out, _ = call("cache", "show", "-d", tmp_path, "key")
+    assert re.search(r"^error: +KeyError\('why'\)$", out, re.MULTILINE)
+    assert re.search(r"^traceback: +Traceback:\n +in add$", out, re.MULTILINE)
+    assert re.search(r"^queue_id: +17$", out, re.MULTILINE)
 
 
 def test_show_of_a_call_that_failed_names_the_output_of_its_job(directory: Path, call: Call) -> None:
