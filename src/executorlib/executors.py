@@ -401,7 +401,8 @@ class SingleNodeExecutor(BaseExecutor):
     """Runs calls on this machine: each in a fresh process of its own, or in a block of workers.
 
     Args:
-        max_workers: Calls at once; in block mode the number of workers. Given alone, cores are not counted.
+        max_workers: Calls at once; in block mode the number of workers. Given alone, cores are not counted. Each takes
+            up to four open files of this process, whose soft limit (``ulimit -n``) is raised where they do not fit.
         cache_directory: Keep results here and look them up before running; the same as the key in ``resource_dict``.
         max_cores: Cores in use at once, a call taking ``cores × threads_per_core``. With neither: the CPUs that this
             process may use, by affinity and container limits.
@@ -509,13 +510,16 @@ class SingleNodeExecutor(BaseExecutor):
             export_workflow_filename,
             disable_dependencies,
         )
+        # More than can run at once would only take memory.
+        stock = min(size, len(cpus)) if defaults.cores == 1 else 0
+        if graph is None and not block_allocation:
+            _check_files(size, stock)
         super().__init__(
             make_launcher=lambda events: LocalLauncher(
                 events,
                 spawn=spawn,
                 pooled=block_allocation,
-                # More than can run at once would only take memory.
-                stock=min(size, len(cpus)) if defaults.cores == 1 else 0,
+                stock=stock,
                 preload=modules,
                 default_threads=defaults.threads_per_core,
             ),
@@ -561,6 +565,30 @@ class SingleNodeExecutor(BaseExecutor):
                 f"{subject}: num_nodes={resources.num_nodes} cannot be honoured on a single node. Ask for 1, or leave "
                 "it out."
             )
+
+    def _check_block(self, size: int) -> None:
+        super()._check_block(size)
+        _check_files(size, 0)
+
+
+# Open files of this process: a worker's connection and its standard error; in a block, two for its permits beside.
+_FILES_PER_WORKER = 4
+# The loop's own, with those of the node agent.
+_FILES_PER_EXECUTOR = 8
+
+
+def _check_files(workers: int, stock: int) -> None:
+    """Raise ValueError where this process may not have enough files open.
+
+    A worker of one call takes half of what is counted here: the next may start while it is about to exit.
+    """
+    wanted = _FILES_PER_EXECUTOR + _FILES_PER_WORKER * workers + 2 * stock
+    room = machine.room_for_files(wanted)
+    if room < wanted:
+        raise ValueError(
+            f"{workers} workers at once need {wanted} open files in this process, which may open only {room} more. "
+            "Ask for fewer with max_workers or max_cores, or have the hard limit raised (`ulimit -Hn`)."
+        )
 
 
 def _positive(name: str, value: int | None) -> int | None:

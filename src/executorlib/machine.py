@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+import resource
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -60,6 +62,35 @@ def _group_limit(group: Path) -> float | None:
     if quota == "max" or int(quota) <= 0:
         return None
     return int(quota) / int(period)
+
+
+# Left to the rest of the program where the limit has to be raised.
+_SPARE_FILES = 256
+
+
+def room_for_files(count: int) -> int:
+    """How many more files this process may open.
+
+    Its soft limit is raised, if need be, as far as the hard one allows, and only as far as ``count`` files ask for: the
+    soft limit is there for programs that cannot deal with descriptors above 1023, which do not get any by that.
+
+    Args:
+        count: How many are wanted.
+
+    Returns:
+        How many may be opened.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(os.listdir("/proc/self/fd" if os.path.isdir("/proc/self/fd") else "/dev/fd"))
+    wanted = used + count + _SPARE_FILES
+    if soft == resource.RLIM_INFINITY:
+        return count
+    if soft < wanted:
+        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        with contextlib.suppress(ValueError, OSError):  # macOS has a limit of its own beside
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+            soft = limit
+    return soft - used
 
 
 def visible_gpus(environ: Mapping[str, str] = os.environ) -> list[str]:

@@ -254,6 +254,72 @@ def test_too_few_file_descriptors(row: Any, scripts: Any) -> None:
     assert out.strip() == "True"
 
 
+@pytest.mark.linux
+def test_no_file_descriptor_is_left(row: Any, scripts: Any, tmp_path: Path) -> None:
+    """Only the call fails that needed one; what runs goes on, and all is well once there are some again."""
+    out = quietly(
+        scripts,
+        """
+        import resource, time
+        from concurrent.futures import BrokenExecutor
+        from pathlib import Path
+
+        def hold():
+            while not Path("go").exists():
+                time.sleep(0.005)
+            return "held"
+
+        with SingleNodeExecutor(**OPTIONS) as executor:
+            held = executor.submit(hold)
+            print(executor.submit(len, "two").result(20))
+            limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+            for size in (1, 1, 1, 3_000_000):
+                future = executor.submit(bytes, size)
+                error = future.exception(20)
+                if error is None:
+                    assert future.result() == bytes(size)
+                else:
+                    assert isinstance(error, (OSError, BrokenExecutor)), error
+                    assert "open files" in str(error), error
+            print(error is not None)
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+            Path("go").touch()
+            print(held.result(20))
+            print(executor.submit(bytes, 3_000_000).result(20) == bytes(3_000_000))
+        """,
+        row.arguments(),
+    )
+    assert out.split() == ["3", "True", "held", "True"]
+
+
+@pytest.mark.linux
+def test_more_workers_than_open_files(row: Any, scripts: Any) -> None:
+    """The soft limit gives way as far as it must, the hard one is an error of the constructor."""
+    out = scripts.run(
+        """
+        import resource
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, 700))
+        SingleNodeExecutor(**{**OPTIONS, "max_workers": 2}).shutdown()
+        print(resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 64)
+        for size in (1000, 100_000):
+            try:
+                SingleNodeExecutor(**{**OPTIONS, "max_workers": size}).shutdown()
+            except ValueError as error:
+                print("max_workers" in str(error) and "ulimit" in str(error))
+        with SingleNodeExecutor(**{**OPTIONS, "max_workers": 2}) as executor:
+            if OPTIONS.get("block_allocation"):
+                try:
+                    executor.max_workers = 1000
+                except ValueError as error:
+                    print("open files" in str(error))
+            print(executor.submit(abs, -1).result(20))
+        """,
+        row.arguments(),
+    )
+    assert out.split() == ["True"] * (4 if row.block else 3) + ["1"]
+
+
 def test_temporary_directory_that_is_not_there(row: Any, scripts: Any) -> None:
     out = scripts.run(
         "with SingleNodeExecutor(**OPTIONS) as e:\n    print(e.submit(abs, -1).result(20))\n",

@@ -371,6 +371,74 @@ def test_received_descriptors_are_not_inherited(pair: tuple[socket.socket, socke
         os.close(fd)
 
 
+@contextlib.contextmanager
+def files_left(count: int) -> Iterator[None]:
+    """Let this process open only so many more files."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = [os.dup(0) for _ in range(count + 1)]
+    for fd in free:
+        os.close(fd)
+    # The limit is one on their numbers, and the lowest free ones are given out.
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free[-1], limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+@needs_proc
+@pytest.mark.parametrize("left", [0, 1, 2])
+def test_too_many_open_files_cost_only_the_message_concerned(
+    pair: tuple[socket.socket, socket.socket], left: int
+) -> None:
+    channel, connection = Channel(pair[0]), Connection(pair[1])
+    connection.send(["before"])
+    connection.send(["started"], (), [0, 1, 2])
+    connection.send(["result"], [b"x"])
+    before = open_fds()
+    with files_left(left):
+        received = receive_all(channel, 3)
+        assert channel.receive() == ([], False)
+    assert [message.header for message in received] == [["before"], ["started"], ["result"]]
+    first, second, third = received
+    assert first.error is third.error is None
+    assert isinstance(second.error, OSError)
+    assert "open files" in str(second.error)
+    assert second.fds == []
+    assert open_fds() == before
+    connection.send(["started"], (), [0])
+    [last] = receive_all(channel, 1)
+    assert last.error is None
+    os.close(*last.fds)
+
+
+@memory_files
+@needs_proc
+def test_large_message_and_too_many_open_files(pair: tuple[socket.socket, socket.socket]) -> None:
+    channel, connection = Channel(pair[0]), Connection(pair[1])
+    connection.send(["result", 1], [b"x" * LARGE])
+    with files_left(0):
+        [message] = receive_all(channel, 1)
+    assert message.header == ["result", 1]
+    assert message.frames == []
+    assert isinstance(message.error, OSError)
+    channel.put(["call"], [b"x" * LARGE])
+    channel.flush()
+    with files_left(0), pytest.raises(OSError, match="open files"):
+        connection.receive()
+
+
+@memory_files
+def test_large_message_that_cannot_be_mapped(pair: tuple[socket.socket, socket.socket]) -> None:
+    channel, connection = Channel(pair[0]), Connection(pair[1])
+    connection.send(["result", 1], [b"x" * LARGE])
+    with mock.patch.object(messages, "_map", side_effect=OSError("no memory")):
+        [message] = receive_all(channel, 1)
+    assert str(message.error) == "no memory"
+    connection.send(["ready"])
+    assert receive_all(channel, 1)[0].header == ["ready"]
+
+
 # Peers that are gone.
 
 

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from executorlib import serialize
 from executorlib.errors import ExecutorlibSocketError, describe_exit
 from executorlib.launchers.base import STDERR_TAIL_BYTES, Events, Exit, Process, tail_text
 from executorlib.launchers.mpi import MpiLauncher
@@ -179,30 +180,30 @@ class Agent:
         """Start the agent, if it does not run."""
         if self._popen is not None:
             return
-        ours, theirs = socket.socketpair()
         self.surroundings = Surroundings()
         environ = os.environ.copy()
         if self._preload:
             environ.update(dict.fromkeys(THREAD_VARIABLES, str(self._threads)))
         preload = [] if self._spawn else self._preload
-        code = boot_code("executorlib.worker.agent", f"({theirs.fileno()}, {preload!r})")
-        error_read, error_write = os.pipe()
-        try:
+        with contextlib.ExitStack() as on_failure:
+            ours, theirs = socket.socketpair()
+            on_failure.callback(ours.close)
             with theirs:
-                self._popen = subprocess.Popen(
-                    [sys.executable, "-c", code],
-                    stdin=subprocess.DEVNULL,
-                    stderr=error_write,
-                    env=environ,
-                    pass_fds=[theirs.fileno()],
-                    start_new_session=True,
-                )
-        except OSError:
-            ours.close()
-            os.close(error_read)
-            raise
-        finally:
-            os.close(error_write)
+                error_read, error_write = os.pipe()
+                on_failure.callback(os.close, error_read)
+                code = boot_code("executorlib.worker.agent", f"({theirs.fileno()}, {preload!r})")
+                try:
+                    self._popen = subprocess.Popen(
+                        [sys.executable, "-c", code],
+                        stdin=subprocess.DEVNULL,
+                        stderr=error_write,
+                        env=environ,
+                        pass_fds=[theirs.fileno()],
+                        start_new_session=True,
+                    )
+                finally:
+                    os.close(error_write)
+            on_failure.pop_all()
         self._greeted = False
         self._stderr.clear()
         self._error_fd = error_read
@@ -267,20 +268,28 @@ class Agent:
 
     def _on_message(self, message: Message) -> None:
         kind, number, *rest = message.header
-        if kind == "started":
+        if kind == "started" and message.error is None:
             self._on_started(number, rest[0], message.fds)
+        elif kind == "started":
+            # Nobody can talk to it.
+            self._put(["kill", number, signal.SIGKILL])
+            self._flush()
+            self._on_not_started(number, f"its connection cannot be taken here: {message.error}")
         elif kind == "exited":
             child = self._children.get(number)
             if child is not None:
                 self._on_child_exit(child, rest[0], f"it {describe_exit(rest[0])}")
         elif kind == "failed":
-            process = self._wanted.pop(number, None)
-            if process is None:
-                self._orders -= 1
-            else:
-                self._events.on_exit(process, Exit(None, f"the node agent could not start it: {rest[0]}"))
+            self._on_not_started(number, f"the node agent could not start it: {rest[0]}")
         else:
             self._greeted = True
+
+    def _on_not_started(self, number: int, text: str) -> None:
+        process = self._wanted.pop(number, None)
+        if process is None:
+            self._orders -= 1
+        else:
+            self._events.on_exit(process, Exit(None, text))
 
     def _on_started(self, number: int, pid: int, fds: list[int]) -> None:
         stderr, *sockets = fds
@@ -341,7 +350,12 @@ class Agent:
         process = child.process
         while messages:
             message = messages.pop(0)
-            if process is not None:
+            if process is not None and message.error is not None:
+                _, number, seconds, text, more = message.header
+                text += "what the call gave could not be received here"
+                frames = serialize.dumps(message.error)
+                self._events.on_message(process, ["error", number, seconds, text, more], frames)
+            elif process is not None:
                 self._events.on_message(process, message.header, message.frames)
         return closed
 

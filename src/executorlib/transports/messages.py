@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import errno
 import json
 import mmap
 import os
@@ -50,6 +51,8 @@ _MOST_HEADER_BYTES = 16 * 1024 * 1024
 # The kernel takes at most SCM_MAX_FD = 253 descriptors with one message.
 _MOST_DESCRIPTORS = 253
 _ANCILLARY_BYTES = socket.CMSG_SPACE(_MOST_DESCRIPTORS * 4)
+# Stands for descriptors that the kernel could not give us.
+_LOST = -1
 
 # Below this, one copy into one piece is cheaper than a longer list of pieces for the kernel.
 _JOINED_BYTES = 8192
@@ -68,14 +71,16 @@ class Message:
         header: Control data.
         frames: Opaque payload.
         fds: Open descriptors that came with it; the receiver owns them.
+        error: Why there are neither frames nor descriptors although it was sent with some, where that is so.
     """
 
-    __slots__ = ("fds", "frames", "header")
+    __slots__ = ("error", "fds", "frames", "header")
 
-    def __init__(self, header: Any, frames: list[Frame], fds: list[int]) -> None:
+    def __init__(self, header: Any, frames: list[Frame], fds: list[int], error: OSError | None = None) -> None:
         self.header = header
         self.frames = frames
         self.fds = fds
+        self.error = error
 
 
 def _nbytes(frame: Frame) -> int:
@@ -171,20 +176,22 @@ class Decoder:
         self._buffer = bytearray()
         self._fds: deque[int] = deque()
 
-    def feed(self, data: bytes, ancillary: list[tuple[int, int, bytes]]) -> list[Message]:
-        """Take what was received; return the messages that are complete."""
+    def feed(self, data: bytes, ancillary: list[tuple[int, int, bytes]], flags: int = 0) -> list[Message]:
+        """Take what `socket.recvmsg` returned; return the messages that are complete."""
         for level, kind, content in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 received = array.array("i")
                 received.frombytes(content[: len(content) - len(content) % received.itemsize])
                 self._fds.extend(received)
+        if flags & socket.MSG_CTRUNC:
+            self._fds.append(_LOST)
         buffer = self._buffer
         buffer += data
         messages = []
         position = 0
         available = len(buffer)
         while available - position >= _PREFIX.size:
-            header_length, frame_count, flags = _PREFIX.unpack_from(buffer, position)
+            header_length, frame_count, descriptors = _PREFIX.unpack_from(buffer, position)
             if header_length > _MOST_HEADER_BYTES:
                 raise ValueError("not a message of executorlib")
             cursor = position + _PREFIX.size
@@ -193,34 +200,51 @@ class Decoder:
                 break
             lengths = struct.unpack_from(f"<{frame_count}Q", buffer, cursor)
             cursor = lengths_end + header_length
-            mapped = bool(flags & _MAPPED)
+            mapped = bool(descriptors & _MAPPED)
             end = cursor if mapped else cursor + sum(lengths)
             if available < end:
                 break
             header = _from_json(buffer[lengths_end:cursor].decode())
-            fds = [self._fds.popleft() for _ in range(flags & ~_MAPPED)]
+            fds, error = self._take(descriptors & ~_MAPPED)
             frames: list[Frame] = []
-            if mapped:
+            if mapped and error is None:
                 fd = fds.pop()
                 try:
                     frames = _load(fd, lengths)
+                except OSError as caught:
+                    error = caught
                 finally:
                     os.close(fd)
-            else:
+            elif not mapped:
                 for length in lengths:
                     # A bytearray: arrays rebuilt on it are writable, as the originals were.
                     frames.append(buffer[cursor : cursor + length])
                     cursor += length
-            messages.append(Message(header, frames, fds))
+            messages.append(Message(header, frames, fds, error))
             position = end
         if position:
             del buffer[:position]
         return messages
 
+    def _take(self, count: int) -> tuple[list[int], OSError | None]:
+        """The descriptors of the next message, or why they are not there."""
+        fds: list[int] = []
+        for _ in range(count):
+            fd = self._fds.popleft()
+            if fd == _LOST:
+                for received in fds:
+                    os.close(received)
+                text = "too many open files in this process; raise its limit (`ulimit -n`), or close some"
+                return [], OSError(errno.EMFILE, text)
+            fds.append(fd)
+        return fds, None
+
     def close(self) -> None:
         """Close descriptors of messages that never became complete."""
         while self._fds:
-            os.close(self._fds.popleft())
+            fd = self._fds.popleft()
+            if fd != _LOST:
+                os.close(fd)
 
 
 class Channel:
@@ -295,7 +319,7 @@ class Channel:
         messages: list[Message] = []
         while True:
             try:
-                data, ancillary, _, _ = self._sock.recvmsg(
+                data, ancillary, flags, _ = self._sock.recvmsg(
                     _RECEIVE_BYTES, _ANCILLARY_BYTES, getattr(socket, "MSG_CMSG_CLOEXEC", 0)
                 )
             except (BlockingIOError, InterruptedError):
@@ -305,7 +329,7 @@ class Channel:
             if not data:
                 return messages, True
             try:
-                messages += self._decoder.feed(data, ancillary)
+                messages += self._decoder.feed(data, ancillary, flags)
             except (ValueError, IndexError, OSError):
                 # Somebody else wrote into the worker's descriptor. What follows cannot be told apart any more.
                 return messages, True
@@ -372,15 +396,19 @@ class Connection:
 
         Raises:
             EOFError: The other end is closed.
+            OSError: There were too many open files, or too little memory, to take it.
         """
         while not self._messages:
-            data, ancillary, _, _ = self._sock.recvmsg(
+            data, ancillary, flags, _ = self._sock.recvmsg(
                 _RECEIVE_BYTES, _ANCILLARY_BYTES, getattr(socket, "MSG_CMSG_CLOEXEC", 0)
             )
             if not data:
                 raise EOFError("the executor closed the connection")
-            self._messages.extend(self._decoder.feed(data, ancillary))
-        return self._messages.popleft()
+            self._messages.extend(self._decoder.feed(data, ancillary, flags))
+        message = self._messages.popleft()
+        if message.error is not None:
+            raise message.error
+        return message
 
     def close(self) -> None:
         """Close the stream."""
