@@ -6,6 +6,7 @@ function, so it cannot rely on them. The executor then ends the world.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 import time
@@ -17,25 +18,33 @@ from executorlib.serialize import Frame
 from executorlib.transports.curve import CONNECTION_VARIABLE, Credentials
 from executorlib.transports.dealer import Dealer
 from executorlib.worker import call
-from executorlib.worker.remote import hello
+from executorlib.worker.remote import end_by_force, hello
 
 
-def main(single: bool) -> None:
+def main(single: bool, path: str = "", identity: str = "") -> None:
     """Run as one rank.
 
     Args:
         single: Whether the world runs one call, which it need not announce that it is ready for.
+        path: File with the credentials; by default they are in the environment.
+        identity: The world's name, where the credentials are for several; by default the one in them.
     """
-    credentials = Credentials.parse(os.environ.pop(CONNECTION_VARIABLE))
+    given = os.environ.pop(CONNECTION_VARIABLE, "")
+    credentials = Credentials.read(path) if path else Credentials.parse(given)
+    if identity:
+        credentials = dataclasses.replace(credentials, identity=identity)
     from mpi4py import MPI
 
     # Messages of ours must never meet those of the user's functions, which use COMM_WORLD.
     world = MPI.COMM_WORLD.Dup()
-    rank = Rank(world, credentials, MPI.Get_library_version().partition("\n")[0].strip("\0 "))
     try:
+        rank = Rank(world, credentials, MPI.Get_library_version().partition("\n")[0].strip("\0 "))
         rank.serve(single)
-    except BaseException:
-        traceback.print_exc()
+    except BaseException as error:
+        if isinstance(error, (EOFError, ConnectionError)):  # the executor is gone
+            sys.stderr.write(f"executorlib: this world ends: {error}\n")
+        else:
+            traceback.print_exc()
         sys.stderr.flush()
         world.Abort(1)
     rank.close()
@@ -61,7 +70,8 @@ class Rank:
 
     def _connection(self) -> Dealer:
         if self._dealer is None:
-            self._dealer = Dealer(self._credentials, f"{self._credentials.identity}.{self._rank}")
+            name = f"{self._credentials.identity}.{self._rank}"
+            self._dealer = Dealer(self._credentials, name, on_lost=end_by_force)
         return self._dealer
 
     def _receive(self) -> tuple[list[Any], list[Frame]]:
@@ -138,3 +148,9 @@ class Rank:
         """Send what is left."""
         if self._dealer is not None:
             self._dealer.close()
+
+
+if __name__ == "__main__":
+    if len(sys.argv) not in (2, 3):
+        sys.exit("usage: python -m executorlib.worker.mpi FILE_WITH_CREDENTIALS [IDENTITY]")
+    main(False, *sys.argv[1:])
