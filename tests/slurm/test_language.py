@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from executorlib.launchers.mpi import find_mpiexec
 from executorlib.launchers.pysqa_queue import open_queue
 from executorlib.launchers.queue import Batch, Dependency, JobState, Phase
 from executorlib.launchers.slurm import SETTINGS_COMMAND, SlurmQueue, command_environment, parse_settings, rank_command
@@ -224,6 +225,20 @@ def test_ranks_have_their_own_gpus_and_threads(jobs: Jobs) -> None:
     batch = jobs.batch(shlex.join(command), **needs)
     assert jobs.ends(jobs.submit(batch))[0].state == "COMPLETED", jobs.printed(batch)
     assert sorted(jobs.printed(batch).splitlines()) == ["0 1 2", "1 1 2"]
+
+
+@pytest.mark.mpi
+def test_ranks_of_mpiexec_see_all_gpus_of_their_node(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"):
+        monkeypatch.setenv(name, "1")
+    program = ["bash", "-c", 'echo "$SLURMD_NODENAME $(wc -w <<< "${CUDA_VISIBLE_DEVICES//,/ }")"']
+    needs = {"cores": 4, "gpus_per_core": 1, "num_nodes": 2}
+    command = rank_command(Resources().updated(needs, "test"), None, program, find_mpiexec().path)
+    batch = jobs.batch(shlex.join(command), **needs)
+    assert jobs.ends(jobs.submit(batch))[0].state == "COMPLETED", jobs.printed(batch)
+    lines = [line.split() for line in jobs.printed(batch).splitlines()]
+    assert sorted(gpus for _, gpus in lines) == ["2"] * 4
+    assert len({node for node, _ in lines}) == 2
 
 
 # Arrays, dependencies, cancelling.

@@ -489,12 +489,17 @@ def test_environment_of_the_commands() -> None:
     assert command_environment({**kept, **dict.fromkeys(dropped, "1")}) == {**kept, "SLURM_BITSTR_LEN": "0"}
 
 
+UNBOUND = "OMPI_MCA_hwloc_base_binding_policy=none PRTE_MCA_hwloc_default_binding_policy=none"
+
+
 @pytest.mark.parametrize(
     ("resources", "pmi_mode", "expected"),
     [
         ({}, "pmix", "x"),
-        ({"cores": 4}, None, "mpiexec -n 4 x"),
-        ({"cores": 4, "openmpi_oversubscribe": True}, None, "mpiexec -n 4 --oversubscribe x"),
+        ({"cores": 4}, None, f"env {UNBOUND} mpiexec -n 4 x"),
+        ({"cores": 4, "gpus_per_core": 2}, None,
+         f"env -u SLURM_GPUS_PER_TASK -u SLURM_TRES_PER_TASK SLURM_GPUS=8 {UNBOUND} mpiexec -n 4 x"),
+        ({"cores": 4, "openmpi_oversubscribe": True}, None, f"env {UNBOUND} mpiexec -n 4 --oversubscribe x"),
         ({"cores": 4, "threads_per_core": 2}, "pmi2",
          "srun -n 4 --cpus-per-task=2 --mpi=pmi2 --kill-on-bad-exit=1 x"),
         ({"cores": 4, "openmpi_oversubscribe": True}, "pmix",

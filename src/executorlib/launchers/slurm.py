@@ -152,6 +152,9 @@ def rank_command(
 ) -> list[str]:
     """The command, in a job, that runs a program on all ranks of a call.
 
+    With `srun` each rank sees only its own GPUs. With ``mpiexec`` it sees all that the job has on its node, and has to
+    choose by its number among the ranks there.
+
     Args:
         resources: What the call needs.
         pmi_mode: How `srun` and MPI find each other, such as ``"pmix"``; None for ``mpiexec`` instead of `srun`.
@@ -163,7 +166,7 @@ def rank_command(
     ranks = str(resources.cores)
     if pmi_mode is None:
         oversubscribe = ["--oversubscribe"] if resources.openmpi_oversubscribe else []
-        return [mpiexec, "-n", ranks, *oversubscribe, *program]
+        return ["env", *_mpiexec_environment(resources), mpiexec, "-n", ranks, *oversubscribe, *program]
     # Since Slurm 22.05 srun no longer takes the threads from the job.
     options = ["-n", ranks, f"--cpus-per-task={resources.threads_per_core}", f"--mpi={pmi_mode}"]
     # When one rank dies the others would wait for it until the time limit.
@@ -171,6 +174,17 @@ def rank_command(
     if resources.openmpi_oversubscribe:
         options.append("--overcommit")
     return ["srun", *options, *program]
+
+
+def _mpiexec_environment(resources: Resources) -> list[str]:
+    """What `env` is told before it runs ``mpiexec``."""
+    arguments: list[str] = []
+    if resources.gpus_per_core:
+        # mpiexec has Slurm start one task on each node; counted by task, that one would get a single rank's GPUs.
+        gpus = resources.cores * resources.gpus_per_core
+        arguments += ["-u", "SLURM_GPUS_PER_TASK", "-u", "SLURM_TRES_PER_TASK", f"SLURM_GPUS={gpus}"]
+    # Open MPI 4's and 5's: Slurm has given out the cores; a binding to one would hold a rank's threads there, too.
+    return [*arguments, "OMPI_MCA_hwloc_base_binding_policy=none", "PRTE_MCA_hwloc_default_binding_policy=none"]
 
 
 class SlurmQueue:
@@ -183,6 +197,7 @@ class SlurmQueue:
     """
 
     has_dependencies = True
+    submit_program = "sbatch"
 
     def __init__(
         self, settings: Settings | None = None, templates: Templates | None = None, user: int | None = None
