@@ -11,12 +11,14 @@ if TYPE_CHECKING:
         terminate_task_in_cache,
         terminate_tasks_in_cache,
     )
+    from executorlib.clusters import SlurmClusterExecutor
     from executorlib.executors import BaseExecutor, SingleNodeExecutor
     from executorlib.futures import get_item_from_future, split_future
 
 __all__ = [
     "BaseExecutor",
     "SingleNodeExecutor",
+    "SlurmClusterExecutor",
     "__version__",
     "get_cache_data",
     "get_future_from_cache",
@@ -30,6 +32,7 @@ __all__ = [
 _MODULES = {
     "BaseExecutor": "executors",
     "SingleNodeExecutor": "executors",
+    "SlurmClusterExecutor": "clusters",
     "__version__": "_version",
     "get_cache_data": "cache",
     "get_future_from_cache": "cache",

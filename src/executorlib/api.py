@@ -49,6 +49,7 @@ from executorlib.transports.curve import ClientKeys, Door
 from executorlib.worker import call
 
 if TYPE_CHECKING:
+    from executorlib.clusters import TestClusterExecutor
     from executorlib.launchers.mpi import Mpiexec
 
 __all__ = [
@@ -56,6 +57,7 @@ __all__ = [
     "MpiExecSpawner",
     "SocketInterface",
     "SubprocessSpawner",
+    "TestClusterExecutor",
     "cancel_items_in_queue",
     "cloudpickle_register",
     "get_command_path",
@@ -67,6 +69,16 @@ __all__ = [
 ]
 
 _logger = logging.getLogger("executorlib")
+
+
+def __getattr__(name: str) -> object:
+    # Programs that only connect back do without all that belongs to executors.
+    if name != "TestClusterExecutor":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from executorlib.clusters import TestClusterExecutor
+
+    return TestClusterExecutor
+
 
 # Environment variable with the keys of the interface's program.
 _KEYS_VARIABLE = "EXECUTORLIB_CURVE_KEYS"

@@ -37,6 +37,8 @@ _INPUT, _OUTPUT = "_i.h5", "_o.h5"
 BATCHES_FOLDER = ".executorlib"
 ENTRIES_FILE = "entries"
 JOB_ID_FILE = "job_id"
+OWNER_FILE = "owner"
+SETUP_FILE = "setup.json"
 _WRITING = "_r.h5"  # executorlib 1.x calls an entry so while it adds the result to it
 
 _DATASETS = (
@@ -58,6 +60,9 @@ _GZIP_LEVEL = 1
 _CHUNK_BYTES = 1 << 20
 
 _NAME_BYTES = 255  # of one file name, on all common file systems
+
+# Who has marked an entry as dead removes it at once; after so long, whoever it was is dead as well.
+_MARKER_SECONDS = 60.0
 
 _POLL_SECONDS = 0.2
 # Of many entries seldom enough to take no more of a core than this, but a result is seen within about a second.
@@ -340,6 +345,48 @@ def remove_input(path: str) -> None:
 def output_of(path: str) -> str:
     """Name the file that holds an entry's result, given that of the entry that waits or runs."""
     return path.removesuffix(_INPUT) + _OUTPUT
+
+
+def input_of(path: str) -> str:
+    """The reverse of `output_of`."""
+    return path.removesuffix(_OUTPUT) + _INPUT
+
+
+def take_over(path: str, name: str) -> None:
+    """Free an entry whose job is dead, so that it can be claimed again.
+
+    Several may find it dead at the same time, and the second must not remove what the first has claimed anew. So only
+    one ever removes the entry of one job, the one that makes the marker first.
+
+    Args:
+        path: The entry's file.
+        name: Names the job that is dead, unique for all times.
+    """
+    marker = os.path.join(os.path.dirname(path), BATCHES_FOLDER, f"dead-{name}")
+    os.makedirs(os.path.dirname(marker), exist_ok=True)
+    try:
+        os.close(os.open(marker, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+    except FileExistsError:
+        if not is_older(marker, _MARKER_SECONDS):
+            return
+    remove_input(path)
+
+
+def is_older(path: str, seconds: float) -> bool:
+    """Whether a file was last changed longer ago than that; one that is gone was not."""
+    try:
+        return time.time() - os.stat(path).st_mtime > seconds
+    except OSError:
+        return False
+
+
+def read_text(path: str) -> str | None:
+    """Read a small text file; None where there is none, or an empty one."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read() or None
+    except OSError:
+        return None
 
 
 def batch_entries(directory: str) -> dict[int, str]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import functools
 import heapq
+import itertools
 import json
 import os
 import re
@@ -254,7 +255,8 @@ class Leftover(NamedTuple):
     """What no call needs any more.
 
     Attributes:
-        kind: ``"temporary file"``, ``"inputs"`` of a call that is done, or ``"batch directory"``.
+        kind: ``"temporary file"``, ``"inputs"`` of a call that is done, ``"mark of a dead job"`` or
+            ``"batch directory"``.
         size: Its bytes.
         path: The file or folder.
     """
@@ -300,15 +302,15 @@ def leftovers(directory: str, older_than: float) -> Iterator[Leftover]:
     """
     root = os.path.realpath(directory)
     now = time.time()
-    for item in _files(root):
-        temporary = _TEMPORARY.fullmatch(item.name)
-        if temporary or (item.name.endswith(_INPUT) and os.path.exists(_stem(item.path) + _OUTPUT)):
+    for item in itertools.chain(_files(root), _plain_files(os.path.join(root, cache.BATCHES_FOLDER))):
+        kind = _leftover_kind(item)
+        if kind:
             try:
                 status = item.stat(follow_symlinks=False)
             except FileNotFoundError:
                 continue
             if now - status.st_mtime > max(_ABANDONED_SECONDS, older_than):
-                yield Leftover("temporary file" if temporary else "inputs", status.st_size, item.path)
+                yield Leftover(kind, status.st_size, item.path)
     for batch in _batches(root):
         try:
             sizes = {item.path: item.stat() for item in os.scandir(batch)}
@@ -321,6 +323,24 @@ def leftovers(directory: str, older_than: float) -> Iterator[Leftover]:
         settled = now - modified > (older_than if complete else max(_ABANDONED_SECONDS, older_than))
         if settled and not any(_is_pending(job.stem) for job in _jobs_of(batch)):
             yield Leftover("batch directory", sum(status.st_size for status in sizes.values()), batch)
+
+
+def _leftover_kind(item: os.DirEntry[str]) -> str | None:
+    if _TEMPORARY.fullmatch(item.name):
+        return "temporary file"
+    if item.name.startswith("dead-") and os.path.basename(os.path.dirname(item.path)) == cache.BATCHES_FOLDER:
+        return "mark of a dead job"
+    if item.name.endswith(_INPUT) and os.path.exists(_stem(item.path) + _OUTPUT):
+        return "inputs"
+    return None
+
+
+def _plain_files(folder: str) -> Iterator[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as items:
+            yield from (item for item in items if not item.is_dir(follow_symlinks=False))
+    except FileNotFoundError:
+        return
 
 
 def _is_pending(stem: str) -> bool:
@@ -568,7 +588,7 @@ def _prune(options: argparse.Namespace) -> int:
         for entry in entries:
             _print_entry(entry, now, False)
         for left in rest:
-            _print(f"{left.kind:<15}  {_human_size(left.size):>6}  {_printable(left.path)}")
+            _print(f"{left.kind:<18}  {_human_size(left.size):>6}  {_printable(left.path)}")
     total = size + sum(left.size for left in rest)
     kinds = Counter(left.kind for left in rest)
     # "3 leftovers: 1 temporary file(s), 2 inputs"

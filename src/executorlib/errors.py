@@ -25,6 +25,19 @@ class RemoteTraceback(Exception):
         return f'\n"""\n{self.text}"""'
 
 
+def advise_unpicklable(error: BaseException, number: int, name: str) -> BaseException:
+    """Add to what went wrong while a call was pickled which call it was, and what to do."""
+    text = (
+        f"call {number} of {name} could not be sent to a worker: its function or one of its arguments cannot be "
+        "pickled. Create such objects (open files, locks, connections) inside the function instead."
+    )
+    if hasattr(error, "add_note"):
+        error.add_note(text)
+    elif error.__cause__ is None:
+        error.__cause__ = RemoteTraceback(text)
+    return error
+
+
 def describe_exit(wait_status: int) -> str:
     """Say in words how a process ended.
 

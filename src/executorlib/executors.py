@@ -44,8 +44,10 @@ class BaseExecutor(Executor):
     Args:
         make_launcher: Makes what starts workers, given the loop.
         ledger: What the executor may use.
+        capacity: What a call can have at most, against which its needs are checked; None where only the system knows.
         count_cores: Whether the ledger counts cores; otherwise it counts calls.
         max_workers: Calls at once, or workers of the block.
+        max_calls: Calls handed out at once in the default mode; None for all.
         resources: Defaults for every call.
         block: Whether the workers are a block, whose resources are the executor's.
         restart_limit: How often each worker of a block is replaced.
@@ -57,18 +59,25 @@ class BaseExecutor(Executor):
         graph: Records calls instead of running them.
         finish_graph: Shows or writes the graph when the `with` block is left.
         settings: What `info` shows beside these.
+        jobs: Whether calls become jobs of a queuing system, which go on without the executor.
     """
 
     _loop: Loop | None = None
     _graph: Graph | None = None
+    # Whether unknown keys of a resource_dict go to a submission template instead of being errors.
+    _has_template = False
+    # Whether it is this machine's MPI that starts the ranks of a call.
+    _starts_ranks = True
 
     def __init__(
         self,
         *,
         make_launcher: Callable[[Events], Launcher],
         ledger: Ledger,
+        capacity: Ledger | None,
         count_cores: bool,
         max_workers: int,
+        max_calls: int | None,
         resources: Resources,
         block: bool,
         restart_limit: int,
@@ -80,8 +89,10 @@ class BaseExecutor(Executor):
         graph: Graph | None,
         finish_graph: Callable[[Graph], None] | None,
         settings: dict[str, Any],
+        jobs: bool = False,
     ) -> None:
-        self._ledger = ledger
+        self._capacity = capacity
+        self._jobs = jobs
         self._count_cores = count_cores
         self._worker_count = max_workers
         self._resources = resources
@@ -103,7 +114,7 @@ class BaseExecutor(Executor):
             lookahead = resources.run_time_max is None
             scheduler = BlockScheduler(max_workers, restart_limit, ledger, self._demand, lookahead)
         else:
-            scheduler = FreshScheduler(ledger, max_workers)
+            scheduler = FreshScheduler(ledger, max_calls)
         self._loop = Loop(
             scheduler,
             make_launcher,
@@ -112,6 +123,7 @@ class BaseExecutor(Executor):
             pin=pin,
             log_sizes=log_sizes,
             name=f"executorlib-{next(_executor_numbers)}",
+            jobs=jobs,
         )
         # An executor that is dropped without shutdown finishes its calls and ends. The loop knows nothing of it.
         weakref.finalize(self, self._loop.shutdown, False).atexit = False
@@ -158,7 +170,7 @@ class BaseExecutor(Executor):
                     f"{subject}: with block_allocation=True the resources belong to the executor's workers. Give "
                     "resource_dict to the constructor, or leave block_allocation out."
                 )
-            resources = resources.updated(resource_dict, subject)
+            resources = resources.updated(resource_dict, subject, self._has_template)
             demand = self._checked_demand(resources, subject)
             self._make_directories(resources, subject)
         if self._graph is not None:
@@ -166,7 +178,7 @@ class BaseExecutor(Executor):
             return self._graph.call(fn, args, kwargs, dict(resource_dict or {}))
         assert self._loop is not None
         self._loop.check_open()
-        if resources.cores > 1:
+        if resources.cores > 1 and self._starts_ranks:
             check_mpi()  # asks mpiexec here, once, and not in the loop
         call: Future[Any] = CallFuture()
         try:
@@ -242,11 +254,15 @@ class BaseExecutor(Executor):
         """Take no more calls and free everything once those at hand are over.
 
         Args:
-            wait: Whether to return only then.
+            wait: Whether to return only then. Executors whose calls are jobs of a queuing system leave without it: the
+                jobs go on, and the futures at hand become cancelled.
             cancel_futures: Whether calls that have not started are cancelled.
         """
         self._is_shut_down = True
         if self._loop is not None:
+            if self._jobs and not wait and not cancel_futures:
+                self._loop.detach()
+                return
             self._loop.shutdown(cancel_futures)
             if wait:
                 self._loop.join()
@@ -305,7 +321,7 @@ class BaseExecutor(Executor):
             raise ValueError(
                 "max_workers can be changed only with block_allocation=True; otherwise make a new executor with it."
             )
-        size = _positive("max_workers", value)
+        size = positive("max_workers", value)
         assert size is not None
         self._check_block(size)
         self._worker_count = size
@@ -334,7 +350,10 @@ class BaseExecutor(Executor):
         """
         self._check(resources, subject)
         demand = resources.demand
-        most_gpus = max(node.total_gpus for node in self._ledger.nodes)
+        capacity = self._capacity
+        if capacity is None:
+            return demand
+        most_gpus = max(node.total_gpus for node in capacity.nodes)
         if demand.gpus > most_gpus:
             raise ValueError(
                 f"{subject} needs {demand.gpus} GPUs (cores={resources.cores} × "
@@ -343,8 +362,8 @@ class BaseExecutor(Executor):
             )
         if not self._count_cores:
             return Demand(1, demand.gpus, demand.exclusive)
-        if not self._ledger.could_hold(demand):
-            most = max(node.total_cores for node in self._ledger.nodes)
+        if not capacity.could_hold(demand):
+            most = max(node.total_cores for node in capacity.nodes)
             raise ValueError(
                 f"{subject} needs {demand.cores} cores (cores={resources.cores} × "
                 f"threads_per_core={resources.threads_per_core}), but the executor has {most} "
@@ -369,8 +388,10 @@ class BaseExecutor(Executor):
         """Raise ValueError for a resource that this row cannot honour."""
 
     def _check_block(self, size: int) -> None:
-        total_cores = sum(node.total_cores for node in self._ledger.nodes)
-        total_gpus = sum(node.total_gpus for node in self._ledger.nodes)
+        if self._capacity is None:
+            return
+        total_cores = sum(node.total_cores for node in self._capacity.nodes)
+        total_gpus = sum(node.total_gpus for node in self._capacity.nodes)
         if self._demand.gpus * size > total_gpus or (self._count_cores and self._demand.cores * size > total_cores):
             raise ValueError(
                 f"max_workers={size} workers of {self._demand.cores} cores and {self._demand.gpus} GPUs do not "
@@ -455,16 +476,10 @@ class SingleNodeExecutor(BaseExecutor):
         start_method: str | None = None,
         pin_cores: bool | None = None,
     ) -> None:
-        max_workers = _positive("max_workers", max_workers)
-        max_cores = _positive("max_cores", max_cores)
+        max_workers = positive("max_workers", max_workers)
+        max_cores = positive("max_cores", max_cores)
         whole_number(0)("restart_limit", restart_limit)
-        if init_function is not None and not block_allocation:
-            raise ValueError(
-                "init_function needs block_allocation=True: without it every call has a process of its own, and "
-                "nothing would be left of the initialisation."
-            )
-        if init_function is not None and not callable(init_function):
-            raise TypeError(f"init_function is {init_function!r}, expected a callable that returns a dict.")
+        check_init_function(init_function, block_allocation)
         if restart_limit and not block_allocation:
             raise ValueError(
                 "restart_limit needs block_allocation=True: without it every call has a process of its own anyway."
@@ -503,8 +518,8 @@ class SingleNodeExecutor(BaseExecutor):
             )
         ledger = Ledger([Node("localhost", ids, devices)])
         if defaults.cache_directory is not None:
-            modules += _cache_modules()
-        graph, finish_graph = _graph_mode(
+            modules += cache_modules()
+        graph, finish_graph = graph_mode(
             plot_dependency_graph,
             plot_dependency_graph_filename,
             export_workflow_filename,
@@ -524,8 +539,10 @@ class SingleNodeExecutor(BaseExecutor):
                 default_threads=defaults.threads_per_core,
             ),
             ledger=ledger,
+            capacity=ledger,
             count_cores=count_cores,
             max_workers=size,
+            max_calls=size,
             resources=defaults,
             block=block_allocation,
             restart_limit=restart_limit,
@@ -591,7 +608,19 @@ def _check_files(workers: int, stock: int) -> None:
         )
 
 
-def _positive(name: str, value: int | None) -> int | None:
+def check_init_function(init_function: object, block_allocation: bool) -> None:
+    """Raise an error where the two arguments do not go together."""
+    if init_function is not None and not block_allocation:
+        raise ValueError(
+            "init_function needs block_allocation=True: without it every call has a process of its own, and "
+            "nothing would be left of the initialisation."
+        )
+    if init_function is not None and not callable(init_function):
+        raise TypeError(f"init_function is {init_function!r}, expected a callable that returns a dict.")
+
+
+def positive(name: str, value: int | None) -> int | None:
+    """Check an optional count, which has to be above 0."""
     if value is None:
         return None
     if isinstance(value, bool) or not hasattr(value, "__index__"):
@@ -624,7 +653,7 @@ def _preload_modules(preload: Sequence[str]) -> list[str]:
     return modules
 
 
-def _cache_modules() -> list[str]:
+def cache_modules() -> list[str]:
     """What workers need to write cache entries; the agent imports it once, as it takes many times a fork.
 
     Raises:
@@ -648,7 +677,7 @@ def _devices(gpus: int | Sequence[str | int] | None) -> list[str]:
     return [str(index) for index in range(whole_number(0)("gpus", gpus))]
 
 
-def _graph_mode(
+def graph_mode(
     plot: bool, plot_filename: str | None, export_filename: str | None, disable_dependencies: bool
 ) -> tuple[Graph | None, Callable[[Graph], None] | None]:
     """The recorder and what to do with it in the end, where the constructor's arguments ask for a graph."""

@@ -8,10 +8,42 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import CancelledError, Future
-from typing import Any
+from typing import Any, NamedTuple
 
 # Types that cannot hold a future: the common arguments, skipped without a closer look.
 _LEAVES = frozenset({int, float, complex, bool, str, bytes, bytearray, type(None)})
+
+
+class StoredCall:
+    """A call whose result goes to a file that is known before it is there.
+
+    Attributes:
+        executor: Number of its executor, unique in this process.
+        number: Its own, in the executor.
+        key: Its cache key, once derived.
+        path: The file.
+    """
+
+    __slots__ = ("executor", "key", "number", "path")
+
+    def __init__(self, executor: int, number: int) -> None:
+        self.executor = executor
+        self.number = number
+        self.key = ""
+        self.path = ""
+
+
+class Stored(NamedTuple):
+    """What a future stands for, in terms of files: a call's result, or ``result[keys[0]][keys[1]]...`` of it."""
+
+    call: StoredCall
+    keys: tuple[Any, ...] = ()
+
+
+def stored(future: Future[Any]) -> Stored | None:
+    """Say which file will hold a future's result; None where it is only in memory, or not known yet."""
+    found: Stored | None = getattr(future, "stored", None)
+    return found if found is not None and found.call.path else None
 
 
 def find_futures_in_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Future[Any]]:
@@ -76,17 +108,17 @@ def _children(obj: object) -> Iterable[object] | None:
     return None
 
 
-def fill_in(obj: Any) -> Any:
-    """Replace all futures, which must be done, by their results; containers without futures stay as they are."""
-    return _fill(obj, {})
+def fill_in(obj: Any, value_of: Callable[[Future[Any]], Any] = Future.result) -> Any:
+    """Replace all futures by their values, results unless told otherwise; containers without any stay as they are."""
+    return _fill(obj, value_of, {})
 
 
-def _fill(obj: Any, known: dict[int, Any]) -> Any:
+def _fill(obj: Any, value_of: Callable[[Future[Any]], Any], known: dict[int, Any]) -> Any:
     """`fill_in` with what came of the containers met before, so that shared ones stay shared."""
     if type(obj) in _LEAVES:
         return obj
     if isinstance(obj, Future):
-        return obj.result()
+        return value_of(obj)
     children = _children(obj)
     if children is None:
         return obj
@@ -95,7 +127,7 @@ def _fill(obj: Any, known: dict[int, Any]) -> Any:
         return known[key]
     known[key] = obj  # met again below itself, it has no futures: find_futures saw to that
     before = list(children)
-    after = [_fill(child, known) for child in before]
+    after = [_fill(child, value_of, known) for child in before]
     if any(old is not new for old, new in zip(before, after, strict=True)):
         known[key] = _rebuilt(obj, after)
     return known[key]
@@ -177,7 +209,11 @@ def get_item_from_future(future: Future[Any], key: Any) -> Future[Any]:
     if item is not None:  # a call that is only recorded, for the dependency graph
         recorded: Future[Any] = item(key)
         return recorded
-    return derived_future(future, lambda result: result[key])
+    derived = derived_future(future, lambda result: result[key])
+    source: Stored | None = getattr(future, "stored", None)
+    if source is not None:
+        derived.stored = Stored(source.call, (*source.keys, key))  # type: ignore[attr-defined]
+    return derived
 
 
 def split_future(future: Future[Any], n: int) -> list[Future[Any]]:

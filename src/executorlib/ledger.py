@@ -202,6 +202,28 @@ class Ledger:
             self._masks[gpus] &= ~(1 << cores)
 
 
+class Unlimited(Ledger):
+    """Resources that somebody else counts, such as a cluster's: there is always room.
+
+    Args:
+        name: What stands for the node.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__([Node(name, ())])
+
+    def could_hold(self, demand: Demand) -> bool:
+        """See `Ledger.could_hold`."""
+        return True
+
+    def allocate(self, demand: Demand) -> Allocation:
+        """See `Ledger.allocate`; the allocation names no cores."""
+        return Allocation(self.nodes[0], [], [])
+
+    def release(self, allocation: Allocation) -> None:
+        """See `Ledger.release`."""
+
+
 def _pop(stack: list[int] | list[str], count: int) -> list:  # type: ignore[type-arg]
     if count == 1:
         return [stack.pop()]

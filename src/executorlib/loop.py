@@ -32,8 +32,8 @@ from concurrent.futures import Future, InvalidStateError
 from typing import Any
 
 from executorlib import serialize
-from executorlib.errors import ExecutorlibSocketError, RemoteTraceback
-from executorlib.futures import fill_in, input_error
+from executorlib.errors import ExecutorlibSocketError, RemoteTraceback, advise_unpicklable
+from executorlib.futures import Stored, StoredCall, fill_in, input_error, stored
 from executorlib.launchers.base import Events, Exit, Launcher, Process, tail_text
 from executorlib.resources import Demand, Resources
 from executorlib.scheduler import (
@@ -51,7 +51,7 @@ from executorlib.scheduler import (
     Worker,
 )
 from executorlib.serialize import Frame
-from executorlib.task import CANCELLED, FAILED, RUNNING, CallFuture, Task
+from executorlib.task import CANCELLED, FAILED, LAUNCHING, RUNNING, CallFuture, Task
 from executorlib.worker.call import PERMIT
 
 logger = logging.getLogger("executorlib")
@@ -67,23 +67,34 @@ _FUNCTIONS_PER_WORKER = 256
 _GRACE_SECONDS = 2.0
 
 
+_loop_numbers = itertools.count()
+
+
 class _InputDone:
     """Tells the loop that an input of a call is done, and keeps nothing of the call afterwards.
 
     Futures keep their callbacks for ever, so a plain reference would keep every later result of a chain alive.
+
+    Args:
+        loop: The loop.
+        task: The call.
+        is_job: Whether the call need not wait for this input, and wants to know only if it fails.
     """
 
-    __slots__ = ("_loop", "_task")
+    __slots__ = ("_is_job", "_loop", "_task")
 
-    def __init__(self, loop: Loop, task: Task) -> None:
+    def __init__(self, loop: Loop, task: Task, is_job: bool = False) -> None:
         self._loop: Loop | None = loop
         self._task: Task | None = task
+        self._is_job = is_job
 
     def __call__(self, future: Future[Any]) -> None:
         loop, task = self._loop, self._task
         self._loop = self._task = None
         if loop is not None and task is not None:
-            loop.post(loop.on_input_done, task, input_error(future))
+            error = input_error(future)
+            if error is not None or not self._is_job:
+                loop.post(loop.on_input_done, task, error)
 
 
 class _Cancelled:
@@ -110,6 +121,8 @@ class Loop(Events):
         pin: Whether to pin workers to the cores of their allocation.
         log_sizes: Whether to log the size of each message.
         name: Of the thread.
+        jobs: Whether calls become jobs: they travel as files of the cache directory, what is their input need not be
+            done before, and they go on when the executor is left.
     """
 
     def __init__(
@@ -122,7 +135,10 @@ class Loop(Events):
         pin: bool,
         log_sizes: bool,
         name: str,
+        jobs: bool = False,
     ) -> None:
+        self._number = next(_loop_numbers)
+        self._jobs = jobs
         self.scheduler: Scheduler = scheduler
         self._block = scheduler if isinstance(scheduler, BlockScheduler) else None
         self._block_resources = block_resources
@@ -193,6 +209,8 @@ class Loop(Events):
             task = Task(number, fn, args, kwargs, future, resources, demand, len(inputs))
             if isinstance(future, CallFuture):
                 future.on_cancel = _Cancelled(self, task)
+                if self._jobs:
+                    future.stored = Stored(StoredCall(self._number, number))
             self.post(self._on_submit, task, inputs)
 
     def check_open(self) -> None:
@@ -221,9 +239,20 @@ class Loop(Events):
                 self._refusal = reason
             self.post(self._on_shutdown, cancel)
 
+    def detach(self) -> None:
+        """Take no more calls and end soon; jobs go on, and the futures at hand become cancelled."""
+        with self._submit_lock:
+            if not self._refusal:
+                self._refusal = "cannot schedule new futures after shutdown"
+            self.post(self._on_detach)
+
     def end_workers(self, signal_number: int) -> None:
         """Signal the workers that run calls; those that are still there a little later are killed."""
         self.post(self._on_end_workers, signal_number)
+
+    def kill_call(self, future: Future[Any]) -> None:
+        """Kill the worker that runs a call."""
+        self.post(self._on_kill_call, future)
 
     def resize(self, size: int) -> None:
         """Set the number of workers of a block."""
@@ -243,19 +272,43 @@ class Loop(Events):
 
     def _on_submit(self, task: Task, inputs: list[Future[Any]]) -> None:
         self._tasks[task.number] = task
-        self.scheduler.on_submit(task)
-        # Here and not in submit, where a Ctrl-C could leave some of them out.
+        # The callbacks here and not in submit, where a Ctrl-C could leave some of them out.
         for source in inputs:
-            source.add_done_callback(_InputDone(self, task))
+            producer = self._job_of(source) if self._jobs else None
+            if producer is not None:
+                if producer.state >= LAUNCHING:
+                    task.missing -= 1
+                elif producer.dependents is None:
+                    producer.dependents = [task]
+                else:
+                    producer.dependents.append(task)
+            source.add_done_callback(_InputDone(self, task, producer is not None))
+        self.scheduler.on_submit(task)
+
+    def _job_of(self, source: Future[Any]) -> Task | None:
+        """The call of this executor, not over, whose result, or an item of it, a future is."""
+        found = getattr(source, "stored", None)
+        if found is None or found.call.executor != self._number:
+            return None
+        return self._tasks.get(found.call.number)
+
+    def _on_known(self, task: Task) -> None:
+        """A call has become a job, or is done: those that have it as input can become jobs after it."""
+        dependents, task.dependents = task.dependents, None
+        for dependent in dependents or ():
+            self._settled = False
+            if not dependent.over:
+                self.scheduler.on_input(dependent)
 
     def on_input_done(self, task: Task, error: BaseException | None) -> None:
         """One of a call's inputs is done."""
         if task.over:
             return
         if error is not None:
-            self._fail(task, error)
+            if task.state is not RUNNING:  # a job that runs all the same does so to its own end
+                self._fail(task, error)
             return
-        if task.missing == 1:  # the last one
+        if task.missing == 1 and not self._jobs:  # the last one
             try:
                 task.args, task.kwargs = fill_in(task.args), fill_in(task.kwargs)
             except BaseException as caught:
@@ -277,6 +330,25 @@ class Loop(Events):
                 if not task.announced and task.future.cancel():
                     self.on_cancelled(task)
 
+    def _on_detach(self) -> None:
+        self._closing = True
+        # What was submitted just before becomes jobs; what cannot yet is given up, and its futures say so.
+        while effects := self.scheduler.take_effects():
+            for effect in effects:
+                self._carry_out(effect)
+        for task in list(self._tasks.values()):
+            if task.state < LAUNCHING:
+                self.scheduler.on_cancel(task)
+        self._launcher.detach(self._on_detached)
+
+    def _on_detached(self) -> None:
+        for task in list(self._tasks.values()):
+            future = task.future
+            self._drop(task)
+            if isinstance(future, CallFuture):
+                future.abandon()
+        self._processes.clear()
+
     def _on_end_workers(self, signal_number: int) -> None:
         if self._block is not None:
             self._block.on_break("the workers were ended")
@@ -286,6 +358,11 @@ class Loop(Events):
             self._launcher.kill(process, signal.SIGTERM if idle else signal_number)
         if signal_number != signal.SIGKILL:
             self.call_later(_GRACE_SECONDS, lambda: self._on_end_workers(signal.SIGKILL))
+
+    def _on_kill_call(self, future: Future[Any]) -> None:
+        for process in list(self._processes.values()):
+            if any(task.future is future for task in process.worker.calls):
+                self._launcher.kill(process, signal.SIGKILL)
 
     def _on_resize(self, size: int) -> None:
         if self._block is not None:
@@ -308,7 +385,7 @@ class Loop(Events):
                         self._settled = False
                         continue
                     # Workers end by themselves, so that neither their exit handlers nor their threads are cut short.
-                    if not self._processes:
+                    if not self._processes and not self._launcher.busy:
                         break
                 self._wait()
         except BaseException as error:
@@ -386,6 +463,8 @@ class Loop(Events):
         except Exception as error:
             if worker.number in self._processes:
                 self.on_exit(process, Exit(None, f"it could not be started: {type(error).__name__}: {error}"))
+        if task is not None and task.dependents:
+            self._on_known(task)
 
     def _send(self, worker: Worker, tasks: list[Task]) -> None:
         process = self._processes[worker.number]
@@ -400,12 +479,14 @@ class Loop(Events):
                 self.scheduler.on_unsent(worker, task, CANCELLED)
                 self._drop(task)
                 continue
+            if self._jobs and self._block is None:
+                continue  # its entry in the cache directory has all
             try:
                 self._put_call(process, task, now)
             except BaseException as error:  # whatever the user's objects raise while they are pickled
                 self._settled = False
                 self.scheduler.on_unsent(worker, task, FAILED)
-                self._conclude(task, None, self._advise_unpicklable(task, error))
+                self._conclude(task, None, advise_unpicklable(error, task.number, task.name))
                 continue
             if process.permits is not None and not now:
                 held.append(task.number)
@@ -483,9 +564,11 @@ class Loop(Events):
         assert task.fn is not None
         assert resources.cache_directory is not None
         try:
-            key = resources.cache_key or fingerprint.call_key(task.fn, task.args, self._inputs_of_key(task))
+            key = resources.cache_key or fingerprint.call_key(*self._named_inputs(task))
             task.cache_path = str(cache.entry_path(resources.cache_directory, key, "o"))
-            output = cache.read_output(task.cache_path)
+            if self._jobs:
+                self._refer_to_results(task, key)
+            output = cache.read_output(task.cache_path) if os.path.exists(task.cache_path) else None
         except BaseException as error:
             self._fail(task, error)
             return
@@ -495,19 +578,46 @@ class Loop(Events):
             self.scheduler.on_found(task)
             self._conclude(task, output.value, output.error)
 
-    def _inputs_of_key(self, task: Task) -> dict[str, Any]:
-        """The call's keyword arguments, and what else makes its result another one."""
-        inputs = dict(task.kwargs)
+    def _refer_to_results(self, task: Task, key: str) -> None:
+        """Have a call that becomes a job read the results of other jobs itself, instead of sending them with it."""
+        from executorlib.cache import ResultOf
+
+        after: list[str] = []
+
+        def refer(future: Future[Any]) -> Any:
+            found = stored(future)
+            if found is None:
+                return future.result()
+            after.append(found.call.path)
+            return ResultOf(found.call.path, found.keys)
+
+        task.args, task.kwargs = fill_in(task.args, refer), fill_in(task.kwargs, refer)
+        task.after = tuple(dict.fromkeys(after))
+        if isinstance(task.future, CallFuture) and task.cache_path is not None:
+            task.future.stored.call.key = key
+            task.future.stored.call.path = task.cache_path
+
+    def _named_inputs(self, task: Task) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+        """What makes a call's key: its function and inputs, and what else makes its result another one."""
+        assert task.fn is not None
+        args, inputs = task.args, dict(task.kwargs)
+        if self._jobs:
+            # By the name of the call whose result it is, which is known before the result.
+            args, inputs = fill_in(args, _name_of_input), fill_in(inputs, _name_of_input)
         if task.resources.cores > 1:
             inputs["number of ranks"] = task.resources.cores  # the result is a list of as many
         if self._init_function is not None:
             inputs["init function"] = self._init_function  # fills parameters that the caller left out
-        return inputs
+        return task.fn, args, inputs
 
     # -- launcher events ----------------------------------------------------------------------------------------------
 
     def on_connected(self, process: Process) -> None:
         """See `Events.on_connected`."""
+        if self._jobs and self._block is None:
+            self._settled = False
+            self.scheduler.on_started(process.worker)
+            return
         worker, resources = process.worker, process.resources
         setup = self._launcher.setup(process)
         setup["slot"] = worker.slot
@@ -568,7 +678,8 @@ class Loop(Events):
         """See `Events.on_exit`."""
         worker = process.worker
         self._settled = False
-        del self._processes[worker.number]
+        if self._processes.pop(worker.number, None) is None:
+            return  # given up by `detach`
         self._known_functions.pop(worker.number, None)
         recalled = self._take_back(process, len(worker.calls))
         expected = worker.stopping
@@ -658,17 +769,6 @@ class Loop(Events):
         error.__cause__ = RemoteTraceback(text)
         return error
 
-    def _advise_unpicklable(self, task: Task, error: BaseException) -> BaseException:
-        text = (
-            f"call {task.number} of {task.name} could not be sent to a worker: its function or one of its arguments "
-            "cannot be pickled. Create such objects (open files, locks, connections) inside the function instead."
-        )
-        if hasattr(error, "add_note"):
-            error.add_note(text)
-        elif error.__cause__ is None:
-            error.__cause__ = RemoteTraceback(text)
-        return error
-
     def _fail(self, task: Task, error: BaseException) -> None:
         """Fail a call that has not started."""
         self.scheduler.on_failed(task)
@@ -677,6 +777,7 @@ class Loop(Events):
     def _conclude(self, task: Task, value: Any, error: BaseException | None) -> None:
         """Resolve a call's future and forget the call."""
         future = task.future
+        dependents = task.dependents
         self._drop(task)
         try:
             if error is None:
@@ -690,6 +791,9 @@ class Loop(Events):
                 future.set_running_or_notify_cancel()
         except BaseException:  # a callback's: Future itself sees to those that are Exceptions only
             logger.exception("a callback of a future raised")
+        if dependents:
+            # After a failure they have been told by their callbacks.
+            self._on_known(task)
 
     def _drop(self, task: Task) -> None:
         self._tasks.pop(task.number, None)
@@ -775,6 +879,11 @@ class Loop(Events):
 def _descriptor(fileobj: Any) -> int:
     fd: int = fileobj if isinstance(fileobj, int) else fileobj.fileno()
     return fd
+
+
+def _name_of_input(future: Future[Any]) -> Any:
+    found = stored(future)
+    return future.result() if found is None else ("the result of the call", found.call.key, *found.keys)
 
 
 def _load_ranks(frames: list[Frame], counts: list[int]) -> list[Any]:

@@ -38,6 +38,7 @@ class Resources:
         slurm_cmd_args: Further options for Slurm's commands.
         submission_template: Template of the job script.
         openmpi_oversubscribe: Whether Open MPI may start more ranks than there are cores.
+        further: Keys and values that are not ours but the submission template's.
     """
 
     cores: int = 1
@@ -54,18 +55,25 @@ class Resources:
     slurm_cmd_args: tuple[str, ...] = ()
     submission_template: str | None = None
     openmpi_oversubscribe: bool = False
+    further: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def template_values(self) -> dict[str, Any]:
+        """`further` as a dictionary."""
+        return dict(self.further)
 
     @property
     def demand(self) -> Demand:
         """What a ledger that counts cores has to provide."""
         return Demand(self.cores * self.threads_per_core, self.cores * self.gpus_per_core, self.exclusive)
 
-    def updated(self, changes: Mapping[str, Any], subject: str) -> Resources:
+    def updated(self, changes: Mapping[str, Any], subject: str, allow_further: bool = False) -> Resources:
         """Return these resources with some changed, as a user wrote them.
 
         Args:
             changes: Keys and values of a ``resource_dict``; None stands for "as before".
             subject: Whose they are, for the error text, such as ``call of 'f'``.
+            allow_further: Whether keys that are not known here go to a submission template.
 
         Raises:
             TypeError: A value of the wrong type, or ``changes`` is no mapping.
@@ -76,17 +84,26 @@ class Resources:
                 f"{subject}: resource_dict is a {type(changes).__name__}, expected a dict such as {{'cores': 2}}."
             )
         checked: dict[str, Any] = {}
+        further = self.template_values
         for key, value in changes.items():
             check = _CHECKS.get(key)
-            if check is None:
+            if check is None and not allow_further:
                 raise ValueError(_unknown_key(key, subject))
-            if value is not None:
-                checked[key] = check(f"{subject}: resource_dict[{key!r}]", value)
+            if value is None:
+                continue
+            what = f"{subject}: resource_dict[{key!r}]"
+            if check is None:
+                further[_text(f"{subject}: a key of resource_dict", key)] = _plain(what, value)
+            else:
+                checked[key] = check(what, value)
+        if further:
+            checked["further"] = tuple(sorted(further.items()))
         return replace(self, **checked) if checked else self
 
     def as_dict(self) -> dict[str, Any]:
         """The resources as a ``resource_dict``, without what was left at its default of None."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "further"}
+        values.update(self.further)
         values["slurm_cmd_args"] = list(self.slurm_cmd_args)
         return {key: value for key, value in values.items() if value is not None}
 
@@ -129,6 +146,12 @@ def _seconds(what: str, value: object) -> float:
 def _text(what: str, value: object) -> str:
     if not isinstance(value, str) or not value:
         raise TypeError(f"{what} is {value!r} ({type(value).__name__}), expected a non-empty str.")
+    return value
+
+
+def _plain(what: str, value: object) -> object:
+    if not isinstance(value, (str, int, float)):
+        raise TypeError(f"{what} is {value!r} ({type(value).__name__}), expected a str or a number for the template.")
     return value
 
 

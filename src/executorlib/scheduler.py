@@ -295,6 +295,7 @@ class FreshScheduler(Scheduler):
         self.ledger = ledger
         self.max_calls = max_calls
         self._queues: dict[Demand, ReadyQueue] = {}
+        self._launching: dict[Task, Worker] = {}
         self._started: dict[Worker, None] = {}  # that were not told yet what to do
         self._blocked: Task | None = None
         self._overtaken = 0
@@ -305,6 +306,7 @@ class FreshScheduler(Scheduler):
     def on_started(self, worker: Worker, lookahead: bool = False) -> None:
         """The worker's call is handed over."""
         worker.ready = True
+        self._launching.pop(worker.calls[0], None)
         self._started[worker] = None
 
     def on_unsent(self, worker: Worker, task: Task, state: State) -> None:
@@ -325,7 +327,19 @@ class FreshScheduler(Scheduler):
         if task is self._blocked:
             self._unblock()
             self._may_start = True
+        self._stop_launch(task)
         super().on_cancel(task)
+
+    def on_failed(self, task: Task) -> None:
+        """The call cannot run: an input failed, or it cannot be sent."""
+        self._stop_launch(task)
+        super().on_failed(task)
+
+    def _stop_launch(self, task: Task) -> None:
+        worker = self._launching.pop(task, None)
+        if worker is not None:
+            # What starts slowly, such as a job that waits in a queue, need not start at all.
+            self._effects.append(Kill(worker))
 
     def on_exit(self, worker: Worker, recalled: list[Task]) -> list[Task]:
         """The worker's resources are free; a call that it still had is lost."""
@@ -334,6 +348,7 @@ class FreshScheduler(Scheduler):
             return []
         self._free(worker)
         (task,) = worker.calls
+        self._launching.pop(task, None)
         if task.over:
             return []
         self._end(task, FAILED)
@@ -403,6 +418,7 @@ class FreshScheduler(Scheduler):
         task.move(LAUNCHING)
         worker = self._new_worker(0, allocation)
         worker.calls.append(task)
+        self._launching[task] = worker
         self._effects.append(Launch(worker, task))
 
     def _candidates(self) -> list[Task]:
@@ -466,6 +482,8 @@ class FreshScheduler(Scheduler):
             assert len(self.workers) <= self.max_calls
         for worker in self.workers.values():
             assert len(worker.calls) == 1
+        launching = {worker.calls[0]: worker for worker in self.workers.values() if worker.calls[0].state is LAUNCHING}
+        assert {task: worker for task, worker in self._launching.items() if task.state is LAUNCHING} == launching
         for demand, queue in self._queues.items():
             assert all(task.demand == demand for task in queue)
         assert 0 <= self.not_started <= self.unfinished

@@ -101,6 +101,7 @@ class CallFuture(Future[Any]):
     """The future of a submitted call; cancelling it tells the executor at once."""
 
     on_cancel: Callable[[], None] | None = None
+    stored: Any = None  # see `futures.Stored`
 
     def __init__(self) -> None:
         super().__init__()
@@ -114,6 +115,15 @@ class CallFuture(Future[Any]):
             notify()
         return cancelled
 
+    def abandon(self) -> None:
+        """Become cancelled, even where the call runs already: it goes on, but nobody here waits for it."""
+        self.on_cancel = None
+        with self._condition:
+            if self._state == "RUNNING":
+                self._state = "PENDING"
+        if super().cancel():
+            self.set_running_or_notify_cancel()
+
 
 class Task:
     """A call and all that is known of it.
@@ -124,17 +134,21 @@ class Task:
         future: What `submit` returned.
         resources: What the call needs.
         demand: What it takes from the ledger.
-        missing: Input futures that are not done yet.
+        missing: Input futures that are not done yet, or, of calls that become jobs, not launched.
+        dependents: Calls that become jobs and wait for this one to be launched.
+        after: Files of the results that the call reads as it starts.
         cache_path: File of its cache entry, once it was looked up.
         announced: Whether the future was told that the call runs or is cancelled, which may be done only once.
         state: Current state, changed by `move` only.
     """
 
     __slots__ = (
+        "after",
         "announced",
         "args",
         "cache_path",
         "demand",
+        "dependents",
         "fn",
         "future",
         "kwargs",
@@ -163,6 +177,8 @@ class Task:
         self.resources = resources
         self.demand = demand
         self.missing = missing
+        self.dependents: list[Task] | None = None
+        self.after: tuple[str, ...] = ()
         self.cache_path: str | None = None
         self.announced = False
         self.state = WAITING

@@ -7,6 +7,7 @@ here needs a lock, and nothing may block.
 from __future__ import annotations
 
 import socket
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -131,9 +132,43 @@ class Launcher(Protocol):
         """Signal a worker and all that it started; `Events.on_exit` follows once it is gone."""
         ...
 
-    def close(self) -> None:
-        """End everything that was started and free all that is held; no event follows."""
+    @property
+    def busy(self) -> bool:
+        """Whether it has to go on although no call is left, to hand over what it was told."""
         ...
+
+    def detach(self, on_taken: Callable[[], None]) -> None:
+        """Let what was launched go on without us, where that can be.
+
+        Args:
+            on_taken: Called once nothing more is needed of the calls themselves; no event follows.
+        """
+        ...
+
+    def close(self) -> None:
+        """End everything that was started and is not detached, and free all that is held; no event follows."""
+        ...
+
+
+def boot_code(module: str, call: str) -> str:
+    """Python source that runs ``module.call`` with this process's import path and arguments.
+
+    The path is set before anything is imported, so that no file in the working directory takes a module's place.
+    """
+    return (
+        f"import sys; sys.path[:] = {import_path()!r}; sys.argv[:] = {arguments()!r}; "
+        f"from {module} import main; main{call}"
+    )
+
+
+def import_path() -> list[str]:
+    """This process's `sys.path`."""
+    return [str(entry) for entry in sys.path]
+
+
+def arguments() -> list[str]:
+    """This process's `sys.argv`, which a spawned Python may lack."""
+    return [str(argument) for argument in getattr(sys, "argv", [])]
 
 
 def tail_text(stderr: bytes | bytearray) -> str:

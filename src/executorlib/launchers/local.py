@@ -14,13 +14,22 @@ import socket
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from executorlib import serialize
 from executorlib.errors import ExecutorlibSocketError, describe_exit
-from executorlib.launchers.base import STDERR_TAIL_BYTES, Events, Exit, Process, tail_text
+from executorlib.launchers.base import (
+    STDERR_TAIL_BYTES,
+    Events,
+    Exit,
+    Process,
+    arguments,
+    boot_code,
+    import_path,
+    tail_text,
+)
 from executorlib.launchers.mpi import MpiLauncher
 from executorlib.serialize import Frame
 from executorlib.transports.messages import Channel, Message
@@ -33,25 +42,6 @@ _AGENT_END_SECONDS = 10.0
 _EXIT_SECONDS = 1.0
 
 
-def boot_code(module: str, call: str) -> str:
-    """Python source that runs ``module.call`` with this process's import path and arguments.
-
-    The path is set before anything is imported, so that no file in the working directory takes a module's place.
-    """
-    return (
-        f"import sys; sys.path[:] = {_import_path()!r}; sys.argv[:] = {_arguments()!r}; "
-        f"from {module} import main; main{call}"
-    )
-
-
-def _import_path() -> list[str]:
-    return [str(entry) for entry in sys.path]
-
-
-def _arguments() -> list[str]:
-    return [str(argument) for argument in getattr(sys, "argv", [])]
-
-
 class Surroundings:
     """Environment, import path and arguments of this process, against what an agent was started with.
 
@@ -60,8 +50,8 @@ class Surroundings:
 
     def __init__(self) -> None:
         self._environ = os.environ.copy()
-        self._path = _import_path()
-        self._argv = _arguments()
+        self._path = import_path()
+        self._argv = arguments()
         self._cwd = _working_directory()
         self._seen: dict[Any, Any] | None = None
         self._changes: dict[str, str | None] = {}
@@ -78,9 +68,9 @@ class Surroundings:
         setup: dict[str, Any] = {}
         if self._changes:
             setup["env"] = self._changes
-        if (path := _import_path()) != self._path:
+        if (path := import_path()) != self._path:
             setup["path"] = path
-        if (argv := _arguments()) != self._argv:
+        if (argv := arguments()) != self._argv:
             setup["argv"] = argv
         if (cwd := _working_directory()) != self._cwd:
             setup["cwd"] = cwd
@@ -547,6 +537,15 @@ class LocalLauncher:
             self._mpi.end(process, agent)
         else:
             agent.kill(process, signal_number)
+
+    @property
+    def busy(self) -> bool:
+        """See `Launcher.busy`."""
+        return False
+
+    def detach(self, on_taken: Callable[[], None]) -> None:
+        """See `Launcher.detach`; forked workers end with their executor, so there is nothing that could go on."""
+        on_taken()
 
     def close(self) -> None:
         """See `Launcher.close`."""

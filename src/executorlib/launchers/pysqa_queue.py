@@ -62,6 +62,11 @@ class PysqaQueue:
         self._templates = templates
         self._commands = load_commands(templates.queue_type)
 
+    @property
+    def submit_program(self) -> str:
+        """The command that submits a script."""
+        return str(self._commands.submit_job_command[0])
+
     def script(self, batch: Batch) -> str:
         """See `queue.Queue.script`."""
         return self._templates.render(batch)

@@ -1,0 +1,327 @@
+"""The executors whose calls are jobs of a queuing system: rows of (which system) over one way through files."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from executorlib import machine
+from executorlib.executors import BaseExecutor, cache_modules, check_init_function, graph_mode, positive
+from executorlib.launchers.base import Events, Launcher
+from executorlib.launchers.jobs import JobLauncher
+from executorlib.launchers.local import LocalLauncher
+from executorlib.launchers.local_system import LocalSystem
+from executorlib.launchers.mpi import find_mpiexec
+from executorlib.launchers.pysqa_queue import open_queue
+from executorlib.launchers.queue import Queue
+from executorlib.launchers.slurm import SETTINGS_COMMAND, SlurmQueue, command_environment, parse_settings, rank_command
+from executorlib.launchers.systems import CommandSystem
+from executorlib.launchers.templates import load_commands
+from executorlib.ledger import Ledger, Node, Unlimited
+from executorlib.resources import Resources
+
+_CACHE_DIRECTORY = "executorlib_cache"
+
+
+class ClusterExecutor(BaseExecutor):
+    """What executors have in common whose calls become jobs, by way of a cache directory that all nodes see.
+
+    A call is a file there; the job reads it and leaves the result beside it. So the session may end and another one,
+    which submits the same calls, finds their results or joins the jobs that still wait or run. Results stay in the
+    directory until it is cleaned (``executorlib cache prune``).
+
+    Args:
+        max_workers: Jobs at once, or in block mode the number of workers, one job each. By default as many as the
+            system takes. What exceeds it waits in this process, and is given up when it ends.
+        cache_directory: Where calls and results are, seen by all nodes; by default ``executorlib_cache`` in the working
+            directory. The same as the key in ``resource_dict``.
+        max_cores: Likewise, cores in use at once, a job taking ``cores × threads_per_core``.
+        resource_dict: Defaults for each call, see `executorlib.resources.Resources`; further keys, such as
+            ``partition``, ``memory_max`` (GB) or ``job_name``, go to the submission template. Never changed.
+        hostname_localhost: In block mode, have workers connect to ``localhost`` instead of this machine's addresses.
+        block_allocation: Start workers, each a job, that stay and run call after call.
+        init_function: In block mode, runs once in each worker and returns a dict whose items fill parameters that later
+            calls leave out.
+        disable_dependencies: Make a future among the inputs an error.
+        refresh_rate: Seconds; accepted for compatibility: how often to look is found out from what looking costs.
+        plot_dependency_graph: Run nothing, show the graph of the calls when the `with` block is left (in a notebook).
+        plot_dependency_graph_filename: Likewise, write it to this file: png, svg, pdf or dot by its ending.
+        export_workflow_filename: Likewise, write a Python Workflow Definition (JSON) to this file.
+        log_obj_size: Log the size of each call and result, logger ``executorlib``, level WARNING.
+        wait: Whether leaving the `with` block waits for the calls; otherwise jobs go on and futures become cancelled.
+        openmpi_oversubscribe: Let Open MPI start more ranks than there are cores.
+
+    Raises:
+        ValueError: An argument that cannot be honoured; the text says why and what to do.
+    """
+
+    _has_template = True
+    _starts_ranks = False
+
+    def __init__(
+        self,
+        *,
+        make_launcher: Callable[[Events, Resources], Launcher],
+        ledger: Ledger,
+        capacity: Ledger | None,
+        live: bool,
+        max_calls: int | None,
+        max_workers: int | None,
+        cache_directory: str | os.PathLike[str] | None,
+        max_cores: int | None,
+        resource_dict: Mapping[str, Any] | None,
+        hostname_localhost: bool | None,
+        block_allocation: bool,
+        init_function: Callable[[], dict[str, Any]] | None,
+        disable_dependencies: bool,
+        refresh_rate: float,
+        plot_dependency_graph: bool,
+        plot_dependency_graph_filename: str | None,
+        export_workflow_filename: str | None,
+        log_obj_size: bool,
+        wait: bool,
+        openmpi_oversubscribe: bool,
+        settings: dict[str, Any],
+    ) -> None:
+        name = type(self).__name__
+        check_init_function(init_function, block_allocation)
+        defaults = Resources(openmpi_oversubscribe=openmpi_oversubscribe).updated(
+            resource_dict or {}, name, self._has_template
+        )
+        if cache_directory is not None or (defaults.cache_directory is None and not live):
+            defaults = defaults.updated({"cache_directory": cache_directory or _CACHE_DIRECTORY}, name)
+        if defaults.cache_directory is not None:
+            cache_modules()
+        graph, finish_graph = graph_mode(
+            plot_dependency_graph, plot_dependency_graph_filename, export_workflow_filename, disable_dependencies
+        )
+        super().__init__(
+            make_launcher=lambda events: make_launcher(events, defaults),
+            ledger=ledger,
+            capacity=capacity,
+            count_cores=max_cores is not None,
+            max_workers=max_workers or (1 if block_allocation else _MANY),
+            max_calls=max_calls,
+            resources=defaults,
+            block=block_allocation,
+            restart_limit=0,
+            init_function=init_function,
+            disable_dependencies=disable_dependencies,
+            wait=wait,
+            pin=False,
+            log_sizes=log_obj_size,
+            graph=graph,
+            finish_graph=finish_graph,
+            settings={
+                "max_cores": max_cores,
+                "block_allocation": block_allocation,
+                "init_function": init_function,
+                "hostname_localhost": hostname_localhost,
+                "disable_dependencies": disable_dependencies,
+                "refresh_rate": refresh_rate,
+                "log_obj_size": log_obj_size,
+                "wait": wait,
+                **settings,
+            },
+            jobs=not live,
+        )
+
+
+# What max_workers reads as where nothing limits it: the queue has its own limits, far below.
+_MANY = 1_000_000
+
+
+class TestClusterExecutor(ClusterExecutor):
+    """Runs calls as a cluster executor does, by files and jobs, on this machine with nothing installed.
+
+    For tests of programs that will use a cluster, and for calls that are to go on when a notebook is closed. All
+    arguments are those of `ClusterExecutor`; ``max_workers`` and ``max_cores`` are by default this machine's CPUs, and
+    what exceeds them waits in the local queue, which outlives this process.
+    """
+
+    __test__ = False  # not a test, whatever its name makes pytest think
+    _has_template = False
+
+    def __init__(
+        self,
+        max_workers: int | None = None,
+        cache_directory: str | os.PathLike[str] | None = None,
+        max_cores: int | None = None,
+        resource_dict: Mapping[str, Any] | None = None,
+        hostname_localhost: bool | None = None,
+        block_allocation: bool = False,
+        init_function: Callable[[], dict[str, Any]] | None = None,
+        disable_dependencies: bool = False,
+        refresh_rate: float = 0.01,
+        plot_dependency_graph: bool = False,
+        plot_dependency_graph_filename: str | None = None,
+        export_workflow_filename: str | None = None,
+        log_obj_size: bool = False,
+        wait: bool = True,
+        openmpi_oversubscribe: bool = False,
+    ) -> None:
+        max_workers = positive("max_workers", max_workers)
+        max_cores = positive("max_cores", max_cores)
+        count_cores = max_cores is not None or max_workers is None
+        cores = max_cores or len(machine.usable_cpus())
+        gpus = machine.visible_gpus()
+        size = max_workers or cores
+        capacity = Ledger([Node("localhost", range(cores if count_cores else size), gpus)])
+
+        def make_launcher(events: Events, defaults: Resources) -> Launcher:
+            if block_allocation:
+                return LocalLauncher(
+                    events,
+                    spawn=False,
+                    pooled=True,
+                    stock=0,
+                    preload=["executorlib.cache", "h5py"],
+                    default_threads=defaults.threads_per_core,
+                )
+            options = {"max_workers": max_workers, "max_cores": max_cores}
+            system = LocalSystem(events, {**options, "preload": ["executorlib.cache", "h5py"]})
+            return JobLauncher(events, system, lambda resources, program: program, log_obj_size)
+
+        super().__init__(
+            make_launcher=make_launcher,
+            # In front of the local queue nothing is held back, so that it is not lost with this process.
+            ledger=capacity if block_allocation else Unlimited("localhost"),
+            capacity=capacity,
+            live=block_allocation,
+            max_calls=None,
+            max_workers=size,
+            cache_directory=cache_directory,
+            max_cores=cores if count_cores else None,
+            resource_dict=resource_dict,
+            hostname_localhost=hostname_localhost,
+            block_allocation=block_allocation,
+            init_function=init_function,
+            disable_dependencies=disable_dependencies,
+            refresh_rate=refresh_rate,
+            plot_dependency_graph=plot_dependency_graph,
+            plot_dependency_graph_filename=plot_dependency_graph_filename,
+            export_workflow_filename=export_workflow_filename,
+            log_obj_size=log_obj_size,
+            wait=wait,
+            openmpi_oversubscribe=openmpi_oversubscribe,
+            settings={},
+        )
+
+
+class SlurmClusterExecutor(ClusterExecutor):
+    """Submits each call to Slurm as a job, by `sbatch`; calls with the same needs that come together as one job array.
+
+    Other arguments are those of `ClusterExecutor`.
+
+    Args:
+        pysqa_config_directory: A pysqa configuration (``queue.yaml`` and templates) to choose the script from, by
+            ``resource_dict["queue"]``. It may name another queuing system that pysqa drives, instead of Slurm.
+        pmi_mode: How `srun` and the MPI library of a call with several ranks find each other, such as ``"pmix"`` or
+            ``"pmi2"``; None starts the ranks with the MPI library's own `mpiexec`.
+
+    Raises:
+        RuntimeError: The queuing system's commands are not on this machine.
+        ImportError: pysqa or h5py is not installed.
+    """
+
+    def __init__(
+        self,
+        max_workers: int | None = None,
+        cache_directory: str | os.PathLike[str] | None = None,
+        max_cores: int | None = None,
+        resource_dict: Mapping[str, Any] | None = None,
+        pysqa_config_directory: str | os.PathLike[str] | None = None,
+        pmi_mode: str | None = None,
+        hostname_localhost: bool | None = None,
+        block_allocation: bool = False,
+        init_function: Callable[[], dict[str, Any]] | None = None,
+        disable_dependencies: bool = False,
+        refresh_rate: float = 0.01,
+        plot_dependency_graph: bool = False,
+        plot_dependency_graph_filename: str | None = None,
+        export_workflow_filename: str | None = None,
+        log_obj_size: bool = False,
+        wait: bool = True,
+        openmpi_oversubscribe: bool = False,
+    ) -> None:
+        max_workers = positive("max_workers", max_workers)
+        max_cores = positive("max_cores", max_cores)
+        only_drawn = bool(plot_dependency_graph or plot_dependency_graph_filename or export_workflow_filename)
+        configuration = None if pysqa_config_directory is None else os.fspath(pysqa_config_directory)
+        if not only_drawn:
+            check_queue(configuration)
+        limited = None if max_cores is None else Ledger([Node("cluster", range(max_cores))])
+
+        def make_launcher(events: Events, defaults: Resources) -> Launcher:
+            system = queue_system(events, configuration)
+            return JobLauncher(
+                events, system, lambda resources, program: job_command(resources, pmi_mode, program), log_obj_size
+            )
+
+        super().__init__(
+            make_launcher=make_launcher,
+            ledger=limited or Unlimited("cluster"),
+            capacity=limited,
+            live=block_allocation,
+            max_calls=max_workers,
+            max_workers=max_workers,
+            cache_directory=cache_directory,
+            max_cores=max_cores,
+            resource_dict=resource_dict,
+            hostname_localhost=hostname_localhost,
+            block_allocation=block_allocation,
+            init_function=init_function,
+            disable_dependencies=disable_dependencies,
+            refresh_rate=refresh_rate,
+            plot_dependency_graph=plot_dependency_graph,
+            plot_dependency_graph_filename=plot_dependency_graph_filename,
+            export_workflow_filename=export_workflow_filename,
+            log_obj_size=log_obj_size,
+            wait=wait,
+            openmpi_oversubscribe=openmpi_oversubscribe,
+            settings={"pysqa_config_directory": configuration, "pmi_mode": pmi_mode},
+        )
+
+
+def check_queue(configuration: str | None) -> None:
+    """Make sure that jobs can be submitted from here.
+
+    Raises:
+        RuntimeError: The queuing system's commands are not on this machine.
+        ImportError: pysqa is not installed.
+        ValueError: The configuration cannot be used.
+    """
+    load_commands("SLURM")
+    queue = open_queue(configuration)
+    submit = queue.submit_program
+    if shutil.which(submit) is None:
+        raise RuntimeError(
+            f"jobs are submitted with `{submit}`, which is not on PATH. Run this where jobs can be submitted (a login "
+            "node, after loading the module that brings the command), or use SingleNodeExecutor on this machine."
+        )
+
+
+def queue_system(events: Events, configuration: str | None) -> CommandSystem:
+    """The system that a pysqa configuration names, or Slurm."""
+    if isinstance(open_queue(configuration), SlurmQueue):
+
+        def make_slurm(answer: str) -> Queue:
+            return open_queue(configuration, parse_settings(answer))
+
+        return CommandSystem(events, "Slurm", make_slurm, SETTINGS_COMMAND, command_environment)
+    return CommandSystem(events, "the queue", lambda answer: open_queue(configuration), [])
+
+
+def job_command(resources: Resources, pmi_mode: str | None, program: list[str]) -> list[str]:
+    """The command, in a job, that runs a call's program, on all of its ranks."""
+    if resources.cores == 1 or pmi_mode is not None:
+        return rank_command(resources, pmi_mode, program)
+    try:
+        mpiexec = find_mpiexec()
+    except (OSError, RuntimeError):  # not here, but maybe where the job runs
+        return rank_command(resources, None, program)
+    variables = [f"{name}={value}" for name, value in mpiexec.environment().items()]
+    command = mpiexec.command(resources.cores, program, resources.openmpi_oversubscribe)
+    return ["env", *variables, *command] if variables else command

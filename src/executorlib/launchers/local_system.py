@@ -1,0 +1,213 @@
+"""A queuing system on one machine, with nothing installed: a process that runs jobs and outlives who submits them.
+
+It is `executorlib.local_queue`, started with the first job. Over a socket it takes one JSON object a line and answers
+likewise; when the socket ends it finishes what it has and exits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from executorlib.launchers.base import Events, boot_code
+from executorlib.launchers.local import Surroundings
+from executorlib.launchers.queue import Batch, JobState, Phase
+from executorlib.launchers.systems import JobKey, Refused, States
+
+
+class LocalSystem:
+    """The executor's side.
+
+    Args:
+        events: The loop.
+        options: Arguments of the `SingleNodeExecutor` that runs the jobs.
+    """
+
+    name = "the local queue"
+    has_dependencies = True
+    array_limit = 100_000
+    # A question costs next to nothing here.
+    first_query = 0.1
+    last_query = 1.0
+
+    def __init__(self, events: Events, options: dict[str, Any]) -> None:
+        self._events = events
+        self._options = options
+        self._socket: socket.socket | None = None
+        self._received = bytearray()
+        self._unsent = bytearray()
+        self._questions: deque[Callable[[States | None], None]] = deque()
+        self._id = ""
+        self._submitted = 0
+        self._surroundings = Surroundings()
+
+    @property
+    def busy(self) -> bool:
+        """See `JobSystem.busy`."""
+        return bool(self._unsent)
+
+    def prepare(self, on_ready: Callable[[], None]) -> None:
+        """See `JobSystem.prepare`."""
+        on_ready()
+
+    def setup(self) -> dict[str, Any]:
+        """See `JobSystem.setup`."""
+        return self._surroundings.changes()
+
+    def _start(self) -> None:
+        if self._socket is not None:
+            return
+        ours, theirs = socket.socketpair()
+        with theirs:
+            theirs.set_inheritable(True)
+            self._surroundings = Surroundings()
+            code = boot_code("executorlib.local_queue", f"({theirs.fileno()}, {self._options!r})")
+            # The shell leaves it to init, so that nobody here has to wait for its end.
+            script = '"$@" >/dev/null & echo $!'
+            try:
+                pid = subprocess.run(
+                    ["/bin/sh", "-c", script, "sh", sys.executable, "-c", code],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    pass_fds=[theirs.fileno()],
+                    start_new_session=True,
+                    check=True,
+                ).stdout
+            except (OSError, subprocess.CalledProcessError):
+                ours.close()
+                raise
+        # Whoever reads the id can tell whether the process is still there; the start time tells it from a later one.
+        self._id = f"{socket.gethostname()}:{int(pid)}:{_start_time(int(pid))}"
+        ours.setblocking(False)
+        self._socket = ours
+        self._events.watch(ours, self._on_readable)
+
+    def submit(self, batch: Batch, on_done: Callable[[str | Refused], None]) -> None:
+        """See `JobSystem.submit`."""
+        try:
+            self._start()
+        except (OSError, subprocess.CalledProcessError) as error:
+            on_done(Refused(f"it could not be started: {error}"))
+            return
+        self._submitted += 1
+        job_id = f"{self._id}:{self._submitted}"
+        resources = batch.resources
+        needs: dict[str, Any] = {
+            "cores": resources.cores,
+            "threads_per_core": resources.threads_per_core,
+            "gpus_per_core": resources.gpus_per_core,
+            "priority": resources.priority,
+            "exclusive": resources.exclusive,
+            "openmpi_oversubscribe": resources.openmpi_oversubscribe,
+            "cwd": batch.cwd,
+        }
+        after = [[each.job_id, each.index, each.corresponding] for each in batch.dependencies]
+        self._send(
+            {"submit": job_id, "directory": batch.directory, "count": batch.count, "needs": needs, "after": after}
+        )
+        on_done(job_id)
+
+    def query(self, job_ids: Sequence[str], on_states: Callable[[States | None], None]) -> None:
+        """See `JobSystem.query`."""
+        # Of other sessions' jobs it can only be told whether what runs them is there.
+        foreign: dict[JobKey, JobState] = {
+            (job_id, None): JobState(Phase.RUNNING, "RUNNING")
+            for job_id in job_ids
+            if not (self._id and job_id.startswith(f"{self._id}:")) and is_alive(job_id)
+        }
+        if self._socket is None:
+            self._events.call_later(0.0, lambda: on_states(foreign))
+            return
+        self._questions.append(lambda states: on_states({**foreign, **(states or {})}))
+        self._send({"query": True})
+
+    def detail(self, job: tuple[str, int | None], on_state: Callable[[JobState | None], None]) -> None:
+        """See `JobSystem.detail`; all that is known was said."""
+        self._events.call_later(0.0, lambda: on_state(None))
+
+    def cancel(self, jobs: Sequence[tuple[str, int | None]]) -> None:
+        """See `JobSystem.cancel`."""
+        self._send({"cancel": [list(job) for job in jobs]})
+
+    def _send(self, message: dict[str, Any]) -> None:
+        self._unsent += json.dumps(message).encode() + b"\n"
+        self._flush()
+
+    def _flush(self) -> None:
+        if self._socket is None:
+            self._unsent.clear()
+            return
+        try:
+            while self._unsent:
+                del self._unsent[: self._socket.send(self._unsent)]
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._unsent.clear()  # it is dead; reading tells
+        self._events.watch_writable(self._socket, bool(self._unsent), self._flush)
+
+    def _on_readable(self) -> None:
+        sock = self._socket
+        assert sock is not None
+        try:
+            data = sock.recv(1 << 16)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._on_death()
+            return
+        self._received += data
+        while (end := self._received.find(b"\n")) >= 0:
+            line = bytes(self._received[:end])
+            del self._received[: end + 1]
+            states = {
+                (job_id, index): JobState(Phase(phase), state, reason, exit_code)
+                for job_id, index, phase, state, reason, exit_code in json.loads(line)
+            }
+            self._questions.popleft()(states)
+
+    def _on_death(self) -> None:
+        """All its jobs are gone with it; the next one gets a new process."""
+        self.close()
+        questions, self._questions = self._questions, deque()
+        for answer in questions:
+            answer({})
+
+    def close(self) -> None:
+        """See `JobSystem.close`."""
+        if self._socket is not None:
+            self._events.unwatch(self._socket)
+            self._socket.close()
+        self._socket = None
+        self._received.clear()
+        self._unsent.clear()
+
+
+def _start_time(pid: int) -> str:
+    """When a process started, in the kernel's ticks; empty where the system does not tell (it is Linux's `/proc`)."""
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as stat:
+        return stat.read().rpartition(")")[2].split()[19]
+    return ""
+
+
+def is_alive(job_id: str) -> bool:
+    """Whether the process that runs a job is still there."""
+    host, pid, started, _ = job_id.rsplit(":", 3)
+    if host != socket.gethostname():
+        return True  # not to be known from here
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return _start_time(int(pid)) == started

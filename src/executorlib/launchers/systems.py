@@ -1,0 +1,218 @@
+"""What runs jobs, as `launchers.jobs` sees it: it takes batches, says how its jobs are, and cancels them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, TypeAlias
+
+from executorlib.launchers.base import Events
+from executorlib.launchers.commands import Answer, Commands
+from executorlib.launchers.queue import Batch, JobState, Queue
+
+# A job: its id, and its index in the job array; None for a plain job, or for the whole array.
+JobKey: TypeAlias = tuple[str, int | None]
+# Plain jobs are at index 0. A state at None is that of all elements that have none of their own.
+States: TypeAlias = Mapping[JobKey, JobState]
+
+
+class Refused(Exception):
+    """A batch was not taken.
+
+    Args:
+        text: What the system said.
+        transient: Whether the same may be taken a little later.
+    """
+
+    def __init__(self, text: str, transient: bool = False) -> None:
+        super().__init__(text)
+        self.transient = transient
+
+
+class JobSystem(Protocol):
+    """Takes batches of calls. All answers come by callbacks, in the loop's thread, and nothing blocks.
+
+    Attributes:
+        name: Which system it is, for error texts and for who wants to cancel its jobs later.
+        first_query: Seconds between a change and the next query for states, which then takes longer and longer.
+        last_query: Most seconds between two queries.
+    """
+
+    name: str
+    first_query: float
+    last_query: float
+
+    @property
+    def array_limit(self) -> int:
+        """Most calls in one batch."""
+        ...
+
+    @property
+    def has_dependencies(self) -> bool:
+        """Whether it takes care of a batch's dependencies."""
+        ...
+
+    @property
+    def busy(self) -> bool:
+        """Whether it waits for an answer."""
+        ...
+
+    def prepare(self, on_ready: Callable[[], None]) -> None:
+        """Find out what there is to know of the system; the attributes hold from ``on_ready`` on."""
+        ...
+
+    def setup(self) -> dict[str, Any]:
+        """What jobs have to set up to see this process as it is now, beyond what the system does; see `set_up`."""
+        ...
+
+    def submit(self, batch: Batch, on_done: Callable[[str | Refused], None]) -> None:
+        """Submit a batch whose directory is complete but for the script; answers with the job's id."""
+        ...
+
+    def query(self, job_ids: Sequence[str], on_states: Callable[[States | None], None]) -> None:
+        """Ask for the states of these jobs; absent ones are gone. Answers with None where there is no answer now."""
+        ...
+
+    def detail(self, job: JobKey, on_state: Callable[[JobState | None], None]) -> None:
+        """Ask what became of a job that is gone."""
+        ...
+
+    def cancel(self, jobs: Sequence[JobKey]) -> None:
+        """Cancel jobs; those that are gone already do not matter."""
+        ...
+
+    def close(self) -> None:
+        """Let go of everything; jobs go on."""
+        ...
+
+
+class CommandSystem:
+    """A batch queue that is driven by its commands.
+
+    Args:
+        events: The loop.
+        name: See `JobSystem`.
+        make_queue: Makes the queue's language, given what `settings_command` said.
+        settings_command: Asks once what there is to know of the system; empty for nothing.
+        environment: Makes the environment of the commands from this process's.
+    """
+
+    # A busy controller takes some tenths of a second for an answer; errors are to be known within 15 s.
+    first_query = 2.0
+    last_query = 8.0
+
+    def __init__(
+        self,
+        events: Events,
+        name: str,
+        make_queue: Callable[[str], Queue],
+        settings_command: list[str],
+        environment: Callable[[Mapping[str, str]], dict[str, str]] = dict,
+    ) -> None:
+        self.name = name
+        self._commands = Commands(events)
+        self._environment = environment
+        self._make_queue = make_queue
+        self._settings_command = settings_command
+        self._queue: Queue | None = None if settings_command else make_queue("")
+        self._waiting: list[Callable[[], None]] = []
+
+    @property
+    def array_limit(self) -> int:
+        """See `JobSystem`; known from the first answer on."""
+        return self._queue.array_limit if self._queue is not None else 1
+
+    @property
+    def has_dependencies(self) -> bool:
+        """See `JobSystem`."""
+        return self._queue is not None and self._queue.has_dependencies
+
+    @property
+    def busy(self) -> bool:
+        """See `JobSystem.busy`."""
+        return self._commands.busy
+
+    def prepare(self, on_ready: Callable[[], None]) -> None:
+        """Ask for the settings; `on_ready` is called once `array_limit` and `has_dependencies` are known."""
+        if self._queue is not None:
+            on_ready()
+            return
+        self._waiting.append(on_ready)
+        if len(self._waiting) > 1:
+            return
+
+        def know(answer: Answer) -> None:
+            # Without an answer the system's defaults are assumed; the submission will say what is wrong.
+            self._queue = self._make_queue(answer.output if answer.ok else "")
+            waiting, self._waiting = self._waiting, []
+            for callback in waiting:
+                callback()
+
+        self._run(self._settings_command, know)
+
+    def setup(self) -> dict[str, Any]:
+        """See `JobSystem.setup`; queues hand on the environment themselves."""
+        return {}
+
+    def _run(self, argv: list[str], on_answer: Callable[[Answer], None]) -> None:
+        self._commands.run(argv, on_answer, env=self._environment(os.environ))
+
+    def submit(self, batch: Batch, on_done: Callable[[str | Refused], None]) -> None:
+        """See `JobSystem.submit`."""
+        queue = self._queue
+        assert queue is not None
+        path = os.path.join(batch.directory, "job.sh")
+        try:
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(queue.script(batch))
+            argv = queue.submit_command(batch, path)
+        except (OSError, ValueError, ImportError) as error:
+            on_done(Refused(str(error)))
+            return
+
+        def answered(answer: Answer) -> None:
+            if not answer.ok:
+                on_done(Refused(f"{argv[0]} refused it: {answer.text}", queue.is_transient(answer.text)))
+                return
+            try:
+                on_done(queue.parse_job_id(answer.output))
+            except ValueError as error:
+                on_done(Refused(str(error)))
+
+        self._run(argv, answered)
+
+    def query(self, job_ids: Sequence[str], on_states: Callable[[States | None], None]) -> None:
+        """See `JobSystem.query`."""
+        queue = self._queue
+        assert queue is not None
+
+        def answered(answer: Answer) -> None:
+            states: States | None = None
+            if answer.ok:
+                with contextlib.suppress(ValueError):
+                    states = {
+                        (job_id, index): state for (job_id, index), state in queue.parse_status(answer.output).items()
+                    }
+            on_states(states)
+
+        self._run(queue.status_command(job_ids), answered)
+
+    def detail(self, job: JobKey, on_state: Callable[[JobState | None], None]) -> None:
+        """See `JobSystem.detail`."""
+        queue = self._queue
+        assert queue is not None
+        argv = queue.detail_command(*job)
+        if not argv:
+            on_state(None)
+            return
+        self._run(argv, lambda answer: on_state(queue.parse_detail(answer.output) if answer.ok else None))
+
+    def cancel(self, jobs: Sequence[JobKey]) -> None:
+        """See `JobSystem.cancel`."""
+        assert self._queue is not None
+        self._run(self._queue.cancel_command(jobs), lambda answer: None)
+
+    def close(self) -> None:
+        """See `JobSystem.close`."""
+        self._commands.close()

@@ -1,0 +1,130 @@
+"""The process behind `launchers.local_system`: runs jobs on this machine, within its CPUs, until there are no more.
+
+It is a `SingleNodeExecutor` whose calls are the jobs, so limits, deaths and MPI are that one's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+from concurrent.futures import Future
+from typing import Any
+
+from executorlib.executors import SingleNodeExecutor
+from executorlib.worker import job
+
+# A query is answered for jobs that ended only so often, as after the first time the executor knows.
+_TELL_ENDED = 3
+
+
+class _JobFailed(Exception):
+    """A job that ended without a result fails those that depend on it."""
+
+
+def _run(directory: str, index: int, *inputs: None) -> None:
+    """In the job's process: run it with its output in the batch directory."""
+    output = os.open(os.path.join(directory, f"output.{index}"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.close(output)
+    code = job.run(directory, index)
+    if code != job.RESULT:
+        raise _JobFailed(code)
+
+
+class LocalQueue:
+    """Takes requests and keeps the jobs.
+
+    Args:
+        executor: Runs them.
+    """
+
+    def __init__(self, executor: SingleNodeExecutor) -> None:
+        self._executor = executor
+        self._jobs: dict[str, list[Future[Any]]] = {}
+        self._told: dict[tuple[str, int], int] = {}
+
+    def obey(self, request: dict[str, Any]) -> list[Any] | None:
+        """Carry out a request; the answer to a query."""
+        if "submit" in request:
+            self._submit(request)
+        elif "cancel" in request:
+            for job_id, index in request["cancel"]:
+                futures = self._jobs.get(job_id, [])
+                for future in futures if index is None else futures[index : index + 1]:
+                    self._cancel(future)
+        else:
+            return self._states()
+        return None
+
+    def _submit(self, request: dict[str, Any]) -> None:
+        futures = self._jobs[request["submit"]] = []
+        for index in range(request["count"]):
+            inputs: list[Future[Any]] = []
+            for job_id, element, corresponding in request["after"]:
+                sources = self._jobs.get(job_id, [])
+                chosen = index if corresponding else element
+                inputs += sources if chosen is None else sources[chosen : chosen + 1]
+            try:
+                future = self._executor.submit(
+                    _run, request["directory"], index, *inputs, resource_dict=request["needs"]
+                )
+            except Exception as error:
+                future = Future()
+                future.set_exception(error)
+            futures.append(future)
+
+    def _cancel(self, future: Future[Any]) -> None:
+        loop = self._executor._loop
+        if not future.cancel() and loop is not None:
+            loop.kill_call(future)
+
+    def _states(self) -> list[Any]:
+        states = []
+        for job_id, futures in list(self._jobs.items()):
+            for index, future in enumerate(futures):
+                told = self._told.get((job_id, index), 0)
+                if told < _TELL_ENDED:
+                    states.append([job_id, index, *_state(future)])
+                if future.done():
+                    self._told[job_id, index] = told + 1
+        return states
+
+
+def _state(future: Future[Any]) -> tuple[str, str, str, str]:
+    """Phase, state, reason and exit code, as `JobState` has them."""
+    if future.cancelled():
+        return "ended", "CANCELLED", "", ""
+    if not future.done():
+        return ("running", "RUNNING", "", "") if future.running() else ("pending", "PENDING", "", "")
+    error = future.exception()
+    if error is None:
+        return "ended", "COMPLETED", "", "0:0"
+    if isinstance(error, _JobFailed):
+        return "ended", "FAILED", "", f"{error.args[0]}:0"
+    died = re.search(r"(?:code (\d+)|signal (\d+))", str(error))
+    exit_code = f"{died[1] or 0}:{died[2] or 0}" if died else ""
+    return "ended", "FAILED", str(error), exit_code
+
+
+def main(fd: int, options: dict[str, Any]) -> None:
+    """Run the queue.
+
+    Args:
+        fd: Descriptor of the socket to the session that submits.
+        options: Arguments of `SingleNodeExecutor`.
+    """
+    # A terminal that closes is no reason to end, nor is a session that does not read any more.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    os.set_inheritable(fd, False)
+    with SingleNodeExecutor(**options) as executor, socket.socket(fileno=fd) as sock:
+        queue = LocalQueue(executor)
+        with contextlib.suppress(OSError), sock.makefile("r", encoding="utf-8") as lines:
+            for line in lines:
+                answer = queue.obey(json.loads(line))
+                if answer is not None:
+                    sock.sendall(json.dumps(answer).encode() + b"\n")
