@@ -39,14 +39,15 @@ def main() -> None:
     parser.add_argument("--entries", type=int, default=1_000_000, help="of the large directory (default: 1000000)")
     parser.add_argument("--read", type=int, default=10_000, help="entries for get_cache_data (default: 10000)")
     options = parser.parse_args()
+    # First, as it measures the peak memory of this process.
+    with tempfile.TemporaryDirectory(prefix="bench-cache-") as folder:
+        reading(Path(folder), options.read)
     with tempfile.TemporaryDirectory(prefix="bench-cache-") as folder:
         small, large = Path(folder, "small"), Path(folder, "large")
         print(f"10 empty entries: made in {make_entries(small, 10):.1f} s")
         print(f"{options.entries:,} empty entries: made in {make_entries(large, options.entries):.1f} s")
         look_ups(small, large)
         listing(large)
-    with tempfile.TemporaryDirectory(prefix="bench-cache-") as folder:
-        reading(Path(folder), options.read)
     with tempfile.TemporaryDirectory(prefix="bench-cache-") as folder:
         following(Path(folder))
 
@@ -77,7 +78,7 @@ def look_ups(small: Path, large: Path) -> None:
     }
     for directory in (small, large):
         write(directory / "key_o.h5")
-    print(f"\n{'microseconds a call':<24} {'10':>8} {'million':>8} {'ratio':>6}")
+    print(f"\n{'microseconds a call':<24} {'few':>8} {'many':>8} {'ratio':>6}")
     for name, action in actions.items():
         costs: dict[Path, list[float]] = {small: [], large: []}
         for _ in range(ROUNDS):
@@ -131,8 +132,8 @@ def reading(directory: Path, count: int) -> None:
     grown = megabytes_of(resource.getrusage(resource.RUSAGE_SELF)) - before
     assert len(rows) == count
     print(
-        f"\nget_cache_data of {count:,} entries: {seconds:.1f} s, {1e6 * seconds / count:.0f} microseconds each, "
-        f"{grown:.0f} MB more"
+        f"get_cache_data of {count:,} entries: {seconds:.1f} s, {1e6 * seconds / count:.0f} microseconds each, "
+        f"{grown:.0f} MB more\n"
     )
 
 
@@ -148,7 +149,7 @@ def following(directory: Path) -> None:
     start = time.perf_counter()
     assert futures[0].result() == 3
     print(
-        f"{FUTURES:,} futures of running entries: {100 * share:.1f} % of a core; a result is there after "
+        f"\n{FUTURES:,} futures of running entries: {100 * share:.1f} % of a core; a result is there after "
         f"{time.perf_counter() - start:.2f} s"
     )
 

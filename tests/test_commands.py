@@ -329,7 +329,7 @@ def test_prune_by_age_and_size(directory: Path, call: Call) -> None:
     (directory / "new_o.h5").write_bytes(b"x" * 5000)
     code, out, _ = call("cache", "prune", "-d", directory, "--older-than", "30d", "--larger-than", "1K")
     assert code == 0
-    assert out == "removed 1 entry, 2.9K (1 done); 0 leftover(s); 2.9K in all\n"
+    assert out == "removed 1 entry, 2.9K (1 done); leftovers: 0; 2.9K in all\n"
     assert "done_o.h5" not in files(directory)
     call("cache", "prune", "-d", directory, "--older-than", "30d")
     assert states(call, directory) == {"new": "done", "waits": "waiting", "runs": "running"}
@@ -384,9 +384,19 @@ def test_prune_removes_what_crashed_writers_left(tmp_path: Path, call: Call) -> 
     (tmp_path / ".other.tmp").touch()
     age(tmp_path / ".other.tmp", DAY)
     code, out, _ = call("cache", "prune", "-d", tmp_path)
-    assert (code, out) == (0, "removed 0 entries, 0B; 2 leftover(s): 1 inputs, 1 temporary file; 0B in all\n")
+    assert (code, out) == (0, "removed 0 entries, 0B; leftovers: 2 (inputs: 1, temporary file: 1); 0B in all\n")
     kept = [".other.tmp", "new_alone_i.h5", "new_i.h5", "new_o.h5", "old_alone_i.h5", "old_o.h5"]
     assert files(tmp_path) == [*kept, "sub/.13-0123456789abcdef.tmp"]
+
+
+def test_prune_removes_marks_of_jobs_that_died(tmp_path: Path, call: Call) -> None:
+    for folder, job in ((tmp_path, "old"), (tmp_path / "sub", "old"), (tmp_path, "new")):
+        cache.take_over(str(folder / "key_i.h5"), job)
+        if job == "old":
+            age(folder / ".executorlib", 2 * 3600)
+    _, out, _ = call("cache", "prune", "-d", tmp_path)
+    assert "leftovers: 2 (mark of a dead job: 2);" in out
+    assert files(tmp_path) == [".executorlib/dead-new"]
 
 
 def test_the_files_of_writers_that_die_are_known_as_such(tmp_path: Path) -> None:

@@ -592,10 +592,10 @@ def _prune(options: argparse.Namespace) -> int:
     total = size + sum(left.size for left in rest)
     kinds = Counter(left.kind for left in rest)
     # "3 leftovers: 1 temporary file(s), 2 inputs"
-    parts = [f"{count} {kind}" for kind, count in sorted(kinds.items())]
+    parts = [f"{kind}: {count}" for kind, count in sorted(kinds.items())]
     _print(
         f"{'would remove' if options.dry_run else 'removed'} {_entries_and_size(len(entries), size)}{_states(counts)}; "
-        f"{len(rest)} leftover(s){': ' + ', '.join(parts) if parts else ''}; {_human_size(total)} in all"
+        f"leftovers: {len(rest)}{' (' + ', '.join(parts) + ')' if parts else ''}; {_human_size(total)} in all"
     )
     return 0
 
