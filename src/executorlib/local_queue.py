@@ -45,7 +45,7 @@ class LocalQueue:
 
     def __init__(self, executor: SingleNodeExecutor) -> None:
         self._executor = executor
-        self._jobs: dict[str, list[Future[Any]]] = {}
+        self._jobs: dict[str, dict[int, Future[Any]]] = {}
         self._told: dict[tuple[str, int], int] = {}
 
     def obey(self, request: dict[str, Any]) -> list[Any] | None:
@@ -54,21 +54,18 @@ class LocalQueue:
             self._submit(request)
         elif "cancel" in request:
             for job_id, index in request["cancel"]:
-                futures = self._jobs.get(job_id, [])
-                for future in futures if index is None else futures[index : index + 1]:
+                for future in self._chosen(job_id, index):
                     self._cancel(future)
         else:
             return self._states()
         return None
 
     def _submit(self, request: dict[str, Any]) -> None:
-        futures = self._jobs[request["submit"]] = []
-        for index in range(request["count"]):
+        futures = self._jobs[request["submit"]] = {}
+        for index in range(request["first"], request["first"] + request["count"]):
             inputs: list[Future[Any]] = []
             for job_id, element, corresponding in request["after"]:
-                sources = self._jobs.get(job_id, [])
-                chosen = index if corresponding else element
-                inputs += sources if chosen is None else sources[chosen : chosen + 1]
+                inputs += self._chosen(job_id, index if corresponding else element)
             try:
                 future = self._executor.submit(
                     _run, request["directory"], index, *inputs, resource_dict=request["needs"]
@@ -76,7 +73,14 @@ class LocalQueue:
             except Exception as error:
                 future = Future()
                 future.set_exception(error)
-            futures.append(future)
+            futures[index] = future
+
+    def _chosen(self, job_id: str, index: int | None) -> list[Future[Any]]:
+        """One element of a job, or all."""
+        futures = self._jobs.get(job_id, {})
+        if index is None:
+            return list(futures.values())
+        return [futures[index]] if index in futures else []
 
     def _cancel(self, future: Future[Any]) -> None:
         loop = self._executor._loop
@@ -86,7 +90,7 @@ class LocalQueue:
     def _states(self) -> list[Any]:
         states = []
         for job_id, futures in list(self._jobs.items()):
-            for index, future in enumerate(futures):
+            for index, future in futures.items():
                 told = self._told.get((job_id, index), 0)
                 if told < _TELL_ENDED:
                     states.append([job_id, index, *_state(future)])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import socket
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -148,6 +149,36 @@ class Launcher(Protocol):
     def close(self) -> None:
         """End everything that was started and is not detached, and free all that is held; no event follows."""
         ...
+
+
+class Timer:
+    """Calls back once, at the earliest of the times that it was asked for since it last did.
+
+    Args:
+        events: The loop.
+        callback: Is called.
+    """
+
+    # What a clock may be early, in seconds.
+    _EARLY = 0.001
+
+    def __init__(self, events: Events, callback: Callable[[], None]) -> None:
+        self._events = events
+        self._callback = callback
+        self._due: float | None = None
+
+    def within(self, seconds: float) -> None:
+        """Call back in so many seconds, unless that is due earlier."""
+        due = time.monotonic() + seconds
+        if self._due is None or due < self._due:
+            self._due = due
+            self._events.call_later(seconds, self._fire)
+
+    def _fire(self) -> None:
+        # One that was asked for first and has been overtaken finds nothing due any more.
+        if self._due is not None and time.monotonic() >= self._due - self._EARLY:
+            self._due = None
+            self._callback()
 
 
 def boot_code(module: str, call: str) -> str:

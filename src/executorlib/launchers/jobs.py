@@ -15,128 +15,38 @@ Files of a batch, in ``<cache directory>/.executorlib/<batch>/``: ``entries`` (i
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
-import shlex
-import shutil
-import socket
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from executorlib import cache
 from executorlib.errors import ExecutorlibSocketError, advise_unpicklable
-from executorlib.launchers.base import Events, Exit, Process, boot_code, tail_text
-from executorlib.launchers.queue import Batch, Dependency, JobState, Phase
+from executorlib.launchers.base import Events, Exit, Process, Timer
+from executorlib.launchers.job import SUBMIT_SECONDS, Job, JobBatch
+from executorlib.launchers.queue import JobState, Phase
+from executorlib.launchers.submitter import Submitter
 from executorlib.launchers.systems import JobSystem, Refused, States
 from executorlib.resources import Resources
 from executorlib.worker.job import RAISED, RESULT
 
 if TYPE_CHECKING:
     from executorlib.serialize import Frame
-    from executorlib.task import Task
 
 logger = logging.getLogger("executorlib")
 
-# A batch is submitted when no call was added for so long, in seconds: a loop of `submit` is far quicker ...
-_LINGER = 0.02
-# ... or when it is so old. Doubles with every batch of one burst, so that requests grow with its logarithm only.
-_FIRST_WINDOW, _LAST_WINDOW = 0.5, 16.0
 # Looking for results takes at most this share of a core, and is done at most so often (seconds).
 _LOOK_SHARE, _LOOK_SECONDS = 0.01, 0.05
 # How long a result may take to show on a slow file system after its job has ended, in seconds: when the exit code says
 # that there is one (NFS shows others' files after up to a minute), and otherwise.
 _RESULT_GRACE, _GRACE = 75.0, 3.0
-# How long submissions that fail for the moment are repeated, and how long to wait first, in seconds.
-_RETRY_SECONDS, _FIRST_RETRY = 300.0, 1.0
-# More dependencies than these make no command line: such a batch waits here for its inputs.
-_MOST_DEPENDENCIES = 100
-# How long an entry of another machine's session may lack a job id, in seconds, before that session counts as dead.
-_SUBMIT_SECONDS = 120.0
-_OUTPUT_TAIL_BYTES = 4096
-_SIGALRM = 14
-
-
-class _Job:
-    """A call on its way through the system.
-
-    Attributes:
-        process: The worker that the job is.
-        task: The call.
-        path: The entry's file while it waits or runs.
-        batch: The batch that runs it; may be another session's.
-        index: Its place in the batch.
-        begun: Whether it is known to run.
-        gone_since: When the system was first seen without it, or with it ended.
-        last: What the system said of it last.
-        asked: Whether the system was asked what became of it.
-        ending: Its result.
-    """
-
-    def __init__(self, process: Process, task: Task, path: str) -> None:
-        self.process = process
-        self.task = task
-        self.path = path
-        self.output = cache.output_of(path)
-        self.batch: _Batch | None = None
-        self.index = 0
-        self.begun = False
-        self.gone_since: float | None = None
-        self.last: JobState | None = None
-        self.asked = False
-        self.ending: cache.Ending | None = None
-
-    @property
-    def key(self) -> tuple[str, int | None]:
-        """What the system calls it."""
-        assert self.batch is not None
-        assert self.batch.job_id is not None
-        return self.batch.job_id, self.index if self.batch.is_array else None
-
-    @property
-    def name(self) -> str:
-        """The same as text."""
-        job_id, index = self.key
-        return job_id if index is None else f"{job_id}_{index}"
-
-
-class _Batch:
-    """Calls that are submitted together, by this session or another.
-
-    Attributes:
-        directory: Its files.
-        ours: Whether this session submits it.
-        needs: What its calls have in common.
-        jobs: Its calls by index.
-        job_id: What the system calls it, once submitted.
-        open: Whether calls are still added.
-    """
-
-    def __init__(self, directory: str, ours: bool, needs: Any = None) -> None:
-        self.directory = directory
-        self.ours = ours
-        self.needs = needs
-        self.jobs: dict[int, _Job] = {}
-        self.size = 0
-        self.job_id: str | None = None
-        self.open = ours
-        self.submitting = False
-        self.made = self.touched = time.monotonic()
-        self.retry_at = 0.0
-        self.retry_after = _FIRST_RETRY
-        self.is_array = False
-        self.after: dict[tuple[int, int], _Job] = {}
-        self.corresponds: _Batch | None = None
-        self.cancelled: set[int] = set()
 
 
 class JobTransport:
     """Stands for the connection to a job: the call is in its file, and the result is handed over when asked for."""
 
-    def __init__(self, launcher: JobLauncher, job: _Job) -> None:
+    def __init__(self, launcher: JobLauncher, job: Job) -> None:
         self._launcher = launcher
         self._job = job
 
@@ -168,24 +78,19 @@ class JobLauncher:
     ) -> None:
         self._events = events
         self._system = system
-        self._command = command
         self._log_sizes = log_sizes
-        self._jobs: dict[int, _Job] = {}  # by the worker's number, until they are over
-        self._by_output: dict[str, _Job] = {}
-        self._open: dict[Any, _Batch] = {}
-        self._unsubmitted: list[_Batch] = []  # in the order in which they were begun
-        self._followed: dict[str, _Batch] = {}  # other sessions', by directory
-        self._window = _FIRST_WINDOW
-        self._last_call = 0.0
-        self._batch_number = 0
-        self._armed = {"submit": False, "look": False, "query": False}
-        self._query_after = system.first_query
-        self._query_due = 0.0
-        self._querying = False
+        self._submitter = Submitter(events, system, command, self._on_submitted, self._on_refused)
+        self._jobs: dict[int, Job] = {}  # by the worker's number, until they are over
+        self._by_output: dict[str, Job] = {}  # of several calls that are the same, the first
+        self._followed: dict[str, JobBatch] = {}  # other sessions', by directory
         self._to_cancel: list[tuple[str, int | None]] = []
         self._prepared = False
         self._early: list[Callable[[], None]] = []  # what has to wait until the system is known
         self._leaving = False
+        self._looks = Timer(events, self._look)
+        self._questions = Timer(events, self._ask)
+        self._ask_after = system.first_query
+        self._asking = False
 
     # -- Launcher -------------------------------------------------------------------------------------------------
 
@@ -209,7 +114,7 @@ class JobLauncher:
             self._events.on_exit(process, Exit(None, "it was cancelled"))
             return
         assert task.cache_path is not None
-        job = _Job(process, task, cache.input_of(task.cache_path))
+        job = Job(process, task, cache.input_of(task.cache_path))
         process.host = self._system.name
         self._jobs[process.worker.number] = job
         twin = self._by_output.get(job.output)
@@ -242,7 +147,7 @@ class JobLauncher:
     @property
     def busy(self) -> bool:
         """See `Launcher.busy`."""
-        return bool(self._early or self._unsubmitted or self._to_cancel or self._system.busy)
+        return bool(self._early or self._submitter.busy or self._to_cancel or self._system.busy)
 
     def detach(self, on_taken: Callable[[], None]) -> None:
         """See `Launcher.detach`: submit what waits to be submitted, and let all jobs go on."""
@@ -250,14 +155,11 @@ class JobLauncher:
             self._early.append(lambda: self.detach(on_taken))
             return
         self._leaving = True
-        for batch in self._unsubmitted:
-            batch.open = False
-        self._open.clear()
         for job in list(self._jobs.values()):
             if job.batch is None or not job.batch.ours or job.batch.job_id is not None:
                 self._forget(job)
         on_taken()
-        self._submit()
+        self._submitter.leave()
 
     def close(self) -> None:
         """See `Launcher.close`."""
@@ -267,11 +169,13 @@ class JobLauncher:
 
     # -- entries --------------------------------------------------------------------------------------------------
 
-    def _claim(self, job: _Job) -> None:
+    def _claim(self, job: Job) -> None:
         """Put the call's entry in place; where another session has, follow that."""
         task = job.task
         try:
-            batch, index = self._batch_for(job)
+            pending = [self._by_output[path] for path in task.after if path in self._by_output]
+            after = [other for other in pending if not other.over and other.batch is not None]
+            batch, index = self._submitter.place(job, after)
             values = {
                 "function": task.fn,
                 "input_args": list(task.args),
@@ -285,7 +189,8 @@ class JobLauncher:
                     if self._log_sizes:
                         size = os.path.getsize(job.path)
                         logger.warning("call %d of %s: sent %d bytes", task.number, task.name, size)
-                    self._add(job, batch, index)
+                    self._submitter.add(job, batch, index)
+                    self._by_output[job.output] = job
                     return
                 if self._follow_owner(job):
                     return
@@ -298,7 +203,7 @@ class JobLauncher:
             return
         self._end(job, Exit(None, f"its entry {job.path} is claimed and given up again and again"))
 
-    def _follow_owner(self, job: _Job) -> bool:
+    def _follow_owner(self, job: Job) -> bool:
         """Follow the session that has claimed the call; False where the entry is ours to try again."""
         entry = cache.read_input(job.path)
         if entry is None:
@@ -306,7 +211,7 @@ class JobLauncher:
                 self._follow(job, None, 0)
                 return True
             # Being written, or damaged. What nobody has finished for so long, nobody will.
-            if os.path.exists(job.path) and not cache.is_older(job.path, _SUBMIT_SECONDS):
+            if os.path.exists(job.path) and not cache.is_older(job.path, SUBMIT_SECONDS):
                 self._follow(job, None, 0)
                 return True
             with contextlib.suppress(FileNotFoundError):
@@ -318,222 +223,49 @@ class JobLauncher:
             return True
         batch = self._followed.get(directory)
         if batch is None:
-            batch = self._followed[directory] = _Batch(directory, ours=False)
+            batch = self._followed[directory] = JobBatch(directory, ours=False)
         try:
             indices = {path: index for index, path in cache.batch_entries(directory).items()}
         except OSError:
             indices = {}
         index = indices.get(job.path, 0)
-        batch.is_array = len(indices) > 1
-        batch.size = len(indices)
+        batch.is_array = len(indices) > 1 or index > 0
         self._follow(job, batch, index)
         return True
 
-    def _follow(self, job: _Job, batch: _Batch | None, index: int) -> None:
+    def _follow(self, job: Job, batch: JobBatch | None, index: int) -> None:
         job.batch, job.index = batch, index
         if batch is not None and not batch.ours:
             batch.jobs.setdefault(index, job)
         self._by_output.setdefault(job.output, job)
-        self._arm_look()
-        self._arm_query(soon=True)
+        self._looks.within(_LOOK_SECONDS)
+        self._ask_soon()
 
-    def _is_last_of(self, job: _Job) -> bool:
+    def _is_last_of(self, job: Job) -> bool:
         """Whether no other call of this session waits for the same job."""
         return not any(other is not job and other.output == job.output for other in self._jobs.values())
 
     # -- batches --------------------------------------------------------------------------------------------------
 
-    def _batch_for(self, job: _Job) -> tuple[_Batch, int]:
-        """The batch that a call joins, and its index there."""
-        resources = job.task.resources
-        folder = resources.cache_directory
-        assert folder is not None
-        after = [self._by_output[path] for path in job.task.after if path in self._by_output]
-        after = [other for other in after if other.ending is None and other.batch is not None]
-        needs = replace(resources, cache_key=None)
-        corresponds = None
-        if len(after) == 1 and after[0].batch is not None and after[0].batch.ours:
-            corresponds = after[0].batch
-        if corresponds is not None:
-            key: Any = (needs, "corresponding", corresponds.directory)
-        else:
-            key = (needs, frozenset(other.output for other in after))
-        batch = self._open.get(key)
-        if batch is not None and (
-            batch.size >= self._system.array_limit or (corresponds is not None and batch.size != after[0].index)
-        ):
-            batch.open = False
-            batch = None
-        if batch is None and corresponds is not None and after[0].index != 0:
-            # Elements can correspond only with the same index.
-            corresponds, key = None, (needs, frozenset([after[0].output]))
-            batch = self._open.get(key)
-        if batch is None:
-            self._batch_number += 1
-            name = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{self._batch_number}-{os.urandom(3).hex()}"
-            batch = _Batch(os.path.join(folder, cache.BATCHES_FOLDER, name), ours=True, needs=key)
-            batch.after = {(id(other.batch), other.index): other for other in after}
-            batch.corresponds = corresponds
-        return batch, batch.size
+    # -- what became of batches -----------------------------------------------------------------------------------
 
-    def _add(self, job: _Job, batch: _Batch, index: int) -> None:
-        if not batch.size:
-            self._open[batch.needs] = batch
-            self._unsubmitted.append(batch)
-        job.batch, job.index = batch, index
-        batch.jobs[index] = job
-        batch.size += 1
-        batch.touched = time.monotonic()
-        self._last_call = batch.touched
-        self._by_output[job.output] = job
-        self._arm("submit", _LINGER, self._submit)
-
-    def _submit(self) -> None:
-        """Submit batches that are complete and whose inputs have been submitted."""
-        self._armed["submit"] = False
-        now = time.monotonic()
-        for batch in list(self._unsubmitted):
-            if batch.open and not self._is_complete(batch, now):
-                continue
-            if batch.open:
-                batch.open = False
-                if self._open.get(batch.needs) is batch:
-                    del self._open[batch.needs]
-            if not batch.submitting and now >= batch.retry_at:
-                self._submit_one(batch)
-        if self._unsubmitted:
-            self._arm("submit", _LINGER, self._submit)
-        if now - self._last_call > _LAST_WINDOW:
-            self._window = _FIRST_WINDOW
-
-    def _is_complete(self, batch: _Batch, now: float) -> bool:
-        if now - batch.touched >= _LINGER:
-            return True
-        if now - batch.made < self._window:
-            return False
-        self._window = min(2 * self._window, _LAST_WINDOW)
-        return True
-
-    def _submit_one(self, batch: _Batch) -> None:
-        alive = {index: job for index, job in batch.jobs.items() if index not in batch.cancelled}
-        if not alive:
-            self._unsubmitted.remove(batch)
-            return
-        dependencies = self._dependencies(batch)
-        if dependencies is None:
-            if self._leaving and all(
-                job.batch is None or job.batch not in self._unsubmitted for job in batch.after.values()
-            ):
-                # Only this session could wait for the inputs, and it leaves.
-                self._unsubmitted.remove(batch)
-                for job in batch.jobs.values():
-                    cache.remove_input(job.path)
-            return
-        first = next(iter(alive.values()))
-        batch.submitting = True
-        batch.is_array = batch.size > 1
-        resources = first.task.resources
-        try:
-            self._write_files(batch, resources)
-        except OSError as error:
-            self._refused(batch, Refused(f"its batch directory {batch.directory} cannot be written: {error}"))
-            return
-        code = boot_code("executorlib.worker.job", f"({batch.directory!r})")
-        argv = self._command(resources, [sys.executable, "-c", code])
-        name = first.task.name if batch.size == 1 else f"{first.task.name} and {batch.size - 1} more"
-        submitted = Batch(
-            name=name,
-            directory=batch.directory,
-            command=shlex.join(argv),
-            count=batch.size,
-            resources=resources,
-            template_values=resources.template_values,
-            cwd=resources.cwd or os.getcwd(),
-            dependencies=tuple(dependencies),
-        )
-        self._system.submit(submitted, lambda answer: self._on_submitted(batch, answer))
-
-    def _dependencies(self, batch: _Batch) -> list[Dependency] | None:
-        """What a batch has to wait for in the system; None where it cannot be submitted yet."""
-        pending = [
-            job for job in batch.after.values() if job.ending is None and job.process.worker.number in self._jobs
-        ]
-        if not pending:
-            return []
-        if not self._system.has_dependencies or len(pending) > _MOST_DEPENDENCIES:
-            return None
-        if any(job.batch is None or job.batch.job_id is None for job in pending):
-            return None
-        source = batch.corresponds
-        if source is not None and source.job_id is not None and source.is_array and batch.size > 1:
-            return [Dependency(source.job_id, corresponding=True)]
-        return [Dependency(*job.key) for job in pending]
-
-    def _write_files(self, batch: _Batch, resources: Resources) -> None:
-        os.makedirs(batch.directory, exist_ok=True)
-        entries = "".join(f"{index} {job.path}\n" for index, job in batch.jobs.items())
-        owner = {"system": self._system.name, "host": socket.gethostname(), "pid": os.getpid()}
-        setup = {**self._system.setup(), "threads": resources.threads_per_core, "ranks": resources.cores}
-        if resources.cwd is not None:
-            setup["cwd"] = resources.cwd
-        for name, text in (
-            (cache.ENTRIES_FILE, entries),
-            (cache.OWNER_FILE, json.dumps(owner)),
-            (cache.SETUP_FILE, json.dumps(setup)),
-        ):
-            with open(os.path.join(batch.directory, name), "w", encoding="utf-8") as file:
-                file.write(text)
-
-    def _on_submitted(self, batch: _Batch, answer: str | Refused) -> None:
-        if isinstance(answer, Refused):
-            self._refused(batch, answer)
-            return
-        self._unsubmitted.remove(batch)
-        batch.job_id = answer
-        try:
-            cache.write_text(os.path.join(batch.directory, cache.JOB_ID_FILE), answer)
-        except OSError as error:
-            logger.warning("job %s: %s cannot be noted: %s", answer, batch.directory, error)
-        late = [index for index in batch.cancelled if index < batch.size]
-        if late:
-            self._system.cancel([(answer, index if batch.is_array else None) for index in late])
+    def _on_submitted(self, batch: JobBatch) -> None:
         if self._leaving:
             for job in list(batch.jobs.values()):
                 self._forget(job)
-        self._arm_look()
-        self._arm_query(soon=True)
-        if self._unsubmitted:
-            self._arm("submit", 0.0, self._submit)
+        self._looks.within(_LOOK_SECONDS)
+        self._ask_soon()
 
-    def _refused(self, batch: _Batch, refusal: Refused) -> None:
-        batch.submitting = False
-        now = time.monotonic()
-        if refusal.transient and now - batch.touched + batch.retry_after < _RETRY_SECONDS and not self._leaving:
-            if batch.retry_after == _FIRST_RETRY:
-                logger.warning("%s; trying again for %g s", refusal, _RETRY_SECONDS)
-            batch.retry_at = now + batch.retry_after
-            batch.retry_after *= 2
-            self._arm("submit", _LINGER, self._submit)
-            return
-        self._unsubmitted.remove(batch)
+    def _on_refused(self, batch: JobBatch, refusal: Refused) -> None:
         for job in list(batch.jobs.values()):
             cache.remove_input(job.path)
-            self._end(job, Exit(None, f"{self._system.name} did not take its job: {refusal}"))
-        shutil.rmtree(batch.directory, ignore_errors=True)
+            text = f"Call {job.task.number} of {job.task.name} was not run: {self._system.name} did not take its job: "
+            self._end(job, Exit(None, "", ExecutorlibSocketError(f"{text}{refusal}")))
 
     # -- results --------------------------------------------------------------------------------------------------
 
-    def _arm(self, what: str, seconds: float, callback: Callable[[], None]) -> None:
-        if not self._armed[what]:
-            self._armed[what] = True
-            self._events.call_later(seconds, callback)
-
-    def _arm_look(self, seconds: float = _LOOK_SECONDS) -> None:
-        self._arm("look", seconds, self._look)
-
     def _look(self) -> None:
         """Look for results."""
-        self._armed["look"] = False
         began = time.thread_time()
         now = time.monotonic()
         for job in list(self._jobs.values()):
@@ -542,25 +274,23 @@ class JobLauncher:
             if os.path.exists(job.output):
                 job.ending = cache.read_ending(job.output)
                 if job.ending is not None:
-                    self._on_ending(job)
+                    job.over = True
+                    if job.begun:
+                        self.deliver(job)
+                    else:
+                        self._begin(job)  # it is handed over once the call has been told that it runs
                     continue
             if job.gone_since is not None:
                 self._on_gone(job, now)
         if self._jobs:
-            self._arm_look(max(_LOOK_SECONDS, (time.thread_time() - began) / _LOOK_SHARE))
+            self._looks.within(max(_LOOK_SECONDS, (time.thread_time() - began) / _LOOK_SHARE))
 
-    def _on_ending(self, job: _Job) -> None:
-        if job.begun:
-            self.deliver(job)
-        else:
-            self._begin(job)
-
-    def _begin(self, job: _Job) -> None:
+    def _begin(self, job: Job) -> None:
         job.begun = True
         job.process.transport = JobTransport(self, job)
         self._events.on_connected(job.process)
 
-    def deliver(self, job: _Job) -> None:
+    def deliver(self, job: Job) -> None:
         """Hand a result over; the call was told that it runs."""
         ending = job.ending
         assert ending is not None
@@ -570,7 +300,7 @@ class JobLauncher:
         self._events.on_message(job.process, header, frames)
         self._end(job, Exit(0, "it ended"))
 
-    def _forget(self, job: _Job) -> None:
+    def _forget(self, job: Job) -> None:
         """Nothing more is to be known of a job."""
         self._jobs.pop(job.process.worker.number, None)
         if self._by_output.get(job.output) is job:
@@ -582,51 +312,43 @@ class JobLauncher:
         if not batch.jobs and not batch.ours:
             self._followed.pop(batch.directory, None)
         elif not batch.jobs and batch.job_id is not None and not self._leaving:
-            _remove_batch(batch.directory)
+            batch.remove_files()
 
-    def _end(self, job: _Job, end: Exit) -> None:
+    def _end(self, job: Job, end: Exit) -> None:
+        job.over = True
         self._forget(job)
         self._events.on_exit(job.process, end)
 
     # -- the system's word ----------------------------------------------------------------------------------------
 
-    def _arm_query(self, soon: bool = False) -> None:
-        if soon:
-            self._query_after = self._system.first_query
-            due = time.monotonic() + self._query_after
-            if self._armed["query"] and self._query_due > due:
-                self._query_due = due
-                self._events.call_later(self._query_after, self._query)
-        if not self._armed["query"] and not self._querying:
-            self._query_due = time.monotonic() + self._query_after
-        self._arm("query", self._query_after, self._query)
+    def _ask_soon(self) -> None:
+        """Something has changed: ask soon, and then, as long as nothing changes, less and less often."""
+        self._ask_after = self._system.first_query
+        self._questions.within(self._ask_after)
 
-    def _query(self) -> None:
+    def _ask(self) -> None:
         """Ask the system for the states of all jobs at once."""
-        if self._querying or time.monotonic() < self._query_due - 0.001 or self._leaving:
+        if self._asking or self._leaving or not self._jobs:
             return
-        self._armed["query"] = False
         self._find_job_ids()
-        ids = {job.batch.job_id for job in self._jobs.values() if job.batch is not None and job.batch.job_id}
-        if not ids:
-            if self._jobs:
-                self._query_due = time.monotonic() + self._query_after
-                self._arm("query", self._query_after, self._query)
-            return
-        self._querying = True
         asked = [job for job in self._jobs.values() if job.batch is not None and job.batch.job_id is not None]
-        self._system.query(sorted(filter(None, ids)), lambda states: self._on_states(asked, states))
+        if not asked:
+            self._questions.within(self._ask_after)
+            return
+        self._asking = True
+        ids = {job.key[0] for job in asked}
+        self._system.query(sorted(ids), lambda states: self._on_states(asked, states))
 
-    def _on_states(self, asked: list[_Job], states: States | None) -> None:
-        self._querying = False
+    def _on_states(self, asked: list[Job], states: States | None) -> None:
+        self._asking = False
         changed = False
         now = time.monotonic()
         # Without an answer nothing is known, and nothing has changed.
         states, asked = ({}, []) if states is None else (states, asked)
         for job in asked:
-            if job.process.worker.number not in self._jobs or job.ending is not None or job.batch is None:
+            if job.over or job.batch is None or job.batch.job_id is None:
                 continue
-            job_id = job.batch.job_id or ""
+            job_id = job.batch.job_id
             state = states.get((job_id, job.index)) or states.get((job_id, None))
             if state is not None:
                 changed = changed or job.last is None or job.last.phase is not state.phase
@@ -642,13 +364,14 @@ class JobLauncher:
             elif state.hopeless and job.batch.ours:
                 self._system.cancel([job.key])
                 self._give_up(job)
-        limit = self._system.last_query
-        self._query_after = self._system.first_query if changed else min(1.5 * self._query_after, limit)
-        self._query_due = now + self._query_after
+        if changed:
+            self._ask_after = self._system.first_query
+        else:
+            self._ask_after = min(1.5 * self._ask_after, self._system.last_query)
         if self._jobs:
-            self._arm("query", self._query_after, self._query)
+            self._questions.within(self._ask_after)
 
-    def _on_gone(self, job: _Job, now: float) -> None:
+    def _on_gone(self, job: Job, now: float) -> None:
         """The system no longer has the job, and there is no result."""
         assert job.gone_since is not None
         if not job.asked and (job.last is None or job.last.phase is not Phase.ENDED):
@@ -662,56 +385,30 @@ class JobLauncher:
 
             self._system.detail(job.key, know)
             return
-        ended_well = job.last is not None and _exit_code(job.last.exit_code) in ((RESULT, 0), (RAISED, 0))
-        if now - job.gone_since > (_RESULT_GRACE if ended_well else _GRACE):
+        if now - job.gone_since > (_RESULT_GRACE if job.ended_well((RESULT, RAISED)) else _GRACE):
             self._give_up(job)
 
-    def _give_up(self, job: _Job) -> None:
+    def _give_up(self, job: Job) -> None:
         """The job has ended without a result."""
         if job.batch is None or not job.batch.ours:
             # Nobody was there to see it end. The call is free again, for one of all sessions that see it now.
             batch, number = job.batch, job.process.worker.number
             self._forget(job)
             self._jobs[number] = job
-            job.batch, job.gone_since, job.asked, job.last = None, None, False, None
+            job.start_over()
             if batch is not None:
                 cache.take_over(job.path, f"{os.path.basename(batch.directory)}.{job.index}")
             self._claim(job)
             return
         cache.remove_input(job.path)
-        self._end(job, Exit(None, "", self._error(job)))
-
-    def _error(self, job: _Job) -> BaseException:
-        state, task, batch = job.last, job.task, job.batch
-        assert batch is not None
-        limit = task.resources.run_time_max
-        code, signal_number = _exit_code(state.exit_code) if state is not None else (0, 0)
-        alarmed = _SIGALRM in (signal_number, code - 128)
-        subject = f"Call {task.number} of {task.name} has no result: job {job.name}"
-        tail = tail_text(_read_tail(os.path.join(batch.directory, f"output.{job.index}")))
-        said = f" Its output ended with:\n{tail}" if tail else " It wrote no output."
-        if state is None:
-            text = f"{subject} is not known to {self._system.name} any more, and left no result in {job.output}."
-        else:
-            facts = [
-                f"{name} {value}"
-                for name, value in (("reason", state.reason), ("exit code", state.exit_code), ("node", state.node))
-                if value and value != "None"
-            ]
-            text = f"{subject} ended as {state.state}{' (' + ', '.join(facts) + ')' if facts else ''}."
-        if limit is not None and (alarmed or (state is not None and state.state == "TIMEOUT")):
-            return TimeoutError(f"{text} It ran longer than its run_time_max of {limit:g} s; give it more time.{said}")
-        advice = _ADVICE.get(
-            state.state if state is not None else "", "Only this call fails; it can be submitted again."
-        )
-        return ExecutorlibSocketError(f"{text} {advice}{said}")
+        self._end(job, Exit(None, "", job.error(self._system.name)))
 
     def _find_job_ids(self) -> None:
         """Read which jobs the batches of other sessions became."""
         for batch in list(self._followed.values()):
             if batch.job_id is None:
                 batch.job_id = cache.read_text(os.path.join(batch.directory, cache.JOB_ID_FILE))
-            if batch.job_id is None and _is_abandoned(batch.directory):
+            if batch.job_id is None and batch.is_abandoned():
                 for job in list(self._jobs.values()):
                     if job.batch is batch:
                         self._give_up(job)
@@ -719,55 +416,3 @@ class JobLauncher:
     def _cancel(self) -> None:
         jobs, self._to_cancel = self._to_cancel, []
         self._system.cancel(jobs)
-
-
-_ADVICE = {
-    "OUT_OF_MEMORY": "Give it more memory with resource_dict={'memory_max': GB}; only this call fails.",
-    "TIMEOUT": "Give it more time with resource_dict={'run_time_max': seconds}; only this call fails.",
-    "NODE_FAIL": "The node failed, not the call: submit it again.",
-    "PREEMPTED": "Other jobs had priority: submit it again.",
-    "CANCELLED": "Somebody cancelled it, or an input of it failed; it can be submitted again.",
-}
-
-
-def _exit_code(text: str) -> tuple[int, int]:
-    """Exit code and signal from what a queue writes as ``code:signal``."""
-    code, _, signal_number = text.partition(":")
-    return (int(code) if code.isdigit() else -1, int(signal_number) if signal_number.isdigit() else 0)
-
-
-def _read_tail(path: str) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - _OUTPUT_TAIL_BYTES))
-            return file.read()
-    except OSError:
-        return b""
-
-
-def _remove_batch(directory: str) -> None:
-    """Remove a batch's files, unless its jobs have written something that somebody may want to read."""
-    try:
-        outputs = [entry for entry in os.scandir(directory) if entry.name.startswith("output.")]
-        if not any(entry.stat().st_size for entry in outputs):
-            shutil.rmtree(directory, ignore_errors=True)
-    except OSError:
-        return
-
-
-def _is_abandoned(directory: str) -> bool:
-    """Whether the session that made a batch ended before submitting it; a job that runs all the same will notice."""
-    try:
-        owner = json.loads(cache.read_text(os.path.join(directory, cache.OWNER_FILE)) or "{}")
-    except ValueError:
-        owner = {}
-    if owner.get("host") == socket.gethostname():
-        try:
-            os.kill(owner["pid"], 0)
-        except ProcessLookupError:
-            return True
-        except OSError:
-            return False
-        return False
-    return cache.is_older(directory, _SUBMIT_SECONDS)

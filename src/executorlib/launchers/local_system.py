@@ -110,7 +110,14 @@ class LocalSystem:
         }
         after = [[each.job_id, each.index, each.corresponding] for each in batch.dependencies]
         self._send(
-            {"submit": job_id, "directory": batch.directory, "count": batch.count, "needs": needs, "after": after}
+            {
+                "submit": job_id,
+                "directory": batch.directory,
+                "first": batch.first,
+                "count": batch.count,
+                "needs": needs,
+                "after": after,
+            }
         )
         on_done(job_id)
 

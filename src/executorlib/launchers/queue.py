@@ -68,12 +68,13 @@ class Batch:
         name: Name of the job, where the user gave none as ``job_name``.
         directory: Absolute path of the batch's directory, which receives ``output.<index>``.
         command: Shell command that the job runs.
-        count: Number of calls; they have the indices 0 to ``count - 1``.
+        count: Number of calls.
         resources: What each call needs.
         template_values: Further keys of ``resource_dict``, for the template.
         cwd: Absolute path of the directory in which the job starts.
         dependencies: Jobs that have to succeed first; of a queue without dependencies, none.
         max_running: How many may run at once; None for no limit.
+        first: Index of the first call; the others follow. Above 0 it is a job array, even with one call.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Batch:
     cwd: str
     dependencies: tuple[Dependency, ...] = ()
     max_running: int | None = None
+    first: int = 0
 
 
 class Queue(Protocol):

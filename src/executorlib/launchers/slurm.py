@@ -233,12 +233,13 @@ class SlurmQueue:
                 )
         # In the names of Slurm's output files a % begins a placeholder.
         directory = batch.directory.replace("%", "%%")
-        output = f"{directory}/output.{'%a' if batch.count > 1 else '0'}"
+        is_array = batch.count > 1 or batch.first > 0
+        output = f"{directory}/output.{'%a' if is_array else '0'}"
         command = ["sbatch", *options, "--parsable", f"--chdir={batch.cwd}"]
         command += [f"--output={output}", f"--error={output}", "--open-mode=append"]
-        if batch.count > 1:
+        if is_array:
             limit = "" if batch.max_running is None else f"%{batch.max_running}"
-            command.append(f"--array=0-{batch.count - 1}{limit}")
+            command.append(f"--array={batch.first}-{batch.first + batch.count - 1}{limit}")
         if batch.dependencies:
             # Without the second option a job whose input has failed would stay in the queue for ever.
             command += [f"--dependency={_dependencies(batch.dependencies)}", "--kill-on-invalid-dep=yes"]

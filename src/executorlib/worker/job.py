@@ -72,7 +72,7 @@ def run(directory: str, index: int) -> int:
         setup = json.load(file)
     call.set_up(setup)
     if setup.get("ranks", 1) > 1:
-        return _run_ranks(directory, index, setup["ranks"])
+        return _run_ranks(directory, index, setup)
     job = _claimed(directory, index)
     if job is None:
         return NOT_MINE
@@ -145,8 +145,25 @@ def _in_band(frames: list[Frame]) -> bytes:
     return bytes(frames[0]) if len(frames) == 1 else serialize.dumps_in_band(serialize.loads(frames))
 
 
-def _run_ranks(directory: str, index: int, ranks: int) -> int:
+# What MPI libraries and launchers call a rank's number among those of its node.
+_LOCAL_RANK_VARIABLES = ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
+
+
+def _choose_gpus(each: int) -> None:
+    """Keep this rank's part of the node's GPUs, where what started the ranks shows all of them to every one."""
+    local_rank = _first_number(_LOCAL_RANK_VARIABLES)
+    if not each or local_rank is None:
+        return
+    for name in call.GPU_VARIABLES:
+        devices = os.environ.get(name, "").split(",")
+        if len(devices) > each:
+            os.environ[name] = ",".join(devices[local_rank * each : (local_rank + 1) * each])
+
+
+def _run_ranks(directory: str, index: int, setup: dict[str, Any]) -> int:
     from mpi4py import MPI
+
+    ranks = setup["ranks"]
 
     # Messages of ours must never meet those of the user's functions, which use COMM_WORLD.
     world = MPI.COMM_WORLD.Dup()
@@ -158,6 +175,7 @@ def _run_ranks(directory: str, index: int, ranks: int) -> int:
             "Results would be wrong.\n"
         )
         return FAILED
+    _choose_gpus(setup["gpus_per_rank"])
     job: dict[str, Any] | None = world.bcast(_claimed(directory, index) if rank == 0 else None, 0)
     if job is None:
         return NOT_MINE

@@ -1,0 +1,193 @@
+"""What is known of a job: its call, its batch, and how it ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import time
+from typing import TYPE_CHECKING, Any
+
+from executorlib import cache
+from executorlib.errors import ExecutorlibSocketError
+from executorlib.launchers.base import Process, tail_text
+from executorlib.launchers.queue import JobState, Phase
+
+if TYPE_CHECKING:
+    from executorlib.task import Task
+
+# How long an entry of another machine's session may lack a job id, in seconds, before that session counts as dead.
+SUBMIT_SECONDS = 120.0
+
+_OUTPUT_TAIL_BYTES = 4096
+# What ends a job that exceeds its run_time_max; see `worker.job`.
+_SIGALRM = 14
+
+# By Slurm's words.
+_ADVICE = {
+    "OUT_OF_MEMORY": "Give it more memory with resource_dict={'memory_max': GB}; only this call fails.",
+    "TIMEOUT": "Give it more time with resource_dict={'run_time_max': seconds}; only this call fails.",
+    "NODE_FAIL": "The node failed, not the call: submit it again.",
+    "PREEMPTED": "Other jobs had priority: submit it again.",
+    "CANCELLED": "Somebody cancelled it, or an input of it failed; it can be submitted again.",
+}
+_NO_ADVICE = "Only this call fails; it can be submitted again."
+
+
+class Job:
+    """A call on its way through the system.
+
+    Attributes:
+        process: The worker that the job is.
+        task: The call.
+        path: The entry's file while it waits or runs.
+        output: The entry's file once it is done.
+        batch: The batch that runs it, maybe another session's; None where that is not known.
+        index: Its place in the batch.
+        begun: Whether it is known to run.
+        over: Whether its end is known, with or without a result.
+        gone_since: When the system was first seen without it, or with it ended.
+        last: What the system said of it last.
+        asked: Whether the system was asked what became of it.
+        ending: Its result.
+    """
+
+    def __init__(self, process: Process, task: Task, path: str) -> None:
+        self.process = process
+        self.task = task
+        self.path = path
+        self.output = cache.output_of(path)
+        self.batch: JobBatch | None = None
+        self.index = 0
+        self.begun = False
+        self.over = False
+        self.gone_since: float | None = None
+        self.last: JobState | None = None
+        self.asked = False
+        self.ending: cache.Ending | None = None
+
+    @property
+    def key(self) -> tuple[str, int | None]:
+        """What the system calls it, once it was submitted."""
+        assert self.batch is not None
+        assert self.batch.job_id is not None
+        return self.batch.job_id, self.index if self.batch.is_array else None
+
+    def start_over(self) -> None:
+        """Forget what was known of a job that another session submitted, and that is dead."""
+        self.batch, self.gone_since, self.asked, self.last = None, None, False, None
+
+    def ended_well(self, codes: tuple[int, ...]) -> bool:
+        """Whether it ended with one of these exit codes, by which a job says that it left a result."""
+        return self.last is not None and exit_code(self.last.exit_code) in [(code, 0) for code in codes]
+
+    def error(self, system: str) -> BaseException:
+        """Why there is no result.
+
+        Args:
+            system: Name of the system that it was submitted to.
+        """
+        state, task, batch = self.last, self.task, self.batch
+        assert batch is not None
+        job_id, index = self.key
+        name = f"job {job_id if index is None else f'{job_id}_{index}'}"
+        subject = f"Call {task.number} of {task.name} has no result: {name}"
+        tail = tail_text(_read_tail(os.path.join(batch.directory, f"output.{self.index}")))
+        said = f" Its output ended with:\n{tail}" if tail else " It wrote no output."
+        if state is None:
+            text = f"{subject} is not known to {system} any more, and left no result in {self.output}."
+            return ExecutorlibSocketError(f"{text} {_NO_ADVICE}{said}")
+        facts = [
+            f"{what} {value}"
+            for what, value in (("reason", state.reason), ("exit code", state.exit_code), ("node", state.node))
+            if value and value != "None"
+        ]
+        listed = f" ({', '.join(facts)})" if facts else ""
+        if state.phase is not Phase.ENDED:
+            return ExecutorlibSocketError(
+                f"{subject} would wait for ever and was cancelled: {system} has it as {state.state}{listed}. Change "
+                "what the call asks for in its resource_dict; only this call fails."
+            )
+        text = f"{subject} ended as {state.state}{listed}."
+        limit = task.resources.run_time_max
+        code, signal_number = exit_code(state.exit_code)
+        # A shell reports a signal as 128 more than its number.
+        if limit is not None and (state.state == "TIMEOUT" or _SIGALRM in (signal_number, code - 128)):
+            return TimeoutError(f"{text} It ran longer than its run_time_max of {limit:g} s; give it more time.{said}")
+        return ExecutorlibSocketError(f"{text} {_ADVICE.get(state.state, _NO_ADVICE)}{said}")
+
+
+class JobBatch:
+    """Calls that are submitted together, by this session or another.
+
+    Attributes:
+        directory: Its files.
+        ours: Whether this session submits it.
+        key: What its calls have in common.
+        jobs: Its calls by index, as long as they are not over.
+        first: Index of the first call.
+        size: Number of calls that it has had.
+        job_id: What the system calls it, once submitted.
+        is_array: Whether it is a job array; otherwise a plain job, with one call.
+        after: Jobs that have to succeed first.
+        corresponds: Batch of which each job has to succeed before the one of the same index here.
+        cancelled: Indices of calls that were cancelled before the job's id was known.
+        made: When it was begun.
+        touched: When the last call was added.
+    """
+
+    def __init__(self, directory: str, ours: bool, key: Any = None, first: int = 0) -> None:
+        self.directory = directory
+        self.ours = ours
+        self.key = key
+        self.jobs: dict[int, Job] = {}
+        self.first = first
+        self.size = 0
+        self.job_id: str | None = None
+        self.is_array = False
+        self.after: list[Job] = []
+        self.corresponds: JobBatch | None = None
+        self.cancelled: set[int] = set()
+        self.made = self.touched = time.monotonic()
+
+    def remove_files(self) -> None:
+        """Remove its directory, unless its jobs have written something that somebody may want to read."""
+        try:
+            outputs = [entry for entry in os.scandir(self.directory) if entry.name.startswith("output.")]
+            if not any(entry.stat().st_size for entry in outputs):
+                shutil.rmtree(self.directory, ignore_errors=True)
+        except OSError:
+            return
+
+    def is_abandoned(self) -> bool:
+        """Whether the session that made it ended before submitting it; a job that runs all the same will notice."""
+        try:
+            owner = json.loads(cache.read_text(os.path.join(self.directory, cache.OWNER_FILE)) or "{}")
+        except ValueError:
+            owner = {}
+        if owner.get("host") != socket.gethostname():
+            return not os.path.isdir(self.directory) or cache.is_older(self.directory, SUBMIT_SECONDS)
+        try:
+            os.kill(owner["pid"], 0)
+        except ProcessLookupError:
+            return True
+        except OSError:
+            return False
+        return False
+
+
+def exit_code(text: str) -> tuple[int, int]:
+    """Exit code and signal, from what a queue writes as ``code:signal``; -1 for a code that it does not tell."""
+    code, _, signal_number = text.partition(":")
+    return (int(code) if code.isdigit() else -1, int(signal_number) if signal_number.isdigit() else 0)
+
+
+def _read_tail(path: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - _OUTPUT_TAIL_BYTES))
+            return file.read()
+    except OSError:
+        return b""

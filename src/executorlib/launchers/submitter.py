@@ -1,0 +1,246 @@
+"""Gathers calls into batches and submits them: as few requests to the system as there can be."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shlex
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from executorlib import cache
+from executorlib.launchers.base import Events, Timer, boot_code
+from executorlib.launchers.job import Job, JobBatch
+from executorlib.launchers.queue import Batch, Dependency
+from executorlib.launchers.systems import JobSystem, Refused
+from executorlib.resources import Resources
+
+logger = logging.getLogger("executorlib")
+
+# A batch is submitted when no call was added for so long, in seconds: a loop of `submit` is far quicker ...
+_LINGER = 0.02
+# ... or when it is so old. Doubles with every batch of one burst, so that requests grow with its logarithm only.
+_FIRST_WINDOW, _LAST_WINDOW = 0.5, 16.0
+# How long submissions that fail for the moment are repeated, and how long to wait first, in seconds.
+_RETRY_SECONDS, _FIRST_RETRY = 300.0, 1.0
+# More dependencies than these make no command line: such a batch waits here for its inputs.
+_MOST_DEPENDENCIES = 100
+
+
+class Submitter:
+    """Puts jobs into batches and batches into the system.
+
+    Args:
+        events: The loop.
+        system: Takes batches.
+        command: Makes the argument list of a job from the resources of its call and the program that runs it.
+        on_submitted: Called when a batch has its job id.
+        on_refused: Called when the system does not take a batch.
+    """
+
+    def __init__(
+        self,
+        events: Events,
+        system: JobSystem,
+        command: Callable[[Resources, list[str]], list[str]],
+        on_submitted: Callable[[JobBatch], None],
+        on_refused: Callable[[JobBatch, Refused], None],
+    ) -> None:
+        self._system = system
+        self._command = command
+        self._on_submitted = on_submitted
+        self._on_refused = on_refused
+        self._timer = Timer(events, self._submit)
+        self._open: dict[Any, JobBatch] = {}  # calls are still added to these, by what the calls have in common
+        self._waiting: list[JobBatch] = []  # not submitted, in the order in which they were begun
+        self._submitting: set[JobBatch] = set()
+        self._retries: dict[JobBatch, tuple[float, float]] = {}  # when to try again, and how long to wait after that
+        self._window = _FIRST_WINDOW
+        self._last_call = 0.0
+        self._number = 0
+        self._leaving = False
+
+    @property
+    def busy(self) -> bool:
+        """Whether any batch is not submitted."""
+        return bool(self._waiting)
+
+    def place(self, job: Job, after: list[Job]) -> tuple[JobBatch, int]:
+        """Choose the batch that a call is to join, and its index there; `add` is to follow once it can.
+
+        Args:
+            job: The call.
+            after: Jobs whose results are its inputs and that are not over.
+        """
+        resources = job.task.resources
+        folder = resources.cache_directory
+        assert folder is not None
+        needs = replace(resources, cache_key=None)
+        source = after[0].batch if len(after) == 1 else None
+        if source is not None and source.ours:
+            # Elements of an array can wait for those of the same index of another.
+            first, common = after[0].index, [source.directory]
+        else:
+            first, common, source = 0, sorted(other.output for other in after), None
+        key = (needs, *common)
+        batch = self._open.get(key)
+        if batch is not None:
+            index = batch.first + batch.size
+            if index < self._system.array_limit and (source is None or index == first):
+                return batch, index
+            del self._open[key]
+        self._number += 1
+        name = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{self._number}-{os.urandom(3).hex()}"
+        batch = JobBatch(os.path.join(folder, cache.BATCHES_FOLDER, name), True, key, first)
+        batch.corresponds = source
+        batch.after = after
+        return batch, first
+
+    def add(self, job: Job, batch: JobBatch, index: int) -> None:
+        """Add a call to the batch that `place` chose."""
+        if not batch.size:
+            self._open[batch.key] = batch
+            self._waiting.append(batch)
+        elif batch.corresponds is not None:
+            source = batch.corresponds.jobs.get(index)
+            if source is not None:
+                batch.after.append(source)
+        job.batch, job.index = batch, index
+        batch.jobs[index] = job
+        batch.size += 1
+        self._last_call = batch.touched = time.monotonic()
+        self._timer.within(_LINGER)
+
+    def leave(self) -> None:
+        """Submit all that can be, now, and give up what only this session could bring about."""
+        self._leaving = True
+        self._open.clear()
+        self._submit()
+
+    def _submit(self) -> None:
+        """Submit batches that are complete and whose inputs have been submitted."""
+        now = time.monotonic()
+        if now - self._last_call > _LAST_WINDOW:
+            self._window = _FIRST_WINDOW
+        for batch in list(self._waiting):
+            if batch in self._submitting or now < self._retries.get(batch, (0.0, 0.0))[0]:
+                continue
+            if self._open.get(batch.key) is batch:
+                if not self._is_complete(batch, now):
+                    continue
+                del self._open[batch.key]
+            self._submit_one(batch)
+        if self._waiting:
+            self._timer.within(_LINGER)
+
+    def _is_complete(self, batch: JobBatch, now: float) -> bool:
+        if now - batch.touched >= _LINGER:
+            return True
+        if now - batch.made < self._window:
+            return False
+        self._window = min(2 * self._window, _LAST_WINDOW)
+        return True
+
+    def _submit_one(self, batch: JobBatch) -> None:
+        if not batch.jobs:  # all were cancelled
+            self._waiting.remove(batch)
+            shutil.rmtree(batch.directory, ignore_errors=True)
+            return
+        dependencies = self._dependencies(batch)
+        if dependencies is None:
+            if self._leaving and not any(job.batch in self._waiting for job in batch.after):
+                self._waiting.remove(batch)
+                for job in batch.jobs.values():
+                    cache.remove_input(job.path)
+            return
+        batch.is_array = batch.size > 1 or batch.first > 0
+        task = next(iter(batch.jobs.values())).task
+        resources = task.resources
+        try:
+            program = self._write_files(batch, resources)
+        except OSError as error:
+            self._answered(batch, Refused(f"its batch directory {batch.directory} cannot be written: {error}"))
+            return
+        name = task.name if batch.size == 1 else f"{task.name} and {batch.size - 1} more"
+        submission = Batch(
+            name=name,
+            directory=batch.directory,
+            command=shlex.join(self._command(resources, program)),
+            count=batch.size,
+            first=batch.first,
+            resources=resources,
+            template_values=resources.template_values,
+            cwd=resources.cwd or os.getcwd(),
+            dependencies=tuple(dependencies),
+        )
+        self._submitting.add(batch)
+        self._system.submit(submission, lambda answer: self._answered(batch, answer))
+
+    def _dependencies(self, batch: JobBatch) -> list[Dependency] | None:
+        """What a batch has to wait for in the system; None where it cannot be submitted yet."""
+        pending = [job for job in batch.after if not job.over]
+        if not pending:
+            return []
+        if not self._system.has_dependencies or any(job.batch is None or job.batch.job_id is None for job in pending):
+            return None
+        source = batch.corresponds
+        if source is not None and source.job_id is not None and source.is_array:
+            if batch.size == 1:
+                return [Dependency(source.job_id, batch.first)]
+            return [Dependency(source.job_id, corresponding=True)]
+        if len(pending) > _MOST_DEPENDENCIES:
+            return None
+        return [Dependency(*job.key) for job in pending]
+
+    def _write_files(self, batch: JobBatch, resources: Resources) -> list[str]:
+        """Fill the batch's directory; returns the program that runs one of its jobs."""
+        os.makedirs(batch.directory, exist_ok=True)
+        program = os.path.join(batch.directory, "run.py")
+        setup = {**self._system.setup(), "threads": resources.threads_per_core, "ranks": resources.cores}
+        setup["gpus_per_rank"] = resources.gpus_per_core
+        if resources.cwd is not None:
+            setup["cwd"] = resources.cwd
+        owner = {"system": self._system.name, "host": socket.gethostname(), "pid": os.getpid()}
+        for name, text in (
+            (cache.ENTRIES_FILE, "".join(f"{index} {job.path}\n" for index, job in batch.jobs.items())),
+            (cache.OWNER_FILE, json.dumps(owner)),
+            (cache.SETUP_FILE, json.dumps(setup)),
+            ("run.py", boot_code("executorlib.worker.job", f"({batch.directory!r})") + "\n"),
+        ):
+            with open(os.path.join(batch.directory, name), "w", encoding="utf-8") as file:
+                file.write(text)
+        return [sys.executable, program]
+
+    def _answered(self, batch: JobBatch, answer: str | Refused) -> None:
+        self._submitting.discard(batch)
+        now = time.monotonic()
+        if isinstance(answer, Refused):
+            wait = self._retries.get(batch, (0.0, _FIRST_RETRY))[1]
+            if answer.transient and now + wait - batch.touched < _RETRY_SECONDS and not self._leaving:
+                if wait == _FIRST_RETRY:
+                    logger.warning("%s; trying again for %g s", answer, _RETRY_SECONDS)
+                self._retries[batch] = now + wait, 2 * wait
+                self._timer.within(wait)
+                return
+        self._waiting.remove(batch)
+        self._retries.pop(batch, None)
+        if isinstance(answer, Refused):
+            shutil.rmtree(batch.directory, ignore_errors=True)
+            self._on_refused(batch, answer)
+            return
+        batch.job_id = answer
+        try:
+            cache.write_text(os.path.join(batch.directory, cache.JOB_ID_FILE), answer)
+        except OSError as error:
+            logger.warning("the id of job %s cannot be noted in %s: %s", answer, batch.directory, error)
+        if batch.cancelled:
+            self._system.cancel([(answer, index if batch.is_array else None) for index in sorted(batch.cancelled)])
+        self._on_submitted(batch)
+        if self._waiting:
+            self._timer.within(0.0)
