@@ -27,10 +27,17 @@ class RemoteTraceback(Exception):
 
 def advise_unpicklable(error: BaseException, number: int, name: str) -> BaseException:
     """Add to what went wrong while a call was pickled which call it was, and what to do."""
-    text = (
-        f"call {number} of {name} could not be sent to a worker: its function or one of its arguments cannot be "
-        "pickled. Create such objects (open files, locks, connections) inside the function instead."
-    )
+    if isinstance(error, (OSError, MemoryError)):
+        reason = (
+            "the system gave out as its function and arguments were pickled. Submit less at once, or raise this "
+            "process's limits (`ulimit -a`)."
+        )
+    else:
+        reason = (
+            "its function or one of its arguments cannot be pickled. Create such objects (open files, locks, "
+            "connections) inside the function instead."
+        )
+    text = f"call {number} of {name} could not be sent to a worker: {reason}"
     if hasattr(error, "add_note"):
         error.add_note(text)
     elif error.__cause__ is None:

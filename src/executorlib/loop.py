@@ -60,11 +60,17 @@ logger = logging.getLogger("executorlib")
 _HAS_EPOLL = hasattr(select, "epoll")
 _READABLE, _WRITABLE = select.POLLIN, select.POLLOUT
 
-# Functions that one worker keeps the pickles of; beyond that they are sent anew.
+# Functions that one worker of a block keeps the pickles of, and their bytes; beyond that they are sent anew.
 _FUNCTIONS_PER_WORKER = 256
+_FUNCTION_BYTES_PER_WORKER = 256 * 1024 * 1024
+# Pickles above this size are known by their digest, so that they need not be kept here.
+_DIGEST_BYTES = 256 * 1024
 
 # Between SIGINT or SIGTERM and SIGKILL, in seconds: time for a function to tidy up.
 _GRACE_SECONDS = 2.0
+
+# What sends these signals to all workers.
+_ENDED_BY = {signal.SIGKILL: "kill_workers()", signal.SIGTERM: "terminate_workers()", signal.SIGINT: "Ctrl-C"}
 
 
 _loop_numbers = itertools.count()
@@ -157,12 +163,14 @@ class Loop(Events):
         self._results: list[tuple[Task, list[Any], list[Frame]]] = []
         self._broken_by: BaseException | None = None
         self._last_death = ""
+        self._ended_by = ""  # who has ended all workers
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
         self._timer_numbers = itertools.count()
         self._function_pickler = serialize.FunctionPickler()
         self._function_numbers: dict[bytes, int] = {}
         self._function_counter = itertools.count(1)
-        self._known_functions: dict[int, set[int]] = {}
+        self._known_functions: dict[int, dict[int, int]] = {}  # by worker, their sizes by function number
+        self._equal_calls: dict[str, list[Task]] = {}  # by file in the cache: one that is on its way, others that wait
         self._pid = os.getpid()
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
@@ -350,6 +358,7 @@ class Loop(Events):
         self._processes.clear()
 
     def _on_end_workers(self, signal_number: int) -> None:
+        self._ended_by = self._ended_by or _ENDED_BY[signal.Signals(signal_number)]
         if self._block is not None:
             self._block.on_break("the workers were ended")
         for process in list(self._processes.values()):
@@ -510,23 +519,36 @@ class Loop(Events):
         if task.cache_path is not None:
             options["cache"] = task.cache_path
             options["resources"] = resources.as_dict()
-        number = self._function_numbers.get(function)
-        if number is None:
-            if len(self._function_numbers) >= _FUNCTIONS_PER_WORKER:
-                self._function_numbers.clear()
-            number = self._function_numbers[function] = next(self._function_counter)
-        known = self._known_functions.setdefault(process.worker.number, set())
+        number = 0
+        known: dict[int, int] = {}
+        if self._block is not None:  # else nothing is kept by the worker, nor for it
+            number = self._function_number(function)
+            known = self._known_functions.setdefault(process.worker.number, known)
         frames: list[Frame] = arguments
         if number not in known:
-            if len(known) >= _FUNCTIONS_PER_WORKER:
+            full = len(known) >= _FUNCTIONS_PER_WORKER
+            if known and (full or sum(known.values()) + len(function) > _FUNCTION_BYTES_PER_WORKER):
                 transport.put(["forget"])
                 known.clear()
             options["new"] = True
             frames = [function, *arguments]
         size = transport.put(["call", task.number, number, options], frames)
-        known.add(number)
+        known[number] = len(function)
         if self._log_sizes:
             logger.warning("call %d of %s: sent %d bytes", task.number, task.name, size)
+
+    def _function_number(self, function: bytes) -> int:
+        key = function
+        if len(function) > _DIGEST_BYTES:
+            import hashlib  # takes a millisecond, and few functions are that large
+
+            key = hashlib.sha256(function).digest()
+        number = self._function_numbers.get(key)
+        if number is None:
+            if len(self._function_numbers) >= _FUNCTIONS_PER_WORKER:
+                self._function_numbers.clear()
+            number = self._function_numbers[key] = next(self._function_counter)
+        return number
 
     def _kill(self, worker: Worker) -> None:
         process = self._processes.get(worker.number)
@@ -556,7 +578,7 @@ class Loop(Events):
         numbers = [number for (number,) in PERMIT.iter_unpack(data)]
         return [self._tasks[number] for number in numbers if number in self._tasks]
 
-    def _look_up(self, task: Task) -> None:
+    def _look_up(self, task: Task, may_wait: bool = True) -> None:
         from executorlib import cache, fingerprint
 
         self._settled = False
@@ -573,10 +595,23 @@ class Loop(Events):
             self._fail(task, error)
             return
         if output is None:
-            self.scheduler.on_missed(task)
+            if self._jobs or not may_wait or not self._waits_for_equal(task):
+                self.scheduler.on_missed(task)
         else:
             self.scheduler.on_found(task)
             self._conclude(task, output.value, output.error)
+
+    def _waits_for_equal(self, task: Task) -> bool:
+        """Whether an equal call is on its way, whose result will be in the cache; else others wait for this one."""
+        assert task.cache_path is not None
+        equal = self._equal_calls.setdefault(task.cache_path, [])
+        equal.append(task)
+        return len(equal) > 1
+
+    def _on_equal_over(self, task: Task) -> None:
+        if not task.over:
+            # If there is no result, all of them run; one after the other they would take long to fail.
+            self._look_up(task, may_wait=False)
 
     def _refer_to_results(self, task: Task, key: str) -> None:
         """Have a call that becomes a job read the results of other jobs itself, instead of sending them with it."""
@@ -659,7 +694,7 @@ class Loop(Events):
         if task is None or task.state is not RUNNING:
             return  # over already: timed out, or another rank was first
         if self._log_sizes:
-            size = sum(frame.nbytes if isinstance(frame, memoryview) else len(frame) for frame in frames)
+            size = sum(map(serialize.nbytes, frames))
             logger.warning("call %d of %s: received %d bytes", task.number, task.name, size)
         self.scheduler.on_result(worker, task, seconds, failed=kind == "error", leaving="leaving" in more)
         if kind == "error" and self._block is not None and process.resources.cores > 1:
@@ -691,13 +726,16 @@ class Loop(Events):
             self._last_death = f"The last worker to die{where}: {end.text}.{said}"
         if process.on_gone is not None:
             process.on_gone()
+        advice = "Only this call fails; it can be submitted again."
+        if self._ended_by:
+            advice = f"{self._ended_by} has ended all of the executor's workers."
         for task in lost:
             error = (
                 process.verdict
                 or end.error
                 or ExecutorlibSocketError(
                     f"Call {task.number} of {task.name} has no result: its worker{where} ended before it gave one: "
-                    f"{end.text}. Only this call fails; it can be submitted again.{said}"
+                    f"{end.text}. {advice}{said}"
                 )
             )
             self._conclude(task, None, error)
@@ -797,6 +835,11 @@ class Loop(Events):
 
     def _drop(self, task: Task) -> None:
         self._tasks.pop(task.number, None)
+        equal = self._equal_calls.get(task.cache_path or "")
+        if equal and equal[0] is task and task.cache_path is not None:
+            del self._equal_calls[task.cache_path]
+            for other in equal[1:]:
+                self.post(self._on_equal_over, other)
         if isinstance(task.future, CallFuture):
             task.future.on_cancel = None
         task.release()

@@ -81,6 +81,11 @@ def loads(frames: Sequence[Frame]) -> Any:
     return pickle.loads(frames[0], buffers=frames[1:])
 
 
+def nbytes(frame: Frame) -> int:
+    """Size of a frame."""
+    return frame.nbytes if isinstance(frame, memoryview) else len(frame)
+
+
 def _is_importable(fn: object) -> bool:
     """Whether cloudpickle would pickle a function as the name under which a worker can import it."""
     if type(fn) is BuiltinFunctionType:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from contract.functions import CustomError, Gate, add, fail, lines, numbered, record
+from executorlib import loop
 
 WAIT = 30
 block = pytest.mark.rows(block=True)
@@ -30,6 +31,30 @@ def test_worker_number_without_a_block(executor: Any) -> None:
         return executorlib_worker_id
 
     assert [executor.submit(number).result(WAIT) for _ in range(2)] == [0, 0]
+
+
+def test_few_pickles_of_functions_are_kept(
+    make_executor: Callable[..., Any], row: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By number and by bytes: functions may hold data. Where a worker runs one call, none are."""
+    monkeypatch.setattr(loop, "_FUNCTION_BYTES_PER_WORKER", 20_000)
+    monkeypatch.setattr(loop, "_DIGEST_BYTES", 5_000)
+
+    def holding(data: bytes) -> Callable[[], int]:
+        return lambda: len(data)
+
+    sizes = [4_000, 6_000, 6_001, 30_000, 4_001, 6_000]
+    functions = [holding(bytes(size)) for size in sizes]
+    with make_executor(max_workers=1) as executor:
+        for _ in range(2):
+            assert [executor.submit(function).result(WAIT) for function in functions] == sizes
+        # The executor's record of what workers keep.
+        kept = executor._loop._known_functions
+        keys = executor._loop._function_numbers
+        assert len(keys) == (5 if row.block else 0)
+        assert all(len(key) <= 5_000 for key in keys)
+        assert all(sum(known.values()) <= 30_000 + 1_000 for known in kept.values())
+        assert bool(kept) == row.block
 
 
 def test_worker_number_that_the_caller_gives(executor: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from contract.functions import CustomError, add, fail, identity, lines, record
+from contract.functions import CustomError, Gate, add, fail, identity, lines, record
 
 WAIT = 30
 pytestmark = pytest.mark.cache
@@ -40,6 +40,49 @@ def test_same_executor_finds_the_result(make_executor: Callable[..., Any], store
         assert executor.submit(record, log, value=5).result(WAIT) == 5
         assert executor.submit(record, log, 6).result(WAIT) == 6
     assert lines(log).count("6") == 1
+
+
+def test_equal_calls_at_once_run_once(
+    make_executor: Callable[..., Any], store: str, tmp_path: Path, gate: Callable[..., Gate]
+) -> None:
+    held, log = gate(), str(tmp_path / "log")
+
+    def run(value: int) -> int:
+        record(log, value)
+        held()
+        return value
+
+    with make_executor(cache_directory=store) as executor:
+        futures = [executor.submit(run, 5) for _ in range(4)]
+        other = executor.submit(run, 6)
+        held.pids(2)
+        assert futures[-1].cancel()
+        held.open()
+        assert [future.result(WAIT) for future in [*futures[:-1], other]] == [5, 5, 5, 6]
+    assert sorted(lines(log)) == ["5", "6"]
+
+
+def test_equal_calls_of_one_that_comes_to_nothing(
+    make_executor: Callable[..., Any], store: str, tmp_path: Path, gate: Callable[..., Gate]
+) -> None:
+    """They wait for its result, and where it has none they run themselves."""
+    held, log = gate(), str(tmp_path / "log")
+
+    def run(value: int) -> None:
+        record(log, value)
+        raise CustomError(str(value))
+
+    with make_executor(cache_directory=store, max_workers=1) as executor:
+        first = executor.submit(held)
+        held.pids(1)
+        futures = [executor.submit(run, 5) for _ in range(3)]
+        cancelled, *equal = [executor.submit(record, log, 6) for _ in range(3)]
+        cancelled.cancel()  # a block's worker may hold it already
+        held.open()
+        assert first.result(WAIT) is None
+        assert all(isinstance(future.exception(WAIT), CustomError) for future in futures)
+        assert [future.result(WAIT) for future in equal] == [6, 6]
+    assert lines(log).count("5") == 3
 
 
 def test_inputs_that_are_futures_count_by_their_results(

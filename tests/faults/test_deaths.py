@@ -56,6 +56,25 @@ def test_text_of_the_error(make_executor: Callable[..., Any]) -> None:
         assert "talk_and_die" in text
 
 
+@pytest.mark.parametrize(("method", "advice"), [("kill_workers", False), ("terminate_workers", False), (None, True)])
+def test_advice_of_the_error(
+    make_executor: Callable[..., Any], gate: Callable[..., Gate], method: str | None, advice: bool
+) -> None:
+    """To submit the call again is none where the executor was ended."""
+    held = gate()
+    executor = make_executor()
+    future = executor.submit(held)
+    if method is None:
+        os.kill(held.pid(), signal.SIGKILL)
+    else:
+        held.pid()
+        getattr(executor, method)()
+    text = str(future.exception(WAIT))
+    assert ("again" in text) == advice
+    assert method is None or f"{method}()" in text
+    executor.shutdown()
+
+
 def test_error_names_the_process(make_executor: Callable[..., Any], tmp_path: Path) -> None:
     def die_known() -> None:
         put(tmp_path / "pid", str(os.getpid()))

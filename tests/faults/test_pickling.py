@@ -95,6 +95,16 @@ def test_result(executor: Any, kind: str) -> None:
     assert executor.submit(add, 1, 2).result(WAIT) == 3
 
 
+@pytest.mark.parametrize("cause", [OSError(24, "Too many open files"), MemoryError()], ids=["files", "memory"])
+def test_want_of_the_system_is_not_blamed_on_the_objects(executor: Any, cause: Exception) -> None:
+    error = executor.submit(identity, Unsavable(cause)).exception(WAIT)
+    assert isinstance(error, type(cause))
+    text = "\n".join(getattr(error, "__notes__", [])) + str(error.__cause__)
+    assert "identity could not be sent" in text
+    assert "ulimit" in text
+    assert "cannot be pickled" not in text
+
+
 @pytest.mark.parametrize("kind", ["lock", "raises", "lock in a closure"])
 def test_error_says_which_call_and_why(executor: Any, kind: str) -> None:
     """In a note of the error, or before Python 3.11 in its cause."""

@@ -27,6 +27,8 @@ import sys
 import weakref
 from collections import deque
 
+from executorlib.serialize import nbytes
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -83,10 +85,6 @@ class Message:
         self.error = error
 
 
-def _nbytes(frame: Frame) -> int:
-    return frame.nbytes if isinstance(frame, memoryview) else len(frame)
-
-
 def encode(header: Any, frames: Sequence[Frame], fds: Sequence[int] = ()) -> tuple[list[Frame], list[int], list[int]]:
     """Put a message into the form of the wire.
 
@@ -99,7 +97,7 @@ def encode(header: Any, frames: Sequence[Frame], fds: Sequence[int] = ()) -> tup
         # A small call or result, which is most of what travels.
         (frame,) = frames
         return [_PREFIX_OF_ONE.pack(len(text), 1, count, len(frame)) + text + frame], list(fds), []
-    lengths = [_nbytes(frame) for frame in frames]
+    lengths = [nbytes(frame) for frame in frames]
     total = sum(lengths)
     if HAS_MEMORY_FILES and total >= MAPPED_BYTES:
         # Where that fails (a limit on the size of files counts here, too), the frames go through the socket.
@@ -273,10 +271,10 @@ class Channel:
             Bytes of payload.
         """
         pieces, fds, close = encode(header, frames)
-        self._out.extend(memoryview(piece).cast("B") for piece in pieces if _nbytes(piece))
+        self._out.extend(memoryview(piece).cast("B") for piece in pieces if nbytes(piece))
         self._out_fds += fds
         self._close_after += close
-        return sum(map(_nbytes, frames))
+        return sum(map(nbytes, frames))
 
     def flush(self) -> bool:
         """Send as much as the system takes now.
@@ -374,7 +372,7 @@ class Connection:
         """
         pieces, all_fds, close = encode(header, frames, fds)
         try:
-            views = [memoryview(piece).cast("B") for piece in pieces if _nbytes(piece)]
+            views = [memoryview(piece).cast("B") for piece in pieces if nbytes(piece)]
             ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", all_fds))] if all_fds else []
             while views:
                 sent = self._sock.sendmsg(views[:64], ancillary)
