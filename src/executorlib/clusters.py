@@ -51,7 +51,7 @@ class ClusterExecutor(BaseExecutor):
         export_workflow_filename: Likewise, write a Python Workflow Definition (JSON) to this file.
         log_obj_size: Log the size of each call and result, logger ``executorlib``, level WARNING.
         wait: Whether leaving the `with` block waits for the calls; otherwise jobs go on and futures become cancelled.
-        openmpi_oversubscribe: Let Open MPI start more ranks than there are cores.
+        openmpi_oversubscribe: Let Open MPI start more ranks than there are cores; MPICH always does.
 
     Raises:
         ValueError: An argument that cannot be honoured; the text says why and what to do.

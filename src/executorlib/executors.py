@@ -440,7 +440,7 @@ class SingleNodeExecutor(BaseExecutor):
         log_obj_size: Log the size of each message, logger ``executorlib``, level WARNING.
         wait: Whether leaving the `with` block waits for the calls.
         restart_limit: In block mode, how often each worker is replaced when it dies.
-        openmpi_oversubscribe: Let Open MPI start more ranks than there are cores.
+        openmpi_oversubscribe: Let Open MPI start more ranks than there are cores; MPICH always does.
         preload: Modules that are imported once, before any worker is forked, so that calls need not import them; with
             "spawn", every worker imports them as it starts.
         gpus: Number of GPUs, or their device names; None asks the machine.
@@ -623,11 +623,10 @@ def positive(name: str, value: int | None) -> int | None:
     """Check an optional count, which has to be above 0."""
     if value is None:
         return None
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} is {value!r} ({type(value).__name__}), expected an int of at least 1.")
-    if value <= 0:
-        raise ValueError(f"{name} must be greater than 0")
-    return int(value)
+    try:
+        return whole_number(1)(name, value)
+    except ValueError:
+        raise ValueError(f"{name} must be greater than 0") from None  # as executorlib 1.x says it
 
 
 def _is_spawn(start_method: str | None) -> bool:

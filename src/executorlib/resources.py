@@ -37,7 +37,7 @@ class Resources:
         priority: Calls of higher priority start first.
         slurm_cmd_args: Further options for Slurm's commands.
         submission_template: Template of the job script.
-        openmpi_oversubscribe: Whether Open MPI may start more ranks than there are cores.
+        openmpi_oversubscribe: Whether Open MPI may start more ranks than there are cores; MPICH always may.
         further: Keys and values that are not ours but the submission template's.
     """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from contract.functions import (
     rank_that_fails,
     wait_until_gone,
 )
+from executorlib.launchers import mpi
 
 WAIT = 50
 pytestmark = pytest.mark.mpi
@@ -157,3 +159,50 @@ def test_what_ranks_print_is_the_programs(scripts: Any) -> None:
         """,
     )
     assert out.count("from a rank") == 2
+
+
+@pytest.mark.linux
+@pytest.mark.rows("fork", "block-fork")
+def test_worlds_leave_no_files(row: Any, scripts: Any, tmp_path: Path) -> None:
+    """Also where mpiexec was killed, and could not tidy up; the user's directory for temporary files stays theirs."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    process = scripts.start(
+        """
+        import signal, time
+
+        def kill_mpiexec(own):
+            assert os.environ["TMPDIR"] == own
+            os.kill(os.getppid(), signal.SIGKILL)
+            time.sleep(60)
+
+        options = {**OPTIONS, "max_cores": 2, "max_workers": 1, "resource_dict": {"cores": 2}}
+        with SingleNodeExecutor(**options) as executor:
+            error = executor.submit(kill_mpiexec, os.environ["TMPDIR"]).exception(40)
+            print(type(error).__name__)
+        print(os.listdir(os.environ["TMPDIR"]))
+        """,
+        row.arguments(),
+        env={"TMPDIR": str(folder)},
+    )
+    out, err = process.communicate(timeout=WAIT)
+    assert out.splitlines() == ["ExecutorlibSocketError", "[]"], err
+
+
+@pytest.mark.rows("fork")
+def test_mpiexec_that_does_not_answer_is_asked_once(row: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def wait_in_vain(argv: list[str], timeout: float, **_: Any) -> None:
+        asked.append(argv)
+        raise subprocess.TimeoutExpired(argv, timeout)
+
+    mpi._ask.cache_clear()
+    monkeypatch.setattr(subprocess, "run", wait_in_vain)
+    try:
+        for _ in range(3):
+            with pytest.raises(RuntimeError, match="--version"):
+                mpi.find_mpiexec()
+    finally:
+        mpi._ask.cache_clear()
+    assert len(asked) == 1

@@ -33,10 +33,6 @@ class Transport(Protocol):
         """Send what was put, now or as soon as the system takes it. Never raises: a dead worker's exit is an event."""
         ...
 
-    def close(self) -> None:
-        """Let go of the connection."""
-        ...
-
 
 @dataclass
 class Exit:

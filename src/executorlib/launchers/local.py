@@ -106,10 +106,6 @@ class PipeTransport:
             self._waiting = not done
             self._events.watch_writable(self.channel, self._waiting, self.flush)
 
-    def close(self) -> None:
-        """See `Transport.close`."""
-        self.channel.close()
-
 
 @dataclass
 class _Child:

@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,8 @@ _INSTALL = (
 _GRACE_SECONDS = 2.0
 # What a world that has given its result may take for MPI_Finalize and exit handlers, in seconds.
 _FINALIZE_SECONDS = 10.0
+# Where Open MPI puts the session directories of its worlds, from version 5 on and before; they stay when it is killed.
+_SESSION_VARIABLES = ("PRTE_MCA_prte_tmpdir_base", "OMPI_MCA_orte_tmpdir_base")
 # Left behind by a launcher that started the user's process itself; a new world must not join that one.
 _FOREIGN_PREFIXES = ("PMI_", "PMIX_", "OMPI_COMM_WORLD_", "HYDI_")
 
@@ -79,11 +82,15 @@ def find_mpiexec() -> Mpiexec:
     path = beside if os.access(beside, os.X_OK) else shutil.which("mpiexec")
     if path is None:
         raise FileNotFoundError(f"a call with cores > 1 needs `mpiexec`, which is not on PATH. {_INSTALL}")
-    return _ask(path)
+    answer = _ask(path)
+    if isinstance(answer, str):
+        raise RuntimeError(answer)
+    return answer
 
 
 @functools.lru_cache
-def _ask(path: str) -> Mpiexec:
+def _ask(path: str) -> Mpiexec | str:
+    """What a program says of itself, or why it does not: also that is kept, as it may take long to find out."""
     environ = {**os.environ, "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     try:
         answer = subprocess.run(
@@ -95,7 +102,7 @@ def _ask(path: str) -> Mpiexec:
             env=environ,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise RuntimeError(f"`{path} --version` does not work: {error}. {_INSTALL}") from error
+        return f"`{path} --version` does not work: {error}. {_INSTALL}"
     text = answer.stdout + answer.stderr
     is_open_mpi = any(name in text for name in ("Open MPI", "OpenRTE", "PRRTE", "prterun"))
     return Mpiexec(path, is_open_mpi, text.strip().partition("\n")[0])
@@ -123,6 +130,7 @@ class MpiLauncher:
         self._events = events
         self._router: Router | None = None
         self._processes: dict[str, tuple[Process, Agent]] = {}
+        self._directories: dict[str, str] = {}
 
     def launch(self, process: Process, agent: Agent, code: str) -> None:
         """Start the ranks of a world.
@@ -148,6 +156,9 @@ class MpiLauncher:
         env = {name: value for name, value in os.environ.items() if not name.startswith(_FOREIGN_PREFIXES)}
         env.update(mpiexec.environment())
         env.update(dict.fromkeys(THREAD_VARIABLES, str(resources.threads_per_core)))
+        if mpiexec.is_open_mpi:
+            directory = self._directories[identity] = tempfile.mkdtemp(prefix="executorlib-")
+            env = {**dict.fromkeys(_SESSION_VARIABLES, directory), **env}
         env[CONNECTION_VARIABLE] = self._router.credentials(identity).dumps()
         argv = mpiexec.command(resources.cores, [sys.executable, "-c", code], resources.openmpi_oversubscribe)
         self._processes[identity] = process, agent
@@ -198,9 +209,12 @@ class MpiLauncher:
 
     def _forget(self, identity: str) -> None:
         self._processes.pop(identity, None)
+        if identity in self._directories:
+            shutil.rmtree(self._directories.pop(identity), ignore_errors=True)
 
     def close(self) -> None:
-        """Close the connections."""
-        self._processes.clear()
+        """Close the connections; the worlds are gone."""
+        for identity in {*self._processes, *self._directories}:
+            self._forget(identity)
         if self._router is not None:
             self._router.close()

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
-from executorlib.serialize import Frame
+from executorlib.serialize import Frame, nbytes
 from executorlib.transports import address
 from executorlib.transports.curve import Credentials, Door
 from executorlib.transports.zeromq import (
@@ -247,10 +247,7 @@ class RouterTransport:
     def put(self, header: Any, frames: Sequence[Frame] = ()) -> int:
         """See `Transport.put`; it is on its way at once."""
         self._router.send(self._peer, header, frames)
-        return sum(frame.nbytes if isinstance(frame, memoryview) else len(frame) for frame in frames)
+        return sum(map(nbytes, frames))
 
     def flush(self) -> None:
         """See `Transport.flush`."""
-
-    def close(self) -> None:
-        """See `Transport.close`."""
