@@ -10,6 +10,7 @@ from typing import Any
 from executorlib import machine
 from executorlib.executors import BaseExecutor, cache_modules, check_init_function, graph_mode, positive
 from executorlib.launchers.base import Events, Launcher
+from executorlib.launchers.job_workers import JobWorkerLauncher
 from executorlib.launchers.jobs import JobLauncher
 from executorlib.launchers.local import LocalLauncher
 from executorlib.launchers.local_system import LocalSystem
@@ -256,9 +257,14 @@ class SlurmClusterExecutor(ClusterExecutor):
 
         def make_launcher(events: Events, defaults: Resources) -> Launcher:
             system = queue_system(events, configuration)
-            return JobLauncher(
-                events, system, lambda resources, program: job_command(resources, pmi_mode, program), log_obj_size
-            )
+
+            def command(resources: Resources, program: list[str]) -> list[str]:
+                return job_command(resources, pmi_mode, program)
+
+            if not block_allocation:
+                return JobLauncher(events, system, command, log_obj_size)
+            folder = defaults.cache_directory or os.path.abspath(_CACHE_DIRECTORY)
+            return JobWorkerLauncher(events, system, command, folder, bool(hostname_localhost))
 
         super().__init__(
             make_launcher=make_launcher,

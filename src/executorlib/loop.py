@@ -718,6 +718,8 @@ class Loop(Events):
         self._known_functions.pop(worker.number, None)
         recalled = self._take_back(process, len(worker.calls))
         expected = worker.stopping
+        if end.planned and self._block is not None:
+            self._block.on_planned_exit(worker)
         lost = self.scheduler.on_exit(worker, recalled)
         where = f" (process {process.pid} on {process.host})" if process.pid else ""
         tail = tail_text(process.stderr)

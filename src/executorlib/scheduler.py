@@ -482,8 +482,8 @@ class FreshScheduler(Scheduler):
             assert len(self.workers) <= self.max_calls
         for worker in self.workers.values():
             assert len(worker.calls) == 1
-        launching = {worker.calls[0]: worker for worker in self.workers.values() if worker.calls[0].state is LAUNCHING}
-        assert {task: worker for task, worker in self._launching.items() if task.state is LAUNCHING} == launching
+        launching = {worker.calls[0]: worker for worker in self.workers.values() if not worker.ready}
+        assert self._launching == {task: worker for task, worker in launching.items() if not task.over}
         for demand, queue in self._queues.items():
             assert all(task.demand == demand for task in queue)
         assert 0 <= self.not_started <= self.unfinished
@@ -596,6 +596,10 @@ class BlockScheduler(Scheduler):
             if worker is not None:
                 worker.retiring = slot >= size
                 self._set_hungry(worker)
+                if worker.retiring and not worker.ready and not worker.stopping:
+                    # What has not started need not start; a job could wait in its queue for hours.
+                    self.on_planned_exit(worker)
+                    self._effects.append(Kill(worker))
         self.size = size
         self._incomplete = True
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from executorlib.resources import Demand, Resources
 from unit import repeatable
 
-KEYS = [field.name for field in dataclasses.fields(Resources)]
+KEYS = [field.name for field in dataclasses.fields(Resources) if field.name != "further"]
 
 
 class Index:
@@ -201,3 +201,17 @@ def test_as_dict_and_back(changes: dict[str, Any]) -> None:
 )
 def test_demand(changes: dict[str, Any], demand: Demand) -> None:
     assert Resources().updated(changes, "f").demand == demand
+
+
+def test_further_keys_are_the_templates() -> None:
+    before = Resources().updated({"partition": "short", "memory_max": 2.5}, "f", allow_further=True)
+    after = before.updated({"partition": "long", "cores": 2, "account": None}, "f", allow_further=True)
+    assert after.template_values == {"partition": "long", "memory_max": 2.5}
+    assert after.as_dict()["partition"] == "long"
+    assert "further" not in after.as_dict()
+    assert hash(after) != hash(before)
+
+
+def test_further_keys_hold_plain_values() -> None:
+    with pytest.raises(TypeError, match="partition.*str or a number"):
+        Resources().updated({"partition": ["short"]}, "f", allow_further=True)

@@ -42,11 +42,13 @@ class Exit:
         status: Wait status, as `os.waitpid` has it; None where it is not known.
         text: What happened, as a clause for the error's text.
         error: The exception for its call, where it is not simply that it died.
+        planned: Whether another worker is to take its place however many have died.
     """
 
     status: int | None
     text: str
     error: BaseException | None = None
+    planned: bool = False
 
 
 @dataclass

@@ -93,7 +93,7 @@ class Job:
         job_id, index = self.key
         name = f"job {job_id if index is None else f'{job_id}_{index}'}"
         subject = f"Call {task.number} of {task.name} has no result: {name}"
-        tail = tail_text(_read_tail(os.path.join(batch.directory, f"output.{self.index}")))
+        tail = tail_text(read_tail(os.path.join(batch.directory, f"output.{self.index}")))
         said = f" Its output ended with:\n{tail}" if tail else " It wrote no output."
         if state is None:
             text = f"{subject} is not known to {system} any more, and left no result in {self.output}."
@@ -183,7 +183,8 @@ def exit_code(text: str) -> tuple[int, int]:
     return (int(code) if code.isdigit() else -1, int(signal_number) if signal_number.isdigit() else 0)
 
 
-def _read_tail(path: str) -> bytes:
+def read_tail(path: str) -> bytes:
+    """The end of a job's output; empty where there is none."""
     try:
         with open(path, "rb") as file:
             size = file.seek(0, os.SEEK_END)

@@ -394,6 +394,24 @@ def _c_flush() -> Callable[[None], int]:
     return flush_files
 
 
+# What queuing systems call the number of a job in its array; without one, the job is the only one.
+_ELEMENT_VARIABLES = ("SLURM_ARRAY_TASK_ID", "SGE_TASK_ID", "PBS_ARRAY_INDEX", "LSB_JOBINDEX")
+
+
+def first_number(names: Sequence[str]) -> int | None:
+    """The first of these environment variables that holds a number."""
+    for name in names:
+        value = os.environ.get(name, "")
+        if value.isdigit():
+            return int(value)
+    return None
+
+
+def element_number() -> int:
+    """This job's number in its job array."""
+    return first_number(_ELEMENT_VARIABLES) or 0
+
+
 def load(modules: Sequence[str]) -> None:
     """Import modules ahead of the calls that use them."""
     for name in modules:

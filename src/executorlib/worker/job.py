@@ -31,8 +31,6 @@ RAISED = 3  # the entry holds what the function raised
 NOT_MINE = 0  # somebody else has run the call, or will
 FAILED = 70
 
-# What queuing systems call the number of an array's element. Without one, the job is the batch's only one.
-INDEX_VARIABLES = ("SLURM_ARRAY_TASK_ID", "SGE_TASK_ID", "PBS_ARRAY_INDEX", "LSB_JOBINDEX")
 JOB_VARIABLES = ("SLURM_ARRAY_JOB_ID", "SLURM_JOB_ID", "FLUX_JOB_ID", "JOB_ID", "PBS_JOBID", "LSB_JOBID")
 
 
@@ -44,18 +42,10 @@ def main(directory: str) -> None:
     """
     code = FAILED
     try:
-        code = run(directory, _first_number(INDEX_VARIABLES) or 0)
+        code = run(directory, call.element_number())
     except BaseException as error:
         sys.stderr.write(call.traceback_text(error))
     call.leave(code)
-
-
-def _first_number(names: tuple[str, ...]) -> int | None:
-    for name in names:
-        value = os.environ.get(name, "")
-        if value.isdigit():
-            return int(value)
-    return None
 
 
 def run(directory: str, index: int) -> int:
@@ -133,7 +123,7 @@ def _store(job: dict[str, Any], answer: call.Answer, seconds: float) -> int:
             **ending,
             "traceback": serialize.dumps_in_band(answer.traceback),
             "runtime": serialize.dumps_in_band(seconds),
-            "queue_id": serialize.dumps_in_band(_first_number(JOB_VARIABLES)),
+            "queue_id": serialize.dumps_in_band(call.first_number(JOB_VARIABLES)),
         },
     )
     cache.remove_input(path)
@@ -151,7 +141,7 @@ _LOCAL_RANK_VARIABLES = ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM
 
 def _choose_gpus(each: int) -> None:
     """Keep this rank's part of the node's GPUs, where what started the ranks shows all of them to every one."""
-    local_rank = _first_number(_LOCAL_RANK_VARIABLES)
+    local_rank = call.first_number(_LOCAL_RANK_VARIABLES)
     if not each or local_rank is None:
         return
     for name in call.GPU_VARIABLES:

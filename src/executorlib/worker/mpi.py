@@ -21,18 +21,20 @@ from executorlib.worker import call
 from executorlib.worker.remote import end_by_force, hello
 
 
-def main(single: bool, path: str = "", identity: str = "") -> None:
+def main(single: bool, path: str = "", identity: str = "", numbered: bool = False) -> None:
     """Run as one rank.
 
     Args:
         single: Whether the world runs one call, which it need not announce that it is ready for.
         path: File with the credentials; by default they are in the environment.
         identity: The world's name, where the credentials are for several; by default the one in them.
+        numbered: Whether the job's number in its array is to be appended to the name.
     """
     given = os.environ.pop(CONNECTION_VARIABLE, "")
     credentials = Credentials.read(path) if path else Credentials.parse(given)
-    if identity:
-        credentials = dataclasses.replace(credentials, identity=identity)
+    if identity or numbered:
+        name = (identity or credentials.identity) + (str(call.element_number()) if numbered else "")
+        credentials = dataclasses.replace(credentials, identity=name)
     from mpi4py import MPI
 
     # Messages of ours must never meet those of the user's functions, which use COMM_WORLD.
@@ -153,4 +155,4 @@ class Rank:
 if __name__ == "__main__":
     if len(sys.argv) not in (2, 3):
         sys.exit("usage: python -m executorlib.worker.mpi FILE_WITH_CREDENTIALS [IDENTITY]")
-    main(False, *sys.argv[1:])
+    main(False, sys.argv[1], "".join(sys.argv[2:]))

@@ -61,7 +61,7 @@ def end_by_force() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def main(path: str, identity: str = "") -> None:
+def main(path: str, identity: str = "", numbered: bool = False) -> None:
     """Connect, serve calls, then end the process.
 
     Exit code 0: it was told to stop, or could not be set up, of which the executor was told. 1: it could not connect,
@@ -70,12 +70,14 @@ def main(path: str, identity: str = "") -> None:
     Args:
         path: File with the credentials.
         identity: The worker's name, where the file is for several workers; by default the one in the file.
+        numbered: Whether the job's number in its array is to be appended to the name.
     """
     with contextlib.suppress(PermissionError):  # it leads a session already
         os.setpgid(0, 0)  # so that what the calls start can be ended with it
     try:
         credentials = Credentials.read(path)
-        dealer = Dealer(credentials, identity or credentials.identity, on_lost=end_by_force)
+        name = (identity or credentials.identity) + (str(call.element_number()) if numbered else "")
+        dealer = Dealer(credentials, name, on_lost=end_by_force)
     except (OSError, ValueError) as error:
         sys.exit(f"executorlib: this worker cannot connect: {error}")
     try:
@@ -94,4 +96,4 @@ def main(path: str, identity: str = "") -> None:
 if __name__ == "__main__":
     if len(sys.argv) not in (2, 3):
         sys.exit("usage: python -m executorlib.worker.remote FILE_WITH_CREDENTIALS [IDENTITY]")
-    main(*sys.argv[1:])
+    main(sys.argv[1], "".join(sys.argv[2:]))

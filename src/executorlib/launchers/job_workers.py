@@ -1,0 +1,318 @@
+"""Block mode on a cluster: each worker is a job, which connects back over the network when the system has started it.
+
+Workers that are wanted at the same time are one job array. They may wait in the queue for long; until then, and while
+others run already, calls go to those that are there.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from executorlib import cache
+from executorlib.launchers.base import Events, Exit, Process, Timer, boot_code
+from executorlib.launchers.job import read_tail
+from executorlib.launchers.queue import Batch, JobState, Phase
+from executorlib.launchers.systems import JobSystem, Refused, States
+from executorlib.resources import Resources
+from executorlib.serialize import Frame
+from executorlib.transports.router import Router, RouterTransport, worker_of
+
+# Workers that are wanted within so many seconds become one job array.
+_LINGER = 0.02
+# How long the system may take to know how a worker ended whose connection was lost, in seconds.
+_KNOW_SECONDS = 10.0
+# States by which a system ends a worker that could have gone on; another takes its place. Slurm's words.
+_TIME_IS_OVER = {"TIMEOUT", "DEADLINE", "PREEMPTED"}
+
+
+class _Member:
+    """A worker and its job.
+
+    Attributes:
+        process: The worker.
+        array: What it was submitted with.
+        index: Its place there.
+        peer: Its connection, once it has said hello.
+        lost_at: When its connection, or its job, was first seen to be gone.
+        last: What the system said of the job last.
+    """
+
+    def __init__(self, process: Process, array: _Array, index: int) -> None:
+        self.process = process
+        self.array = array
+        self.index = index
+        self.peer: bytes | None = None
+        self.lost_at: float | None = None
+        self.last: JobState | None = None
+
+    @property
+    def key(self) -> tuple[str, int | None]:
+        return self.array.job_id, self.index if self.array.is_array else None
+
+
+class _Array:
+    """Workers that were submitted together."""
+
+    def __init__(self, directory: str, size: int) -> None:
+        self.directory = directory
+        self.size = size
+        self.is_array = size > 1
+        self.job_id = ""
+        self.members: dict[int, _Member] = {}
+
+
+class JobWorkerLauncher:
+    """Starts workers as jobs.
+
+    Args:
+        events: The loop.
+        system: What runs jobs.
+        command: Makes the argument list of a job from the resources of its worker and the program that it runs.
+        folder: Directory that all nodes see, for the files of the jobs.
+        hostname_localhost: Whether workers connect to ``localhost``.
+    """
+
+    def __init__(
+        self,
+        events: Events,
+        system: JobSystem,
+        command: Callable[[Resources, list[str]], list[str]],
+        folder: str,
+        hostname_localhost: bool,
+    ) -> None:
+        self._events = events
+        self._system = system
+        self._command = command
+        self._folder = folder
+        self._router = Router(events, self._on_message, self._on_lost, tcp=True, hostname_localhost=hostname_localhost)
+        self._wanted: list[Process] = []
+        self._arrays = 0
+        self._members: dict[str, _Member] = {}  # by identity
+        self._by_worker: dict[int, str] = {}
+        self._prepared = False
+        self._asking = False
+        self._ask_after = system.first_query
+        self._submissions = Timer(events, self._submit)
+        self._questions = Timer(events, self._ask)
+
+    # -- Launcher -------------------------------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """See `Launcher.prepare`."""
+        self._system.prepare(self._on_prepared)
+
+    def _on_prepared(self) -> None:
+        self._prepared = True
+        self._submissions.within(_LINGER)
+
+    def launch(self, process: Process) -> None:
+        """See `Launcher.launch`."""
+        self._wanted.append(process)
+        if self._prepared:
+            self._submissions.within(_LINGER)
+
+    def setup(self, process: Process) -> dict[str, Any]:
+        """See `Launcher.setup`."""
+        return self._system.setup()
+
+    def kill(self, process: Process, signal_number: int) -> None:
+        """See `Launcher.kill`: cancel the job."""
+        if process in self._wanted:
+            self._wanted.remove(process)
+            self._events.on_exit(process, Exit(None, "it was not needed any more"))
+            return
+        identity = self._by_worker.get(process.worker.number)
+        if identity is None:
+            return
+        member = self._members[identity]
+        if member.array.job_id:
+            self._system.cancel([member.key])
+        self._end(identity, "its job was cancelled")
+
+    @property
+    def busy(self) -> bool:
+        """See `Launcher.busy`."""
+        return self._system.busy
+
+    def detach(self, on_taken: Callable[[], None]) -> None:
+        """See `Launcher.detach`; workers end with their executor."""
+        on_taken()
+
+    def close(self) -> None:
+        """See `Launcher.close`; what still runs loses its connection and ends."""
+        self._router.close()
+        for directory in {member.array.directory for member in self._members.values()}:
+            shutil.rmtree(directory, ignore_errors=True)
+        self._members.clear()
+        self._system.close()
+
+    # -- starting -------------------------------------------------------------------------------------------------
+
+    def _submit(self) -> None:
+        wanted, self._wanted = self._wanted[: self._system.array_limit], self._wanted[self._system.array_limit :]
+        if not wanted:
+            return
+        self._arrays += 1
+        name = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-workers{self._arrays}-{os.urandom(3).hex()}"
+        array = _Array(os.path.join(self._folder, cache.BATCHES_FOLDER, name), len(wanted))
+        for index, process in enumerate(wanted):
+            identity = f"{self._arrays}-{index}"
+            process.host = self._system.name
+            self._members[identity] = array.members[index] = _Member(process, array, index)
+            self._by_worker[process.worker.number] = identity
+        resources = wanted[0].resources
+        try:
+            os.makedirs(array.directory)
+            credentials = os.path.join(array.directory, "credentials")
+            self._router.credentials(f"{self._arrays}-").write(credentials)
+            module = "executorlib.worker.mpi" if resources.cores > 1 else "executorlib.worker.remote"
+            program = os.path.join(array.directory, "run.py")
+            with open(program, "w", encoding="utf-8") as file:
+                arguments = (
+                    f"(False, {credentials!r}, numbered=True)"
+                    if resources.cores > 1
+                    else f"({credentials!r}, numbered=True)"
+                )
+                file.write(boot_code(module, arguments) + "\n")
+        except OSError as error:
+            self._answered(array, Refused(f"{array.directory} cannot be written: {error}"))
+            return
+        batch = Batch(
+            name="executorlib workers",
+            directory=array.directory,
+            command=shlex.join(self._command(resources, [sys.executable, program])),
+            count=len(wanted),
+            resources=resources,
+            template_values=resources.template_values,
+            cwd=resources.cwd or os.getcwd(),
+        )
+        self._system.submit(batch, lambda answer: self._answered(array, answer))
+        if self._wanted:
+            self._submissions.within(_LINGER)
+
+    def _answered(self, array: _Array, answer: str | Refused) -> None:
+        members = list(array.members.values())
+        if isinstance(answer, Refused):
+            for member in members:
+                identity = self._by_worker[member.process.worker.number]
+                self._end(identity, f"{self._system.name} did not take its job: {answer}")
+            return
+        array.job_id = answer
+        cancelled = [index for index in range(array.size) if index not in array.members]
+        if cancelled:
+            self._system.cancel([(answer, index if array.is_array else None) for index in cancelled])
+        self._questions.within(self._ask_after)
+
+    # -- messages -------------------------------------------------------------------------------------------------
+
+    def _on_message(self, peer: bytes, header: list[Any], frames: list[Frame]) -> None:
+        member = self._members.get(worker_of(peer))
+        if member is None:
+            return  # one that was given up
+        process = member.process
+        if header[0] != "hello":
+            if member.peer == peer:
+                self._events.on_message(process, header, frames)
+            return
+        about = header[1]
+        if about["size"] != process.resources.cores:
+            process.verdict = RuntimeError(
+                f"{process.resources.cores} ranks were started, but mpi4py sees a world of size {about['size']}: it "
+                f"runs on another MPI ({about['library']}) than what starts the ranks, or pmi_mode does not fit. "
+                "Results would be wrong."
+            )
+            self.kill(process, 9)
+            return
+        member.peer = peer
+        process.host, process.pid = about["host"], about["pid"]
+        process.transport = RouterTransport(self._router, peer)
+        self._events.on_connected(process)
+
+    def _on_lost(self, peer: bytes) -> None:
+        identity = worker_of(peer)
+        member = self._members.get(identity)
+        if member is None or member.peer != peer:
+            return
+        if member.process.worker.stopping:
+            self._end(identity, "it ended")
+            return
+        member.lost_at = time.monotonic()
+        self._find_out(identity)
+
+    def _find_out(self, identity: str) -> None:
+        """Ask the system how a worker ended that is gone."""
+        member = self._members.get(identity)
+        if member is None:
+            return
+
+        def know(state: JobState | None) -> None:
+            if state is not None:
+                member.last = state
+            known = state is not None and state.phase is Phase.ENDED
+            if known or time.monotonic() - (member.lost_at or 0.0) > _KNOW_SECONDS:
+                self._end(identity, self._how(member))
+            else:
+                self._events.call_later(0.5, lambda: self._find_out(identity))
+
+        self._system.detail(member.key, know)
+
+    def _how(self, member: _Member) -> str:
+        state = member.last
+        job_id, index = member.key
+        name = job_id if index is None else f"{job_id}_{index}"
+        if state is None or state.phase is not Phase.ENDED:
+            return f"job {name} lost its connection"
+        facts = [
+            f"{what} {value}"
+            for what, value in (("reason", state.reason), ("exit code", state.exit_code), ("node", state.node))
+            if value and value != "None"
+        ]
+        return f"job {name} ended as {state.state} ({', '.join(facts)})"
+
+    # -- the system's word ----------------------------------------------------------------------------------------
+
+    def _ask(self) -> None:
+        """Ask for jobs whose workers have not connected: they may have ended before they could."""
+        silent = [member for member in self._members.values() if member.peer is None and member.array.job_id]
+        if self._asking or not silent:
+            return
+        self._asking = True
+        ids = sorted({member.array.job_id for member in silent})
+        self._system.query(ids, lambda states: self._on_states(silent, states))
+
+    def _on_states(self, silent: list[_Member], states: States | None) -> None:
+        self._asking = False
+        for member in silent if states is not None else ():
+            identity = self._by_worker.get(member.process.worker.number)
+            if identity is None or member.peer is not None or states is None:
+                continue
+            state = states.get((member.array.job_id, member.index)) or states.get((member.array.job_id, None))
+            if state is not None:
+                member.last = state
+            if state is not None and state.hopeless:
+                self._system.cancel([member.key])
+                self._end(identity, f"{self._system.name} would let it wait for ever: {state.state}, {state.reason}")
+            elif (state is None or state.phase is Phase.ENDED) and member.lost_at is None:
+                member.lost_at = time.monotonic()
+                self._find_out(identity)
+        self._ask_after = min(1.5 * self._ask_after, self._system.last_query)
+        self._questions.within(self._ask_after)
+
+    # -- ending ---------------------------------------------------------------------------------------------------
+
+    def _end(self, identity: str, text: str) -> None:
+        member = self._members.pop(identity)
+        process, array = member.process, member.array
+        del self._by_worker[process.worker.number]
+        del array.members[member.index]
+        process.stderr += read_tail(os.path.join(array.directory, f"output.{member.index}"))
+        planned = member.last is not None and member.last.state in _TIME_IS_OVER and member.peer is not None
+        if not array.members and not process.stderr:
+            shutil.rmtree(array.directory, ignore_errors=True)
+        self._events.on_exit(process, Exit(None, text, planned=planned))
