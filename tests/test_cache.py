@@ -22,7 +22,7 @@ from typing import Any
 import cloudpickle
 import pytest
 
-from executorlib import cache
+from executorlib import cache, terminate
 
 pytestmark = pytest.mark.cache
 
@@ -451,7 +451,7 @@ def test_a_future_of_an_entry_that_is_removed_becomes_cancelled(
 ) -> None:
     monkeypatch.setattr(cache, "_GONE_SECONDS", 0.02)
     future = start_entry(tmp_path)
-    cache.terminate_task_in_cache(tmp_path, "a")
+    terminate.terminate_task_in_cache(tmp_path, "a")
     assert concurrent.futures.wait([future], timeout=SECONDS).done
     assert future.cancelled()
 
@@ -524,30 +524,60 @@ def test_terminating_removes_what_waits_and_leaves_what_is_done(tmp_path: Path) 
     write_plain(tmp_path / "c_i.h5", function=len, queue_id=17)
     write(tmp_path / "c_o.h5", output=3)
     (tmp_path / "damaged_i.h5").write_bytes(b"junk")
-    cache.terminate_tasks_in_cache(tmp_path)
+    terminate.terminate_tasks_in_cache(tmp_path)
     assert files(tmp_path) == ["c_i.h5", "c_o.h5"]
-    cache.terminate_tasks_in_cache(tmp_path / "no")
+    terminate.terminate_tasks_in_cache(tmp_path / "no")
 
 
 def test_terminating_one_entry(tmp_path: Path) -> None:
     for name in ("a", "folder/b"):
         write_plain(tmp_path / f"{name}_i.h5", function=len)
     write(tmp_path / "c_o.h5", output=3)
-    cache.terminate_task_in_cache(tmp_path, "folder/b")
-    cache.terminate_task_in_cache(tmp_path, "c")
+    terminate.terminate_task_in_cache(tmp_path, "folder/b")
+    terminate.terminate_task_in_cache(tmp_path, "c")
     assert files(tmp_path) == ["a_i.h5", "c_o.h5"]
     with pytest.raises(FileNotFoundError, match="no entry 'b'"):
-        cache.terminate_task_in_cache(tmp_path, "b")
+        terminate.terminate_task_in_cache(tmp_path, "b")
 
 
-def test_jobs_in_a_queue_cannot_be_terminated_yet(tmp_path: Path) -> None:
-    for name, job in (("a", None), ("b", 17), ("c", 18)):
-        write_plain(tmp_path / f"{name}_i.h5", function=len, queue_id=job)
-    with pytest.raises(ValueError, match=r"job\(s\) 17 18 cannot be cancelled .*\(scancel 17 18;"):
-        cache.terminate_tasks_in_cache(str(tmp_path))
-    with pytest.raises(ValueError, match=r"backend='slurm'.*then delete .*b_i\.h5"):
-        cache.terminate_task_in_cache(str(tmp_path), "b", backend="slurm")
-    assert files(tmp_path) == ["a_i.h5", "b_i.h5", "c_i.h5"]
+def fake_scancel(folder: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> Path:
+    """A scancel that notes what it was told; returns the file."""
+    said = folder / "cancelled"
+    program = folder / "bin" / "scancel"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\necho "$@" >> {said}\necho no controller >&2\nexit {code}\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    return said
+
+
+def test_terminating_cancels_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = fake_scancel(tmp_path, monkeypatch, 0)
+    store = tmp_path / "store"
+    write_plain(store / "a_i.h5", function=len, queue_id=None)
+    write_plain(store / "b_i.h5", function=len, queue_id=17)
+    batch = store / cache.BATCHES_FOLDER / "batch"
+    batch.mkdir(parents=True)
+    batch.joinpath(cache.OWNER_FILE).write_text('{"system": "Slurm"}')
+    batch.joinpath(cache.JOB_ID_FILE).write_text("18")
+    batch.joinpath(cache.ENTRIES_FILE).write_text(f"0 {store}/c_i.h5\n1 {store}/d_i.h5\n")
+    for name in ("c", "d"):
+        write_plain(store / f"{name}_i.h5", function=len, batch=str(batch))
+    write(store / "c_o.h5", output=3)
+    terminate.terminate_tasks_in_cache(str(store))
+    assert said.read_text() == "--quiet 17 18_[1]\n"
+    assert [name for name in files(store) if name.endswith("_i.h5")] == ["c_i.h5"]
+
+
+def test_entries_stay_where_their_jobs_cannot_be_cancelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_scancel(tmp_path, monkeypatch, 1)
+    store = tmp_path / "store"
+    write_plain(store / "b_i.h5", function=len, queue_id=17)
+    with pytest.raises(RuntimeError, match=r"could not be cancelled .*no controller"):
+        terminate.terminate_task_in_cache(store, "b", backend="slurm")
+    with pytest.raises(ValueError, match="backend is 'lsf'"):
+        terminate.terminate_tasks_in_cache(store, backend="lsf")
+    assert files(store) == ["b_i.h5"]
 
 
 # -- without h5py ------------------------------------------------------------------------------------------------------

@@ -5,15 +5,11 @@ from __future__ import annotations
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from executorlib._version import __version__
-    from executorlib.cache import (
-        get_cache_data,
-        get_future_from_cache,
-        terminate_task_in_cache,
-        terminate_tasks_in_cache,
-    )
+    from executorlib.cache import get_cache_data, get_future_from_cache
     from executorlib.clusters import SlurmClusterExecutor
     from executorlib.executors import BaseExecutor, SingleNodeExecutor
     from executorlib.futures import get_item_from_future, split_future
+    from executorlib.terminate import terminate_task_in_cache, terminate_tasks_in_cache
 
 __all__ = [
     "BaseExecutor",
@@ -38,8 +34,8 @@ _MODULES = {
     "get_future_from_cache": "cache",
     "get_item_from_future": "futures",
     "split_future": "futures",
-    "terminate_task_in_cache": "cache",
-    "terminate_tasks_in_cache": "cache",
+    "terminate_task_in_cache": "terminate",
+    "terminate_tasks_in_cache": "terminate",
 }
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import logging
 import os
 import pickle
@@ -582,7 +583,7 @@ def get_cache_data(cache_directory: str | os.PathLike[str]) -> list[dict[str, An
         ImportError: If there are entries and h5py is missing.
     """
     rows = []
-    for path in _entries(cache_directory, (_INPUT, _OUTPUT)):
+    for path in entries(cache_directory, (_INPUT, _OUTPUT)):
         values = _read(path, _DATASETS)
         if values is not None:
             rows.append({**values, "filename": path})
@@ -630,75 +631,38 @@ def get_future_from_cache(cache_directory: str | os.PathLike[str], cache_key: st
     return future
 
 
-def terminate_tasks_in_cache(
-    cache_directory: str | os.PathLike[str],
-    pysqa_config_directory: str | None = None,
-    backend: str | None = None,
-) -> None:
-    """Cancel all calls of a cache directory that wait or run, and remove their entries.
+def pending_entries(directory: str | os.PathLike[str]) -> list[str]:
+    """The files of entries that wait or run, in a cache directory and its sub-folders."""
+    return [path for path in entries(directory, (_INPUT,)) if not os.path.exists(output_of(path))]
+
+
+def job_of(path: str) -> tuple[str | None, int | None, str | None]:
+    """Say which job runs an entry that waits or runs.
 
     Args:
-        cache_directory: The cache directory, searched with its sub-folders.
-        pysqa_config_directory: Configuration of the queuing system they were submitted with, or None.
-        backend: Queuing system that holds their jobs: ``"slurm"``, ``"flux"``, or None.
+        path: The entry's file.
 
-    Raises:
-        ValueError: If an entry has a job in a queue that cannot be cancelled from here; then nothing is
-            removed.
-        ImportError: If there are such entries and h5py is missing.
+    Returns:
+        The job's id, its index in the job array (None for a plain job), and the name of the system that has it; each
+        None where that is not known.
     """
-    paths = [Path(path) for path in _entries(cache_directory, (_INPUT,))]
-    waiting = [path for path in paths if not _output_of(path).exists()]
-    _terminate(waiting, pysqa_config_directory, backend)
+    values = _read(path, ("batch", "queue_id")) or {}
+    directory = values.get("batch")
+    if directory is None:
+        job = values.get("queue_id")
+        return None if job is None else str(job), None, None
+    try:
+        indices = {entry: index for index, entry in batch_entries(directory).items()}
+        owner = json.loads(read_text(os.path.join(directory, OWNER_FILE)) or "{}")
+    except (OSError, ValueError):
+        return None, None, None
+    index = indices.get(path)
+    is_array = len(indices) > 1 or bool(index)
+    return read_text(os.path.join(directory, JOB_ID_FILE)), index if is_array else None, owner.get("system")
 
 
-def terminate_task_in_cache(
-    cache_directory: str | os.PathLike[str],
-    cache_key: str,
-    pysqa_config_directory: str | None = None,
-    backend: str | None = None,
-) -> None:
-    """Cancel one call that waits or runs, and remove its entry; one that is done stays as it is.
-
-    Args:
-        cache_directory: The cache directory.
-        cache_key: Key of the entry.
-        pysqa_config_directory: Configuration of the queuing system it was submitted with, or None.
-        backend: Queuing system that holds its job: ``"slurm"``, ``"flux"``, or None.
-
-    Raises:
-        FileNotFoundError: If there is no entry of that key.
-        ValueError: If its job in a queue cannot be cancelled from here; then the entry stays.
-        ImportError: If h5py is missing.
-    """
-    path = entry_path(cache_directory, cache_key, "i")
-    if _output_of(path).exists():
-        return
-    if not path.exists():
-        raise FileNotFoundError(f"the cache directory {os.fspath(cache_directory)} has no entry {cache_key!r}")
-    _terminate([path], pysqa_config_directory, backend)
-
-
-def _terminate(paths: list[Path], pysqa_config_directory: str | None, backend: str | None) -> None:
-    jobs = {path: (_read(path, ("queue_id",)) or {}).get("queue_id") for path in paths}
-    queued = {path: job for path, job in jobs.items() if job is not None}
-    if queued:
-        _cancel_jobs(queued, pysqa_config_directory, backend)
-    for path in paths:
-        path.unlink(missing_ok=True)
-
-
-def _cancel_jobs(jobs: dict[Path, int], pysqa_config_directory: str | None, backend: str | None) -> None:
-    """Cancel jobs in the queue that holds them."""
-    numbers = " ".join(str(job) for job in jobs.values())
-    raise ValueError(
-        f"job(s) {numbers} cannot be cancelled by this version, which knows no queuing system "
-        f"(backend={backend!r}). Cancel them with the system's own command (scancel {numbers}; "
-        f"flux cancel {numbers}), then delete {', '.join(str(path) for path in jobs)}"
-    )
-
-
-def _entries(directory: str | os.PathLike[str], endings: tuple[str, ...]) -> Iterator[str]:
+def entries(directory: str | os.PathLike[str], endings: tuple[str, ...]) -> Iterator[str]:
+    """The files with these endings in a cache directory and its sub-folders, in order."""
     paths = [
         os.path.join(folder, name)
         for folder, _, names in os.walk(os.path.abspath(directory))

@@ -1,0 +1,84 @@
+"""Cancel the jobs of a cache directory, whichever session submitted them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+
+from executorlib import cache
+from executorlib.launchers.pysqa_queue import open_queue
+from executorlib.launchers.slurm import command_environment
+
+_LOCAL = "the local queue"
+
+
+def terminate_tasks_in_cache(
+    cache_directory: str | os.PathLike[str],
+    pysqa_config_directory: str | None = None,
+    backend: str | None = None,
+) -> None:
+    """Cancel all calls of a cache directory that wait or run, and remove their entries.
+
+    Args:
+        cache_directory: The cache directory, searched with its sub-folders.
+        pysqa_config_directory: Configuration of the queuing system they were submitted with, or None.
+        backend: Queuing system that holds their jobs: ``"slurm"``, or None for what the entries say. A job of
+            `TestClusterExecutor` that runs already is not ended, only forgotten.
+
+    Raises:
+        ValueError: ``backend`` is not known.
+        RuntimeError: The queuing system did not take the request; then nothing is removed.
+        ImportError: There are such entries and h5py is missing.
+    """
+    _terminate(cache.pending_entries(cache_directory), pysqa_config_directory, backend)
+
+
+def terminate_task_in_cache(
+    cache_directory: str | os.PathLike[str],
+    cache_key: str,
+    pysqa_config_directory: str | None = None,
+    backend: str | None = None,
+) -> None:
+    """Cancel one call that waits or runs, and remove its entry; one that is done stays as it is.
+
+    Args:
+        cache_directory: The cache directory.
+        cache_key: Key of the entry.
+        pysqa_config_directory: Configuration of the queuing system it was submitted with, or None.
+        backend: Queuing system that holds its job: ``"slurm"``, or None for what the entry says.
+
+    Raises:
+        FileNotFoundError: There is no entry of that key.
+        ValueError: ``backend`` is not known.
+        RuntimeError: The queuing system did not take the request; then the entry stays.
+        ImportError: h5py is missing.
+    """
+    path = os.path.abspath(cache.entry_path(cache_directory, cache_key, "i"))
+    if os.path.exists(cache.output_of(path)):
+        return
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"the cache directory {os.fspath(cache_directory)} has no entry {cache_key!r}")
+    _terminate([path], pysqa_config_directory, backend)
+
+
+def _terminate(paths: list[str], configuration: str | None, backend: str | None) -> None:
+    if backend not in (None, "slurm"):
+        raise ValueError(f"backend is {backend!r}, expected 'slurm', or None for what the entries say.")
+    jobs = []
+    for path in paths:
+        job_id, index, system = cache.job_of(path)
+        if job_id is not None and system != _LOCAL:
+            jobs.append((job_id, index))
+    if jobs:
+        argv = open_queue(configuration).cancel_command(jobs)
+        try:
+            subprocess.run(argv, check=True, capture_output=True, text=True, env=command_environment(os.environ))
+        except (OSError, subprocess.CalledProcessError) as error:
+            said = (getattr(error, "stderr", None) or str(error)).strip()
+            raise RuntimeError(
+                f"the jobs could not be cancelled ({argv[0]}: {said}), so their entries stay. Run this where the "
+                "queuing system's commands work, and name its pysqa_config_directory if it is not Slurm."
+            ) from error
+    # A job that starts all the same finds its entry gone, and ends.
+    for path in paths:
+        cache.remove_input(path)
