@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import gc
+import importlib
 import importlib.util
 import json
 import os
@@ -36,6 +37,8 @@ LEAK_SECONDS = 5.0
 SETTLE_SECONDS = 0.2
 # Every process that a test starts inherits this mark, by which orphans are found.
 MARK = f"EXECUTORLIB_TEST_RUN={os.getpid()}"
+# Where executors of this test run have their cache directories, also those that are made in a call.
+FOLDER_VARIABLE = "EXECUTORLIB_TEST_FOLDER"
 
 
 # Rows: one line for each way to run calls; the contract suite runs over all of them.
@@ -43,20 +46,43 @@ MARK = f"EXECUTORLIB_TEST_RUN={os.getpid()}"
 
 @dataclass(frozen=True)
 class Row:
-    """One way to run calls: an executor class and the arguments that choose the way."""
+    """One way to run calls: an executor class and the arguments that choose the way.
+
+    Attributes:
+        name: Its name in test ids.
+        executor: The class, after ``executorlib.``.
+        options: Arguments that choose the way.
+        linux_only: Whether other systems do not have it.
+        slurm: Whether it needs a Slurm; a call takes seconds there, so that it runs only tests marked ``essential``.
+    """
 
     name: str
     executor: str
     options: dict[str, Any] = field(default_factory=dict)
     linux_only: bool = False
+    slurm: bool = False
 
     @property
     def block(self) -> bool:
         return bool(self.options.get("block_allocation", False))
 
     @property
+    def single_node(self) -> bool:
+        """Whether it takes the arguments that only `SingleNodeExecutor` has."""
+        return self.executor == "SingleNodeExecutor"
+
+    @property
+    def jobs(self) -> bool:
+        """Whether calls are jobs: they travel as files of a cache directory, which every executor has, and outlive it.
+
+        So an equal call runs only once, a call's key tells its inputs by the calls that they are results of, what it
+        prints goes to a file, and leaving without waiting leaves the jobs.
+        """
+        return not self.single_node and not self.block
+
+    @property
     def start(self) -> str:
-        return str(self.options["start_method"])
+        return str(self.options.get("start_method", ""))
 
     @property
     def backlog(self) -> int:
@@ -66,17 +92,21 @@ class Row:
     @property
     def many(self) -> int:
         """As many calls as this row runs in well under a second."""
-        return {"fork": 60, "spawn": 8}[self.start] if not self.block else 300
+        return 300 if self.block else 60 if self.start == "fork" else 8
 
     def arguments(self, **kwargs: Any) -> dict[str, Any]:
         """The constructor's arguments: two calls at once, unless the test gives another limit."""
         limited = "max_cores" in kwargs and not self.block
-        return {**({} if limited else {"max_workers": 2}), **self.options, **kwargs}
+        own = {"cache_directory": tempfile.mkdtemp(dir=os.environ[FOLDER_VARIABLE])} if self.jobs else {}
+        return {**({} if limited else {"max_workers": 2}), **own, **self.options, **kwargs}
+
+    @property
+    def executor_class(self) -> Any:
+        module, _, name = f"executorlib.{self.executor}".rpartition(".")
+        return getattr(importlib.import_module(module), name)
 
     def make(self, **kwargs: Any) -> Any:
-        import executorlib
-
-        return getattr(executorlib, self.executor)(**self.arguments(**kwargs))
+        return self.executor_class(**self.arguments(**kwargs))
 
 
 def _block(start_method: str) -> dict[str, Any]:
@@ -88,6 +118,9 @@ ROWS = [
     Row("spawn", "SingleNodeExecutor", {"start_method": "spawn"}),
     Row("block-fork", "SingleNodeExecutor", _block("fork"), linux_only=True),
     Row("block-spawn", "SingleNodeExecutor", _block("spawn")),
+    Row("jobs", "api.TestClusterExecutor"),
+    Row("block-jobs", "api.TestClusterExecutor", {"block_allocation": True}),
+    Row("slurm", "SlurmClusterExecutor", {"max_workers": None}, slurm=True),
 ]
 
 
@@ -95,7 +128,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run a test that asks for ``row`` over every row that its ``rows`` marks let through."""
     if "row" not in metafunc.fixturenames:
         return
-    chosen = [row for row in ROWS if LINUX or not row.linux_only]
+    essential = metafunc.definition.get_closest_marker("essential") is not None
+    chosen = [row for row in ROWS if (LINUX or not row.linux_only) and (essential or not row.slurm)]
     for mark in metafunc.definition.iter_markers("rows"):
         unknown = set(mark.args) - {row.name for row in ROWS}
         assert not unknown, f"no such rows: {unknown}"
@@ -105,7 +139,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             if (not mark.args or row.name in mark.args)
             and all(getattr(row, key) == value for key, value in mark.kwargs.items())
         ]
-    metafunc.parametrize("row", chosen, ids=[row.name for row in chosen], indirect=True, scope="module")
+    params = [pytest.param(row, id=row.name, marks=[pytest.mark.slurm] if row.slurm else []) for row in chosen]
+    metafunc.parametrize("row", params, indirect=True, scope="module")
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +162,7 @@ class SharedExecutor:
         # What is started lazily has to be there before a test's leak guard counts: all workers.
         with tempfile.TemporaryDirectory() as folder:
             gate = Gate(folder, "start")
-            futures = [self.current.submit(gate) for _ in range(2)]
+            futures = [self.current.submit(gate, i) for i in range(2)]
             gate.pids(2)
             gate.open()
             for future in futures:
@@ -203,16 +238,23 @@ def make_executor(row: Row, gates: list[Gate]) -> Iterator[Callable[..., Any]]:
 
 _PRELUDE = """\
 import json, os, sys
-from executorlib import SingleNodeExecutor
+from executorlib{module} import {name} as Executor
 OPTIONS = json.loads(os.environ["TEST_OPTIONS"])
 """
 
 
 class Scripts:
-    """Programs that use executorlib, run by this Python with warnings as errors."""
+    """Programs that use executorlib, run by this Python with warnings as errors.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: Where they are, and run.
+        executor: The class, after ``executorlib.``, that they know as ``Executor``.
+    """
+
+    def __init__(self, folder: Path, executor: str) -> None:
         self.folder = folder
+        module, dot, name = executor.rpartition(".")
+        self.prelude = _PRELUDE.format(module=dot + module, name=name)
         self.started: list[subprocess.Popen[str]] = []
 
     def start(
@@ -226,7 +268,7 @@ class Scripts:
     ) -> subprocess.Popen[str]:
         """Start a program; ``OPTIONS`` in it holds ``options``, standard output is a pipe."""
         path = self.folder / f"script{len(self.started)}.py"
-        path.write_text(_PRELUDE + textwrap.dedent(source))
+        path.write_text(self.prelude + textwrap.dedent(source))
         process = subprocess.Popen(
             [python, "-W", "error", str(path)],
             stdout=subprocess.PIPE,
@@ -248,9 +290,10 @@ class Scripts:
 
 
 @pytest.fixture
-def scripts(tmp_path: Path) -> Iterator[Scripts]:
-    """Run programs of their own in this test's folder; none is left running."""
-    made = Scripts(tmp_path)
+def scripts(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Scripts]:
+    """Run programs of their own, with this test's row, in its folder; none is left running."""
+    row = request.getfixturevalue("row") if "row" in request.fixturenames else ROWS[0]
+    made = Scripts(tmp_path, row.executor)
     yield made
     for process in made.started:
         if process.poll() is None:
@@ -318,17 +361,20 @@ def pytest_configure(config: pytest.Config) -> None:
         "linux: reads /proc",
         "slow: takes longer than 10 s; runs with --slow only",
         "rows(*names, **properties): the rows that a test runs over, all of them without it",
+        "essential: runs also over rows where a call takes seconds",
     ):
         config.addinivalue_line("markers", line)
     config.stash[_stderr_key] = os.dup(2)
     key, _, value = MARK.partition("=")
     os.environ[key] = value
+    os.environ[FOLDER_VARIABLE] = tempfile.mkdtemp(prefix="executorlib-test-")
     # The crashes that tests provoke need no core dumps.
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     os.close(config.stash[_stderr_key])
+    shutil.rmtree(os.environ[FOLDER_VARIABLE])
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

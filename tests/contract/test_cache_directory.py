@@ -42,6 +42,7 @@ def test_same_executor_finds_the_result(make_executor: Callable[..., Any], store
     assert lines(log).count("6") == 1
 
 
+@pytest.mark.rows(jobs=False)
 def test_equal_calls_at_once_run_once(
     make_executor: Callable[..., Any], store: str, tmp_path: Path, gate: Callable[..., Gate]
 ) -> None:
@@ -62,6 +63,7 @@ def test_equal_calls_at_once_run_once(
     assert sorted(lines(log)) == ["5", "6"]
 
 
+@pytest.mark.rows(jobs=False)
 def test_equal_calls_of_one_that_comes_to_nothing(
     make_executor: Callable[..., Any], store: str, tmp_path: Path, gate: Callable[..., Gate]
 ) -> None:
@@ -86,8 +88,9 @@ def test_equal_calls_of_one_that_comes_to_nothing(
 
 
 def test_inputs_that_are_futures_count_by_their_results(
-    make_executor: Callable[..., Any], store: str, tmp_path: Path
+    make_executor: Callable[..., Any], row: Any, store: str, tmp_path: Path
 ) -> None:
+    """A call that becomes a job has its key before its inputs have results: they count by the calls they come from."""
     log = str(tmp_path / "log")
     with make_executor(cache_directory=store) as executor:
         five = executor.submit(add, 2, 3)
@@ -95,7 +98,7 @@ def test_inputs_that_are_futures_count_by_their_results(
     with make_executor(cache_directory=store) as executor:
         assert executor.submit(record, log, 5).result(WAIT) == 5
         assert executor.submit(record, log, executor.submit(add, 2, 3)).result(WAIT) == 5
-    assert lines(log) == ["5"]
+    assert lines(log) == (["5"] * 2 if row.jobs else ["5"])
 
 
 def test_another_function_is_another_entry(make_executor: Callable[..., Any], store: str) -> None:
@@ -217,20 +220,22 @@ def test_without_h5py(row: Any, scripts: Any, store: str, tmp_path: Path) -> Non
     (hidden / "h5py.py").write_text("raise ModuleNotFoundError(\"No module named 'h5py'\")\n")
     out = scripts.run(
         """
-        sys.path.insert(0, os.environ["HIDDEN"])
+        sys.modules["h5py"] = None  # missing here; in workers it cannot be imported
         try:
-            with SingleNodeExecutor(cache_directory="store", **OPTIONS) as executor:
-                executor.submit(abs, -1).result(20)
-        except ImportError as error:
+            Executor(**{**OPTIONS, "cache_directory": "store"})
+        except ValueError as error:
             print(error)
-        with SingleNodeExecutor(**OPTIONS) as executor:
+        if "cache_directory" in OPTIONS:  # calls are files
+            sys.exit()
+        with Executor(**OPTIONS) as executor:
             print(executor.submit(abs, -1).result(20))
         """,
         row.arguments(),
-        env={"HIDDEN": str(hidden), "PYTHONPATH": f"{hidden}:{_python_path()}"},
+        env={"PYTHONPATH": f"{hidden}:{_python_path()}"},
     )
-    assert "executorlib[cache]" in out
-    assert out.splitlines()[-1] == "1"
+    error, *rest = out.splitlines()
+    assert "executorlib[cache]" in error
+    assert rest == ([] if row.jobs else ["1"])
 
 
 def _python_path() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+import random
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -62,7 +63,7 @@ def test_traceback_of_the_program_shows_it(row: Any, scripts: Any) -> None:
         def broken():
             return [][1]
 
-        with SingleNodeExecutor(**OPTIONS) as executor:
+        with Executor(**OPTIONS) as executor:
             executor.submit(broken).result()
         """,
         row.arguments(),
@@ -170,11 +171,12 @@ def test_error_log_file_that_cannot_be_written(executor: Any, tmp_path: Path) ->
 
 
 def test_sizes_are_logged(make_executor: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
+    block = random.Random(0).randbytes(50_000)  # which the file of a call cannot make smaller
     with (
         caplog.at_level(logging.WARNING, logger="executorlib"),
         make_executor(log_obj_size=True) as executor,
     ):
-        assert len(executor.submit(identity, bytes(50_000)).result(WAIT)) == 50_000
+        assert executor.submit(identity, block).result(WAIT) == block
     records = [record for record in caplog.records if record.name == "executorlib"]
     assert all(record.levelno == logging.WARNING for record in records)
     sizes = [int(number) for record in records for number in re.findall(r"\d+", record.getMessage())]

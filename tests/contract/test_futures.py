@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from contract.functions import CustomError, Gate, add, fail, identity, lines, record
+from contract.functions import CustomError, Gate, add, fail, identity, lines, record, until
 
 WAIT = 30
 
@@ -22,7 +22,7 @@ def test_states(executor: Any, gate: Callable[..., Gate]) -> None:
     held = gate()
     future = executor.submit(held, 1)
     held.pid()
-    assert future.running()
+    until(future.running)  # a queuing system says so some time later
     assert not future.done()
     with pytest.raises(concurrent.futures.TimeoutError):
         future.result(timeout=0.01)
@@ -227,7 +227,7 @@ def test_cancel_calls_back(make_executor: Callable[..., Any], row: Any, gate: Ca
 def test_a_running_call_cannot_be_cancelled(executor: Any, gate: Callable[..., Gate]) -> None:
     held = gate()
     future = executor.submit(held, 1)
-    held.pid()
+    until(future.running, WAIT)
     assert not future.cancel()
     assert not future.cancelled()
     held.open()

@@ -154,7 +154,7 @@ def test_large_values_of_ranks(make_executor: Callable[..., Any]) -> None:
 def test_what_ranks_print_is_the_programs(scripts: Any) -> None:
     out = scripts.run(
         """
-        with SingleNodeExecutor(max_cores=2) as executor:
+        with Executor(max_cores=2) as executor:
             executor.submit(print, "from a rank", resource_dict={"cores": 2}).result(40)
         """,
     )
@@ -177,7 +177,7 @@ def test_worlds_leave_no_files(row: Any, scripts: Any, tmp_path: Path) -> None:
             time.sleep(60)
 
         options = {**OPTIONS, "max_cores": 2, "max_workers": 1, "resource_dict": {"cores": 2}}
-        with SingleNodeExecutor(**options) as executor:
+        with Executor(**options) as executor:
             error = executor.submit(kill_mpiexec, os.environ["TMPDIR"]).exception(40)
             print(type(error).__name__)
         print(os.listdir(os.environ["TMPDIR"]))

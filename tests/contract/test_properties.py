@@ -37,7 +37,7 @@ def test_length_is_the_calls_not_yet_started(make_executor: Callable[..., Any], 
     never: Future[int] = Future()
     with make_executor(max_workers=1) as executor:
         futures = [executor.submit(held, 0)]
-        held.pid()
+        until(futures[0].running, WAIT)
         assert len(executor) == 0
         futures += [executor.submit(add, i, 1) for i in range(3)]
         waiting = executor.submit(add, never, 1)

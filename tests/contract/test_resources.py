@@ -24,6 +24,10 @@ THREADS = (
 DEVICES = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 
 
+def folder(_number: int) -> str:
+    return os.getcwd()
+
+
 def test_thread_variables(make_executor: Callable[..., Any]) -> None:
     with make_executor(max_cores=4, resource_dict={"threads_per_core": 2}) as executor:
         assert executor.submit(environment, *THREADS).result(WAIT) == ["2"] * 5
@@ -38,7 +42,8 @@ def test_thread_variables_of_one_call(make_executor: Callable[..., Any]) -> None
     """The call's resources override the executor's, key by key."""
     with make_executor(max_cores=4, resource_dict={"threads_per_core": 2}) as executor:
         futures = [
-            executor.submit(environment, *THREADS, resource_dict={"threads_per_core": count}) for count in (1, 3, 4)
+            executor.submit(environment, *THREADS[:count], resource_dict={"threads_per_core": count})
+            for count in (1, 3, 4)
         ]
         futures.append(executor.submit(environment, *THREADS, resource_dict={"priority": 3}))
         assert [set(future.result(WAIT)) for future in futures] == [{"1"}, {"3"}, {"4"}, {"2"}]
@@ -69,12 +74,12 @@ def test_directory_is_made(make_executor: Callable[..., Any], tmp_path: Path) ->
 @pytest.mark.rows(block=False)
 def test_directory_of_one_call(executor: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     given = {"cwd": str(tmp_path / "new")}
-    assert executor.submit(os.getcwd, resource_dict=given).result(WAIT) == given["cwd"]
-    assert executor.submit(os.getcwd).result(WAIT) == os.getcwd()
+    assert executor.submit(folder, 1, resource_dict=given).result(WAIT) == given["cwd"]
+    assert executor.submit(folder, 2).result(WAIT) == os.getcwd()
     # A relative one starts from the user's own, and a second call finds it there.
     monkeypatch.chdir(tmp_path)
-    for _ in range(2):
-        future = executor.submit(os.getcwd, resource_dict={"cwd": "relative"})
+    for number in (3, 4):
+        future = executor.submit(folder, number, resource_dict={"cwd": "relative"})
         assert future.result(WAIT) == str(tmp_path / "relative")
 
 
@@ -108,6 +113,7 @@ def test_the_dictionary_given_may_change_afterwards(make_executor: Callable[...,
 
 
 @pytest.mark.linux
+@pytest.mark.rows(single_node=True)
 def test_pinning(make_executor: Callable[..., Any], gate: Callable[..., Gate]) -> None:
     """Calls that run at once are on cores of their own; the user's own set is the limit."""
     ours = os.sched_getaffinity(0)
@@ -131,7 +137,7 @@ def test_pinning(make_executor: Callable[..., Any], gate: Callable[..., Gate]) -
 
 
 @pytest.mark.linux
-@pytest.mark.rows(block=False)
+@pytest.mark.rows(block=False, single_node=True)
 def test_pinning_to_as_many_cores_as_threads(make_executor: Callable[..., Any]) -> None:
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("needs two cores")
@@ -141,6 +147,7 @@ def test_pinning_to_as_many_cores_as_threads(make_executor: Callable[..., Any]) 
 
 
 @pytest.mark.linux
+@pytest.mark.rows(single_node=True)
 def test_no_pinning(make_executor: Callable[..., Any]) -> None:
     with make_executor(pin_cores=False) as executor:
         assert executor.submit(affinity).result(WAIT) == os.sched_getaffinity(0)
@@ -149,6 +156,7 @@ def test_no_pinning(make_executor: Callable[..., Any]) -> None:
 # GPUs.
 
 
+@pytest.mark.rows(single_node=True)
 def test_gpus_of_an_executor(make_executor: Callable[..., Any], gate: Callable[..., Gate]) -> None:
     """Calls that run at once see different devices."""
     held = gate()
@@ -165,7 +173,7 @@ def test_gpus_of_an_executor(make_executor: Callable[..., Any], gate: Callable[.
     assert sorted(seen) == [["0", "0"], ["1", "1"]]
 
 
-@pytest.mark.rows(block=False)
+@pytest.mark.rows(block=False, single_node=True)
 def test_gpus_of_one_call(make_executor: Callable[..., Any]) -> None:
     with make_executor(gpus=["GPU-a", "GPU-b"]) as executor:
         one = executor.submit(environment, *DEVICES, resource_dict={"gpus_per_core": 1})
@@ -174,7 +182,7 @@ def test_gpus_of_one_call(make_executor: Callable[..., Any]) -> None:
         assert two.result(WAIT) == ["GPU-a,GPU-b"] * 2
 
 
-@pytest.mark.rows(block=False)
+@pytest.mark.rows(block=False, single_node=True)
 def test_gpus_are_waited_for(make_executor: Callable[..., Any], gate: Callable[..., Gate]) -> None:
     """Cores are free, yet the second call starts only when the device is."""
     first, second = gate("first"), gate("second")
@@ -190,6 +198,7 @@ def test_gpus_are_waited_for(make_executor: Callable[..., Any], gate: Callable[.
         assert (holding.result(WAIT), waiting.result(WAIT)) == (1, 2)
 
 
+@pytest.mark.rows(single_node=True)
 def test_more_gpus_than_there_are(make_executor: Callable[..., Any], row: Any) -> None:
     if row.block:
         with pytest.raises(ValueError, match=r"(?i)gpu"):
@@ -287,11 +296,13 @@ def test_preload(make_executor: Callable[..., Any]) -> None:
         assert executor.submit(loaded).result(WAIT) == [True, False]
 
 
+@pytest.mark.rows(single_node=True)
 def test_preload_is_accepted_by_all(make_executor: Callable[..., Any]) -> None:
     with make_executor(preload=["colorsys"]) as executor:
         assert executor.submit(lambda: "colorsys" in __import__("sys").modules).result(WAIT)
 
 
+@pytest.mark.rows(single_node=True)
 def test_preload_of_what_is_not_there(make_executor: Callable[..., Any]) -> None:
     """It is an error that names the module, at construction or on the call. No hang."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -24,8 +25,8 @@ def test_max_cores_is_never_exceeded(make_executor: Callable[..., Any], tmp_path
     log = tmp_path / "log"
     with make_executor(max_cores=4) as executor:
         futures = [
-            executor.submit(counted, log, count, resource_dict=threads(count))
-            for count in (1, 3, 2, 4, 1, 1, 2, 3, 4, 1, 2, 1)
+            executor.submit(counted, log, count, number, resource_dict=threads(count))
+            for number, count in enumerate((1, 3, 2, 4, 1, 1, 2, 3, 4, 1, 2, 1))
         ]
         for future in futures:
             future.result(WAIT)
@@ -36,24 +37,29 @@ def test_max_cores_is_never_exceeded(make_executor: Callable[..., Any], tmp_path
 def test_max_workers_is_never_exceeded(make_executor: Callable[..., Any], tmp_path: Path) -> None:
     log = tmp_path / "log"
     with make_executor(max_workers=3) as executor:
-        futures = [executor.submit(counted, log, 1) for _ in range(12)]
+        futures = [executor.submit(counted, log, 1, i) for i in range(12)]
         for future in futures:
             future.result(WAIT)
+    assert len(lines(log)) == 24
     assert 1 <= highest(log) <= 3
 
 
 def test_max_workers_and_max_cores_both_hold(make_executor: Callable[..., Any], tmp_path: Path) -> None:
     calls, cores = tmp_path / "calls", tmp_path / "cores"
 
-    def both(amount: int) -> None:
+    def both(amount: int, _number: int) -> None:
         append(calls, "+1")
         counted(cores, amount)
         append(calls, "-1")
 
     with make_executor(max_workers=2, max_cores=3) as executor:
-        futures = [executor.submit(both, count, resource_dict=threads(count)) for count in (1, 1, 1, 2, 2, 3, 1, 2)]
+        futures = [
+            executor.submit(both, count, number, resource_dict=threads(count))
+            for number, count in enumerate((1, 1, 1, 2, 2, 3, 1, 2))
+        ]
         for future in futures:
             future.result(WAIT)
+    assert len(lines(calls)) == 16
     assert highest(calls) <= 2
     assert highest(cores) <= 3
 
@@ -86,13 +92,13 @@ def test_a_large_call_does_not_starve(make_executor: Callable[..., Any]) -> None
     with make_executor(max_cores=2) as executor:
         large: Future[str] = Future()
         ended = threading.Semaphore(0)
-        streams = 6
+        streams, numbers = 6, itertools.count()
 
         def go_on(before: Future[int] | None = None) -> None:
             if before is not None and large.done():
                 ended.release()
             else:
-                executor.submit(add, 1, 2).add_done_callback(go_on)
+                executor.submit(add, next(numbers), 2).add_done_callback(go_on)
 
         for _ in range(streams):
             go_on()

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from contract.functions import add, identity, takes_resource_dict
+from contract.functions import add, identity, takes_resource_dict, until
 
 WAIT = 30
 BAD = (TypeError, ValueError)
@@ -248,7 +248,7 @@ def test_future_that_a_shut_down_executor_cancelled(
     held = gate()
     with make_executor(max_workers=1) as other:
         running = other.submit(held, 1)
-        held.pid()
+        until(running.running, WAIT)
         waiting = [other.submit(add, i, 2) for i in range(100)]
         other.shutdown(wait=False, cancel_futures=True)
         with pytest.raises(CancelledError):

@@ -29,6 +29,7 @@ from contract.functions import (
 from faults.functions import die, die_or_add
 
 WAIT = 30
+pytestmark = pytest.mark.rows(single_node=True)
 block = pytest.mark.rows(block=True)
 
 
@@ -326,7 +327,7 @@ WORK = """
 RUNNING = (
     WORK
     + """
-    executor = SingleNodeExecutor(**OPTIONS)
+    executor = Executor(**OPTIONS)
     futures = start(executor)
 """
 )
@@ -364,7 +365,7 @@ def test_users_process_is_killed_with_busy_workers(row: Any, scripts: Any, tmp_p
             while True:
                 pass
 
-        executor = SingleNodeExecutor(**OPTIONS)
+        executor = Executor(**OPTIONS)
         executor.submit(busy)
         time.sleep(60)
         """,
@@ -391,7 +392,7 @@ def test_users_process_is_killed_with_ranks(row: Any, scripts: Any, tmp_path: Pa
             os.replace(f"pid-{rank}.draft", f"pid-{rank}")
             time.sleep(60)
 
-        executor = SingleNodeExecutor(max_cores=2)
+        executor = Executor(max_cores=2)
         executor.submit(work, resource_dict={"cores": 2})
         time.sleep(60)
         """,
@@ -418,7 +419,7 @@ INTERRUPTED = (
     WORK
     + """
     try:
-        with SingleNodeExecutor(**OPTIONS) as executor:
+        with Executor(**OPTIONS) as executor:
             start(executor)[0].result()
     except KeyboardInterrupt:
         print("interrupted", flush=True)
@@ -453,7 +454,7 @@ def test_interrupt_of_the_main_thread_only(row: Any, scripts: Any, tmp_path: Pat
                 time.sleep(0.002)
             return "done"
 
-        with SingleNodeExecutor(**OPTIONS) as executor:
+        with Executor(**OPTIONS) as executor:
             future = executor.submit(work)
             while not Path("running").exists():
                 time.sleep(0.002)
@@ -561,7 +562,7 @@ def test_forked_child_ends_normally(row: Any, scripts: Any) -> None:
         import time, warnings
         warnings.simplefilter("ignore", DeprecationWarning)
 
-        executor = SingleNodeExecutor(**OPTIONS)
+        executor = Executor(**OPTIONS)
         print(executor.submit(abs, -1).result(), flush=True)
         future = executor.submit(time.sleep, 0.3)
         if os.fork() == 0:

@@ -18,7 +18,7 @@ from conftest import marked_processes
 from contract.functions import Gate, add, put
 
 WAIT = 40
-pytestmark = pytest.mark.linux
+pytestmark = [pytest.mark.linux, pytest.mark.rows(single_node=True)]
 
 # The start of every ZeroMQ (ZMTP 3.0) connection: signature, version, mechanism, as-server, filler.
 GREETING = b"\xff" + bytes(8) + b"\x7f" + b"\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32)

@@ -16,6 +16,7 @@ import pytest
 from conftest import LINUX, find_mpiexec
 
 WAIT = 40
+pytestmark = pytest.mark.rows(single_node=True)
 
 # A full disk.
 
@@ -46,17 +47,17 @@ FULL = """
         return random.Random(seed).randbytes(1_000_000)
 
     folder = os.environ["FOLDER"]
-    with SingleNodeExecutor(cache_directory=folder, **OPTIONS) as executor:
+    with Executor(cache_directory=folder, **OPTIONS) as executor:
         for seed in range(2):
             future = executor.submit(large, seed)
             error = future.exception(30)
             print(type(error).__name__ if error else future.result() == large(seed))
     # What is on the disk now is whole or absent: nobody is given half a result.
-    with SingleNodeExecutor(cache_directory=folder, **OPTIONS) as executor:
+    with Executor(cache_directory=folder, **OPTIONS) as executor:
         future = executor.submit(large, 0)
         error = future.exception(30)
         print(type(error).__name__ if error else future.result() == large(0))
-    with SingleNodeExecutor(**OPTIONS) as executor:
+    with Executor(**OPTIONS) as executor:
         print(executor.submit(abs, -1).result(20))
 """
 
@@ -106,7 +107,7 @@ def test_file_size_limit_and_large_values(row: Any, scripts: Any) -> None:
             return data + data
 
         data = bytes(3_000_000)
-        with SingleNodeExecutor(**OPTIONS) as executor:
+        with Executor(**OPTIONS) as executor:
             print(executor.submit(len, data).result(20))
             print(executor.submit(double, data).result(20) == data + data)
         """,
@@ -127,17 +128,17 @@ def test_file_in_the_cache_that_is_no_cache_file(row: Any, scripts: Any, tmp_pat
         def seven():
             return 7
 
-        with SingleNodeExecutor(cache_directory="store", **OPTIONS) as executor:
+        with Executor(cache_directory="store", **OPTIONS) as executor:
             print(executor.submit(seven).result(20))
         (path,) = Path("store").glob("*_o.h5")
         for damage in (b"", b"garbage", path.read_bytes()[:-200]):
             path.write_bytes(damage)
-            with SingleNodeExecutor(cache_directory="store", **OPTIONS) as executor:
+            with Executor(cache_directory="store", **OPTIONS) as executor:
                 future = executor.submit(seven)
                 error = future.exception(20)
                 print(path.name in str(error) if error else future.result())
             path.unlink(missing_ok=True)
-            with SingleNodeExecutor(cache_directory="store", **OPTIONS) as executor:
+            with Executor(cache_directory="store", **OPTIONS) as executor:
                 executor.submit(seven).result(20)
         """,
         row.arguments(),
@@ -186,7 +187,7 @@ def packages(folder: Path, *names: str) -> dict[str, str]:
 RANKS = """
     import time
     started = time.monotonic()
-    with SingleNodeExecutor(max_cores=2, **OPTIONS) as executor:
+    with Executor(max_cores=2, **OPTIONS) as executor:
         error = executor.submit(abs, -1, resource_dict={"cores": 2}).exception(30)
         print(type(error).__name__, "|", error)
         assert time.monotonic() - started < 15
@@ -224,7 +225,7 @@ def test_mpi4py_is_missing(row: Any, scripts: Any, bare_python: Path, tmp_path: 
 def test_nothing_on_the_path(row: Any, scripts: Any) -> None:
     """Plain calls need no program."""
     out = scripts.run(
-        "with SingleNodeExecutor(**OPTIONS) as e:\n    print(e.submit(abs, -1).result(20))\n",
+        "with Executor(**OPTIONS) as e:\n    print(e.submit(abs, -1).result(20))\n",
         row.arguments(),
         env={"PATH": ""},
     )
@@ -241,7 +242,7 @@ def test_too_few_file_descriptors(row: Any, scripts: Any) -> None:
     out = quietly(
         scripts,
         """
-        with SingleNodeExecutor(**OPTIONS) as executor:
+        with Executor(**OPTIONS) as executor:
             futures = [executor.submit(abs, -i) for i in range(60)]
             errors = [future.exception(30) for future in futures]
         good = [i for i, error in enumerate(errors) if error is None]
@@ -269,7 +270,7 @@ def test_no_file_descriptor_is_left(row: Any, scripts: Any, tmp_path: Path) -> N
                 time.sleep(0.005)
             return "held"
 
-        with SingleNodeExecutor(**OPTIONS) as executor:
+        with Executor(**OPTIONS) as executor:
             held = executor.submit(hold)
             print(executor.submit(len, "two").result(20))
             limits = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -300,14 +301,14 @@ def test_more_workers_than_open_files(row: Any, scripts: Any) -> None:
         """
         import resource
         resource.setrlimit(resource.RLIMIT_NOFILE, (64, 700))
-        SingleNodeExecutor(**{**OPTIONS, "max_workers": 2}).shutdown()
+        Executor(**{**OPTIONS, "max_workers": 2}).shutdown()
         print(resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 64)
         for size in (1000, 100_000):
             try:
-                SingleNodeExecutor(**{**OPTIONS, "max_workers": size}).shutdown()
+                Executor(**{**OPTIONS, "max_workers": size}).shutdown()
             except ValueError as error:
                 print("max_workers" in str(error) and "ulimit" in str(error))
-        with SingleNodeExecutor(**{**OPTIONS, "max_workers": 2}) as executor:
+        with Executor(**{**OPTIONS, "max_workers": 2}) as executor:
             if OPTIONS.get("block_allocation"):
                 try:
                     executor.max_workers = 1000
@@ -322,7 +323,7 @@ def test_more_workers_than_open_files(row: Any, scripts: Any) -> None:
 
 def test_temporary_directory_that_is_not_there(row: Any, scripts: Any) -> None:
     out = scripts.run(
-        "with SingleNodeExecutor(**OPTIONS) as e:\n    print(e.submit(abs, -1).result(20))\n",
+        "with Executor(**OPTIONS) as e:\n    print(e.submit(abs, -1).result(20))\n",
         row.arguments(),
         env={"TMPDIR": "/no/such/folder"},
     )
@@ -334,7 +335,7 @@ def test_long_temporary_directory(row: Any, scripts: Any, tmp_path: Path) -> Non
     folder = tmp_path / ("long" * 40)
     folder.mkdir()
     out = scripts.run(
-        "with SingleNodeExecutor(**OPTIONS) as e:\n    print(e.submit(abs, -1).result(20))\n",
+        "with Executor(**OPTIONS) as e:\n    print(e.submit(abs, -1).result(20))\n",
         row.arguments(),
         env={"TMPDIR": str(folder)},
     )
@@ -351,7 +352,7 @@ def test_working_directory_that_was_removed(row: Any, scripts: Any, tmp_path: Pa
         os.chdir(folder)
         os.rmdir(folder)
         try:
-            with SingleNodeExecutor(**OPTIONS) as executor:
+            with Executor(**OPTIONS) as executor:
                 print(executor.submit(abs, -1).result(20))
         except (OSError, RuntimeError) as error:
             print("error")
@@ -370,7 +371,7 @@ def test_modules_in_the_working_directory_hide_no_others(row: Any, scripts: Any,
     out = scripts.run(
         """
         os.chdir("work")
-        with SingleNodeExecutor(**OPTIONS) as executor:
+        with Executor(**OPTIONS) as executor:
             print(executor.submit(abs, -1).result(20))
         """,
         row.arguments(),
