@@ -80,6 +80,10 @@ def __getattr__(name: str) -> object:
     return TestClusterExecutor
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 # Environment variable with the keys of the interface's program.
 _KEYS_VARIABLE = "EXECUTORLIB_CURVE_KEYS"
 _HELLO = b""

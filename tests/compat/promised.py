@@ -22,6 +22,7 @@ REQUIRED = Required()
 NAMES = {
     "BaseExecutor",
     "SingleNodeExecutor",
+    "SlurmClusterExecutor",
     "__version__",
     "get_cache_data",
     "get_future_from_cache",
@@ -33,7 +34,6 @@ NAMES = {
 NAMES_LATER = {
     "FluxClusterExecutor",
     "FluxJobExecutor",
-    "SlurmClusterExecutor",
     "SlurmJobExecutor",
 }
 
@@ -44,6 +44,7 @@ API_NAMES = {
     "MpiExecSpawner",
     "SocketInterface",
     "SubprocessSpawner",
+    "TestClusterExecutor",
     "cancel_items_in_queue",
     "cloudpickle_register",
     "get_command_path",
@@ -53,17 +54,16 @@ API_NAMES = {
     "interface_send",
     "interface_shutdown",
 }
-API_NAMES_LATER = {
-    "TestClusterExecutor",
-}
 
 # Constructors: arguments in the order in which they may be given by position, with their defaults.
 
-_COMMON: dict[str, object] = {
+_FIRST: dict[str, object] = {
     "max_workers": None,
     "cache_directory": None,
     "max_cores": None,
     "resource_dict": None,
+}
+_REST: dict[str, object] = {
     "hostname_localhost": None,
     "block_allocation": False,
     "init_function": None,
@@ -76,11 +76,21 @@ _COMMON: dict[str, object] = {
     "wait": True,
 }
 CONSTRUCTORS: dict[str, dict[str, object]] = {
-    "SingleNodeExecutor": {**_COMMON, "restart_limit": 0, "openmpi_oversubscribe": False},
+    "SingleNodeExecutor": {**_FIRST, **_REST, "restart_limit": 0, "openmpi_oversubscribe": False},
+    "SlurmClusterExecutor": {
+        **_FIRST,
+        "pysqa_config_directory": None,
+        "pmi_mode": None,
+        **_REST,
+        "openmpi_oversubscribe": False,
+    },
+    "TestClusterExecutor": {**_FIRST, **_REST, "openmpi_oversubscribe": False},
 }
 # Arguments beyond those of executorlib 1.x; by keyword only, so that no position moves.
 CONSTRUCTORS_BEYOND: dict[str, dict[str, object]] = {
     "SingleNodeExecutor": {"preload": (), "gpus": None, "start_method": None, "pin_cores": None},
+    "SlurmClusterExecutor": {},
+    "TestClusterExecutor": {},
 }
 
 # Methods: parameter, kind, default.

@@ -19,6 +19,7 @@ from contract.functions import (
     rank,
     rank_sum,
     rank_that_fails,
+    until,
     wait_until_gone,
 )
 from executorlib.launchers import mpi
@@ -28,7 +29,8 @@ pytestmark = pytest.mark.mpi
 TWO = {"cores": 2}
 
 
-@pytest.mark.rows("fork", "spawn", "block-fork")
+@pytest.mark.essential
+@pytest.mark.rows("fork", "spawn", "block-fork", "jobs", "slurm")
 def test_results_of_all_ranks_in_order(make_executor: Callable[..., Any]) -> None:
     with make_executor(max_cores=4, resource_dict=TWO) as executor:
         assert executor.submit(rank, "x").result(WAIT) == [(0, 2, "x"), (1, 2, "x")]
@@ -37,7 +39,7 @@ def test_results_of_all_ranks_in_order(make_executor: Callable[..., Any]) -> Non
         assert executor.submit(rank_sum, 2.0).result(WAIT) == [6.0, 6.0]
 
 
-@pytest.mark.rows("fork")
+@pytest.mark.rows("fork", "jobs")
 def test_one_core_is_no_list(make_executor: Callable[..., Any]) -> None:
     with make_executor(max_cores=2) as executor:
         wide = executor.submit(rank, resource_dict=TWO)
@@ -76,7 +78,7 @@ def test_init_function_on_every_rank(make_executor: Callable[..., Any]) -> None:
         assert executor.submit(use).result(WAIT) == [0, 10]
 
 
-@pytest.mark.rows("fork", "block-fork")
+@pytest.mark.rows("fork", "block-fork", "jobs")
 @pytest.mark.parametrize("bad", [0, 1])
 def test_one_rank_raises(make_executor: Callable[..., Any], bad: int) -> None:
     """Its exception is the call's, and the ranks that wait for it end."""
@@ -88,7 +90,7 @@ def test_one_rank_raises(make_executor: Callable[..., Any], bad: int) -> None:
         assert executor.submit(add, 1, 2).result(WAIT) == [3, 3]
 
 
-@pytest.mark.rows("fork")
+@pytest.mark.rows("fork", "jobs")
 def test_all_ranks_raise(make_executor: Callable[..., Any]) -> None:
     def every_rank() -> None:
         raise CustomError("everywhere")
@@ -116,7 +118,7 @@ def test_resources_of_ranks(make_executor: Callable[..., Any], tmp_path: Path) -
     assert set(",".join([first[2], second[2]]).split(",")) == {"0", "1"}
 
 
-@pytest.mark.rows("fork")
+@pytest.mark.rows("fork", "jobs")
 def test_run_time_max_of_ranks(make_executor: Callable[..., Any], gate: Callable[..., Gate]) -> None:
     """The limit is for the call, so that it is long enough for the ranks to start."""
     held = gate()
@@ -129,7 +131,7 @@ def test_run_time_max_of_ranks(make_executor: Callable[..., Any], gate: Callable
         assert executor.submit(add, 1, 2).result(WAIT) == 3
 
 
-@pytest.mark.rows("fork")
+@pytest.mark.rows("fork", "jobs")
 def test_cores_of_ranks_are_held(make_executor: Callable[..., Any], gate: Callable[..., Gate]) -> None:
     held = gate()
     with make_executor(max_cores=2) as executor:
@@ -137,13 +139,13 @@ def test_cores_of_ranks_are_held(make_executor: Callable[..., Any], gate: Callab
         held.pids(2)
         small = executor.submit(add, 1, 2)
         assert not small.running()
-        assert len(executor) == 1
+        until(lambda: len(executor) == 1)
         held.open()
         assert wide.result(WAIT) == [None, None]
         assert small.result(WAIT) == 3
 
 
-@pytest.mark.rows("fork")
+@pytest.mark.rows("fork", "jobs")
 def test_large_values_of_ranks(make_executor: Callable[..., Any]) -> None:
     block = bytes(3_000_000)
     with make_executor(max_cores=2, resource_dict=TWO) as executor:

@@ -9,11 +9,11 @@ import pytest
 from contract.functions import add
 
 WAIT = 30
-pytestmark = pytest.mark.rows("fork", "block-fork")
+pytestmark = pytest.mark.rows("fork", "block-fork", "jobs", "block-jobs")
 
 
 def test_mixed_in_before_the_executor(row: Any) -> None:
-    from executorlib import BaseExecutor, SingleNodeExecutor
+    from executorlib import BaseExecutor
 
     class Counting(BaseExecutor):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -24,7 +24,7 @@ def test_mixed_in_before_the_executor(row: Any) -> None:
             self.submitted += 1
             return super().submit(fn, *args, **kwargs)
 
-    class CountingExecutor(Counting, SingleNodeExecutor):
+    class CountingExecutor(Counting, row.executor_class):
         pass
 
     with CountingExecutor(**row.arguments()) as executor:
@@ -36,7 +36,7 @@ def test_mixed_in_before_the_executor(row: Any) -> None:
 
 
 def test_mixed_in_after_the_executor(row: Any) -> None:
-    from executorlib import BaseExecutor, SingleNodeExecutor
+    from executorlib import BaseExecutor
 
     class Named(BaseExecutor):
         name = "default"
@@ -44,7 +44,7 @@ def test_mixed_in_after_the_executor(row: Any) -> None:
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
 
-    class NamedExecutor(SingleNodeExecutor, Named):
+    class NamedExecutor(row.executor_class, Named):
         def __init__(self, *args: Any, name: str, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             self.name = name
@@ -59,7 +59,7 @@ def test_resources_added_by_a_subclass(row: Any, tmp_path: Any) -> None:
     """The keys that a subclass puts in are the call's own."""
     import os
 
-    from executorlib import BaseExecutor, SingleNodeExecutor
+    from executorlib import BaseExecutor
 
     class InFolder(BaseExecutor):
         folder = str(tmp_path / "there")
@@ -68,7 +68,7 @@ def test_resources_added_by_a_subclass(row: Any, tmp_path: Any) -> None:
             kwargs["resource_dict"] = {**kwargs.get("resource_dict", {}), "cwd": self.folder}
             return super().submit(fn, *args, **kwargs)
 
-    class InFolderExecutor(InFolder, SingleNodeExecutor):
+    class InFolderExecutor(InFolder, row.executor_class):
         pass
 
     with InFolderExecutor(**row.arguments()) as executor:
@@ -78,9 +78,8 @@ def test_resources_added_by_a_subclass(row: Any, tmp_path: Any) -> None:
 
 def test_positional_arguments(row: Any) -> None:
     """The order of the constructor's first arguments is part of the contract."""
-    from executorlib import SingleNodeExecutor
-
-    with SingleNodeExecutor(2, None, 4, {"threads_per_core": 2}) as executor:
+    folder = row.arguments().get("cache_directory")
+    with row.executor_class(2, folder, 4, {"threads_per_core": 2}) as executor:
         assert executor.max_workers == 2
         assert executor.info["max_cores"] == 4
         assert executor.submit(add, 1, 2).result(WAIT) == 3

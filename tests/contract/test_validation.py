@@ -60,7 +60,7 @@ def works_on(executor: Any) -> None:
     assert executor.submit(add, 1, 2).result(WAIT) == 3
 
 
-@pytest.mark.rows("fork")
+@pytest.mark.rows("fork", "jobs")
 @pytest.mark.parametrize(("key", "value", "named"), WRONG_VALUES, ids=WRONG_IDS)
 def test_wrong_value_at_submit(executor: Any, key: str, value: Any, named: str) -> None:
     with pytest.raises(BAD) as caught:

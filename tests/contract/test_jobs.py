@@ -1,0 +1,463 @@
+"""Calls that are jobs: who leaves comes back to their results, and none runs twice."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from concurrent.futures import CancelledError, Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import marked_processes, open_files
+from contract.functions import CustomError, Gate, add, fail, identity, lines, put, record, total, until
+from executorlib import get_cache_data, get_future_from_cache, get_item_from_future, split_future
+
+WAIT = 40
+pytestmark = [pytest.mark.cache, pytest.mark.essential, pytest.mark.rows(jobs=True)]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    return tmp_path / "store"
+
+
+@pytest.fixture
+def make(make_executor: Callable[..., Any], store: Path) -> Callable[..., Any]:
+    """Make executors that share one cache directory."""
+    return lambda **kwargs: make_executor(cache_directory=str(store), **kwargs)
+
+
+def waiting(store: Path) -> list[str]:
+    return sorted(str(path.relative_to(store)) for path in store.rglob("*_i.h5"))
+
+
+def finished(store: Path) -> list[str]:
+    return sorted(str(path.relative_to(store)) for path in store.rglob("*_o.h5"))
+
+
+def assert_tidy(store: Path) -> None:
+    """All entries are done; a job removes its own right after its result is there."""
+    until(lambda: not waiting(store))
+
+
+def runs(held: Gate) -> int:
+    """How many calls have come to a gate."""
+    return len([name for name in os.listdir(held.folder) if name.startswith(f"{held.name}-started-")])
+
+
+def is_cancelled(future: Future[Any]) -> bool:
+    try:
+        future.exception(WAIT)
+    except CancelledError:
+        return True
+    return False
+
+
+def key(name: str) -> dict[str, str]:
+    return {"cache_key": name}
+
+
+# Leaving and coming back.
+
+
+def test_leaving_cancels_the_futures_and_keeps_the_jobs(
+    make: Callable[..., Any],
+    gate: Callable[..., Gate],
+    store: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    held, log = gate(), str(tmp_path / "log")
+    executor = make()
+    first = executor.submit(held, 1)
+    futures = [first, executor.submit(record, log, 2), executor.submit(add, first, 1)]
+    held.pid()
+    executor.shutdown(wait=False)
+    assert is_cancelled(futures[0])
+    assert is_cancelled(futures[2])
+    executor.shutdown()
+    assert not caplog.records
+    held.open()
+    with make() as again:
+        first = again.submit(held, 1)
+        results = [first, again.submit(record, log, 2), again.submit(add, first, 1)]
+        assert [future.result(WAIT) for future in results] == [1, 2, 2]
+    assert lines(log) == ["2"]
+    assert runs(held) == 1
+    assert_tidy(store)
+
+
+def test_leaving_right_after_submitting(make: Callable[..., Any], store: Path) -> None:
+    """Also what was not handed to the queuing system yet becomes jobs."""
+    executor = make()
+    futures = [executor.submit(add, i, 1) for i in range(5)]
+    futures.append(executor.submit(total, *futures, resource_dict=key("last")))
+    executor.shutdown(wait=False)
+    assert is_cancelled(futures[-1])
+    executor.shutdown()
+    assert get_future_from_cache(store, "last").result(WAIT) == 15
+    until(lambda: len(finished(store)) == 6, WAIT)
+
+
+def test_leaving_the_block_without_waiting(make: Callable[..., Any], gate: Callable[..., Gate], store: Path) -> None:
+    held = gate()
+    with make(wait=False) as executor:
+        future = executor.submit(held, 5, resource_dict=key("held"))
+        held.pid()
+    assert is_cancelled(future)
+    held.open()
+    assert get_future_from_cache(store, "held").result(WAIT) == 5
+
+
+def test_coming_back_to_a_running_job(make: Callable[..., Any], gate: Callable[..., Gate]) -> None:
+    """The job is joined; what depends on it waits for it."""
+    held = gate()
+    executor = make()
+    executor.submit(held, 1)
+    held.pid()
+    executor.shutdown(wait=False)
+    with make() as again:
+        future = again.submit(held, 1)
+        dependent = again.submit(add, future, 1)
+        until(future.running, WAIT)
+        assert not dependent.done()
+        held.open()
+        assert (future.result(WAIT), dependent.result(WAIT)) == (1, 2)
+    assert runs(held) == 1
+
+
+def test_leaving_a_job_that_another_session_submitted(
+    make: Callable[..., Any], gate: Callable[..., Gate], store: Path
+) -> None:
+    held = gate()
+    with make() as executor:
+        future = executor.submit(held, 1, resource_dict=key("held"))
+        held.pid()
+        other = make()
+        joined = other.submit(held, 1, resource_dict=key("held"))
+        until(lambda: len(other) == 0 or joined.running(), WAIT)
+        other.shutdown(wait=False)
+        assert is_cancelled(joined)
+        held.open()
+        assert future.result(WAIT) == 1
+    assert runs(held) == 1
+    assert finished(store) == ["held_o.h5"]
+
+
+def test_cancelling_a_joined_call_leaves_the_other_sessions_job(
+    make: Callable[..., Any], gate: Callable[..., Gate]
+) -> None:
+    held = gate()
+    with make() as executor, make() as other:
+        first = executor.submit(held, 1)
+        held.pid()
+        mine = executor.submit(add, first, 1)  # waits in the queue
+        joined = other.submit(add, other.submit(held, 1), 1)
+        until(lambda: other.future_queue is not None)
+        assert joined.cancel()
+        held.open()
+        assert mine.result(WAIT) == 2
+
+
+TWICE = """
+    from contract.functions import add, put, record, wait_for
+
+    put(f"ready-{sys.argv[0][-4]}")
+    wait_for("go")
+    with Executor(**OPTIONS) as executor:
+        first = list(executor.map(record, ["first"] * 8, range(8)))
+        second = executor.map(record, ["second"] * 8, [executor.submit(add, i, 1) for i in range(8)])
+        print(first, list(second))
+"""
+
+
+def with_tests() -> dict[str, str]:
+    """The environment in which programs find this folder's functions."""
+    return {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])}
+
+
+def test_two_sessions_submit_the_same_at_the_same_moment(row: Any, scripts: Any, store: Path, tmp_path: Path) -> None:
+    options = row.arguments(cache_directory=str(store))
+    programs = [scripts.start(TWICE, options, env=with_tests()) for _ in range(2)]
+    until(lambda: len(list(tmp_path.glob("ready-?"))) == 2, WAIT)
+    put(tmp_path / "go")
+    expected = f"{list(range(8))} {list(range(1, 9))}\n"
+    for program in programs:
+        assert program.communicate(timeout=WAIT) == (expected, "")
+    assert sorted(lines(tmp_path / "first")) == sorted(map(str, range(8)))
+    assert sorted(lines(tmp_path / "second")) == sorted(map(str, range(1, 9)))
+    assert_tidy(store)
+
+
+KILLED = """
+    from contract.functions import Gate, add, record
+
+    executor = Executor(**OPTIONS)
+    first = executor.submit(Gate(os.getcwd(), "gate"), 1)
+    second = executor.submit(record, "log", first)
+    third = executor.submit(add, second, 1)
+    third.result()
+"""
+
+
+def test_session_that_is_killed(
+    row: Any, scripts: Any, make: Callable[..., Any], gate: Callable[..., Gate], store: Path, tmp_path: Path
+) -> None:
+    """Its jobs go on, and nothing that it left half done is in the way of the next one."""
+    held = gate()
+    program = scripts.start(KILLED, row.arguments(cache_directory=str(store)), env=with_tests())
+    held.pid()
+    program.send_signal(signal.SIGKILL)
+    assert program.wait(WAIT) == -signal.SIGKILL
+    held.open()
+    with make() as executor:
+        first = executor.submit(Gate(str(tmp_path), "gate"), 1)
+        second = executor.submit(record, "log", first)
+        assert executor.submit(add, second, 1).result(WAIT) == 2
+    assert runs(held) == 1
+    assert_tidy(store)
+
+
+def test_same_keys_whenever_inputs_are_done(make: Callable[..., Any], store: Path) -> None:
+    """A call with futures as inputs is the same, whether their results were there before it or not."""
+    with make() as executor:
+        source = executor.submit(identity, {"a": (1, 2)})
+        part = get_item_from_future(source, "a")
+        results = [executor.submit(identity, part), executor.submit(total, *split_future(part, 2))]
+        assert [future.result(WAIT) for future in results] == [(1, 2), 3]
+    before = finished(store)
+    assert len(before) == 3
+    with make() as executor:
+        source = executor.submit(identity, {"a": (1, 2)})
+        assert source.result(WAIT) == {"a": (1, 2)}
+        part = get_item_from_future(source, "a")
+        results = [executor.submit(identity, part), executor.submit(total, *split_future(part, 2))]
+        assert [future.result(WAIT) for future in results] == [(1, 2), 3]
+    assert finished(store) == before
+
+
+# Jobs that are inputs of jobs.
+
+
+def test_chain_without_a_session(
+    make: Callable[..., Any], gate: Callable[..., Gate], store: Path, tmp_path: Path
+) -> None:
+    held, log = gate(), str(tmp_path / "log")
+    executor = make()
+    future = executor.submit(held, 0)
+    for step in range(1, 4):
+        future = executor.submit(add, executor.submit(record, log, future), step)
+    executor.submit(identity, future, resource_dict=key("last"))
+    held.pid()
+    executor.shutdown(wait=False)
+    executor.shutdown()
+    held.open()
+    assert get_future_from_cache(store, "last").result(WAIT) == 6
+    assert lines(log) == ["0", "1", "3"]
+
+
+def test_two_layers_without_a_session(make: Callable[..., Any], gate: Callable[..., Gate], store: Path) -> None:
+    held = gate()
+    executor = make()
+    top = executor.submit(held, 10)
+    first = [executor.submit(add, top, i) for i in range(4)]
+    second = [executor.submit(add, future, 100) for future in first]
+    executor.submit(total, *second, resource_dict=key("last"))
+    held.pid()
+    executor.shutdown(wait=False)
+    executor.shutdown()
+    held.open()
+    assert get_future_from_cache(store, "last").result(WAIT) == 4 * 110 + 6
+
+
+def test_layers_of_different_order(make: Callable[..., Any]) -> None:
+    """Each call waits for its own input, whatever its place among the others."""
+    with make() as executor:
+        first = [executor.submit(identity, i) for i in range(6)]
+        reverse = [executor.submit(add, future, 10) for future in reversed(first)]
+        some = [executor.submit(add, first[i], 20) for i in (1, 2, 5)]
+        pairs = [executor.submit(add, left, right) for left, right in zip(first, reverse, strict=True)]
+        assert [future.result(WAIT) for future in reverse] == [15, 14, 13, 12, 11, 10]
+        assert [future.result(WAIT) for future in some] == [21, 22, 25]
+        assert [future.result(WAIT) for future in pairs] == [15] * 6
+
+
+def test_parts_of_results_without_a_session(make: Callable[..., Any], gate: Callable[..., Gate], store: Path) -> None:
+    held = gate()
+    executor = make()
+    source = executor.submit(held, {"a": (1, 20)})
+    left, right = split_future(get_item_from_future(source, "a"), 2)
+    executor.submit(add, left, b=right, resource_dict=key("last"))
+    held.pid()
+    executor.shutdown(wait=False)
+    executor.shutdown()
+    held.open()
+    assert get_future_from_cache(store, "last").result(WAIT) == 21
+
+
+def test_failed_input_fails_what_depends_on_it(
+    make: Callable[..., Any], gate: Callable[..., Gate], store: Path, tmp_path: Path
+) -> None:
+    """Also when that is in the queue already; no job is left, none of them has run."""
+    held, log = gate(), str(tmp_path / "log")
+
+    def fail_later() -> None:
+        held()
+        fail("the input")
+
+    with make() as executor:
+        bad = executor.submit(fail_later)
+        second = executor.submit(record, log, bad)
+        third = executor.submit(record, log, [second, executor.submit(identity, 5)])
+        held.pid()
+        held.open()
+        for future in (bad, second, third):
+            assert isinstance(future.exception(WAIT), CustomError)
+        assert executor.submit(add, 1, 2).result(WAIT) == 3
+    assert lines(log) == []
+    assert_tidy(store)
+
+
+def test_result_that_lacks_the_part(make: Callable[..., Any], gate: Callable[..., Gate]) -> None:
+    held = gate()
+    with make() as executor:
+        part = get_item_from_future(executor.submit(held, {"a": 1}), "b")
+        dependent = executor.submit(add, part, 1)
+        held.pid()
+        held.open()
+        assert isinstance(dependent.exception(WAIT), KeyError)
+
+
+def test_inputs_that_another_session_runs(make: Callable[..., Any], gate: Callable[..., Gate]) -> None:
+    held = gate()
+    with make() as one, make() as two:
+        mine = one.submit(held, 1)
+        held.pid()
+        joined = two.submit(held, 1)
+        across = two.submit(add, mine, joined)
+        held.open()
+        assert across.result(WAIT) == 2
+    assert runs(held) == 1
+
+
+# Cancelling.
+
+
+def test_cancelling_a_job_in_the_queue(
+    make: Callable[..., Any], gate: Callable[..., Gate], store: Path, tmp_path: Path
+) -> None:
+    held, log = gate(), str(tmp_path / "log")
+    with make() as executor:
+        first = executor.submit(held, 1)
+        queued = executor.submit(record, log, first)
+        held.pid()
+        until(lambda: len(waiting(store)) == 2, WAIT)
+        assert queued.cancel()
+        until(lambda: len(waiting(store)) == 1)
+        held.open()
+        assert first.result(WAIT) == 1
+    assert lines(log) == []
+    with make() as executor:
+        assert executor.submit(record, log, executor.submit(held, 1)).result(WAIT) == 1
+    assert lines(log) == ["1"]
+
+
+def test_cancelling_one_of_two_equal_calls(make: Callable[..., Any], gate: Callable[..., Gate]) -> None:
+    """The job is the other one's as well."""
+    held = gate()
+    with make() as executor:
+        first = executor.submit(held, 1)
+        twins = [executor.submit(add, first, 1) for _ in range(3)]
+        assert twins[0].cancel()
+        held.pid()
+        assert twins[1].cancel()
+        held.open()
+        assert twins[2].result(WAIT) == 2
+
+
+def test_leaving_with_the_queue_emptied(
+    make: Callable[..., Any], gate: Callable[..., Gate], store: Path, tmp_path: Path
+) -> None:
+    held, log = gate(), str(tmp_path / "log")
+    executor = make()
+    running = executor.submit(held, 1)
+    queued = [executor.submit(record, log, running) for _ in range(2)]
+    until(running.running, WAIT)
+    executor.shutdown(wait=False, cancel_futures=True)
+    assert all(map(is_cancelled, queued))
+    held.open()
+    executor.shutdown()
+    assert running.result(0) == 1
+    assert lines(log) == []
+    assert_tidy(store)
+
+
+# What is in the cache directory.
+
+
+def test_future_of_a_running_job(make: Callable[..., Any], gate: Callable[..., Gate], store: Path) -> None:
+    held = gate()
+    with make() as executor:
+        executor.submit(held, 7, resource_dict=key("folder/held"))
+        held.pid()
+        future = get_future_from_cache(store, "folder/held")
+        assert not future.done()
+        (entry,) = get_cache_data(store)
+        assert entry["input_args"] == [7]
+        assert "output" not in entry
+        held.open()
+        assert future.result(WAIT) == 7
+
+
+def test_exceptions_are_kept_with_their_traceback(make: Callable[..., Any], store: Path, tmp_path: Path) -> None:
+    log = str(tmp_path / "log")
+
+    def record_and_fail() -> None:
+        record(log, "ran")
+        fail("on record")
+
+    for _ in range(2):
+        with make() as executor:
+            error = executor.submit(record_and_fail, resource_dict=key("bad")).exception(WAIT)
+            assert isinstance(error, CustomError)
+            assert error.args == ("on record",)
+            assert "Traceback (most recent call last)" in str(error.__cause__)
+            assert "in record_and_fail" in str(error.__cause__)
+    assert lines(log) == ["ran"]
+    with pytest.raises(CustomError, match="on record"):
+        get_future_from_cache(store, "bad")
+
+
+def test_default_directory(
+    row: Any, monkeypatch: pytest.MonkeyPatch, gate: Callable[..., Gate], tmp_path: Path
+) -> None:
+    """It is the one in which the executor was made, wherever the program goes later."""
+    held = gate()
+    monkeypatch.chdir(tmp_path)
+    with row.executor_class() as executor:
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        future = executor.submit(held, 1, resource_dict=key("held"))
+        held.open()
+        assert future.result(WAIT) == 1
+    assert finished(tmp_path) == ["executorlib_cache/held_o.h5"]
+
+
+@pytest.mark.linux
+def test_nothing_is_left_behind(make: Callable[..., Any], gate: Callable[..., Gate]) -> None:
+    """A session that leaves keeps nothing; once its jobs are over, neither do they."""
+    held = gate()
+    threads, files, processes = threading.active_count(), len(open_files()), set(marked_processes())
+    executor = make()
+    executor.submit(add, executor.submit(held, 1), 1)
+    pid = held.pid()
+    executor.shutdown(wait=False)
+    until(lambda: threading.active_count() == threads)
+    assert len(open_files()) == files
+    assert os.path.exists(f"/proc/{pid}")
+    held.open()
+    until(lambda: set(marked_processes()) <= processes, WAIT)
