@@ -25,7 +25,7 @@ from typing import Any
 SOURCE = Path(__file__).resolve().parents[1] / "src"
 sys.path.insert(0, str(SOURCE))
 
-from executorlib import cache  # noqa: E402
+from executorlib import cache, entries  # noqa: E402
 
 ROUNDS = 5
 LOOK_UPS = 300
@@ -54,7 +54,7 @@ def main() -> None:
 
 def write(path: Path) -> None:
     """Write a small real entry."""
-    cache.write_output(
+    entries.write_output(
         path, function=operator.add, args=(1, 2), kwargs={}, resource_dict={"cores": 1}, runtime=0.5, output=3
     )
 
@@ -71,10 +71,10 @@ def make_entries(directory: Path, count: int) -> float:
 def look_ups(small: Path, large: Path) -> None:
     """Print what one look-up costs in both directories, in alternating rounds."""
     actions: dict[str, Callable[[Path], Any]] = {
-        "read_output, hit": lambda directory: cache.read_output(cache.entry_path(directory, "key")),
-        "read_output, miss": lambda directory: cache.read_output(cache.entry_path(directory, "no")),
+        "read_output, hit": lambda directory: entries.read_output(entries.entry_path(directory, "key")),
+        "read_output, miss": lambda directory: entries.read_output(entries.entry_path(directory, "no")),
         "get_future_from_cache": lambda directory: cache.get_future_from_cache(directory, "key"),
-        "write_output": lambda directory: write(cache.entry_path(directory, "key")),
+        "write_output": lambda directory: write(entries.entry_path(directory, "key")),
     }
     for directory in (small, large):
         write(directory / "key_o.h5")

@@ -16,7 +16,7 @@ from typing import Any
 import cloudpickle
 import pytest
 
-from executorlib import cache, commands
+from executorlib import commands, entries
 from executorlib._version import __version__
 
 pytestmark = pytest.mark.cache
@@ -27,7 +27,7 @@ DAY = 86400.0
 def write(path: Path, **result: Any) -> Path:
     """Write the entry of a call of `operator.add`, with its output or error."""
     arguments: dict[str, Any] = {"args": (1,), "kwargs": {"b": 2}, "resource_dict": {"cores": 1}, "runtime": 0.5}
-    cache.write_output(path, function=operator.add, **arguments, **result)
+    entries.write_output(path, function=operator.add, **arguments, **result)
     return path
 
 
@@ -193,7 +193,7 @@ def test_ls_into_a_pipe_that_closes_is_silent(tmp_path: Path) -> None:
     for number in range(2000):
         (tmp_path / f"{number:0100}_o.h5").touch()
     command = [sys.executable, "-m", "executorlib", "cache", "ls", "-d", str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(cache.__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(entries.__file__).parents[1])}
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stderr is not None
@@ -242,7 +242,7 @@ def test_show_writes_json(tmp_path: Path, call: Call) -> None:
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
     try:
         arguments: dict[str, Any] = {"args": (Unrepresentable(),), "kwargs": {}, "resource_dict": {}, "runtime": 0.5}
-        cache.write_output(tmp_path / "key_o.h5", function=operator.add, **arguments, error=KeyError("why"))
+        entries.write_output(tmp_path / "key_o.h5", function=operator.add, **arguments, error=KeyError("why"))
     finally:
         cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
     code, out, _ = call("cache", "show", "-d", tmp_path, "key", "--json")
@@ -254,7 +254,7 @@ def test_show_writes_json(tmp_path: Path, call: Call) -> None:
 
 def test_show_prints_where_a_function_raised(tmp_path: Path, call: Call) -> None:
     values = {"function": operator.add, "error": KeyError("why"), "traceback": "Traceback:\n  in add", "queue_id": 17}
-    cache.write_pickles(str(tmp_path / "key_o.h5"), {name: pickle.dumps(value) for name, value in values.items()})
+    entries.write_pickles(str(tmp_path / "key_o.h5"), {name: pickle.dumps(value) for name, value in values.items()})
     _, out, _ = call("cache", "show", "-d", tmp_path, "key")
     assert re.search(r"^error: +KeyError\('why'\)$", out, re.MULTILINE)
     assert re.search(r"^traceback: +Traceback:\n +in add$", out, re.MULTILINE)
@@ -391,7 +391,7 @@ def test_prune_removes_what_crashed_writers_left(tmp_path: Path, call: Call) -> 
 
 def test_prune_removes_marks_of_jobs_that_died(tmp_path: Path, call: Call) -> None:
     for folder, job in ((tmp_path, "old"), (tmp_path / "sub", "old"), (tmp_path, "new")):
-        cache.take_over(str(folder / "key_i.h5"), job)
+        entries.take_over(str(folder / "key_i.h5"), job)
         if job == "old":
             age(folder / ".executorlib", 2 * 3600)
     _, out, _ = call("cache", "prune", "-d", tmp_path)
@@ -400,7 +400,7 @@ def test_prune_removes_marks_of_jobs_that_died(tmp_path: Path, call: Call) -> No
 
 
 def test_the_files_of_writers_that_die_are_known_as_such(tmp_path: Path) -> None:
-    assert commands._TEMPORARY.fullmatch(os.path.basename(cache._temporary(str(tmp_path / "key_o.h5"))))
+    assert commands._TEMPORARY.fullmatch(os.path.basename(entries._temporary(str(tmp_path / "key_o.h5"))))
 
 
 def test_prune_removes_batch_directories_that_nobody_needs(tmp_path: Path, call: Call) -> None:

@@ -1,69 +1,34 @@
-"""Results of calls kept on disk: one HDF5 file per call in the cache directory.
-
-An entry is the file ``<key>_i.h5`` while its call waits or runs and ``<key>_o.h5`` once it is done. Its
-datasets, each the pickle of one value as a row of bytes, are `function`, `input_args`, `input_kwargs`,
-`resource_dict`, `output` or `error`, `runtime`, `queue_id` and `error_log_file`, as far as they are known.
+"""What users ask of a cache directory: its entries, as a list or as futures. Their files are in `executorlib.entries`.
 
 Reading an entry unpickles it, and unpickling runs whatever the file says: use only cache directories that
 nobody else can write to, or whose writers you trust.
-
-Several processes may use one directory at once. A file is put in place by a rename, so a reader sees a whole
-entry or none, and of two writers the last one stays. No lock is taken, because network file systems often
-have none: HDF5 only ever works on memory and on open files, never on paths.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import logging
 import os
-import pickle
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
-from types import ModuleType
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
-from executorlib.errors import RemoteTraceback
-from executorlib.serialize import dumps_in_band
-
-_logger = logging.getLogger("executorlib")
-
-_INPUT, _OUTPUT = "_i.h5", "_o.h5"
-# Where jobs of queuing systems find what they are to run: one folder a batch, in this folder of the cache directory.
-BATCHES_FOLDER = ".executorlib"
-ENTRIES_FILE = "entries"
-JOB_ID_FILE = "job_id"
-OWNER_FILE = "owner"
-SETUP_FILE = "setup.json"
-_WRITING = "_r.h5"  # executorlib 1.x calls an entry so while it adds the result to it
-
-_DATASETS = (
-    "function",
-    "input_args",
-    "input_kwargs",
-    "output",
-    "error",
-    "resource_dict",
-    "runtime",
-    "queue_id",
-    "error_log_file",
+from executorlib.entries import (
+    DATASETS,
+    INPUT,
+    JOB_ID_FILE,
+    OUTPUT,
+    OWNER_FILE,
+    WRITING,
+    batch_entries,
+    entry_path,
+    output_of,
+    read_output,
+    read_text,
+    read_values,
 )
-
-_CALL = ("function", "input_args", "input_kwargs", "resource_dict")
-
-# Large arrays of floats hardly shrink at any level, so the fastest.
-_GZIP_LEVEL = 1
-_CHUNK_BYTES = 1 << 20
-
-_NAME_BYTES = 255  # of one file name, on all common file systems
-
-# Who has marked an entry as dead removes it at once; after so long, whoever it was is dead as well.
-_MARKER_SECONDS = 60.0
 
 _POLL_SECONDS = 0.2
 # Of many entries seldom enough to take no more of a core than this, but a result is seen within about a second.
@@ -72,497 +37,6 @@ _LONGEST_POLL_SECONDS = 1.0
 # How long neither file of an entry may be seen before it counts as removed: network file systems show a
 # rename late, NFS by default after up to a minute, mostly within seconds.
 _GONE_SECONDS = 10.0
-
-
-class Output(NamedTuple):
-    """What a call that is done left behind.
-
-    Attributes:
-        value: What the function returned; None where it raised.
-        error: What the function raised, or None.
-        runtime: Seconds that the function took, or None where the entry does not tell.
-    """
-
-    value: Any
-    error: BaseException | None
-    runtime: float | None
-
-
-class StoredResult:
-    """The result of another entry, as executorlib 1.x writes it among the inputs of a call that waits for it."""
-
-    _file_name: str
-    _selector: Any = None
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self._file_name!r})"
-
-    def done(self) -> bool:
-        """Say whether the other call is done."""
-        return os.path.exists(self._file_name)
-
-    def result(self) -> Any:
-        """Return the other call's result.
-
-        Raises:
-            FileNotFoundError: If the other call is not done.
-            Exception: What the other call's function raised.
-        """
-        output = read_output(self._file_name)
-        if output is None:
-            raise FileNotFoundError(f"the input {self._file_name} has no result yet")
-        if output.error is not None:
-            raise output.error
-        return output.value if self._selector is None else output.value[self._selector]
-
-
-class ResultOf:
-    """Stands among a call's inputs for the result of another entry, and is unpickled to that result.
-
-    Args:
-        path: The other entry's output file, absolute.
-        keys: What to take of the result: ``result[keys[0]][keys[1]]...``.
-    """
-
-    def __init__(self, path: str, keys: tuple[Any, ...] = ()) -> None:
-        self._path = path
-        self._keys = keys
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _load_result, (self._path, self._keys)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self._path!r}, {self._keys!r})"
-
-
-def _load_result(path: str, keys: tuple[Any, ...]) -> Any:
-    output = read_output(path)
-    if output is None:
-        raise FileNotFoundError(f"an input of this call is the result of {path}, which is not there (any more)")
-    if output.error is not None:
-        raise output.error
-    value = output.value
-    for key in keys:
-        value = value[key]
-    return value
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if name == "FutureItem" and module.startswith("executorlib."):
-            return StoredResult
-        if name == "_load_result" and module == __name__:
-            return ResultOf  # who looks at a call's inputs need not load them all
-        return super().find_class(module, name)
-
-
-def entry_path(directory: str | os.PathLike[str], key: str, suffix: Literal["i", "o"] = "o") -> Path:
-    """Name the file of an entry.
-
-    Args:
-        directory: The cache directory.
-        key: Key of the entry; slashes make sub-folders.
-        suffix: ``"i"`` for a call that waits or runs, ``"o"`` for one that is done.
-
-    Raises:
-        ValueError: If the key is empty, leads out of the directory, or cannot be a file name.
-    """
-    parts = key.split("/")
-    if not {"", ".", ".."}.isdisjoint(parts) or "\0" in key:
-        raise ValueError(
-            f"the cache_key {key!r} does not name a file inside the cache directory; use a relative "
-            'path such as "name" or "folder/name", without "." and ".."'
-        )
-    path = Path(directory, *parts[:-1], f"{parts[-1]}_{suffix}.h5")
-    if any(len(os.fsencode(part)) > _NAME_BYTES for part in (*parts[:-1], path.name)):
-        raise ValueError(
-            f"the cache_key {key[:40]!r}... is too long for a file name; use at most {_NAME_BYTES - len(_OUTPUT)} bytes"
-        )
-    return path
-
-
-class Snapshot(bytes):
-    """The pickle of a value as it was at some time."""
-
-    @classmethod
-    def of(cls, value: Any) -> Snapshot:
-        """Pickle a value now.
-
-        Raises:
-            Exception: Whatever pickling it raises.
-        """
-        return cls(dumps_in_band(value))
-
-
-def write_output(
-    path: str | os.PathLike[str],
-    *,
-    function: Any,
-    args: Iterable[Any] | Snapshot,
-    kwargs: dict[str, Any] | Snapshot,
-    resource_dict: dict[str, Any],
-    runtime: float,
-    output: Any = None,
-    error: BaseException | None = None,
-) -> None:
-    """Put the entry of a call that is done in place, whole or not at all.
-
-    Args:
-        path: Its file, from `entry_path`; the folder is made where missing.
-        function: The function that was called.
-        args: Its positional arguments, or a `Snapshot` of their list from before the function ran, which
-            may have changed them.
-        kwargs: Its keyword arguments, or a `Snapshot` of them.
-        resource_dict: The resources it ran with.
-        runtime: Seconds it took.
-        output: What it returned; not kept where it raised.
-        error: What it raised, or None.
-
-    Raises:
-        ImportError: If h5py is missing.
-        OSError: If the file cannot be written, for example on a full disk; nothing is left behind.
-        Exception: Whatever pickling one of the values raises.
-    """
-    result = {"output": output} if error is None else {"error": error}
-    values = {
-        "function": function,
-        "input_args": args if isinstance(args, Snapshot) else list(args),
-        "input_kwargs": kwargs,
-        "resource_dict": resource_dict,
-        **result,
-        "runtime": runtime,
-    }
-    _write(os.fspath(path), _pack(values))
-
-
-def write_pickles(path: str, pickles: dict[str, bytes]) -> None:
-    """Put an entry in place whose values are pickled already.
-
-    Args:
-        path: Its file.
-        pickles: Datasets and what they hold.
-
-    Raises:
-        ImportError: If h5py is missing.
-        OSError: If the file cannot be written; nothing is left behind.
-    """
-    _write(path, _pack({name: Snapshot(data) for name, data in pickles.items()}))
-
-
-def write_input(path: str, values: dict[str, Any]) -> bool:
-    """Claim an entry: of all who try at the same time, one puts its file in place and has the call run.
-
-    Args:
-        path: The file, from `entry_path` with ``"i"``; its folder is made where missing.
-        values: Datasets and their values; a `Snapshot` is stored as it is.
-
-    Returns:
-        Whether it was put in place; False where there is one already.
-
-    Raises:
-        ImportError: If h5py is missing.
-        OSError: If the file cannot be written; nothing is left behind.
-        Exception: Whatever pickling one of the values raises.
-    """
-    data = _pack(values)
-    temporary = _temporary(path)
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-        try:
-            os.link(temporary, path)
-        except FileExistsError:
-            return False
-        except OSError:
-            # No hard links here. An empty file is claimed as well, and `read_input` knows that it may be filled soon.
-            try:
-                os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-            except FileExistsError:
-                return False
-            os.replace(temporary, path)
-        return True
-    finally:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-
-
-def read_input(path: str) -> dict[str, Any] | None:
-    """Read what is to be run.
-
-    Args:
-        path: The file, as `write_input` made it.
-
-    Returns:
-        The pickles ``function``, ``input_args``, ``input_kwargs`` and ``resource_dict``; ``batch``, the batch directory
-        (None in files of executorlib 1.x), and ``run_time_max`` and ``error_log_file`` as values. None where there is
-        no such file or it cannot be read.
-    """
-    pickles = _read_pickles(path, (*_CALL, "batch"))
-    if pickles is None or not pickles.keys() >= set(_CALL):
-        return None
-    resources = _load(pickles["resource_dict"])
-    batch = _load(pickles.pop("batch")) if "batch" in pickles else None
-    return {
-        **pickles,
-        "batch": batch,
-        "run_time_max": resources.get("run_time_max"),
-        "error_log_file": resources.get("error_log_file"),
-    }
-
-
-class Ending(NamedTuple):
-    """How a call ended, before anything of the user's is unpickled.
-
-    Attributes:
-        data: Pickle of what the function returned, or of what it raised.
-        failed: Whether it raised.
-        runtime: Seconds that it took.
-        traceback: Where it raised, as text.
-    """
-
-    data: bytes
-    failed: bool
-    runtime: float
-    traceback: str
-
-
-def read_ending(path: str) -> Ending | None:
-    """Read how a call ended; None where its output file is not there, not whole, or holds no result."""
-    pickles = _read_pickles(path, ("output", "error", "runtime", "traceback"))
-    if pickles is None or not pickles.keys() & {"output", "error"}:
-        return None
-    failed = "error" in pickles
-    runtime = _load(pickles["runtime"]) if "runtime" in pickles else 0.0
-    traceback = _load(pickles["traceback"]) if "traceback" in pickles else ""
-    return Ending(pickles["error" if failed else "output"], failed, runtime, traceback)
-
-
-def remove_input(path: str) -> None:
-    """Remove the file of an entry that waits or runs; it may be gone already."""
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
-
-
-def output_of(path: str) -> str:
-    """Name the file that holds an entry's result, given that of the entry that waits or runs."""
-    return path.removesuffix(_INPUT) + _OUTPUT
-
-
-def input_of(path: str) -> str:
-    """The reverse of `output_of`."""
-    return path.removesuffix(_OUTPUT) + _INPUT
-
-
-def take_over(path: str, name: str) -> None:
-    """Free an entry whose job is dead, so that it can be claimed again.
-
-    Several may find it dead at the same time, and the second must not remove what the first has claimed anew. So only
-    one ever removes the entry of one job, the one that makes the marker first.
-
-    Args:
-        path: The entry's file.
-        name: Names the job that is dead, unique for all times.
-    """
-    marker = os.path.join(os.path.dirname(path), BATCHES_FOLDER, f"dead-{name}")
-    os.makedirs(os.path.dirname(marker), exist_ok=True)
-    try:
-        os.close(os.open(marker, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-    except FileExistsError:
-        if not is_older(marker, _MARKER_SECONDS):
-            return
-    remove_input(path)
-
-
-def is_older(path: str, seconds: float) -> bool:
-    """Whether a file was last changed longer ago than that; one that is gone was not."""
-    try:
-        return time.time() - os.stat(path).st_mtime > seconds
-    except OSError:
-        return False
-
-
-def read_text(path: str) -> str | None:
-    """Read a small text file; None where there is none, or an empty one."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            return file.read() or None
-    except OSError:
-        return None
-
-
-def batch_entries(directory: str) -> dict[int, str]:
-    """Read which entries a batch directory's jobs run: index in the job array → file."""
-    entries = {}
-    with open(os.path.join(directory, ENTRIES_FILE), encoding="utf-8") as file:
-        for line in file:
-            index, _, path = line.rstrip("\n").partition(" ")
-            entries[int(index)] = path
-    return entries
-
-
-def write_text(path: str, text: str) -> None:
-    """Put a small text file in place, whole or not at all."""
-    _write(path, memoryview(text.encode()))
-
-
-def _pack(values: dict[str, Any]) -> memoryview:
-    """Return the bytes of an HDF5 file that holds these values."""
-    h5py = _h5py()
-    import numpy  # comes with h5py
-
-    image = io.BytesIO()
-    with h5py.File(image, "w") as file:
-        for name, value in values.items():
-            pickled = value if isinstance(value, Snapshot) else dumps_in_band(value)
-            data = numpy.frombuffer(pickled, dtype=numpy.uint8)
-            file.create_dataset(
-                name,
-                data=data,
-                chunks=(min(data.size, _CHUNK_BYTES),),
-                compression="gzip",
-                compression_opts=_GZIP_LEVEL,
-            )
-    return image.getbuffer()
-
-
-def _write(path: str, data: memoryview) -> None:
-    temporary = _temporary(path)
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
-
-
-def _temporary(path: str) -> str:
-    """Name a file beside ``path``, whose folder is made where missing."""
-    folder = os.path.dirname(path)
-    os.makedirs(folder or ".", exist_ok=True)
-    # Not `tempfile`: its files are the owner's alone, and an entry is for all who may use the directory.
-    return os.path.join(folder, f".{os.getpid()}-{os.urandom(8).hex()}.tmp")
-
-
-def read_output(path: str | os.PathLike[str]) -> Output | None:
-    """Read the result of a call that is done.
-
-    Args:
-        path: Its file, from `entry_path`.
-
-    Returns:
-        The result; None where there is no such file or it cannot be read, of which the latter is logged
-        as a warning. Either way the call has to run.
-
-    Raises:
-        ImportError: If h5py is missing.
-    """
-    values = _read(path, ("output", "error", "runtime", "traceback"))
-    if values is None:
-        return None
-    if "error" in values:
-        error = values["error"]
-        traceback = values.get("traceback", "")
-        if isinstance(error, BaseException) and traceback:
-            error.__cause__ = RemoteTraceback(traceback)
-        return Output(None, error, values.get("runtime"))
-    if "output" in values:
-        return Output(values["output"], None, values.get("runtime"))
-    _logger.warning("the cache file %s is ignored: it holds no result", path)
-    return None
-
-
-def read_entry(path: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """Read all that the file of an entry holds.
-
-    Args:
-        path: Its file, from `entry_path`.
-
-    Returns:
-        Its datasets, unpickled, by name, with `traceback`, where it raised, as text; None where there is no
-        such file or it cannot be read, of which the latter is logged as a warning.
-
-    Raises:
-        ImportError: If h5py is missing.
-    """
-    return _read(path, (*_DATASETS, "traceback"))
-
-
-def datasets_of(path: str | os.PathLike[str]) -> set[str]:
-    """Name what the file of an entry holds, without unpickling it.
-
-    Args:
-        path: Its file, from `entry_path`.
-
-    Returns:
-        Names of its datasets; none where there is no such file or it is damaged.
-
-    Raises:
-        ImportError: If h5py is missing.
-    """
-    h5py = _h5py()
-    try:
-        with open(path, "rb") as raw, h5py.File(raw, "r") as file:
-            return set(file)
-    except Exception:  # damaged files raise nearly everything
-        return set()
-
-
-def _read(path: str | os.PathLike[str], names: Iterable[str]) -> dict[str, Any] | None:
-    pickles = _read_pickles(path, names)
-    if pickles is None:
-        return None
-    try:
-        return {name: _load(data) for name, data in pickles.items()}
-    except Exception as error:  # damaged pickles raise nearly everything
-        _warn_unreadable(path, error)
-        return None
-
-
-def _read_pickles(path: str | os.PathLike[str], names: Iterable[str]) -> dict[str, bytes] | None:
-    h5py = _h5py()
-    try:
-        # h5py would lock a file that it opens by its path.
-        with open(path, "rb") as raw, h5py.File(raw, "r") as file:
-            return {name: _bytes_of(h5py, file.id, name.encode()) for name in names if name.encode() in file.id}
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except Exception as error:  # damaged files raise nearly everything
-        _warn_unreadable(path, error)
-        return None
-
-
-def _bytes_of(h5py: ModuleType, file: Any, name: bytes) -> bytes:
-    # By h5py's lower layer, which takes half the time.
-    import numpy
-
-    dataset = h5py.h5d.open(file, name)
-    content = numpy.empty(dataset.shape, dataset.dtype)
-    dataset.read(h5py.h5s.ALL, h5py.h5s.ALL, content)
-    return content.tobytes()
-
-
-def _load(data: bytes) -> Any:
-    return _Unpickler(io.BytesIO(data)).load()
-
-
-def _warn_unreadable(path: str | os.PathLike[str], error: Exception) -> None:
-    _logger.warning("the cache file %s is ignored: %s: %s", path, type(error).__name__, error)
-
-
-def _h5py() -> ModuleType:
-    try:
-        import h5py
-    except ImportError as error:
-        raise ImportError(
-            'a cache directory needs h5py: pip install "executorlib[cache]", or leave out cache_directory'
-        ) from error
-    module: ModuleType = h5py
-    return module
-
-
-# -- what users call ------------------------------------------------------------------------------------------
 
 
 def get_cache_data(cache_directory: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -583,8 +57,8 @@ def get_cache_data(cache_directory: str | os.PathLike[str]) -> list[dict[str, An
         ImportError: If there are entries and h5py is missing.
     """
     rows = []
-    for path in entries(cache_directory, (_INPUT, _OUTPUT)):
-        values = _read(path, _DATASETS)
+    for path in _files(cache_directory, (INPUT, OUTPUT)):
+        values = read_values(path, DATASETS)
         if values is not None:
             rows.append({**values, "filename": path})
     return rows
@@ -633,7 +107,7 @@ def get_future_from_cache(cache_directory: str | os.PathLike[str], cache_key: st
 
 def pending_entries(directory: str | os.PathLike[str]) -> list[str]:
     """The files of entries that wait or run, in a cache directory and its sub-folders."""
-    return [path for path in entries(directory, (_INPUT,)) if not os.path.exists(output_of(path))]
+    return [path for path in _files(directory, (INPUT,)) if not os.path.exists(output_of(path))]
 
 
 def job_of(path: str) -> tuple[str | None, int | None, str | None]:
@@ -646,7 +120,7 @@ def job_of(path: str) -> tuple[str | None, int | None, str | None]:
         The job's id, its index in the job array (None for a plain job), and the name of the system that has it; each
         None where that is not known.
     """
-    values = _read(path, ("batch", "queue_id")) or {}
+    values = read_values(path, ("batch", "queue_id")) or {}
     directory = values.get("batch")
     if directory is None:
         job = values.get("queue_id")
@@ -661,7 +135,7 @@ def job_of(path: str) -> tuple[str | None, int | None, str | None]:
     return read_text(os.path.join(directory, JOB_ID_FILE)), index if is_array else None, owner.get("system")
 
 
-def entries(directory: str | os.PathLike[str], endings: tuple[str, ...]) -> Iterator[str]:
+def _files(directory: str | os.PathLike[str], endings: tuple[str, ...]) -> Iterator[str]:
     """The files with these endings in a cache directory and its sub-folders, in order."""
     paths = [
         os.path.join(folder, name)
@@ -673,12 +147,12 @@ def entries(directory: str | os.PathLike[str], endings: tuple[str, ...]) -> Iter
 
 
 def _output_of(path: Path) -> Path:
-    return path.with_name(path.name.removesuffix(_INPUT) + _OUTPUT)
+    return path.with_name(path.name.removesuffix(INPUT) + OUTPUT)
 
 
 def _is_pending(output_path: str) -> bool:
-    stem = output_path.removesuffix(_OUTPUT)
-    return os.path.exists(stem + _INPUT) or os.path.exists(stem + _WRITING)
+    stem = output_path.removesuffix(OUTPUT)
+    return os.path.exists(stem + INPUT) or os.path.exists(stem + WRITING)
 
 
 # -- entries that other processes will finish -----------------------------------------------------------------

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from executorlib import machine
-from executorlib.executors import BaseExecutor, cache_modules, check_init_function, graph_mode, positive
+from executorlib.executors import BaseExecutor, check_init_function, graph_mode, positive
 from executorlib.launchers.base import Events, Launcher
 from executorlib.launchers.job_workers import JobWorkerLauncher
 from executorlib.launchers.jobs import JobLauncher
@@ -93,8 +93,6 @@ class ClusterExecutor(BaseExecutor):
         )
         if cache_directory is not None or (defaults.cache_directory is None and not live):
             defaults = defaults.updated({"cache_directory": cache_directory or _CACHE_DIRECTORY}, name)
-        if defaults.cache_directory is not None:
-            cache_modules()
         graph, finish_graph = graph_mode(
             plot_dependency_graph, plot_dependency_graph_filename, export_workflow_filename, disable_dependencies
         )
@@ -178,11 +176,11 @@ class TestClusterExecutor(ClusterExecutor):
                     spawn=False,
                     pooled=True,
                     stock=0,
-                    preload=["executorlib.cache", "h5py"],
+                    preload=["executorlib.entries"],
                     default_threads=defaults.threads_per_core,
                 )
             options = {"max_workers": max_workers, "max_cores": max_cores}
-            system = LocalSystem(events, {**options, "preload": ["executorlib.cache", "h5py"]})
+            system = LocalSystem(events, {**options, "preload": ["executorlib.entries"]})
             return JobLauncher(events, system, lambda resources, program: program, log_obj_size)
 
         super().__init__(
@@ -224,7 +222,7 @@ class SlurmClusterExecutor(ClusterExecutor):
 
     Raises:
         RuntimeError: The queuing system's commands are not on this machine.
-        ImportError: pysqa or h5py is not installed.
+        ImportError: pysqa is not installed.
     """
 
     def __init__(

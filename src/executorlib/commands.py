@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
-from executorlib import cache
+from executorlib import entries
 from executorlib._version import __version__
 
 State = Literal["waiting", "running", "done", "failed"]
@@ -144,7 +144,7 @@ def find(directory: str, key: str) -> tuple[Entry, Job | None] | None:
         ValueError: If the key leads out of the directory.
     """
     root = os.path.realpath(directory)
-    stem = _stem(str(cache.entry_path(root, key)))
+    stem = _stem(str(entries.entry_path(root, key)))
     job = next((job for job in _jobs(root) if job.stem == os.path.realpath(stem)), None)
     # The order of a call's life, so that an entry that moves on meanwhile is seen in one of them.
     endings: dict[str, State] = {_INPUT: "waiting", _WRITING: "running", _OUTPUT: "done"}
@@ -171,7 +171,7 @@ def _files(root: str) -> Iterator[os.DirEntry[str]]:
             for item in items:
                 if not item.is_dir(follow_symlinks=False):
                     yield item
-                elif item.path != os.path.join(root, cache.BATCHES_FOLDER):
+                elif item.path != os.path.join(root, entries.BATCHES_FOLDER):
                     folders.append(item.path)
 
 
@@ -203,12 +203,12 @@ def _is_gone(stem: str) -> bool:
 def _batches(root: str) -> list[str]:
     """List the batch directories, the latest first: of two that name an entry, the latest counts."""
     try:
-        with os.scandir(os.path.join(root, cache.BATCHES_FOLDER)) as items:
+        with os.scandir(os.path.join(root, entries.BATCHES_FOLDER)) as items:
             folders = [item.path for item in items if item.is_dir(follow_symlinks=False)]
     except FileNotFoundError:
         return []
     return sorted(
-        folders, key=lambda folder: (_modified(os.path.join(folder, cache.ENTRIES_FILE)), folder), reverse=True
+        folders, key=lambda folder: (_modified(os.path.join(folder, entries.ENTRIES_FILE)), folder), reverse=True
     )
 
 
@@ -219,19 +219,19 @@ def _jobs(root: str) -> Iterator[Job]:
 
 def _jobs_of(batch: str) -> Iterator[Job]:
     try:
-        entries = cache.batch_entries(batch)
+        calls = entries.batch_entries(batch)
         printed = {name for name in os.listdir(batch) if name.startswith("output.")}
     except (FileNotFoundError, ValueError):
         return  # removed meanwhile, or not complete
     try:
-        name = Path(batch, cache.JOB_ID_FILE).read_text(encoding="utf-8").strip() or None
+        name = Path(batch, entries.JOB_ID_FILE).read_text(encoding="utf-8").strip() or None
     except FileNotFoundError:
         name = None
-    for index, path in entries.items():
+    for index, path in calls.items():
         output = f"output.{index}"
         yield Job(
             os.path.join(_realpath(os.path.dirname(path)), _stem(os.path.basename(path))),
-            f"{name}_{index}" if name and len(entries) > 1 else name,
+            f"{name}_{index}" if name and len(calls) > 1 else name,
             os.path.join(batch, output) if output in printed else None,
         )
 
@@ -302,7 +302,7 @@ def leftovers(directory: str, older_than: float) -> Iterator[Leftover]:
     """
     root = os.path.realpath(directory)
     now = time.time()
-    for item in itertools.chain(_files(root), _plain_files(os.path.join(root, cache.BATCHES_FOLDER))):
+    for item in itertools.chain(_files(root), _plain_files(os.path.join(root, entries.BATCHES_FOLDER))):
         kind = _leftover_kind(item)
         if kind:
             try:
@@ -319,7 +319,7 @@ def leftovers(directory: str, older_than: float) -> Iterator[Leftover]:
         except FileNotFoundError:
             continue  # removed meanwhile
         # Without this file it is still being made, or its session died as it made it.
-        complete = os.path.join(batch, cache.ENTRIES_FILE) in sizes
+        complete = os.path.join(batch, entries.ENTRIES_FILE) in sizes
         settled = now - modified > (older_than if complete else max(_ABANDONED_SECONDS, older_than))
         if settled and not any(_is_pending(job.stem) for job in _jobs_of(batch)):
             yield Leftover("batch directory", sum(status.st_size for status in sizes.values()), batch)
@@ -328,7 +328,7 @@ def leftovers(directory: str, older_than: float) -> Iterator[Leftover]:
 def _leftover_kind(item: os.DirEntry[str]) -> str | None:
     if _TEMPORARY.fullmatch(item.name):
         return "temporary file"
-    if item.name.startswith("dead-") and os.path.basename(os.path.dirname(item.path)) == cache.BATCHES_FOLDER:
+    if item.name.startswith("dead-") and os.path.basename(os.path.dirname(item.path)) == entries.BATCHES_FOLDER:
         return "mark of a dead job"
     if item.name.endswith(_INPUT) and os.path.exists(_stem(item.path) + _OUTPUT):
         return "inputs"
@@ -494,7 +494,7 @@ def _show(options: argparse.Namespace) -> int:
     shown = _entry_as_json(entry, time.time())
     if job:
         shown |= {"job": job.name, "job_output": job.output}
-    values = cache.read_entry(entry.path) if entry.state != "failed" else {}
+    values = entries.read_entry(entry.path) if entry.state != "failed" else {}
     if values is None:
         raise CommandFailed(
             f"{entry.path} cannot be read; a warning above tells why. Where a module is missing, run "
@@ -633,7 +633,7 @@ def _chosen(options: argparse.Namespace, now: float) -> list[Entry]:
 
 
 def _raised(entry: Entry) -> bool:
-    return "error" in cache.datasets_of(entry.path)
+    return "error" in entries.datasets_of(entry.path)
 
 
 def _scan(directory: str) -> Iterator[Entry]:

@@ -518,7 +518,8 @@ class SingleNodeExecutor(BaseExecutor):
             )
         ledger = Ledger([Node("localhost", ids, devices)])
         if defaults.cache_directory is not None:
-            modules += cache_modules()
+            # Workers need it to write entries; imported once in the agent, it costs a call nothing.
+            modules.append("executorlib.entries")
         graph, finish_graph = graph_mode(
             plot_dependency_graph,
             plot_dependency_graph_filename,
@@ -650,20 +651,6 @@ def _preload_modules(preload: Sequence[str]) -> list[str]:
         if not found:
             raise ValueError(f"preload names the module {module!r}, which cannot be found. Install it or leave it out.")
     return modules
-
-
-def cache_modules() -> list[str]:
-    """What workers need to write cache entries; the agent imports it once, as it takes many times a fork.
-
-    Raises:
-        ValueError: It is not installed.
-    """
-    if importlib.util.find_spec("h5py") is None:
-        raise ValueError(
-            "cache_directory needs the package h5py, which is missing. Install it with "
-            '`pip install "executorlib[cache]"`, or leave cache_directory out.'
-        )
-    return ["executorlib.cache", "h5py"]
 
 
 def _devices(gpus: int | Sequence[str | int] | None) -> list[str]:

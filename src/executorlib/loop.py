@@ -579,7 +579,7 @@ class Loop(Events):
         return [self._tasks[number] for number in numbers if number in self._tasks]
 
     def _look_up(self, task: Task, may_wait: bool = True) -> None:
-        from executorlib import cache, fingerprint
+        from executorlib import entries, fingerprint
 
         self._settled = False
         resources = task.resources
@@ -587,10 +587,10 @@ class Loop(Events):
         assert resources.cache_directory is not None
         try:
             key = resources.cache_key or fingerprint.call_key(*self._named_inputs(task))
-            task.cache_path = str(cache.entry_path(resources.cache_directory, key, "o"))
+            task.cache_path = str(entries.entry_path(resources.cache_directory, key, "o"))
             if self._jobs:
                 self._refer_to_results(task, key)
-            output = cache.read_output(task.cache_path) if os.path.exists(task.cache_path) else None
+            output = entries.read_output(task.cache_path) if os.path.exists(task.cache_path) else None
         except BaseException as error:
             self._fail(task, error)
             return
@@ -615,7 +615,7 @@ class Loop(Events):
 
     def _refer_to_results(self, task: Task, key: str) -> None:
         """Have a call that becomes a job read the results of other jobs itself, instead of sending them with it."""
-        from executorlib.cache import ResultOf
+        from executorlib.entries import ResultOf
 
         after: list[str] = []
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 
-from executorlib import cache
+from executorlib import cache, entries
 from executorlib.launchers.pysqa_queue import open_queue
 from executorlib.launchers.slurm import command_environment
 
@@ -53,8 +53,8 @@ def terminate_task_in_cache(
         RuntimeError: The queuing system did not take the request; then the entry stays.
         ImportError: h5py is missing.
     """
-    path = os.path.abspath(cache.entry_path(cache_directory, cache_key, "i"))
-    if os.path.exists(cache.output_of(path)):
+    path = os.path.abspath(entries.entry_path(cache_directory, cache_key, "i"))
+    if os.path.exists(entries.output_of(path)):
         return
     if not os.path.exists(path):
         raise FileNotFoundError(f"the cache directory {os.fspath(cache_directory)} has no entry {cache_key!r}")
@@ -81,4 +81,4 @@ def _terminate(paths: list[str], configuration: str | None, backend: str | None)
             ) from error
     # A job that starts all the same finds its entry gone, and ends.
     for path in paths:
-        cache.remove_input(path)
+        entries.remove_input(path)

@@ -213,5 +213,5 @@ def test_further_keys_are_the_templates() -> None:
 
 
 def test_further_keys_hold_plain_values() -> None:
-    with pytest.raises(TypeError, match="partition.*str or a number"):
+    with pytest.raises(TypeError, match=r"partition.*str or a number"):
         Resources().updated({"partition": ["short"]}, "f", allow_further=True)

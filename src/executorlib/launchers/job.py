@@ -9,7 +9,7 @@ import socket
 import time
 from typing import TYPE_CHECKING, Any
 
-from executorlib import cache
+from executorlib import entries
 from executorlib.errors import ExecutorlibSocketError
 from executorlib.launchers.base import Process, tail_text
 from executorlib.launchers.queue import JobState, Phase
@@ -57,7 +57,7 @@ class Job:
         self.process = process
         self.task = task
         self.path = path
-        self.output = cache.output_of(path)
+        self.output = entries.output_of(path)
         self.batch: JobBatch | None = None
         self.index = 0
         self.begun = False
@@ -65,7 +65,7 @@ class Job:
         self.gone_since: float | None = None
         self.last: JobState | None = None
         self.asked = False
-        self.ending: cache.Ending | None = None
+        self.ending: entries.Ending | None = None
 
     @property
     def key(self) -> tuple[str, int | None]:
@@ -163,11 +163,11 @@ class JobBatch:
     def is_abandoned(self) -> bool:
         """Whether the session that made it ended before submitting it; a job that runs all the same will notice."""
         try:
-            owner = json.loads(cache.read_text(os.path.join(self.directory, cache.OWNER_FILE)) or "{}")
+            owner = json.loads(entries.read_text(os.path.join(self.directory, entries.OWNER_FILE)) or "{}")
         except ValueError:
             owner = {}
         if owner.get("host") != socket.gethostname():
-            return not os.path.isdir(self.directory) or cache.is_older(self.directory, SUBMIT_SECONDS)
+            return not os.path.isdir(self.directory) or entries.is_older(self.directory, SUBMIT_SECONDS)
         try:
             os.kill(owner["pid"], 0)
         except ProcessLookupError:

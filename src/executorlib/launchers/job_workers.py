@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from executorlib import cache
+from executorlib import entries
 from executorlib.launchers.base import Events, Exit, Process, Timer, boot_code
 from executorlib.launchers.job import read_tail
 from executorlib.launchers.queue import Batch, JobState, Phase
@@ -160,7 +160,7 @@ class JobWorkerLauncher:
             return
         self._arrays += 1
         name = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-workers{self._arrays}-{os.urandom(3).hex()}"
-        array = _Array(os.path.join(self._folder, cache.BATCHES_FOLDER, name), len(wanted))
+        array = _Array(os.path.join(self._folder, entries.BATCHES_FOLDER, name), len(wanted))
         for index, process in enumerate(wanted):
             identity = f"{self._arrays}-{index}"
             process.host = self._system.name

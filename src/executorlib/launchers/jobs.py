@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from executorlib import cache
+from executorlib import entries
 from executorlib.errors import ExecutorlibSocketError, advise_unpicklable
 from executorlib.launchers.base import Events, Exit, Process, Timer
 from executorlib.launchers.job import SUBMIT_SECONDS, Job, JobBatch
@@ -114,7 +114,7 @@ class JobLauncher:
             self._events.on_exit(process, Exit(None, "it was cancelled"))
             return
         assert task.cache_path is not None
-        job = Job(process, task, cache.input_of(task.cache_path))
+        job = Job(process, task, entries.input_of(task.cache_path))
         process.host = self._system.name
         self._jobs[process.worker.number] = job
         twin = self._by_output.get(job.output)
@@ -141,7 +141,7 @@ class JobLauncher:
                 self._to_cancel.append(job.key)
             else:
                 batch.cancelled.add(job.index)  # it may be on its way to the system already
-            cache.remove_input(job.path)
+            entries.remove_input(job.path)
         self._end(job, Exit(None, "its job was cancelled"))
 
     @property
@@ -185,7 +185,7 @@ class JobLauncher:
             }
             # Two tries: the entry may be finished, or removed, between the first one and the look at who has it.
             for _ in range(2):
-                if cache.write_input(job.path, values):
+                if entries.write_input(job.path, values):
                     if self._log_sizes:
                         size = os.path.getsize(job.path)
                         logger.warning("call %d of %s: sent %d bytes", task.number, task.name, size)
@@ -205,17 +205,17 @@ class JobLauncher:
 
     def _follow_owner(self, job: Job) -> bool:
         """Follow the session that has claimed the call; False where the entry is ours to try again."""
-        entry = cache.read_input(job.path)
+        entry = entries.read_input(job.path)
         if entry is None:
             if os.path.exists(job.output):
                 self._follow(job, None, 0)
                 return True
             # Being written, or damaged. What nobody has finished for so long, nobody will.
-            if os.path.exists(job.path) and not cache.is_older(job.path, SUBMIT_SECONDS):
+            if os.path.exists(job.path) and not entries.is_older(job.path, SUBMIT_SECONDS):
                 self._follow(job, None, 0)
                 return True
             with contextlib.suppress(FileNotFoundError):
-                cache.take_over(job.path, f"damaged-{os.stat(job.path).st_mtime_ns}-{os.path.basename(job.path)}")
+                entries.take_over(job.path, f"damaged-{os.stat(job.path).st_mtime_ns}-{os.path.basename(job.path)}")
             return False
         directory = entry["batch"]
         if directory is None:
@@ -225,7 +225,7 @@ class JobLauncher:
         if batch is None:
             batch = self._followed[directory] = JobBatch(directory, ours=False)
         try:
-            indices = {path: index for index, path in cache.batch_entries(directory).items()}
+            indices = {path: index for index, path in entries.batch_entries(directory).items()}
         except OSError:
             indices = {}
         index = indices.get(job.path, 0)
@@ -258,7 +258,7 @@ class JobLauncher:
 
     def _on_refused(self, batch: JobBatch, refusal: Refused) -> None:
         for job in list(batch.jobs.values()):
-            cache.remove_input(job.path)
+            entries.remove_input(job.path)
             text = f"Call {job.task.number} of {job.task.name} was not run: {self._system.name} did not take its job: "
             self._end(job, Exit(None, "", ExecutorlibSocketError(f"{text}{refusal}")))
 
@@ -272,7 +272,7 @@ class JobLauncher:
             if job.ending is not None:
                 continue
             if os.path.exists(job.output):
-                job.ending = cache.read_ending(job.output)
+                job.ending = entries.read_ending(job.output)
                 if job.ending is not None:
                     job.over = True
                     if job.begun:
@@ -397,17 +397,17 @@ class JobLauncher:
             self._jobs[number] = job
             job.start_over()
             if batch is not None:
-                cache.take_over(job.path, f"{os.path.basename(batch.directory)}.{job.index}")
+                entries.take_over(job.path, f"{os.path.basename(batch.directory)}.{job.index}")
             self._claim(job)
             return
-        cache.remove_input(job.path)
+        entries.remove_input(job.path)
         self._end(job, Exit(None, "", job.error(self._system.name)))
 
     def _find_job_ids(self) -> None:
         """Read which jobs the batches of other sessions became."""
         for batch in list(self._followed.values()):
             if batch.job_id is None:
-                batch.job_id = cache.read_text(os.path.join(batch.directory, cache.JOB_ID_FILE))
+                batch.job_id = entries.read_text(os.path.join(batch.directory, entries.JOB_ID_FILE))
             if batch.job_id is None and batch.is_abandoned():
                 for job in list(self._jobs.values()):
                     if job.batch is batch:

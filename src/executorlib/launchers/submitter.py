@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import pickle
 import shlex
 import shutil
 import socket
@@ -14,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from executorlib import cache
+from executorlib import entries
 from executorlib.launchers.base import Events, Timer, boot_code
 from executorlib.launchers.job import Job, JobBatch
 from executorlib.launchers.queue import Batch, Dependency
@@ -97,7 +98,7 @@ class Submitter:
             del self._open[key]
         self._number += 1
         name = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{self._number}-{os.urandom(3).hex()}"
-        batch = JobBatch(os.path.join(folder, cache.BATCHES_FOLDER, name), True, key, first)
+        batch = JobBatch(os.path.join(folder, entries.BATCHES_FOLDER, name), True, key, first)
         batch.corresponds = source
         batch.after = after
         return batch, first
@@ -157,7 +158,7 @@ class Submitter:
             if self._leaving and not any(job.batch in self._waiting for job in batch.after):
                 self._waiting.remove(batch)
                 for job in batch.jobs.values():
-                    cache.remove_input(job.path)
+                    entries.remove_input(job.path)
             return
         batch.is_array = batch.size > 1 or batch.first > 0
         task = next(iter(batch.jobs.values())).task
@@ -207,10 +208,11 @@ class Submitter:
         if resources.cwd is not None:
             setup["cwd"] = resources.cwd
         owner = {"system": self._system.name, "host": socket.gethostname(), "pid": os.getpid()}
+        with open(os.path.join(batch.directory, entries.SETUP_FILE), "wb") as setup_file:
+            pickle.dump(setup, setup_file)
         for name, text in (
-            (cache.ENTRIES_FILE, "".join(f"{index} {job.path}\n" for index, job in batch.jobs.items())),
-            (cache.OWNER_FILE, json.dumps(owner)),
-            (cache.SETUP_FILE, json.dumps(setup)),
+            (entries.ENTRIES_FILE, "".join(f"{index} {job.path}\n" for index, job in batch.jobs.items())),
+            (entries.OWNER_FILE, json.dumps(owner)),
             ("run.py", boot_code("executorlib.worker.job", f"({batch.directory!r})") + "\n"),
         ):
             with open(os.path.join(batch.directory, name), "w", encoding="utf-8") as file:
@@ -236,7 +238,7 @@ class Submitter:
             return
         batch.job_id = answer
         try:
-            cache.write_text(os.path.join(batch.directory, cache.JOB_ID_FILE), answer)
+            entries.write_text(os.path.join(batch.directory, entries.JOB_ID_FILE), answer)
         except OSError as error:
             logger.warning("the id of job %s cannot be noted in %s: %s", answer, batch.directory, error)
         if batch.cancelled:

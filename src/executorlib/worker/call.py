@@ -44,9 +44,6 @@ THREAD_VARIABLES = (
 )
 GPU_VARIABLES = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 
-# Preloaded by us and not by the user, only to save time; a call that needs what is missing says so itself.
-_TIME_SAVERS = frozenset({"h5py"})
-
 PERMIT = struct.Struct("<Q")
 
 
@@ -187,20 +184,20 @@ class Entry:
     """
 
     def __init__(self, options: dict[str, Any], fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        from executorlib import cache
+        from executorlib import entries
 
         self._path = options["cache"]
         self._resources = options.get("resources", {})
         self._fn = fn
-        self._args = cache.Snapshot.of(list(args))
-        self._kwargs = cache.Snapshot.of(kwargs)
+        self._args = entries.Snapshot.of(list(args))
+        self._kwargs = entries.Snapshot.of(kwargs)
 
     def store(self, result: object, seconds: float) -> str:
         """Write the entry. It is not worth losing a result over: what goes wrong is only returned as text."""
-        from executorlib import cache
+        from executorlib import entries
 
         try:
-            cache.write_output(
+            entries.write_output(
                 self._path,
                 function=self._fn,
                 args=self._args,
@@ -415,11 +412,7 @@ def element_number() -> int:
 def load(modules: Sequence[str]) -> None:
     """Import modules ahead of the calls that use them."""
     for name in modules:
-        try:
-            importlib.import_module(name)
-        except ImportError:
-            if name not in _TIME_SAVERS:
-                raise
+        importlib.import_module(name)
 
 
 def leave(code: int) -> None:

@@ -10,14 +10,13 @@ system shows.
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import signal
 import sys
 import time
 
-from executorlib import cache, serialize
+from executorlib import entries, serialize
 from executorlib.worker import call
 
 TYPE_CHECKING = False
@@ -58,8 +57,8 @@ def run(directory: str, index: int) -> int:
     Returns:
         The exit code.
     """
-    with open(os.path.join(directory, "setup.json"), encoding="utf-8") as file:
-        setup = json.load(file)
+    with open(os.path.join(directory, entries.SETUP_FILE), "rb") as file:
+        setup = pickle.load(file)
     call.set_up(setup)
     if setup.get("ranks", 1) > 1:
         return _run_ranks(directory, index, setup)
@@ -72,15 +71,15 @@ def run(directory: str, index: int) -> int:
 
 def _claimed(directory: str, index: int) -> dict[str, Any] | None:
     """What is to be run; None where it is not ours (any more)."""
-    job_file = os.path.join(directory, cache.JOB_ID_FILE)
+    job_file = os.path.join(directory, entries.JOB_ID_FILE)
     if not os.path.exists(job_file):
         # The session may have ended before it could note it, and who looks for this job needs it.
         job_id = next((os.environ[name] for name in JOB_VARIABLES if name in os.environ), "")
         if job_id:
-            cache.write_text(job_file, job_id)
-    path = cache.batch_entries(directory)[index]
-    entry = cache.read_input(path)
-    if entry is None or entry["batch"] != directory or os.path.exists(cache.output_of(path)):
+            entries.write_text(job_file, job_id)
+    path = entries.batch_entries(directory)[index]
+    entry = entries.read_input(path)
+    if entry is None or entry["batch"] != directory or os.path.exists(entries.output_of(path)):
         return None
     return {**entry, "path": path, "index": index}
 
@@ -113,8 +112,8 @@ def _store(job: dict[str, Any], answer: call.Answer, seconds: float) -> int:
     """Put the finished entry in place of the waiting one."""
     ending = {"error": _in_band(answer.frames)} if answer.traceback else {"output": _in_band(answer.frames)}
     path = job["path"]
-    cache.write_pickles(
-        cache.output_of(path),
+    entries.write_pickles(
+        entries.output_of(path),
         {
             "function": job["function"],
             "input_args": job["input_args"],
@@ -126,7 +125,7 @@ def _store(job: dict[str, Any], answer: call.Answer, seconds: float) -> int:
             "queue_id": serialize.dumps_in_band(call.first_number(JOB_VARIABLES)),
         },
     )
-    cache.remove_input(path)
+    entries.remove_input(path)
     return RAISED if answer.traceback else RESULT
 
 
