@@ -22,7 +22,6 @@ import time
 from typing import NamedTuple
 
 from executorlib import hdf5
-from executorlib.errors import RemoteTraceback
 from executorlib.serialize import dumps_in_band
 
 # Nothing is loaded here that jobs do without: what a job loads, it pays for at every start.
@@ -461,6 +460,8 @@ def read_output(path: str | os.PathLike[str]) -> Output | None:
         error = values["error"]
         traceback = values.get("traceback", "")
         if isinstance(error, BaseException) and traceback:
+            from executorlib.errors import RemoteTraceback  # takes a third of a job's start
+
             error.__cause__ = RemoteTraceback(traceback)
         return Output(None, error, values.get("runtime"))
     if "output" in values:
