@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -297,9 +298,13 @@ def check_queue(configuration: str | None) -> None:
         ImportError: pysqa is not installed.
         ValueError: The configuration cannot be used.
     """
-    load_commands("SLURM")
-    queue = open_queue(configuration)
-    submit = queue.submit_program
+    if configuration is None:
+        # Loading pysqa takes half a second, which the loop's thread does while the first calls are prepared.
+        if importlib.util.find_spec("pysqa") is None:
+            raise ImportError('jobs need pysqa for their scripts: pip install "executorlib[cluster]"')
+        submit = SlurmQueue.submit_program
+    else:
+        submit = open_queue(configuration).submit_program
     if shutil.which(submit) is None:
         raise RuntimeError(
             f"jobs are submitted with `{submit}`, which is not on PATH. Run this where jobs can be submitted (a login "
@@ -309,9 +314,10 @@ def check_queue(configuration: str | None) -> None:
 
 def queue_system(events: Events, configuration: str | None) -> CommandSystem:
     """The system that a pysqa configuration names, or Slurm."""
-    if isinstance(open_queue(configuration), SlurmQueue):
+    if configuration is None or isinstance(open_queue(configuration), SlurmQueue):
 
         def make_slurm(answer: str) -> Queue:
+            load_commands("SLURM")
             return open_queue(configuration, parse_settings(answer))
 
         return CommandSystem(events, "Slurm", make_slurm, SETTINGS_COMMAND, command_environment)
