@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
@@ -10,6 +11,8 @@ from typing import Any, Protocol, TypeAlias
 from executorlib.launchers.base import Events
 from executorlib.launchers.commands import Answer, Commands
 from executorlib.launchers.queue import Batch, JobState, Queue
+
+logger = logging.getLogger("executorlib")
 
 # A job: its id, and its index in the job array; None for a plain job, or for the whole array.
 JobKey: TypeAlias = tuple[str, int | None]
@@ -117,6 +120,7 @@ class CommandSystem:
         self._settings_command = settings_command
         self._queue: Queue | None = None if settings_command else make_queue("")
         self._waiting: list[Callable[[], None]] = []
+        self._warned: set[str] = set()
 
     @property
     def array_limit(self) -> int:
@@ -166,6 +170,7 @@ class CommandSystem:
         try:
             with open(path, "w", encoding="utf-8") as file:
                 file.write(queue.script(batch))
+            self._warn_of_unused(queue.unused(batch))
             argv = queue.submit_command(batch, path)
         except (OSError, ValueError, ImportError) as error:
             on_done(Refused(str(error)))
@@ -181,6 +186,16 @@ class CommandSystem:
                 on_done(Refused(str(error)))
 
         self._run(argv, answered)
+
+    def _warn_of_unused(self, keys: list[str]) -> None:
+        new = [key for key in keys if key not in self._warned]
+        if new:
+            self._warned.update(new)
+            logger.warning(
+                "the submission template does not use these keys of resource_dict: %s; leave them out, or use a template "
+                "that has them",
+                ", ".join(new),
+            )
 
     def query(self, job_ids: Sequence[str], on_states: Callable[[States | None], None]) -> None:
         """See `JobSystem.query`."""
