@@ -74,6 +74,12 @@ class Job:
         assert self.batch.job_id is not None
         return self.batch.job_id, self.index if self.batch.is_array else None
 
+    def trade_places(self, other: Job) -> None:
+        """Stand for the call of another one, which waits for the same job, and have that stand for this one's."""
+        self.process, other.process = other.process, self.process
+        self.task, other.task = other.task, self.task
+        self.begun, other.begun = other.begun, self.begun
+
     def start_over(self) -> None:
         """Forget what was known of a job that another session submitted, and that is dead."""
         self.batch, self.gone_since, self.asked, self.last = None, None, False, None

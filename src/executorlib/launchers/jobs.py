@@ -134,7 +134,16 @@ class JobLauncher:
         if job is None:
             return
         batch = job.batch
-        if batch is not None and batch.ours and self._is_last_of(job):
+        twin = next((other for other in self._jobs.values() if other is not job and other.output == job.output), None)
+        if twin is not None:
+            if self._by_output.get(job.output) is job:
+                # What stands for the job in its batch, and for those that depend on it, goes on as the other call's.
+                job.trade_places(twin)
+                for each in (job, twin):
+                    self._jobs[each.process.worker.number] = each
+                    each.process.transport = JobTransport(self, each) if each.begun else None
+                job = twin
+        elif batch is not None and batch.ours:
             if batch.job_id is not None:
                 if not self._to_cancel:
                     self._events.call_later(0.0, self._cancel)
@@ -189,6 +198,11 @@ class JobLauncher:
                     if self._log_sizes:
                         size = os.path.getsize(job.path)
                         logger.warning("call %d of %s: sent %d bytes", task.number, task.name, size)
+                    if entries.read_ending(job.output) is not None:
+                        # Another session's job has ended, and removed its entry, since the call was looked up.
+                        entries.remove_input(job.path)
+                        self._follow(job, None, 0)
+                        return
                     self._submitter.add(job, batch, index)
                     self._by_output[job.output] = job
                     return
@@ -241,12 +255,6 @@ class JobLauncher:
         self._looks.within(_LOOK_SECONDS)
         self._ask_soon()
 
-    def _is_last_of(self, job: Job) -> bool:
-        """Whether no other call of this session waits for the same job."""
-        return not any(other is not job and other.output == job.output for other in self._jobs.values())
-
-    # -- batches --------------------------------------------------------------------------------------------------
-
     # -- what became of batches -----------------------------------------------------------------------------------
 
     def _on_submitted(self, batch: JobBatch) -> None:
@@ -257,7 +265,7 @@ class JobLauncher:
         self._ask_soon()
 
     def _on_refused(self, batch: JobBatch, refusal: Refused) -> None:
-        for job in list(batch.jobs.values()):
+        for job in [job for job in self._jobs.values() if job.batch is batch]:
             entries.remove_input(job.path)
             text = f"Call {job.task.number} of {job.task.name} was not run: {self._system.name} did not take its job: "
             self._end(job, Exit(None, "", ExecutorlibSocketError(f"{text}{refusal}")))
