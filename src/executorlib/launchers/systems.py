@@ -192,8 +192,8 @@ class CommandSystem:
         if new:
             self._warned.update(new)
             logger.warning(
-                "the submission template does not use these keys of resource_dict: %s; leave them out, or use a template "
-                "that has them",
+                "the submission template does not use these keys of resource_dict: %s; leave them out, or use a "
+                "template that has them",
                 ", ".join(new),
             )
 
