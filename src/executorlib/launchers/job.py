@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -156,6 +157,15 @@ class JobBatch:
         self.corresponds: JobBatch | None = None
         self.cancelled: set[int] = set()
         self.made = self.touched = time.monotonic()
+        self._indices: dict[str, int] | None = None
+
+    def index_of(self, path: str) -> int:
+        """The place of an entry in a batch of another session."""
+        if self._indices is None:
+            with contextlib.suppress(OSError, ValueError):  # not written yet, or removed
+                self._indices = {entry: index for index, entry in entries.batch_entries(self.directory).items()}
+                self.is_array = len(self._indices) > 1 or any(self._indices.values())
+        return (self._indices or {}).get(path, 0)
 
     def remove_files(self) -> None:
         """Remove its directory, unless its jobs have written something that somebody may want to read."""

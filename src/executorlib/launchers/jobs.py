@@ -9,7 +9,7 @@
 - *Results* are noticed by looking for their files. The system is asked, seldom, only for what leaves none.
 
 Files of a batch, in ``<cache directory>/.executorlib/<batch>/``: ``entries`` (index and entry of each call),
-``setup.json`` (what jobs set up), ``owner`` (who submits it), ``job.sh``, ``job_id``, and ``output.<index>``.
+``setup`` (what jobs set up), ``owner`` (who submits it), ``job.sh``, ``job_id``, and ``output.<index>``.
 """
 
 from __future__ import annotations
@@ -238,13 +238,7 @@ class JobLauncher:
         batch = self._followed.get(directory)
         if batch is None:
             batch = self._followed[directory] = JobBatch(directory, ours=False)
-        try:
-            indices = {path: index for index, path in entries.batch_entries(directory).items()}
-        except OSError:
-            indices = {}
-        index = indices.get(job.path, 0)
-        batch.is_array = len(indices) > 1 or index > 0
-        self._follow(job, batch, index)
+        self._follow(job, batch, batch.index_of(job.path))
         return True
 
     def _follow(self, job: Job, batch: JobBatch | None, index: int) -> None:
