@@ -238,7 +238,7 @@ class JobLauncher:
         batch = self._followed.get(directory)
         if batch is None:
             batch = self._followed[directory] = JobBatch(directory, ours=False)
-        self._follow(job, batch, batch.index_of(job.path))
+        self._follow(job, batch, batch.index_of(job.path) if batch.job_id is not None else 0)
         return True
 
     def _follow(self, job: Job, batch: JobBatch | None, index: int) -> None:
@@ -407,13 +407,18 @@ class JobLauncher:
 
     def _find_job_ids(self) -> None:
         """Read which jobs the batches of other sessions became."""
-        for batch in list(self._followed.values()):
-            if batch.job_id is None:
-                batch.job_id = entries.read_text(os.path.join(batch.directory, entries.JOB_ID_FILE))
-            if batch.job_id is None and batch.is_abandoned():
-                for job in list(self._jobs.values()):
-                    if job.batch is batch:
-                        self._give_up(job)
+        for batch in [batch for batch in self._followed.values() if batch.job_id is None]:
+            batch.job_id = entries.read_text(os.path.join(batch.directory, entries.JOB_ID_FILE))
+            followers = [job for job in self._jobs.values() if job.batch is batch]
+            if batch.job_id is not None:
+                # The list of its calls is complete by now.
+                batch.jobs.clear()
+                for job in followers:
+                    job.index = batch.index_of(job.path)
+                    batch.jobs.setdefault(job.index, job)
+            elif batch.is_abandoned():
+                for job in followers:
+                    self._give_up(job)
 
     def _cancel(self) -> None:
         jobs, self._to_cancel = self._to_cancel, []
