@@ -187,7 +187,9 @@ def test_two_sessions_submit_the_same_at_the_same_moment(row: Any, scripts: Any,
     put(tmp_path / "go")
     expected = f"{list(range(8))} {list(range(1, 9))}\n"
     for program in programs:
-        assert program.communicate(timeout=WAIT) == (expected, "")
+        out, err = program.communicate(timeout=WAIT)
+        assert not err, err
+        assert out == expected
     assert sorted(lines(tmp_path / "first")) == sorted(map(str, range(8)))
     assert sorted(lines(tmp_path / "second")) == sorted(map(str, range(1, 9)))
     assert_tidy(store)
@@ -461,3 +463,22 @@ def test_nothing_is_left_behind(make: Callable[..., Any], gate: Callable[..., Ga
     assert os.path.exists(f"/proc/{pid}")
     held.open()
     until(lambda: set(marked_processes()) <= processes, WAIT)
+
+
+@pytest.mark.rows("jobs")
+def test_entry_of_a_session_that_has_not_submitted_it_yet(
+    make: Callable[..., Any], gate: Callable[..., Gate], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever finds it leaves it to that session, as long as there is one."""
+    held = gate()
+    with make() as executor, make() as other:
+        # More inputs than this are waited for here, not by the queue.
+        monkeypatch.setattr("executorlib.launchers.submitter._MOST_DEPENDENCIES", 2)
+        inputs = [executor.submit(held, i) for i in range(3)]
+        mine = executor.submit(total, *inputs, resource_dict=key("sum"))
+        held.pids(2)
+        joined = other.submit(total, 1, resource_dict=key("sum"))
+        with pytest.raises(TimeoutError):
+            joined.result(0.5)
+        held.open()
+        assert (mine.result(WAIT), joined.result(WAIT)) == (3, 3)

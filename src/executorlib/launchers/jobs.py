@@ -29,6 +29,7 @@ from executorlib.launchers.queue import JobState, Phase
 from executorlib.launchers.submitter import Submitter
 from executorlib.launchers.systems import JobSystem, Refused, States
 from executorlib.resources import Resources
+from executorlib.task import RUNNING
 from executorlib.worker.job import RAISED, RESULT
 
 if TYPE_CHECKING:
@@ -181,7 +182,10 @@ class JobLauncher:
     def _claim(self, job: Job) -> None:
         """Put the call's entry in place; where another session has, follow that."""
         task = job.task
+        batch = None
         try:
+            if os.path.exists(job.path) and self._follow_owner(job):
+                return
             pending = [self._by_output[path] for path in task.after if path in self._by_output]
             after = [other for other in pending if not other.over and other.batch is not None]
             batch, index = self._submitter.place(job, after)
@@ -215,6 +219,9 @@ class JobLauncher:
         except BaseException as error:  # whatever the user's objects raise while they are pickled
             self._end(job, Exit(None, "", advise_unpicklable(error, task.number, task.name)))
             return
+        finally:
+            if batch is not None and not batch.size:
+                batch.remove_files()
         self._end(job, Exit(None, f"its entry {job.path} is claimed and given up again and again"))
 
     def _follow_owner(self, job: Job) -> bool:
@@ -277,10 +284,11 @@ class JobLauncher:
                 job.ending = entries.read_ending(job.output)
                 if job.ending is not None:
                     job.over = True
-                    if job.begun:
+                    if not job.begun:
+                        self._begin(job)
+                    elif job.task.state is RUNNING:
                         self.deliver(job)
-                    else:
-                        self._begin(job)  # it is handed over once the call has been told that it runs
+                    # Else it is handed over by `JobTransport.flush`, once the call has been told that it runs.
                     continue
             if job.gone_since is not None:
                 self._on_gone(job, now)

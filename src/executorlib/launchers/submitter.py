@@ -78,6 +78,9 @@ class Submitter:
         Args:
             job: The call.
             after: Jobs whose results are its inputs and that are not over.
+
+        Raises:
+            OSError: The batch's directory cannot be made.
         """
         resources = job.task.resources
         folder = resources.cache_directory
@@ -101,6 +104,10 @@ class Submitter:
         batch = JobBatch(os.path.join(folder, entries.BATCHES_FOLDER, name), True, key, first)
         batch.corresponds = source
         batch.after = after
+        # Before any entry names it: who finds one wants to know whether the session that is to submit it is there.
+        os.makedirs(batch.directory)
+        owner = {"system": self._system.name, "host": socket.gethostname(), "pid": os.getpid()}
+        entries.write_text(os.path.join(batch.directory, entries.OWNER_FILE), json.dumps(owner))
         return batch, first
 
     def add(self, job: Job, batch: JobBatch, index: int) -> None:
@@ -201,18 +208,16 @@ class Submitter:
 
     def _write_files(self, batch: JobBatch, resources: Resources) -> list[str]:
         """Fill the batch's directory; returns the program that runs one of its jobs."""
-        os.makedirs(batch.directory, exist_ok=True)
         program = os.path.join(batch.directory, "run.py")
         setup = {**self._system.setup(), "threads": resources.threads_per_core, "ranks": resources.cores}
         setup["gpus_per_rank"] = resources.gpus_per_core
+        setup["system"] = self._system.name
         if resources.cwd is not None:
             setup["cwd"] = resources.cwd
-        owner = {"system": self._system.name, "host": socket.gethostname(), "pid": os.getpid()}
         with open(os.path.join(batch.directory, entries.SETUP_FILE), "wb") as setup_file:
             pickle.dump(setup, setup_file)
         for name, text in (
             (entries.ENTRIES_FILE, "".join(f"{index} {job.path}\n" for index, job in batch.jobs.items())),
-            (entries.OWNER_FILE, json.dumps(owner)),
             ("run.py", boot_code("executorlib.worker.job", f"({batch.directory!r})") + "\n"),
         ):
             with open(os.path.join(batch.directory, name), "w", encoding="utf-8") as file:
