@@ -110,6 +110,8 @@ def _state(future: Future[Any]) -> tuple[str, str, str, str]:
         return "ended", "COMPLETED", "", "0:0"
     if isinstance(error, _JobFailed):
         return "ended", "FAILED", "", f"{error.args[0]}:0"
+    if isinstance(error, TimeoutError):
+        return "ended", "TIMEOUT", "", ""
     died = re.search(r"(?:code (\d+)|signal (\d+))", str(error))
     exit_code = f"{died[1] or 0}:{died[2] or 0}" if died else ""
     return "ended", "FAILED", str(error), exit_code

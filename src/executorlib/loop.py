@@ -274,7 +274,8 @@ class Loop(Events):
     @property
     def waiting(self) -> int:
         """Calls that have not started."""
-        return self.scheduler.not_started + self._next_number - 1 - self.scheduler.submitted
+        queued = self.scheduler.launching if self._jobs else 0  # elsewhere to launch is to start
+        return self.scheduler.not_started + queued + self._next_number - 1 - self.scheduler.submitted
 
     # -- events from the inbox ----------------------------------------------------------------------------------------
 

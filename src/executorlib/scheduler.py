@@ -169,6 +169,11 @@ class Scheduler:
         self.unfinished = 0  # calls submitted and not over
         self.not_started = 0  # of these, waiting or ready
 
+    @property
+    def launching(self) -> int:
+        """Calls whose own worker is not known to have started."""
+        return 0
+
     # -- events -----------------------------------------------------------------------------------------------
 
     def on_submit(self, task: Task) -> None:
@@ -302,6 +307,11 @@ class FreshScheduler(Scheduler):
         self._reserved: Node | None = None
         self._may_start = False  # whether anything has changed that could let a call start
         self._overtaken_limit = OVERTAKEN_PER_CORE * max(node.total_cores for node in ledger.nodes)
+
+    @property
+    def launching(self) -> int:
+        """See `Scheduler.launching`."""
+        return len(self._launching)
 
     def on_started(self, worker: Worker, lookahead: bool = False) -> None:
         """The worker's call is handed over."""

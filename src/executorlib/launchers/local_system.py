@@ -21,6 +21,9 @@ from executorlib.launchers.local import Surroundings
 from executorlib.launchers.queue import Batch, JobState, Phase
 from executorlib.launchers.systems import JobKey, Refused, States
 
+# Given to a job beyond its run_time_max, in which it starts and, at its limit, ends by itself.
+_SPARE_SECONDS = 1.0
+
 
 class LocalSystem:
     """The executor's side.
@@ -103,6 +106,8 @@ class LocalSystem:
             "cores": resources.cores,
             "threads_per_core": resources.threads_per_core,
             "gpus_per_core": resources.gpus_per_core,
+            # A job ends itself at its limit; this is for functions that do not let it.
+            "run_time_max": None if resources.run_time_max is None else resources.run_time_max + _SPARE_SECONDS,
             "priority": resources.priority,
             "exclusive": resources.exclusive,
             "openmpi_oversubscribe": resources.openmpi_oversubscribe,
