@@ -6,9 +6,21 @@ nodes are kept in buckets by what is free on them, and a bit mask says which buc
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
-from executorlib.resources import Demand
+from executorlib.resources import Demand, Resources
+
+
+class _Row:
+    """Nodes with the same number of GPUs available, in buckets by their available cores."""
+
+    __slots__ = ("buckets", "mask")
+
+    def __init__(self, most_cores: int) -> None:
+        self.buckets: list[list[Node]] = [[] for _ in range(most_cores + 1)]
+        self.mask = 0  # bit c: bucket c holds any
 
 
 class Node:
@@ -20,7 +32,18 @@ class Node:
         gpus: GPU device names.
     """
 
-    __slots__ = ("free_cores", "free_gpus", "kept_for", "name", "total_cores", "total_gpus")
+    __slots__ = (
+        "column",
+        "free_cores",
+        "free_gpus",
+        "kept",
+        "kept_for",
+        "name",
+        "position",
+        "row",
+        "total_cores",
+        "total_gpus",
+    )
 
     def __init__(self, name: str, cores: Iterable[int], gpus: Iterable[str] = ()) -> None:
         self.name = name
@@ -29,42 +52,90 @@ class Node:
         self.free_gpus = list(gpus)[::-1]
         self.total_cores = len(self.free_cores)
         self.total_gpus = len(self.free_gpus)
-        self.kept_for: Demand | None = None
+        self.kept_for: Reservation | None = None
+        self.kept = (0, 0)  # cores and GPUs
+        # Where the ledger's index has it; not in any row once the node is lost.
+        self.row: _Row | None = None
+        self.column = 0
+        self.position = 0
 
-    def cores_for(self, demand: Demand) -> int:
-        """Cores that the demand takes on this node."""
-        return self.total_cores if demand.exclusive else demand.cores
+    def __repr__(self) -> str:
+        return f"<node {self.name}>"
 
     def available(self) -> tuple[int, int]:
         """GPUs and cores that are free and not kept for a call."""
-        kept = self.kept_for
-        if kept is None:
-            return len(self.free_gpus), len(self.free_cores)
-        return max(0, len(self.free_gpus) - kept.gpus), max(0, len(self.free_cores) - self.cores_for(kept))
+        cores, gpus = self.kept
+        return max(0, len(self.free_gpus) - gpus), max(0, len(self.free_cores) - cores)
 
-    def could_hold(self, demand: Demand) -> bool:
-        """Whether the demand fits on the node when it is empty."""
-        return demand.cores <= self.total_cores and demand.gpus <= self.total_gpus
+    @property
+    def idle(self) -> bool:
+        """Whether nobody is on the node, and it is not kept for a call."""
+        return len(self.free_cores) == self.total_cores and self.kept_for is None
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether all that is kept for a call is there."""
+        cores, gpus = self.kept
+        return len(self.free_cores) >= cores and len(self.free_gpus) >= gpus
+
+
+class Share(NamedTuple):
+    """What is held on one node.
+
+    Attributes:
+        node: The node.
+        cores: Core numbers.
+        gpus: GPU device names.
+    """
+
+    node: Node
+    cores: list[int]
+    gpus: list[str]
 
 
 class Allocation:
     """What one call or worker holds, until it is given back with `Ledger.release`.
 
     Attributes:
-        node: The node.
+        node: The node, or the first of several.
         cores: Core numbers held on it.
         gpus: GPU device names held on it.
+        further: What is held on other nodes.
     """
 
-    __slots__ = ("cores", "gpus", "node")
+    __slots__ = ("cores", "further", "gpus", "node")
 
-    def __init__(self, node: Node, cores: list[int], gpus: list[str]) -> None:
+    def __init__(self, node: Node, cores: list[int], gpus: list[str], further: tuple[Share, ...] = ()) -> None:
         self.node = node
         self.cores = cores
         self.gpus = gpus
+        self.further = further
+
+    @property
+    def shares(self) -> list[Share]:
+        """What is held on each node; nodes with more ranks come first."""
+        return [Share(self.node, self.cores, self.gpus), *self.further]
 
     def __repr__(self) -> str:
-        return f"<allocation on {self.node.name}: cores {self.cores}, gpus {self.gpus}>"
+        held = "; ".join(f"{node.name}: cores {cores}, gpus {gpus}" for node, cores, gpus in self.shares)
+        return f"<allocation on {held}>"
+
+
+class Reservation:
+    """Parts of nodes that are withheld from everybody but one call.
+
+    Attributes:
+        demand: What the call needs.
+        nodes: The nodes, in the order of the demand's shares.
+        lacking: On how many of them the call's share is not free yet.
+    """
+
+    __slots__ = ("demand", "lacking", "nodes")
+
+    def __init__(self, demand: Demand, nodes: list[Node]) -> None:
+        self.demand = demand
+        self.nodes = nodes
+        self.lacking = 0
 
 
 class Ledger:
@@ -76,87 +147,132 @@ class Ledger:
 
     def __init__(self, nodes: Sequence[Node]) -> None:
         self.nodes = list(nodes)
-        most_gpus = max((node.total_gpus for node in self.nodes), default=0)
+        self._shapes = Counter((node.total_cores, node.total_gpus) for node in self.nodes)
         most_cores = max((node.total_cores for node in self.nodes), default=0)
-        # _buckets[g][c]: nodes with g GPUs and c cores free, in the order in which they got there.
-        self._buckets: list[list[dict[Node, None]]] = [
-            [{} for _ in range(most_cores + 1)] for _ in range(most_gpus + 1)
-        ]
-        self._masks = [0] * (most_gpus + 1)
-        for node in self.nodes:
+        most_gpus = max((node.total_gpus for node in self.nodes), default=0)
+        # By available GPUs. Idle nodes are apart: they are for those that need whole ones, as long as others will do.
+        self._used = [_Row(most_cores) for _ in range(most_gpus + 1)]
+        self._idle = [_Row(most_cores) for _ in range(most_gpus + 1)]
+        for node in reversed(self.nodes):  # buckets are stacks: the first node is to go first
             self._insert(node)
 
     def could_hold(self, demand: Demand) -> bool:
         """Whether the demand can be met at all, once enough is free."""
-        return any(node.could_hold(demand) for node in self.nodes)
+        shares = demand.shares()
+        largest, smallest = shares[0], shares[-1]
+        return self._able(largest) >= shares.count(largest) and self._able(smallest) >= len(shares)
 
-    def allocate(self, demand: Demand) -> Allocation | None:
-        """Take what the demand needs from one node, the fullest that has it; None where none has.
+    def _able(self, share: tuple[int, int]) -> int:
+        """How many nodes could hold the share when they are empty."""
+        cores, gpus = share
+        return sum(count for (most, devices), count in self._shapes.items() if most >= cores and devices >= gpus)
 
-        Nodes with few free GPUs come first, so that calls without GPUs leave the others to those that need them.
-        """
-        need = demand.cores
-        if demand.exclusive:
-            node = self._idle_node(demand)
-            if node is None:
-                return None
-        else:
-            for gpus in range(demand.gpus, len(self._masks)):
-                mask = self._masks[gpus] >> need
-                if mask:
-                    cores = need + (mask & -mask).bit_length() - 1
-                    node = next(iter(self._buckets[gpus][cores]))
-                    break
-            else:
-                return None
-        return self._take(node, demand)
-
-    def reserve(self, demand: Demand) -> Node | None:
-        """Withhold what the demand needs from everybody else, on the node where it will fit soonest (most is free).
+    def spread(self, resources: Resources) -> Demand | None:
+        """What a call takes here: on ``num_nodes`` nodes or, where that is not given, on as few as can hold it.
 
         Returns:
-            The node, for `allocate_reserved` and `unreserve`; None where no node could ever hold the demand.
+            The demand; None where it can never be met.
         """
-        able = [node for node in self.nodes if node.kept_for is None and node.could_hold(demand)]
-        if not able:
-            return None
-        node = max(able, key=lambda node: (len(node.free_cores), len(node.free_gpus)))
-        self._remove(node)
-        node.kept_for = demand
-        self._insert(node)
-        return node
+        if resources.num_nodes is not None:
+            counts = range(resources.num_nodes, resources.num_nodes + 1)
+        else:
+            most_cores = max((node.total_cores for node in self.nodes), default=0)
+            fewest = -(-resources.cores // max(1, most_cores // resources.threads_per_core))
+            counts = range(fewest, min(resources.cores, len(self.nodes)) + 1)
+        return next((demand for demand in map(resources.demand_over, counts) if self.could_hold(demand)), None)
 
-    def allocate_reserved(self, node: Node, demand: Demand) -> Allocation | None:
-        """Take the demand from a reserved node if it fits by now; the reservation ends with that."""
-        if len(node.free_cores) < node.cores_for(demand) or len(node.free_gpus) < demand.gpus:
-            return None
-        self.unreserve(node)
-        return self._take(node, demand)
+    def allocate(self, demand: Demand) -> Allocation | None:
+        """Take what the demand needs, from the fullest nodes that have it; None where there are not enough.
 
-    def unreserve(self, node: Node) -> None:
+        Nodes with few free GPUs come first, so that calls without GPUs leave the others to those that need them,
+        and idle nodes last, so that they are left to those that need whole nodes.
+        """
+        if demand.nodes > 1:
+            chosen = self._choose(demand, {}, demand.shares())
+            return None if chosen is None else self._take_all(chosen, demand)
+        need = demand.cores
+        for gpus in range(demand.gpus, len(self._idle)):
+            row = self._used[gpus]
+            mask = 0 if demand.exclusive else row.mask >> need
+            if not mask:
+                row = self._idle[gpus]
+                mask = row.mask >> need
+            if mask:
+                node = row.buckets[need + (mask & -mask).bit_length() - 1][-1]
+                return Allocation(*self._take(node, node.total_cores if demand.exclusive else need, demand.gpus))
+        return None
+
+    def reserve(self, demand: Demand) -> Reservation | None:
+        """Withhold what the demand needs from everybody else, on the nodes where it will fit soonest (most is free).
+
+        Returns:
+            The reservation, for `allocate_reserved` and `unreserve`; None where the demand could never be met by nodes
+            that are not reserved already.
+        """
+        chosen: dict[Node, tuple[int, int]] = {}
+        shares = demand.shares()
+        for node in self._emptiest_first():
+            cores, gpus = shares[len(chosen)]
+            if node.kept_for is None and cores <= node.total_cores and gpus <= node.total_gpus:
+                chosen[node] = (node.total_cores if demand.exclusive else cores, gpus)
+                if len(chosen) == len(shares):
+                    break
+        else:
+            return None
+        reservation = Reservation(demand, list(chosen))
+        for node, kept in chosen.items():
+            self._keep(node, reservation, kept)
+            reservation.lacking += not node.keeps_all
+        return reservation
+
+    def allocate_reserved(self, reservation: Reservation) -> Allocation | None:
+        """Take what was reserved if it is there by now, or in part on other nodes; the reservation ends with that."""
+        demand = reservation.demand
+        if reservation.lacking:
+            there: dict[Node, tuple[int, int]] = {}
+            elsewhere = []
+            for node, share in zip(reservation.nodes, demand.shares(), strict=True):
+                if node.keeps_all:
+                    there[node] = share
+                else:
+                    elsewhere.append(share)
+            chosen = self._choose(demand, there, elsewhere)
+            if chosen is None:
+                return None
+        else:
+            chosen = dict(zip(reservation.nodes, demand.shares(), strict=True))
+        self.unreserve(reservation)
+        return self._take_all(chosen, demand)
+
+    def unreserve(self, reservation: Reservation) -> None:
         """End a reservation."""
-        self._remove(node)
-        node.kept_for = None
-        self._insert(node)
+        for node in reservation.nodes:
+            self._keep(node, None, (0, 0))
 
     def release(self, allocation: Allocation) -> None:
-        """Give back what was taken."""
-        node = allocation.node
-        self._remove(node)
-        node.free_cores += allocation.cores
-        if allocation.gpus:
-            node.free_gpus += allocation.gpus
-        self._insert(node)
+        """Give back what was taken, except on nodes that were removed meanwhile."""
+        self._give_back(allocation.node, allocation.cores, allocation.gpus)
+        for share in allocation.further:
+            self._give_back(*share)
 
     def grow(self, node: Node, cores: Iterable[int]) -> None:
-        """Add cores to a node."""
+        """Add cores to a node of which nothing is reserved."""
         added = list(cores)
         self._remove(node)
+        self._shapes[node.total_cores, node.total_gpus] -= 1
         node.free_cores[:0] = added
         node.total_cores += len(added)
-        for row in self._buckets:
-            row += [{} for _ in range(node.total_cores + 1 - len(row))]
+        self._shapes[node.total_cores, node.total_gpus] += 1
+        for row in self._used + self._idle:
+            row.buckets += [[] for _ in range(node.total_cores + 1 - len(row.buckets))]
         self._insert(node)
+
+    def remove(self, node: Node) -> None:
+        """Take a node out that is lost; a reservation that it is part of has to be ended before."""
+        self._remove(node)
+        node.row = None
+        self.nodes.remove(node)
+        self._shapes[node.total_cores, node.total_gpus] -= 1
 
     def free(self) -> tuple[int, int]:
         """Cores and GPUs that are free now, over all nodes."""
@@ -164,42 +280,120 @@ class Ledger:
 
     def check_invariants(self) -> None:
         """Raise AssertionError where the index and the nodes disagree."""
-        for gpus, row in enumerate(self._buckets):
-            for cores, bucket in enumerate(row):
-                assert bool(bucket) == bool(self._masks[gpus] >> cores & 1)
-                for node in bucket:
-                    assert node.available() == (gpus, cores)
-        assert sum(len(bucket) for row in self._buckets for bucket in row) == len(self.nodes)
+        indexed = 0
+        for rows in (self._used, self._idle):
+            for gpus, row in enumerate(rows):
+                for cores, bucket in enumerate(row.buckets):
+                    assert bool(bucket) == bool(row.mask >> cores & 1)
+                    indexed += len(bucket)
+                    for position, node in enumerate(bucket):
+                        assert node.available() == (gpus, cores)
+                        assert node.idle == (rows is self._idle)
+                        assert (node.row, node.column, node.position) == (row, cores, position)
+        assert indexed == len(self.nodes)
+        assert +self._shapes == Counter((node.total_cores, node.total_gpus) for node in self.nodes)
         for node in self.nodes:
             assert len(set(node.free_cores)) == len(node.free_cores) <= node.total_cores
             assert len(set(node.free_gpus)) == len(node.free_gpus) <= node.total_gpus
+            assert node.kept_for is not None or node.kept == (0, 0)
+        for reservation in {node.kept_for for node in self.nodes if node.kept_for is not None}:
+            assert reservation.lacking == sum(not node.keeps_all for node in reservation.nodes)
 
-    def _idle_node(self, demand: Demand) -> Node | None:
-        for gpus in range(demand.gpus, len(self._masks)):
-            for bucket in self._buckets[gpus][demand.cores :]:
-                for node in bucket:
-                    if len(node.free_cores) == node.total_cores and node.kept_for is None:
-                        return node
-        return None
+    def _choose(
+        self, demand: Demand, chosen: dict[Node, tuple[int, int]], shares: list[tuple[int, int]]
+    ) -> dict[Node, tuple[int, int]] | None:
+        """Add a node for each share; None where there are not enough.
 
-    def _take(self, node: Node, demand: Demand) -> Allocation:
+        Where there are, as many nodes are looked at as are chosen; where not, fewer.
+        """
+        size: tuple[int, int] | None = None
+        fitting: Iterator[Node] = iter(())
+        for share in shares:
+            if share != size:
+                size = share
+                fitting = self._fitting(*share, idle_only=demand.exclusive)
+            node = next((node for node in fitting if node not in chosen), None)
+            if node is None:
+                return None
+            chosen[node] = share
+        return chosen
+
+    def _fitting(self, cores: int, gpus: int, idle_only: bool) -> Iterator[Node]:
+        """Nodes with as much available, in the order in which `allocate` takes them."""
+        for used, idle in zip(self._used[gpus:], self._idle[gpus:], strict=True):
+            for row in (idle,) if idle_only else (used, idle):
+                mask = row.mask >> cores
+                while mask:
+                    lowest = mask & -mask
+                    mask ^= lowest
+                    yield from reversed(row.buckets[cores + lowest.bit_length() - 1])
+
+    def _emptiest_first(self) -> Iterator[Node]:
+        for column in range(len(self._idle[0].buckets) - 1, -1, -1):
+            for rows in (self._idle, self._used):
+                for row in reversed(rows):
+                    yield from row.buckets[column]
+
+    def _take_all(self, chosen: dict[Node, tuple[int, int]], demand: Demand) -> Allocation:
+        # Larger shares first, as `Demand.shares` has them.
+        ordered = sorted(chosen.items(), key=lambda item: item[1], reverse=True)
+        first, *further = [
+            self._take(node, node.total_cores if demand.exclusive else cores, gpus) for node, (cores, gpus) in ordered
+        ]
+        return Allocation(*first, tuple(further))
+
+    def _take(self, node: Node, cores: int, gpus: int) -> Share:
         self._remove(node)
-        cores = _pop(node.free_cores, node.cores_for(demand))
-        gpus = _pop(node.free_gpus, demand.gpus) if demand.gpus else []
+        share = Share(node, _pop(node.free_cores, cores), _pop(node.free_gpus, gpus) if gpus else [])
         self._insert(node)
-        return Allocation(node, cores, gpus)
+        return share
+
+    def _give_back(self, node: Node, cores: list[int], gpus: list[str]) -> None:
+        if node.row is None:
+            return
+        self._remove(node)
+        reservation = node.kept_for
+        if reservation is not None:
+            reservation.lacking -= not node.keeps_all
+        node.free_cores += cores
+        if gpus:
+            node.free_gpus += gpus
+        if reservation is not None:
+            reservation.lacking += not node.keeps_all
+        self._insert(node)
+
+    def _keep(self, node: Node, reservation: Reservation | None, kept: tuple[int, int]) -> None:
+        self._remove(node)
+        node.kept_for = reservation
+        node.kept = kept
+        self._insert(node)
 
     def _insert(self, node: Node) -> None:
-        gpus, cores = node.available()
-        self._buckets[gpus][cores][node] = None
-        self._masks[gpus] |= 1 << cores
+        cores = len(node.free_cores)
+        gpus = len(node.free_gpus)
+        if node.kept_for is not None:
+            gpus, cores = node.available()
+            row = self._used[gpus]
+        else:
+            row = (self._idle if cores == node.total_cores else self._used)[gpus]
+        bucket = row.buckets[cores]
+        if not bucket:
+            row.mask |= 1 << cores
+        node.row = row
+        node.column = cores
+        node.position = len(bucket)
+        bucket.append(node)
 
     def _remove(self, node: Node) -> None:
-        gpus, cores = node.available()
-        bucket = self._buckets[gpus][cores]
-        del bucket[node]
-        if not bucket:
-            self._masks[gpus] &= ~(1 << cores)
+        row = node.row
+        assert row is not None
+        bucket = row.buckets[node.column]
+        last = bucket.pop()
+        if last is not node:
+            bucket[node.position] = last
+            last.position = node.position
+        elif not bucket:
+            row.mask ^= 1 << node.column
 
 
 class Unlimited(Ledger):

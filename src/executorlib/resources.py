@@ -12,11 +12,28 @@ from typing import Any, NamedTuple
 
 
 class Demand(NamedTuple):
-    """What a call takes from the ledger while it runs. Calls with equal demands are interchangeable."""
+    """What a call takes from the ledger while it runs. Calls with equal demands are interchangeable.
+
+    Attributes:
+        cores: Cores, on all nodes together.
+        gpus: GPUs, on all nodes together.
+        exclusive: Whether nobody else may be on its nodes.
+        nodes: Nodes over which it is spread, all of which it takes at once.
+        ranks: Parts that are not torn apart; of meaning only with several nodes.
+    """
 
     cores: int
     gpus: int = 0
     exclusive: bool = False
+    nodes: int = 1
+    ranks: int = 1
+
+    def shares(self) -> list[tuple[int, int]]:
+        """Cores and GPUs on each node: the ranks are spread evenly, the larger shares come first."""
+        cores, gpus = self.cores // self.ranks, self.gpus // self.ranks
+        few, larger = divmod(self.ranks, self.nodes)
+        counts = [few + 1] * larger + [few] * (self.nodes - larger)
+        return [(count * cores, count * gpus) for count in counts]
 
 
 @dataclass(frozen=True)
@@ -64,8 +81,15 @@ class Resources:
 
     @property
     def demand(self) -> Demand:
-        """What a ledger that counts cores has to provide."""
+        """What a ledger that counts cores has to provide on one node."""
         return Demand(self.cores * self.threads_per_core, self.cores * self.gpus_per_core, self.exclusive)
+
+    def demand_over(self, nodes: int) -> Demand:
+        """The same, spread over several nodes; each holds the cores of one rank at least."""
+        if nodes == 1:
+            return self.demand
+        ranks = max(self.cores, nodes)
+        return Demand(ranks * self.threads_per_core, ranks * self.gpus_per_core, self.exclusive, nodes, ranks)
 
     def updated(self, changes: Mapping[str, Any], subject: str, allow_further: bool = False) -> Resources:
         """Return these resources with some changed, as a user wrote them.

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import NamedTuple, TypeAlias
 
-from executorlib.ledger import Allocation, Ledger, Node
+from executorlib.ledger import Allocation, Ledger, Reservation
 from executorlib.resources import Demand
 from executorlib.task import (
     CANCELLED,
@@ -304,7 +304,7 @@ class FreshScheduler(Scheduler):
         self._started: dict[Worker, None] = {}  # that were not told yet what to do
         self._blocked: Task | None = None
         self._overtaken = 0
-        self._reserved: Node | None = None
+        self._reserved: Reservation | None = None
         self._may_start = False  # whether anything has changed that could let a call start
         self._overtaken_limit = OVERTAKEN_PER_CORE * max(node.total_cores for node in ledger.nodes)
 
@@ -401,7 +401,7 @@ class FreshScheduler(Scheduler):
         """Start the first call that may start; False when there is none."""
         for task in self._candidates():
             if task is self._blocked and self._reserved is not None:
-                allocation = self.ledger.allocate_reserved(self._reserved, task.demand)
+                allocation = self.ledger.allocate_reserved(self._reserved)
                 if allocation is not None:
                     self._reserved = None
                 else:
