@@ -11,7 +11,7 @@ import pytest
 from contract.functions import CustomError, Gate, add, fail, identity, lines, record
 
 WAIT = 30
-pytestmark = pytest.mark.cache
+pytestmark = [pytest.mark.cache, pytest.mark.essential]
 
 
 @pytest.fixture

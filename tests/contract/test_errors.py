@@ -15,6 +15,7 @@ import pytest
 from contract.functions import CustomError, add, fail, identity
 
 WAIT = 30
+pytestmark = pytest.mark.essential
 
 
 def test_remote_traceback(executor: Any) -> None:

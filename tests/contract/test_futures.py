@@ -18,6 +18,7 @@ from contract.functions import CustomError, Gate, add, fail, identity, lines, re
 WAIT = 30
 
 
+@pytest.mark.essential
 def test_states(executor: Any, gate: Callable[..., Gate]) -> None:
     held = gate()
     future = executor.submit(held, 1)
@@ -36,6 +37,7 @@ def test_states(executor: Any, gate: Callable[..., Gate]) -> None:
     assert future.exception() is None
 
 
+@pytest.mark.essential
 def test_callbacks(executor: Any, gate: Callable[..., Gate]) -> None:
     held = gate()
     called: list[Any] = []
@@ -224,6 +226,7 @@ def test_cancel_calls_back(make_executor: Callable[..., Any], row: Any, gate: Ca
         held.open()
 
 
+@pytest.mark.essential
 def test_a_running_call_cannot_be_cancelled(executor: Any, gate: Callable[..., Gate]) -> None:
     held = gate()
     future = executor.submit(held, 1)

@@ -120,6 +120,7 @@ def test_future_that_is_never_looked_at(executor: Any) -> None:
     assert executor.submit(add, 1, 2).result(WAIT) == 3
 
 
+@pytest.mark.essential
 def test_foreign_futures(executor: Any) -> None:
     late: Future[int] = Future()
     with ThreadPoolExecutor(1) as pool:
@@ -161,6 +162,7 @@ def test_exception_object_as_the_result_of_an_input(executor: Any) -> None:
     assert isinstance(result, ValueError)
 
 
+@pytest.mark.essential
 def test_failed_input(executor: Any) -> None:
     bad = executor.submit(fail, "first")
     second = executor.submit(add, bad, 1)
@@ -203,6 +205,7 @@ def test_cancelled_input(executor: Any) -> None:
             future.result(WAIT)
 
 
+@pytest.mark.essential
 def test_cancelling_a_call_that_waits_for_inputs(executor: Any) -> None:
     late: Future[int] = Future()
     call = executor.submit(add, late, 1)
@@ -223,6 +226,7 @@ def test_base_exception_of_an_input(executor: Any) -> None:
     assert executor.submit(add, 1, 2).result(WAIT) == 3
 
 
+@pytest.mark.essential
 def test_diamond(executor: Any) -> None:
     top = executor.submit(add, 1, 0)
     left = executor.submit(add, top, 1)
@@ -250,6 +254,7 @@ def test_failure_runs_down_a_long_chain(executor: Any) -> None:
     assert all(future.done() for future in futures)
 
 
+@pytest.mark.essential
 def test_two_layers(executor: Any, row: Any) -> None:
     width = row.many
     first = [executor.submit(add, i, 0) for i in range(width)]

@@ -34,6 +34,7 @@ WAIT = 30
 # Shutdown.
 
 
+@pytest.mark.essential
 def test_leaving_the_block_finishes_everything(make_executor: Callable[..., Any]) -> None:
     with make_executor() as executor:
         futures = [executor.submit(add, i, 1) for i in range(20)]
@@ -102,6 +103,7 @@ def test_shutdown_waits_from_any_thread(make_executor: Callable[..., Any], row: 
     assert future.done()
 
 
+@pytest.mark.essential
 def test_shutdown_that_cancels(
     make_executor: Callable[..., Any], row: Any, gate: Callable[..., Gate], tmp_path: Path
 ) -> None:
@@ -126,6 +128,7 @@ def test_shutdown_that_cancels(
     assert len(ran) < row.backlog / 2
 
 
+@pytest.mark.essential
 def test_no_process_outlives_its_executor(make_executor: Callable[..., Any], gate: Callable[..., Gate]) -> None:
     held = gate()
     with make_executor() as executor:
@@ -182,6 +185,7 @@ def test_nothing_starts_before_the_first_call_takes_long(make_executor: Callable
 # Ending at once: terminate_workers and kill_workers, as Python 3.14 has them.
 
 
+@pytest.mark.essential
 @pytest.mark.parametrize("method", ["terminate_workers", "kill_workers"])
 def test_end_at_once(make_executor: Callable[..., Any], row: Any, gate: Callable[..., Gate], method: str) -> None:
     held = gate()
@@ -350,6 +354,7 @@ FINISHED = """
 """
 
 
+@pytest.mark.essential
 def test_interpreter_exit_without_shutdown(row: Any, scripts: Any) -> None:
     """Work that was submitted is finished, then the program ends by itself."""
     scripts.run(FINISHED, row.arguments())

@@ -17,6 +17,7 @@ from contract.functions import CustomError, Gate, add, fail, identity, lines, od
 WAIT = 30
 
 
+@pytest.mark.essential
 def test_results_in_order(executor: Any) -> None:
     assert list(executor.map(add, range(10), range(10), timeout=WAIT)) == list(range(0, 20, 2))
 
@@ -65,6 +66,7 @@ def test_calls_are_submitted_at_once(executor: Any) -> None:
     assert list(results) == list(range(5))
 
 
+@pytest.mark.essential
 def test_error_comes_in_its_turn(executor: Any) -> None:
     results = executor.map(odd_fails, [0, 2, 3, 4])
     assert next(results) == 0
@@ -157,6 +159,7 @@ def test_chunks_change_no_result(executor: Any, chunksize: int) -> None:
     assert list(executor.map(add, range(7), range(7), chunksize=chunksize)) == [2 * i for i in range(7)]
 
 
+@pytest.mark.essential
 @pytest.mark.rows(block=False)
 def test_a_chunk_is_one_call(executor: Any) -> None:
     def pid(_number: int) -> int:
@@ -220,6 +223,7 @@ def test_buffersize_below_one(executor: Any, buffersize: Any, error: type[Except
 # Inputs and resources.
 
 
+@pytest.mark.essential
 def test_futures_among_the_elements(executor: Any) -> None:
     futures = [executor.submit(add, i, 1) for i in range(4)]
     assert list(executor.map(add, futures, range(4))) == [1, 3, 5, 7]

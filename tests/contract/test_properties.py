@@ -31,6 +31,7 @@ def test_it_is_true(make_executor: Callable[..., Any]) -> None:
     assert len(executor) == 0
 
 
+@pytest.mark.essential
 @pytest.mark.rows(block=False)
 def test_length_is_the_calls_not_yet_started(make_executor: Callable[..., Any], gate: Callable[..., Gate]) -> None:
     held = gate()
@@ -65,6 +66,7 @@ def test_length_of_a_block(make_executor: Callable[..., Any], gate: Callable[...
         assert len(executor) == 0
 
 
+@pytest.mark.essential
 def test_info(make_executor: Callable[..., Any]) -> None:
     with make_executor(resource_dict={"threads_per_core": 1}, max_cores=3) as executor:
         info = executor.info
@@ -74,6 +76,7 @@ def test_info(make_executor: Callable[..., Any]) -> None:
         assert executor.info["max_cores"] == 3
 
 
+@pytest.mark.essential
 def test_max_workers(make_executor: Callable[..., Any]) -> None:
     with make_executor(max_workers=3) as executor:
         assert executor.max_workers == 3

@@ -28,6 +28,7 @@ def folder(_number: int) -> str:
     return os.getcwd()
 
 
+@pytest.mark.essential
 def test_thread_variables(make_executor: Callable[..., Any]) -> None:
     with make_executor(max_cores=4, resource_dict={"threads_per_core": 2}) as executor:
         assert executor.submit(environment, *THREADS).result(WAIT) == ["2"] * 5
@@ -37,6 +38,7 @@ def test_one_thread_by_default(executor: Any) -> None:
     assert executor.submit(environment, *THREADS).result(WAIT) == ["1"] * 5
 
 
+@pytest.mark.essential
 @pytest.mark.rows(block=False)
 def test_thread_variables_of_one_call(make_executor: Callable[..., Any]) -> None:
     """The call's resources override the executor's, key by key."""
@@ -71,6 +73,7 @@ def test_directory_is_made(make_executor: Callable[..., Any], tmp_path: Path) ->
         assert executor.submit(os.getcwd).result(WAIT) == str(wanted.resolve())
 
 
+@pytest.mark.essential
 @pytest.mark.rows(block=False)
 def test_directory_of_one_call(executor: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     given = {"cwd": str(tmp_path / "new")}
@@ -213,6 +216,7 @@ def test_more_gpus_than_there_are(make_executor: Callable[..., Any], row: Any) -
 # Time.
 
 
+@pytest.mark.essential
 def test_run_time_max(make_executor: Callable[..., Any], gate: Callable[..., Gate]) -> None:
     held = gate()
     # Long enough for a quick call on a busy machine.

@@ -23,6 +23,7 @@ def futures(count: int) -> list[Future[Any]]:
 # batched
 
 
+@pytest.mark.essential
 def test_batches_of_n(executor: Any) -> None:
     inputs = [executor.submit(identity, i) for i in range(7)]
     batches = executor.batched(inputs, 3)
@@ -174,6 +175,7 @@ def test_they_can_be_awaited() -> None:
     assert asyncio.run(both()) == [3, 4]
 
 
+@pytest.mark.essential
 def test_they_are_inputs(executor: Any, make_executor: Callable[..., Any]) -> None:
     source = executor.submit(identity, {"a": (1, 2)})
     left, right = split(item(source, "a"), 2)

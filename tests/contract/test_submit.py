@@ -140,6 +140,7 @@ def test_an_exception_as_a_value_is_a_result(executor: Any) -> None:
     assert isinstance(executor.submit(identity, ValueError("x")).result(WAIT), ValueError)
 
 
+@pytest.mark.essential
 def test_large_values_in_both_directions_at_once(executor: Any) -> None:
     """More than a pipe holds, both ways, with no side waiting for the other."""
     block = bytes(range(256)) * 16_000  # 4 MB
@@ -157,6 +158,7 @@ def test_large_argument_while_all_workers_are_busy(executor: Any, gate: Callable
     assert [future.result(WAIT) for future in futures] == [0, 1] + [len(block)] * 4
 
 
+@pytest.mark.essential
 def test_numpy_arrays(executor: Any) -> None:
     numpy = pytest.importorskip("numpy")
     array = numpy.arange(300_000.0).reshape(300, 1000)
@@ -180,6 +182,7 @@ def test_arguments_can_be_written_to_in_the_call(executor: Any) -> None:
     assert array.sum() == 0
 
 
+@pytest.mark.essential
 def test_many_calls(executor: Any, row: Any) -> None:
     futures = [executor.submit(add, i, i) for i in range(row.many)]
     assert [future.result(WAIT) for future in futures] == [2 * i for i in range(row.many)]
@@ -228,6 +231,7 @@ def test_calls_run_in_other_processes(executor: Any) -> None:
     assert executor.submit(os.getpid).result(WAIT) != os.getpid()
 
 
+@pytest.mark.essential
 @pytest.mark.rows(block=False)
 def test_every_call_has_a_fresh_process(executor: Any) -> None:
     def leave_a_mark(_number: int) -> tuple[int, bool]:
@@ -292,6 +296,7 @@ def test_calls_may_use_multiprocessing(executor: Any) -> None:
     assert executor.submit(pool).result(WAIT) == [1, 2]
 
 
+@pytest.mark.essential
 def test_an_executor_in_a_call(executor: Any, row: Any) -> None:
     def nested() -> int:
         with row.make() as inner:
@@ -348,6 +353,7 @@ def test_random_numbers_differ_between_calls(executor: Any) -> None:
 # The user's surroundings at launch.
 
 
+@pytest.mark.essential
 @pytest.mark.rows(block=False)
 def test_environment_of_the_moment(executor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def seen(_when: int) -> tuple[str | None, bool]:
@@ -360,6 +366,7 @@ def test_environment_of_the_moment(executor: Any, monkeypatch: pytest.MonkeyPatc
     assert executor.submit(seen, 3).result(WAIT) == (None, False)
 
 
+@pytest.mark.essential
 @pytest.mark.rows(block=False)
 def test_working_directory_of_the_moment(executor: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     def folder(_when: int) -> str:
@@ -370,6 +377,7 @@ def test_working_directory_of_the_moment(executor: Any, monkeypatch: pytest.Monk
     assert executor.submit(folder, 2).result(WAIT) == os.getcwd()
 
 
+@pytest.mark.essential
 @pytest.mark.rows(block=False)
 def test_module_path_of_the_moment(executor: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     (tmp_path / "found_late.py").write_text("def where():\n    return __file__\n")
@@ -424,6 +432,7 @@ MAIN = """
 """
 
 
+@pytest.mark.essential
 def test_functions_of_main_without_a_guard(row: Any, scripts: Any) -> None:
     """A script needs no ``if __name__ == "__main__"``: it is not imported again."""
     out = scripts.run(MAIN, row.arguments())
