@@ -311,7 +311,7 @@ class Loop(Events):
 
     def on_input_done(self, task: Task, error: BaseException | None) -> None:
         """One of a call's inputs is done."""
-        if task.number not in self._tasks:  # over, or given up by `detach`
+        if task.over or task.number not in self._tasks:  # given up by `detach`
             return
         if error is not None:
             if task.state is not RUNNING:  # a job that runs all the same does so to its own end
