@@ -299,7 +299,10 @@ def check_queue(configuration: str | None) -> None:
         ValueError: The configuration cannot be used.
     """
     if configuration is None:
-        # Loading pysqa takes half a second, which the loop's thread does while the first calls are prepared.
+        # Loading pysqa takes half a second, which the loop's thread does while first calls are prepared. The program
+        # may be about to end by then, when the threads that pysqa's dependencies use cannot be loaded any more.
+        import concurrent.futures.thread  # noqa: F401
+
         if importlib.util.find_spec("pysqa") is None:
             raise ImportError('jobs need pysqa for their scripts: pip install "executorlib[cluster]"')
         submit = SlurmQueue.submit_program
