@@ -174,8 +174,12 @@ def test_worlds_leave_no_files(row: Any, scripts: Any, tmp_path: Path) -> None:
         import signal, time
 
         def kill_mpiexec(own):
+            from mpi4py import MPI
+
             assert os.environ["TMPDIR"] == own
-            os.kill(os.getppid(), signal.SIGKILL)
+            # Once mpiexec is gone, the other rank's parent is the node agent.
+            if MPI.COMM_WORLD.rank == 0:
+                os.kill(os.getppid(), signal.SIGKILL)
             time.sleep(60)
 
         options = {**OPTIONS, "max_cores": 2, "max_workers": 1, "resource_dict": {"cores": 2}}
