@@ -121,6 +121,7 @@ class CommandSystem:
         self._queue: Queue | None = None if settings_command else make_queue("")
         self._waiting: list[Callable[[], None]] = []
         self._warned: set[str] = set()
+        self._problem = ""
 
     @property
     def array_limit(self) -> int:
@@ -148,7 +149,10 @@ class CommandSystem:
 
         def know(answer: Answer) -> None:
             # Without an answer the system's defaults are assumed; the submission will say what is wrong.
-            self._queue = self._make_queue(answer.output if answer.ok else "")
+            try:
+                self._queue = self._make_queue(answer.output if answer.ok else "")
+            except Exception as error:  # pysqa's, or of what it loads
+                self._problem = f"{type(error).__name__}: {error}"
             waiting, self._waiting = self._waiting, []
             for callback in waiting:
                 callback()
@@ -159,13 +163,15 @@ class CommandSystem:
         """See `JobSystem.setup`; queues hand on the environment themselves."""
         return {}
 
-    def _run(self, argv: list[str], on_answer: Callable[[Answer], None]) -> None:
-        self._commands.run(argv, on_answer, env=self._environment(os.environ))
+    def _run(self, argv: list[str], on_answer: Callable[[Answer], None], cwd: str | None = None) -> None:
+        self._commands.run(argv, on_answer, cwd=cwd, env=self._environment(os.environ))
 
     def submit(self, batch: Batch, on_done: Callable[[str | Refused], None]) -> None:
         """See `JobSystem.submit`."""
         queue = self._queue
-        assert queue is not None
+        if queue is None:
+            on_done(Refused(self._problem))
+            return
         path = os.path.join(batch.directory, "job.sh")
         try:
             with open(path, "w", encoding="utf-8") as file:
@@ -185,7 +191,8 @@ class CommandSystem:
             except ValueError as error:
                 on_done(Refused(str(error)))
 
-        self._run(argv, answered)
+        # Some queues start a job where it was submitted.
+        self._run(argv, answered, batch.cwd)
 
     def _warn_of_unused(self, keys: list[str]) -> None:
         new = [key for key in keys if key not in self._warned]
