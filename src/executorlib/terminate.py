@@ -7,7 +7,7 @@ import subprocess
 
 from executorlib import cache, entries
 from executorlib.launchers.pysqa_queue import open_queue
-from executorlib.launchers.slurm import command_environment
+from executorlib.launchers.slurm import SlurmQueue, command_environment
 
 _LOCAL = "the local queue"
 
@@ -70,15 +70,26 @@ def _terminate(paths: list[str], configuration: str | None, backend: str | None)
         if job_id is not None and system != _LOCAL:
             jobs.append((job_id, index))
     if jobs:
-        argv = open_queue(configuration).cancel_command(jobs)
-        try:
-            subprocess.run(argv, check=True, capture_output=True, text=True, env=command_environment(os.environ))
-        except (OSError, subprocess.CalledProcessError) as error:
-            said = (getattr(error, "stderr", None) or str(error)).strip()
-            raise RuntimeError(
-                f"the jobs could not be cancelled ({argv[0]}: {said}), so their entries stay. Run this where the "
-                "queuing system's commands work, and name its pysqa_config_directory if it is not Slurm."
-            ) from error
+        queue = open_queue(configuration)
+        if not isinstance(queue, SlurmQueue):
+            # Other queues refuse to cancel what has ended, and pysqa's have no job arrays.
+            known = queue.parse_status(_run(queue.status_command([job_id for job_id, _ in jobs])))
+            jobs = [job for job in jobs if (job[0], 0) in known]
+    if jobs:
+        _run(queue.cancel_command(jobs))
     # A job that starts all the same finds its entry gone, and ends.
     for path in paths:
         entries.remove_input(path)
+
+
+def _run(argv: list[str]) -> str:
+    """Run a command of the queuing system; returns what it prints."""
+    try:
+        environment = command_environment(os.environ)
+        return subprocess.run(argv, check=True, capture_output=True, text=True, env=environment).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = (getattr(error, "stderr", None) or getattr(error, "stdout", None) or str(error)).strip()
+        raise RuntimeError(
+            f"the jobs could not be cancelled ({argv[0]}: {said}), so their entries stay. Run this where the queuing "
+            "system's commands work, and name its pysqa_config_directory if it is not Slurm."
+        ) from error

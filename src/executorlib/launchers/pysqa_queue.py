@@ -7,23 +7,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 from executorlib.launchers.queue import Batch, JobState, Phase
 from executorlib.launchers.slurm import DEFAULT_TEMPLATE, Settings, SlurmQueue
 from executorlib.launchers.templates import Templates, load_commands
 
-# Options that send both output streams to a file, whatever the script says.
-_OUTPUT_OPTIONS = {"SGE": ["-j", "y", "-o"], "TORQUE": ["-j", "oe", "-o"], "LSF": ["-o"]}
-# pysqa's words and what queues say beside them. Whatever else a job may be, it is not over.
-_PHASES = {
-    "pending": Phase.PENDING,
-    "qw": Phase.PENDING,
-    "hqw": Phase.PENDING,
-    "PSUSP": Phase.PENDING,
-    "error": Phase.ENDED,
-    "DONE": Phase.ENDED,
-    "EXIT": Phase.ENDED,
-}
+# Options that hand on the environment, which LSF does by itself, and that send both output streams to the file that
+# follows, whatever the script says.
+_OPTIONS = {"SGE": ["-V", "-j", "y", "-o"], "TORQUE": ["-V", "-j", "oe", "-o"], "LSF": ["-o"]}
+# pysqa's words and what queues say beside them, among it Grid Engine's letters for what is held or starts again. Whatever
+# else a job may be, it is not over.
+_PENDING = re.compile("pending|h?R?qw|PSUSP")
+_ENDED = re.compile("DONE|EXIT")
+# Grid Engine could not start it, and will not try again. Why, it says only in words that cannot be asked for at once.
+_FAILED_TO_START = re.compile("error|E.*qw")
+_WHY_NOT_STARTED = "a node could not start it; often its working directory or output file cannot be reached from there"
 _TRANSIENT = re.compile(
     r"can(not|'t) (connect|contact|reach)|unable to (connect|contact|send)|connection refused|timed? ?out"
     r"|commlib|communication|try again|not responding|LSF is (down|not responding)",
@@ -69,7 +68,9 @@ class PysqaQueue:
 
     def script(self, batch: Batch) -> str:
         """See `queue.Queue.script`."""
-        return self._templates.render(batch)
+        # Grid Engine takes no other names.
+        name = re.sub(r"[^\w.+-]+|^(?=\d)", "_", batch.name)
+        return self._templates.render(replace(batch, name=name))
 
     def unused(self, batch: Batch) -> list[str]:
         """See `queue.Queue.unused`."""
@@ -80,8 +81,10 @@ class PysqaQueue:
         """See `queue.Queue.submit_command`."""
         if batch.count > 1 or batch.dependencies:
             raise ValueError(f"{self._templates.queue_type} jobs are submitted one by one, after their inputs.")
-        output = [*_OUTPUT_OPTIONS[self._templates.queue_type], f"{batch.directory}/output.0"]
-        return [*self._commands.submit_job_command, *output, script_path]
+        options = [*_OPTIONS[self._templates.queue_type], f"{batch.directory}/output.0"]
+        if self._templates.queue_type == "SGE":
+            options += ["-wd", batch.cwd]  # else it would be the home directory
+        return [*self._commands.submit_job_command, *options, script_path]
 
     def parse_job_id(self, output: str) -> str:
         """See `queue.Queue.parse_job_id`."""
@@ -110,7 +113,7 @@ class PysqaQueue:
             raise ValueError(f"the queue printed no list of jobs but {output.strip()!r}: {error}") from error
         states = {}
         for job_id, word in zip(frame["jobid"], frame["status"], strict=True):
-            states[str(job_id), 0] = JobState(_PHASES.get(word, Phase.RUNNING), str(word))
+            states[str(job_id), 0] = _state(str(word))
         return states
 
     def detail_command(self, job_id: str, index: int | None) -> list[str]:
@@ -130,3 +133,12 @@ class PysqaQueue:
     def cancel_command(self, jobs: Sequence[tuple[str, int | None]]) -> list[str]:
         """See `queue.Queue.cancel_command`."""
         return [*self._commands.delete_job_command, *dict.fromkeys(job_id for job_id, _ in jobs)]
+
+
+def _state(word: str) -> JobState:
+    """What a queue's word for a job means."""
+    if _FAILED_TO_START.fullmatch(word):
+        return JobState(Phase.PENDING, word, _WHY_NOT_STARTED, hopeless=True)
+    if _PENDING.fullmatch(word):
+        return JobState(Phase.PENDING, word)
+    return JobState(Phase.ENDED if _ENDED.fullmatch(word) else Phase.RUNNING, word)
