@@ -51,6 +51,7 @@ class Job:
         gone_since: When the system was first seen without it, or with it ended.
         last: What the system said of it last.
         asked: Whether the system was asked what became of it.
+        answered: Whether it has answered that.
         ending: Its result.
     """
 
@@ -66,6 +67,7 @@ class Job:
         self.gone_since: float | None = None
         self.last: JobState | None = None
         self.asked = False
+        self.answered = False
         self.ending: entries.Ending | None = None
 
     @property

@@ -385,15 +385,17 @@ class JobLauncher:
         """The system no longer has the job, and there is no result."""
         assert job.gone_since is not None
         if not job.asked and (job.last is None or job.last.phase is not Phase.ENDED):
-            job.asked = True
+            job.asked, job.answered = True, False
 
             def know(state: JobState | None) -> None:
+                job.answered = True
                 if state is not None:
                     job.last = state
                     if state.phase is not Phase.ENDED:
                         job.gone_since, job.asked = None, False  # the query came too early, or too late
 
             self._system.detail(job.key, know)
+        if job.asked and not job.answered:
             return
         if now - job.gone_since > (_RESULT_GRACE if job.ended_well((RESULT, RAISED)) else _GRACE):
             self._give_up(job)

@@ -60,6 +60,8 @@ class PysqaQueue:
     def __init__(self, templates: Templates) -> None:
         self._templates = templates
         self._commands = load_commands(templates.queue_type)
+        # Its history is written every 15 s, unless its administrator says otherwise (`flush_time`).
+        self.history_delay = 16.0 if templates.queue_type == "SGE" else 0.0
 
     @property
     def submit_program(self) -> str:

@@ -98,6 +98,11 @@ class Queue(Protocol):
         ...
 
     @property
+    def history_delay(self) -> float:
+        """How long after a job's end `detail_command` may not know of it yet, in seconds."""
+        ...
+
+    @property
     def has_dependencies(self) -> bool:
         """Whether the queue takes care of `Batch.dependencies`; else whoever submits waits for inputs first."""
         ...

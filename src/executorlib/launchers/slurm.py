@@ -197,6 +197,7 @@ class SlurmQueue:
     """
 
     has_dependencies = True
+    history_delay = 0.0
     submit_program = "sbatch"
 
     def __init__(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
@@ -13,6 +14,9 @@ from executorlib.launchers.commands import Answer, Commands
 from executorlib.launchers.queue import Batch, JobState, Queue
 
 logger = logging.getLogger("executorlib")
+
+# Seconds between two questions to a history that does not know of a job's end yet.
+_HISTORY_SECONDS = 2.0
 
 # A job: its id, and its index in the job array; None for a plain job, or for the whole array.
 JobKey: TypeAlias = tuple[str, int | None]
@@ -114,6 +118,7 @@ class CommandSystem:
         environment: Callable[[Mapping[str, str]], dict[str, str]] = dict,
     ) -> None:
         self.name = name
+        self._events = events
         self._commands = Commands(events)
         self._environment = environment
         self._make_queue = make_queue
@@ -228,7 +233,16 @@ class CommandSystem:
         if not argv:
             on_state(None)
             return
-        self._run(argv, lambda answer: on_state(queue.parse_detail(answer.output) if answer.ok else None))
+        give_up = time.monotonic() + queue.history_delay
+
+        def answered(answer: Answer) -> None:
+            state = queue.parse_detail(answer.output) if answer.ok else None
+            if state is None and time.monotonic() < give_up:
+                self._events.call_later(_HISTORY_SECONDS, lambda: self._run(argv, answered))
+            else:
+                on_state(state)
+
+        self._run(argv, answered)
 
     def cancel(self, jobs: Sequence[JobKey]) -> None:
         """See `JobSystem.cancel`."""
