@@ -27,7 +27,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from typing import Any
 
@@ -146,6 +146,7 @@ class Loop(Events):
         self._number = next(_loop_numbers)
         self._jobs = jobs
         self.scheduler: Scheduler = scheduler
+        self._ledger = scheduler.ledger
         self._block = scheduler if isinstance(scheduler, BlockScheduler) else None
         self._block_resources = block_resources
         self._init_function = init_function
@@ -387,9 +388,7 @@ class Loop(Events):
 
             while True:
                 self._work()
-                if self._inbox:
-                    continue
-                if self._closing and not self._tasks:
+                if self._closing and not self._tasks and not self._inbox:
                     if self._block is not None and self._block.size:
                         self._block.on_resize(0)
                         self._settled = False
@@ -418,7 +417,7 @@ class Loop(Events):
             self._resolve(task, header, frames)
 
     def _wait(self) -> None:
-        """Sleep until something happens, and take it in."""
+        """Sleep until something happens, and take it in. With more in the inbox, only look: callbacks may never stop."""
         timeout = -1.0
         if self._timers:
             timeout = max(0.0, self._timers[0][0] - time.monotonic())
@@ -563,10 +562,26 @@ class Loop(Events):
             transport.flush()
 
     def _recall(self, worker: Worker, count: int) -> None:
-        tasks = self._take_back(self._processes[worker.number], count)
+        process = self._processes[worker.number]
+        if process.recall is not None:
+            process.recall(count)
+        else:
+            self._on_given_back(worker, self._take_back(process, count))
+
+    def on_recalled(self, process: Process, numbers: Sequence[int]) -> None:
+        """See `Events.on_recalled`."""
+        self._on_given_back(process.worker, self._held(process.worker, numbers))
+
+    def _on_given_back(self, worker: Worker, tasks: list[Task]) -> None:
         if tasks and self._block is not None:
             self._settled = False
             self._block.on_recalled(worker, tasks)
+
+    @staticmethod
+    def _held(worker: Worker, numbers: Sequence[int]) -> list[Task]:
+        """Those of a worker's calls that have these numbers."""
+        wanted = set(numbers)
+        return [task for task in worker.calls if task.number in wanted]
 
     def _take_back(self, process: Process, count: int) -> list[Task]:
         """Read the numbers of calls that the worker has not read: these it will not start."""
@@ -685,7 +700,8 @@ class Loop(Events):
         kind, *rest = header
         worker = process.worker
         if kind == "ready":
-            self.scheduler.on_started(worker, lookahead=process.permits is not None)
+            lookahead = process.permits is not None or process.recall is not None
+            self.scheduler.on_started(worker, lookahead)
             return
         number, seconds, text, more = rest
         if number == 0:  # not in a call, but before: setting up, or the init function
@@ -717,7 +733,7 @@ class Loop(Events):
         if self._processes.pop(worker.number, None) is None:
             return  # given up by `detach`
         self._known_functions.pop(worker.number, None)
-        recalled = self._take_back(process, len(worker.calls))
+        recalled = self._take_back(process, len(worker.calls)) + self._held(worker, end.unstarted)
         expected = worker.stopping
         if end.planned and self._block is not None:
             self._block.on_planned_exit(worker)
@@ -742,6 +758,12 @@ class Loop(Events):
                 )
             )
             self._conclude(task, None, error)
+
+    def on_node_lost(self, name: str) -> None:
+        """See `Events.on_node_lost`."""
+        self._settled = False
+        for node in [node for node in self._ledger.nodes if node.name == name]:
+            self.scheduler.on_node_lost(node)
 
     # -- deadlines ----------------------------------------------------------------------------------------------------
 

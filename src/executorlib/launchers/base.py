@@ -43,12 +43,14 @@ class Exit:
         text: What happened, as a clause for the error's text.
         error: The exception for its call, where it is not simply that it died.
         planned: Whether another worker is to take its place however many have died.
+        unstarted: Numbers of the calls handed to it that it is known not to have started.
     """
 
     status: int | None
     text: str
     error: BaseException | None = None
     planned: bool = False
+    unstarted: Sequence[int] = ()
 
 
 @dataclass
@@ -60,6 +62,7 @@ class Process:
         resources: What its calls need.
         transport: How to reach it, once it takes messages.
         permits: For a worker that can hold calls: where to put their numbers, and from where to take them back.
+        recall: Likewise, for one that is elsewhere: asks for up to so many of them; `Events.on_recalled` follows.
         pid: Process id, 0 before it is known.
         host: Where it runs.
         stderr: The end of what it wrote to standard error.
@@ -72,6 +75,7 @@ class Process:
     resources: Resources
     transport: Transport | None = None
     permits: tuple[socket.socket, socket.socket] | None = None
+    recall: Callable[[int], None] | None = None
     pid: int = 0
     host: str = ""
     stderr: bytearray = field(default_factory=bytearray)
@@ -107,8 +111,16 @@ class Events(Protocol):
         """The worker sent a message."""
         ...
 
+    def on_recalled(self, process: Process, numbers: Sequence[int]) -> None:
+        """The worker will not start these calls, of which `Process.recall` asked for some."""
+        ...
+
     def on_exit(self, process: Process, end: Exit) -> None:
         """The worker is gone; all its messages were delivered."""
+        ...
+
+    def on_node_lost(self, name: str) -> None:
+        """Nothing can be started on a node any more; an `on_exit` follows for each worker there."""
         ...
 
 

@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -232,6 +233,26 @@ class Agent:
         if child is not None:
             self._put(["kill", child.number, signal_number])
             self._flush()
+
+    def wait(self, process: Process, seconds: float) -> bool:
+        """Wait for the end of a worker when the loop is through with all else; whether it came in time."""
+        give_up = time.monotonic() + seconds
+        silent = False
+        while process.worker.number in self._by_worker or any(each is process for each in self._wanted.values()):
+            left = give_up - time.monotonic()
+            if left <= 0 or self._channel is None:
+                return False
+            poll = select.poll()
+            poll.register(self._channel.fileno(), select.POLLIN)
+            child = self._by_worker.get(process.worker.number)
+            if child is not None and not silent:
+                poll.register(child.stderr, select.POLLIN)
+            ready = [fd for fd, _ in poll.poll(left * 1000)]
+            if child is not None and child.stderr in ready:
+                silent = not _forward(child.stderr, process.stderr)
+            if self._channel.fileno() in ready:
+                self._on_readable()
+        return True
 
     def close(self) -> None:
         """End the agent and with it all that it started."""
@@ -470,6 +491,7 @@ class LocalLauncher:
         stock: Forked children to keep ready.
         preload: Modules that an agent imports before it forks.
         default_threads: `threads_per_core` of the executor, for the agent that is started first.
+        hidden: Beginnings of the names of variables that `mpiexec` must not see.
     """
 
     def __init__(
@@ -481,6 +503,7 @@ class LocalLauncher:
         stock: int,
         preload: Sequence[str],
         default_threads: int,
+        hidden: tuple[str, ...] = (),
     ) -> None:
         self._events = events
         self._spawn = spawn
@@ -490,6 +513,7 @@ class LocalLauncher:
         self._agents: dict[int, Agent] = {}
         self._mpi: MpiLauncher | None = None
         self._default_threads = default_threads
+        self._hidden = hidden
 
     def prepare(self) -> None:
         """See `Launcher.prepare`. A failure shows again, and is reported, with the first call."""
@@ -517,7 +541,7 @@ class LocalLauncher:
         agent = self._agent(process.resources.threads_per_core)
         if process.resources.cores > 1:
             if self._mpi is None:
-                self._mpi = MpiLauncher(self._events)
+                self._mpi = MpiLauncher(self._events, self._hidden)
             self._mpi.launch(process, agent, boot_code("executorlib.worker.mpi", f"({process.single})"))
         else:
             agent.launch(process)

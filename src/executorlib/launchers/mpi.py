@@ -124,10 +124,12 @@ class MpiLauncher:
 
     Args:
         events: The loop.
+        hidden: Beginnings of the names of further variables that `mpiexec` must not see.
     """
 
-    def __init__(self, events: Events) -> None:
+    def __init__(self, events: Events, hidden: tuple[str, ...] = ()) -> None:
         self._events = events
+        self._foreign = (*_FOREIGN_PREFIXES, *hidden)
         self._router: Router | None = None
         self._processes: dict[str, tuple[Process, Agent]] = {}
         self._directories: dict[str, str] = {}
@@ -153,7 +155,7 @@ class MpiLauncher:
         resources = process.resources
         mpiexec = find_mpiexec()
         identity = str(process.worker.number)
-        env = {name: value for name, value in os.environ.items() if not name.startswith(_FOREIGN_PREFIXES)}
+        env = {name: value for name, value in os.environ.items() if not name.startswith(self._foreign)}
         env.update(mpiexec.environment())
         env.update(dict.fromkeys(THREAD_VARIABLES, str(resources.threads_per_core)))
         if mpiexec.is_open_mpi:

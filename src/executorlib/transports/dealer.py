@@ -143,6 +143,27 @@ class Dealer:
             if len(parts[0]):
                 return Message(*unpack(parts), [])
 
+    def take(self) -> Message | None:
+        """The next message; None where there is none yet, and then one of `descriptors` becomes readable before it is.
+
+        Sending may hide that, so it has to be followed by this.
+
+        Raises:
+            EOFError: The connection was lost.
+        """
+        while int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+            parts = self._socket.recv_multipart(copy=False)
+            if len(parts[0]):
+                return Message(*unpack(parts), [])
+        if self._lost.is_set():
+            raise self._end()
+        return None
+
+    @property
+    def descriptors(self) -> tuple[int, int]:
+        """For who waits for other things beside; to be read by nobody else."""
+        return int(self._socket.getsockopt(zmq.FD)), self._lost_read
+
     def close(self) -> None:
         """Send what is left, if the executor takes it in time, then close."""
         self._socket.disable_monitor()

@@ -266,7 +266,8 @@ def set_up(setup: dict[str, Any]) -> None:
 
     Args:
         setup: Optional keys ``env`` (changes; None removes), ``path`` (`sys.path`), ``argv``, ``cwd``, ``threads``,
-            ``gpus`` (device names), ``cores`` (CPU numbers to pin to).
+            ``gpus`` (device names), ``cores`` (CPU numbers to pin to), ``node`` (a number of CPUs and a list of device
+            names: ``cores`` and ``gpus`` count among these, which may be called otherwise here).
     """
     for name, value in setup.get("env", {}).items():
         if value is None:
@@ -277,6 +278,9 @@ def set_up(setup: dict[str, Any]) -> None:
     for name in THREAD_VARIABLES:
         os.environ[name] = threads
     gpus = setup.get("gpus")
+    if gpus and "node" in setup:
+        visible = next(filter(None, map(os.environ.get, GPU_VARIABLES)), "")
+        gpus = _as_called_here(gpus, setup["node"][1], visible.split(","))
     if gpus:
         for name in GPU_VARIABLES:
             os.environ[name] = ",".join(gpus)
@@ -285,6 +289,9 @@ def set_up(setup: dict[str, Any]) -> None:
     if "argv" in setup:
         sys.argv[:] = setup["argv"]
     cores = setup.get("cores")
+    if cores and "node" in setup:
+        # Where the system lets this process use other CPUs than it was given, nobody knows which are its own.
+        cores = _as_called_here(cores, range(setup["node"][0]), sorted(os.sched_getaffinity(0)), [])
     if cores and hasattr(os, "sched_setaffinity"):
         # Pinning is a help, not a need: a control group may have taken CPUs away meanwhile.
         with contextlib.suppress(OSError):
@@ -292,6 +299,16 @@ def set_up(setup: dict[str, Any]) -> None:
     cwd = setup.get("cwd")
     if cwd is not None:
         os.chdir(cwd)
+
+
+def _as_called_here(
+    names: list[Any], there: Sequence[Any], here: Sequence[Any], unknown: list[Any] | None = None
+) -> list[Any]:
+    """Translate names from one list of all there are to another, or to ``unknown`` where these do not match."""
+    if len(there) != len(here):
+        return names if unknown is None else unknown
+    translated = dict(zip(there, here, strict=True))
+    return [translated[name] for name in names]
 
 
 def serve(connection: Connection, permits: Permits | None) -> None:

@@ -1,0 +1,411 @@
+"""Workers on the nodes of a Slurm allocation: one `srun` brings up an agent on each, which then starts all workers.
+
+So the number of requests to Slurm's controller does not depend on the number of calls. The agent of a node is a
+`launchers.relay`, which holds one encrypted connection and drives what `SingleNodeExecutor` has, with mpiexec for ranks
+on one node. What needs Slurm itself (ranks on several nodes, ``pmi_mode``, ``slurm_cmd_args``) is a step of its own,
+beside the agents and on the very nodes that the ledger has given it.
+
+A node whose agent is gone is lost: nobody can tell what became of its workers.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+from executorlib import serialize
+from executorlib.launchers.base import Events, Exit, Process, boot_code, tail_text
+from executorlib.launchers.local import Agent
+from executorlib.resources import Resources
+from executorlib.serialize import Frame, nbytes
+from executorlib.transports.curve import CONNECTION_VARIABLE
+from executorlib.transports.router import Router, worker_of
+
+if TYPE_CHECKING:
+    from executorlib.ledger import Node
+    from executorlib.scheduler import Worker
+
+logger = logging.getLogger("executorlib")
+
+# Identity of the agents' connections; those of steps are numbers of workers.
+_RELAYS = "relays"
+# An agent that has not connected within this time, in seconds, does not come: slow file systems and prologs are
+# counted in tens of seconds.
+_START_SECONDS = 180.0
+# After the loss of a connection srun may take this long, in seconds, to say what it knows of it.
+_WORDS_SECONDS = 0.5
+# In the end, for the agents to end their workers, and for srun to pass on what these have printed, in seconds.
+_END_SECONDS = 10.0
+# Between asking a step to end and killing its srun, in seconds.
+_GRACE_SECONDS = 5.0
+# What ranks that have given their result may take for MPI_Finalize and exit handlers, in seconds.
+_FINALIZE_SECONDS = 10.0
+# How long before the time limit of the job the user is told, in seconds.
+_WARN_SECONDS = 300.0
+
+# Variables by which Slurm tells of an allocation; others would be taken by srun for options of the step.
+_ALLOCATION = (
+    "SLURM_CONF",
+    "SLURM_CLUSTER_NAME",
+    "SLURM_JWT",
+    "SLURM_JOBID",
+    "SLURM_JOB_ID",
+    "SLURM_JOB_CPUS_PER_NODE",
+    "SLURM_JOB_NODELIST",
+    "SLURM_JOB_NUM_NODES",
+    "SLURM_JOB_PARTITION",
+    "SLURM_NNODES",
+    "SLURM_NODELIST",
+)
+
+
+def step_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment for `srun` inside an allocation: what the job was asked for is not what a step is.
+
+    Args:
+        environ: The environment of this process.
+    """
+    foreign = ("SLURM_", "PMI_", "PMIX_", "OMPI_COMM_WORLD_", "HYDI_")
+    return {name: value for name, value in environ.items() if name in _ALLOCATION or not name.startswith(foreign)}
+
+
+def relays_command(nodes: Sequence[str], program: Sequence[str]) -> list[str]:
+    """The command that runs a program once on each node, with all that the allocation has there.
+
+    Args:
+        nodes: Names of nodes.
+        program: Program and arguments.
+    """
+    return [
+        "srun",
+        # Beside all other steps; without --exact, a step has all of the job's CPUs and GPUs on its nodes.
+        *("--overlap", f"--nodes={len(nodes)}", f"--ntasks={len(nodes)}", "--ntasks-per-node=1", "--cpus-per-task=1"),
+        *(f"--nodelist={','.join(nodes)}", "--mem=0", "--cpu-bind=none", "--mpi=none", "--export=ALL", "--input=none"),
+        # A node that is lost takes no other along.
+        *("--no-kill", "--kill-on-bad-exit=0", "--wait=0", "--unbuffered", "--quiet"),
+        *program,
+    ]
+
+
+def ranks_command(
+    resources: Resources, hosts: Sequence[str], host_file: str, pmi_mode: str | None, program: Sequence[str]
+) -> list[str]:
+    """The command that runs a program on all ranks of a call, on nodes that were chosen for it.
+
+    Args:
+        resources: What the call needs.
+        hosts: The node of each rank.
+        host_file: File with these, one a line.
+        pmi_mode: How `srun` and MPI find each other; None for Slurm's default.
+        program: Program and arguments.
+    """
+    mpi = [f"--mpi={pmi_mode}"] if pmi_mode is not None else []
+    return [
+        "srun",
+        *("--overlap", f"--nodes={len(set(hosts))}", f"--ntasks={len(hosts)}", "--distribution=arbitrary"),
+        *(f"--nodefile={host_file}", f"--cpus-per-task={resources.threads_per_core}", "--mem=0", "--cpu-bind=none"),
+        *("--export=ALL", "--input=none", "--kill-on-bad-exit=1", "--unbuffered", "--quiet", *mpi),
+        *(["--overcommit"] if resources.openmpi_oversubscribe else []),
+        *resources.slurm_cmd_args,
+        *program,
+    ]
+
+
+class _Relay:
+    """A node, as seen from the executor.
+
+    Attributes:
+        node: The ledger's record of it.
+        peer: The connection of its agent, once that has said hello.
+        processes: Workers there, by number; `None` of them is waited for without the connection.
+        waiting: Those that are to be started once it is connected.
+        lost: Why it is, where it is.
+    """
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+        self.size = node.total_cores, sorted(node.free_gpus)
+        self.peer: bytes | None = None
+        self.processes: dict[int, Process] = {}
+        self.waiting: dict[int, Process] = {}
+        self.recalling: set[int] = set()
+        self.lost = ""
+        self.parts: list[list[Any]] = []
+        self.frames: list[Frame] = []
+
+
+class _NodeTransport:
+    """The way to one worker of a node."""
+
+    def __init__(self, launcher: NodesLauncher, relay: _Relay, number: int) -> None:
+        self._launcher = launcher
+        self._relay = relay
+        self._number = number
+
+    def put(self, header: Any, frames: Sequence[Frame] = ()) -> int:
+        """See `Transport.put`."""
+        self._launcher.put(self._relay, self._number, header, frames)
+        return sum(map(nbytes, frames))
+
+    def flush(self) -> None:
+        """See `Transport.flush`; what is for workers of the same node goes together, a little later."""
+
+
+class NodesLauncher:
+    """Starts workers on the nodes of the allocation that this process is in.
+
+    Args:
+        events: The loop.
+        nodes: The nodes.
+        pooled: Whether workers run call after call.
+        preload: Modules that the agents import before they fork.
+        threads: `threads_per_core` of the executor.
+        pmi_mode: How `srun` and MPI find each other, such as ``"pmix"``; None for mpiexec.
+        hostname_localhost: Whether to listen on the loopback interface only.
+    """
+
+    def __init__(
+        self,
+        events: Events,
+        nodes: Sequence[Node],
+        *,
+        pooled: bool,
+        preload: Sequence[str],
+        threads: int,
+        pmi_mode: str | None,
+        hostname_localhost: bool,
+    ) -> None:
+        self._events = events
+        self._pooled = pooled
+        self._preload = list(preload)
+        self._threads = threads
+        self._pmi_mode = pmi_mode
+        self._relays = {node.name: _Relay(node) for node in nodes}
+        self._by_peer: dict[bytes, _Relay] = {}
+        self._dirty: dict[_Relay, None] = {}
+        self._router = Router(events, self._on_message, self._on_lost, tcp=True, hostname_localhost=hostname_localhost)
+        # Runs srun, so that it is watched, and ends with us. Events of what it runs come to us first.
+        self._agent = Agent(
+            cast(Events, _Steps(self, events)), spawn=False, pooled=False, stock=0, preload=[], threads=threads
+        )
+        self._step: Process | None = None  # of the relays
+        self._closing = False
+
+    # -- Launcher -------------------------------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """See `Launcher.prepare`."""
+        if self._step is not None:
+            return
+        environ = {name: value for name, value in os.environ.items() if name.startswith("SLURM_")}
+        environ.pop("SLURM_JWT", None)  # no secret belongs on a command line; the relay has it already
+        launcher = {
+            "spawn": False,
+            "pooled": self._pooled,
+            "stock": 0 if self._pooled else max(relay.node.total_cores for relay in self._relays.values()),
+            "preload": self._preload,
+            "default_threads": self._threads,
+        }
+        code = boot_code("executorlib.launchers.relay", f"({environ!r}, {launcher!r})")
+        self._step = Process(cast("Worker", _NoWorker()), Resources())
+        env = step_environment(os.environ)
+        env[CONNECTION_VARIABLE] = self._router.credentials(_RELAYS).dumps()
+        self._agent.run(self._step, relays_command(list(self._relays), [sys.executable, "-c", code]), env, None)
+        self._events.call_later(_START_SECONDS, self._on_start_over)
+
+    def launch(self, process: Process) -> None:
+        """See `Launcher.launch`."""
+        self.prepare()
+        relay = self._relays[process.worker.allocation.node.name]
+        if relay.lost:
+            self._events.on_exit(process, Exit(None, relay.lost))
+        elif relay.peer is None:
+            relay.waiting[process.worker.number] = process
+        else:
+            self._start(relay, process)
+
+    def setup(self, process: Process) -> dict[str, Any]:
+        """See `Launcher.setup`."""
+        setup = self._agent.surroundings.changes()
+        setup["node"] = self._relays[process.worker.allocation.node.name].size
+        return setup
+
+    def kill(self, process: Process, signal_number: int) -> None:
+        """See `Launcher.kill`."""
+        number = process.worker.number
+        relay = self._relays[process.worker.allocation.node.name]
+        if number in relay.waiting:
+            del relay.waiting[number]
+            self._events.on_exit(process, Exit(None, "it was not needed any more"))
+        elif number in relay.processes:
+            self.put(relay, number, ["kill", signal_number])
+
+    @property
+    def busy(self) -> bool:
+        """See `Launcher.busy`."""
+        return False
+
+    def detach(self, on_taken: Callable[[], None]) -> None:
+        """See `Launcher.detach`; workers end with their executor."""
+        on_taken()
+
+    def close(self) -> None:
+        """See `Launcher.close`."""
+        self._closing = True
+        for peer in self._by_peer:
+            self._router.send(peer, ["end"], [])
+        if self._step is not None:
+            self._agent.wait(self._step, _END_SECONDS)
+        self._agent.close()
+        self._router.close()
+
+    # -- to the relays --------------------------------------------------------------------------------------------
+
+    def put(self, relay: _Relay, number: int, header: list[Any], frames: Sequence[Frame] = ()) -> None:
+        """Append a message to what the relay is sent in a moment."""
+        if not self._dirty:
+            self._events.call_later(0.0, self._send)
+        self._dirty[relay] = None
+        relay.parts.append([number, header, len(frames)])
+        relay.frames += frames
+
+    def _send(self) -> None:
+        dirty, self._dirty = self._dirty, {}
+        for relay in dirty:
+            parts, frames = relay.parts, relay.frames
+            relay.parts, relay.frames = [], []
+            if relay.peer is not None and not relay.lost:
+                self._router.send(relay.peer, ["do", parts], frames)
+
+    def _start(self, relay: _Relay, process: Process) -> None:
+        number = process.worker.number
+        resources = process.resources
+        needs = {
+            "cores": resources.cores,
+            "threads_per_core": resources.threads_per_core,
+            "openmpi_oversubscribe": resources.openmpi_oversubscribe,
+            "cwd": resources.cwd,
+        }
+        relay.processes[number] = process
+        process.host = relay.node.name
+        process.transport = _NodeTransport(self, relay, number)
+        process.recall = (
+            (lambda count: self._recall(relay, number, count)) if self._pooled and resources.cores == 1 else None
+        )
+        self.put(relay, number, ["start", {"resources": needs, "single": process.single}])
+        self._events.on_connected(process)
+
+    def _recall(self, relay: _Relay, number: int, count: int) -> None:
+        # One question at a time, or the same calls would be asked for twice.
+        if number not in relay.recalling:
+            relay.recalling.add(number)
+            self.put(relay, number, ["recall", count])
+
+    # -- from the relays ------------------------------------------------------------------------------------------
+
+    def _on_message(self, peer: bytes, header: list[Any], frames: list[Frame]) -> None:
+        if worker_of(peer) != _RELAYS:
+            return
+        if header[0] == "hello":
+            self._on_hello(peer, header[1])
+            return
+        relay = self._by_peer.get(peer)
+        if relay is None:
+            return
+        if header[0] == "bye":
+            self._lose(relay, header[1])
+            return
+        position = 0
+        for number, inner, count in header[1]:
+            self._on_worker_message(relay, number, inner, frames[position : position + count])
+            position += count
+
+    def _on_hello(self, peer: bytes, about: dict[str, Any]) -> None:
+        relay = self._relays.get(about["node"])
+        if relay is None or relay.peer is not None or relay.lost:
+            return
+        relay.peer = peer
+        self._by_peer[peer] = relay
+        waiting, relay.waiting = relay.waiting, {}
+        for process in waiting.values():
+            self._start(relay, process)
+
+    def _on_worker_message(self, relay: _Relay, number: int, header: list[Any], frames: list[Frame]) -> None:
+        process = relay.processes.get(number)
+        if process is None:
+            return
+        if header[0] == "recalled":
+            relay.recalling.discard(number)
+            self._events.on_recalled(process, header[1])
+        elif header[0] == "exit":
+            del relay.processes[number]
+            relay.recalling.discard(number)
+            about = header[1]
+            process.pid = about["pid"]
+            process.stderr += about["stderr"].encode()
+            started = set(about["started"])
+            unstarted = [task.number for task in process.worker.calls if task.number not in started]
+            error = serialize.loads(frames) if frames else None
+            self._events.on_exit(process, Exit(about["status"], about["text"], error, unstarted=unstarted))
+        else:
+            self._events.on_message(process, header, frames)
+
+    # -- nodes that are lost --------------------------------------------------------------------------------------
+
+    def _on_lost(self, peer: bytes) -> None:
+        relay = self._by_peer.get(peer)
+        if relay is not None:
+            self._lose(relay, "the connection to the agent there has ended")
+
+    def _on_start_over(self) -> None:
+        for relay in self._relays.values():
+            if relay.peer is None:
+                self._lose(relay, f"its agent has not connected within {_START_SECONDS:g} s")
+
+    def on_step_exit(self, process: Process, end: Exit) -> None:
+        """A step is over: that of the relays, as others are not started yet."""
+        for relay in self._relays.values():
+            self._lose(relay, f"srun, which runs the agents, {end.text.removeprefix('it ')}")
+
+    def _lose(self, relay: _Relay, why: str) -> None:
+        if relay.lost or self._closing:
+            return
+        relay.lost = f"node {relay.node.name} was lost: {why}"
+        logger.warning("%s; its calls fail, and no more are started there", relay.lost)
+        self._events.on_node_lost(relay.node.name)
+        self._events.call_later(_WORDS_SECONDS, lambda: self._end_workers(relay))
+
+    def _end_workers(self, relay: _Relay) -> None:
+        said = tail_text(self._step.stderr) if self._step is not None else ""
+        text = relay.lost + (f"; Slurm said:\n{said}" if said else "")
+        processes = [*relay.waiting.values(), *relay.processes.values()]
+        relay.waiting.clear()
+        relay.processes.clear()
+        for process in processes:
+            self._events.on_exit(process, Exit(None, text))
+
+
+class _NoWorker:
+    """Stands for a worker where a step is none; workers are counted from 1."""
+
+    number = 0
+    calls = ()
+
+
+class _Steps:
+    """The loop, but for what becomes of steps.
+
+    Args:
+        launcher: Is told of that.
+        events: The loop.
+    """
+
+    def __init__(self, launcher: NodesLauncher, events: Events) -> None:
+        self.watch = events.watch
+        self.watch_writable = events.watch_writable
+        self.unwatch = events.unwatch
+        self.call_later = events.call_later
+        self.on_exit = launcher.on_step_exit

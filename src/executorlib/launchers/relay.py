@@ -1,0 +1,313 @@
+"""The node's side of `launchers.nodes`: holds the connection to the executor, and drives a `LocalLauncher` here.
+
+One relay runs on every node of an allocation. It passes the executor's messages on to workers, which the node agent
+starts, and theirs to the executor, many at once where many come at once.
+
+From the executor comes ``["do", [[worker number, header, number of frames], ...]]`` with the frames of all behind,
+where a header is a message for the worker or one of ``["start", {...}]``, ``["kill", signal]`` and ``["recall",
+count]``. The relay answers by ``["done", [...]]`` of the same form: messages of workers, ``["recalled", call numbers]``
+and ``["exit", {...}]``. Further ones are ``["hello", {...}]`` and ``["bye", reason]`` from the relay, and ``["end"]``
+to it.
+
+The relay ends with its executor and takes all workers of its node along.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import itertools
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+from executorlib import machine, serialize
+from executorlib.launchers.base import Exit, Process
+from executorlib.launchers.local import LocalLauncher
+from executorlib.resources import Resources
+from executorlib.serialize import Frame
+from executorlib.transports.curve import CONNECTION_VARIABLE, Credentials
+from executorlib.transports.dealer import Dealer
+from executorlib.worker.call import PERMIT
+from executorlib.worker.remote import hello
+
+if TYPE_CHECKING:
+    from executorlib.scheduler import Worker
+
+# What Slurm tells a program about the node that it runs on; all else it tells is about the step of the relays.
+_KEPT = ("SLURMD_NODENAME", "SLURM_NODEID", "SLURM_TOPOLOGY_ADDR", "SLURM_TOPOLOGY_ADDR_PATTERN", "SLURM_JWT")
+
+
+class _Call:
+    """What the launchers see of a call."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.over = False
+
+
+class _Worker:
+    """What the launchers see of a worker, and what the relay knows beside.
+
+    Attributes:
+        number: The executor's number for it.
+        calls: Those that it may have started, and that are not over.
+        process: Its process.
+        waiting: Messages that came before it could take any.
+        signal: What it was sent before it was there.
+    """
+
+    def __init__(self, number: int, resources: Resources, single: bool) -> None:
+        self.number = number
+        self.calls: list[_Call] = []
+        self.process = Process(cast("Worker", self), resources, single=single)
+        self.waiting: list[tuple[list[Any], list[Frame]]] = []
+        self.signal = 0
+
+
+class Relay:
+    """A loop as `launchers.base.Events` describes it, between a connection and a launcher.
+
+    Args:
+        dealer: The connection.
+        environ: Slurm's variables as the executor has them.
+        launcher: Arguments of `LocalLauncher`.
+    """
+
+    def __init__(self, dealer: Dealer, environ: dict[str, str], launcher: dict[str, Any]) -> None:
+        self._dealer = dealer
+        self._environ = environ
+        self._poll = select.poll()
+        self._callbacks: dict[int, tuple[Callable[[], None], Callable[[], None] | None]] = {}
+        self._timers: list[tuple[float, int, Callable[[], None]]] = []
+        self._timer_numbers = itertools.count()
+        self._workers: dict[int, _Worker] = {}
+        self._parts: list[list[Any]] = []  # to be sent
+        self._frames: list[Frame] = []
+        self._ended_by = ""
+        for descriptor in dealer.descriptors:
+            self.watch(descriptor, lambda: None)  # `_take_messages` is called in every turn
+        self._wake_read, self._wake_write = socket.socketpair()
+        self._wake_read.setblocking(False)
+        self._wake_write.setblocking(False)
+        signal.set_wakeup_fd(self._wake_write.fileno(), warn_on_full_buffer=False)
+        signal.signal(signal.SIGTERM, self._on_signal)
+        # A terminal's Ctrl-C is for the user's process, which says what becomes of the calls.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        self.watch(self._wake_read, self._on_wake)
+        self._launcher = LocalLauncher(self, hidden=("SLURM_",), **launcher)
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        self._ended_by = f"Slurm or a user has sent {signal.Signals(number).name} to the agent of this node"
+
+    def _on_wake(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            self._wake_read.recv(4096)
+
+    # -- the loop -------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Work until the executor is gone, or the node is to be left."""
+        try:
+            self._launcher.prepare()
+            # The first word, so that calls which come at once find the node agent on its way.
+            _, about = hello()
+            self._dealer.send(["hello", {**about, "node": os.environ.get("SLURMD_NODENAME", about["host"])}])
+            while not self._ended_by:
+                self._take_messages()
+                if not self._send():
+                    self._wait()
+            self._dealer.send(["bye", self._ended_by])
+        except EOFError:
+            pass  # the executor is gone
+        finally:
+            self._launcher.close()
+            self._dealer.close()
+
+    def _take_messages(self) -> None:
+        while not self._ended_by and (message := self._dealer.take()) is not None:
+            if message.header[0] == "end":
+                raise EOFError
+            each = iter(message.frames)
+            for number, header, count in message.header[1]:
+                self._obey(number, header, list(itertools.islice(each, count)))
+
+    def _wait(self) -> None:
+        timeout = None if not self._timers else max(0.0, self._timers[0][0] - time.monotonic()) * 1000
+        for fd, mask in self._poll.poll(timeout):
+            callbacks = self._callbacks.get(fd)
+            if callbacks is None:
+                continue
+            on_readable, on_writable = callbacks
+            if mask & select.POLLOUT and on_writable is not None:
+                on_writable()
+            if mask & ~select.POLLOUT and fd in self._callbacks:
+                on_readable()
+        while self._timers and self._timers[0][0] <= time.monotonic():
+            heapq.heappop(self._timers)[2]()
+
+    def _put(self, number: int, header: list[Any], frames: Sequence[Frame] = ()) -> None:
+        self._parts.append([number, header, len(frames)])
+        self._frames += frames
+
+    def _send(self) -> bool:
+        """Send what was put; whether there was anything."""
+        if not self._parts:
+            return False
+        parts, frames = self._parts, self._frames
+        self._parts, self._frames = [], []
+        self._dealer.send(["done", parts], frames)
+        return True
+
+    # -- the executor's messages ----------------------------------------------------------------------------------
+
+    def _obey(self, number: int, header: list[Any], frames: list[Frame]) -> None:
+        kind = header[0]
+        if kind == "start":
+            needs = header[1]
+            worker = self._workers[number] = _Worker(number, Resources(**needs["resources"]), needs["single"])
+            self._launcher.launch(worker.process)
+            return
+        known = self._workers.get(number)
+        if known is None:
+            return  # it has ended, which the executor learns, or has learnt
+        if kind == "kill" and not known.process.pid:
+            known.signal = max(known.signal, header[1], key=lambda each: each == signal.SIGKILL)
+        elif kind == "kill":
+            self._launcher.kill(known.process, header[1])
+        elif kind == "recall":
+            numbers = self._take_back(known, header[1])
+            self._put(number, ["recalled", numbers])
+        elif known.process.transport is None:
+            known.waiting.append((header, frames))
+        else:
+            self._pass_on(known, [(header, frames)])
+
+    def _pass_on(self, worker: _Worker, messages: list[tuple[list[Any], list[Frame]]]) -> None:
+        transport, permits = worker.process.transport, worker.process.permits
+        assert transport is not None
+        for header, frames in messages:
+            if header[0] == "call":
+                worker.calls.append(_Call(header[1]))
+                if permits is not None and not header[3].get("now"):
+                    permits[0].send(PERMIT.pack(header[1]))
+            elif header[0] == "setup" and worker.process.resources.cores > 1:
+                # mpiexec was kept from seeing these.
+                header[1]["env"] = {**self._environ, **header[1].get("env", {})}
+            transport.put(header, frames)
+        transport.flush()
+
+    def _take_back(self, worker: _Worker, count: int) -> list[int]:
+        """Numbers of calls that the worker will not start; see `worker.call.Permits`."""
+        numbers: list[int] = []
+        while len(numbers) < count:
+            # The executor may have sent more calls than it wants back; those that the worker has not got are first.
+            if worker.process.permits is None:
+                break
+            try:
+                data = worker.process.permits[1].recv((count - len(numbers)) * PERMIT.size, socket.MSG_DONTWAIT)
+            except OSError:
+                break
+            if not data:
+                break
+            numbers += [number for (number,) in PERMIT.iter_unpack(data)]
+        taken = set(numbers)
+        worker.calls = [call for call in worker.calls if call.number not in taken]
+        return numbers
+
+    # -- Events ---------------------------------------------------------------------------------------------------
+
+    def watch(self, fileobj: Any, callback: Callable[[], None]) -> None:
+        """See `Events.watch`."""
+        fd = _descriptor(fileobj)
+        self._poll.register(fd, select.POLLIN)
+        self._callbacks[fd] = (callback, None)
+
+    def watch_writable(self, fileobj: Any, wanted: bool, callback: Callable[[], None]) -> None:
+        """See `Events.watch_writable`."""
+        fd = _descriptor(fileobj)
+        callbacks = self._callbacks.get(fd)
+        if callbacks is not None and (callbacks[1] is not None) != wanted:
+            self._callbacks[fd] = (callbacks[0], callback if wanted else None)
+            self._poll.modify(fd, select.POLLIN | select.POLLOUT if wanted else select.POLLIN)
+
+    def unwatch(self, fileobj: Any) -> None:
+        """See `Events.unwatch`."""
+        fd = _descriptor(fileobj)
+        if self._callbacks.pop(fd, None) is not None:
+            self._poll.unregister(fd)
+
+    def call_later(self, seconds: float, callback: Callable[[], None]) -> None:
+        """See `Events.call_later`."""
+        heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._timer_numbers), callback))
+
+    def on_connected(self, process: Process) -> None:
+        """See `Events.on_connected`."""
+        worker = self._workers[process.worker.number]
+        waiting, worker.waiting = worker.waiting, []
+        if worker.signal:
+            self._launcher.kill(process, worker.signal)
+        if waiting:
+            self._pass_on(worker, waiting)
+
+    def on_message(self, process: Process, header: list[Any], frames: list[Frame]) -> None:
+        """See `Events.on_message`."""
+        worker = self._workers[process.worker.number]
+        if header[0] != "ready":
+            for call in worker.calls:
+                if call.number == header[1]:
+                    call.over = True
+                    worker.calls.remove(call)
+                    break
+        self._put(worker.number, header, frames)
+
+    def on_recalled(self, process: Process, numbers: Sequence[int]) -> None:
+        """See `Events.on_recalled`; `LocalLauncher` gives back by permits."""
+
+    def on_node_lost(self, name: str) -> None:
+        """See `Events.on_node_lost`; there is one node here."""
+
+    def on_exit(self, process: Process, end: Exit) -> None:
+        """See `Events.on_exit`."""
+        worker = self._workers.pop(process.worker.number)
+        self._take_back(worker, len(worker.calls))
+        error = process.verdict or end.error
+        about = {
+            "pid": process.pid,
+            "status": end.status,
+            "text": end.text,
+            "stderr": bytes(process.stderr).decode(errors="replace"),
+            "started": [call.number for call in worker.calls],
+        }
+        self._put(worker.number, ["exit", about], [] if error is None else serialize.dumps(error))
+        if process.on_gone is not None:
+            process.on_gone()
+
+
+def _descriptor(fileobj: Any) -> int:
+    fd: int = fileobj if isinstance(fileobj, int) else fileobj.fileno()
+    return fd
+
+
+def main(environ: dict[str, str], launcher: dict[str, Any]) -> None:
+    """Run as a node's relay; the credentials are in the environment.
+
+    Args:
+        environ: Slurm's variables as the executor has them.
+        launcher: Arguments of `LocalLauncher`.
+    """
+    credentials = Credentials.parse(os.environ.pop(CONNECTION_VARIABLE, ""))
+    for name in [name for name in os.environ if name.startswith("SLURM_") and name not in _KEPT]:
+        del os.environ[name]
+    os.environ.update(environ)
+    launcher["stock"] = min(launcher["stock"], len(machine.usable_cpus()))
+    try:
+        dealer = Dealer(credentials, credentials.identity)
+    except ConnectionError as error:
+        sys.exit(f"executorlib: the agent of this node cannot connect: {error}")
+    Relay(dealer, environ, launcher).run()

@@ -1,0 +1,143 @@
+"""The executor for programs that run inside a Slurm allocation and spread their calls over its nodes."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from executorlib.executors import BaseExecutor, check_init_function, graph_mode, positive
+from executorlib.launchers.base import Events, Launcher
+from executorlib.launchers.nodes import NodesLauncher
+from executorlib.ledger import Ledger, Node
+from executorlib.resources import Resources, whole_number
+
+
+class SlurmJobExecutor(BaseExecutor):
+    """Runs calls on the nodes of the Slurm job that this program is in, each in a fresh process or by a block's workers.
+
+    Other arguments are those of `SingleNodeExecutor`. One `srun` starts an agent on every node; calls themselves ask
+    nothing of Slurm, except those with ranks on several nodes, ``pmi_mode`` or ``slurm_cmd_args``, which are steps.
+
+    Args:
+        max_workers: Calls at once; in block mode the number of workers. By default what the allocation holds.
+        cache_directory: Keep results here, seen by all nodes; the same as the key in ``resource_dict``.
+        max_cores: Cores in use at once, a call taking ``cores × threads_per_core``, of the first nodes that have as
+            many. By default all of the allocation.
+        pmi_mode: How `srun` and the MPI library of a call with several ranks find each other, such as ``"pmix"`` or
+            ``"pmi2"``; None starts the ranks with the MPI library's own `mpiexec`.
+        hostname_localhost: Listen on the loopback interface only: for an allocation of this one machine.
+
+    Raises:
+        RuntimeError: This program is not inside a Slurm job.
+        ValueError: An argument that cannot be honoured; the text says why and what to do.
+    """
+
+    def __init__(
+        self,
+        max_workers: int | None = None,
+        cache_directory: str | os.PathLike[str] | None = None,
+        max_cores: int | None = None,
+        resource_dict: Mapping[str, Any] | None = None,
+        pmi_mode: str | None = None,
+        hostname_localhost: bool | None = None,
+        block_allocation: bool = False,
+        init_function: Callable[[], dict[str, Any]] | None = None,
+        disable_dependencies: bool = False,
+        refresh_rate: float = 0.01,
+        plot_dependency_graph: bool = False,
+        plot_dependency_graph_filename: str | None = None,
+        export_workflow_filename: str | None = None,
+        log_obj_size: bool = False,
+        wait: bool = True,
+        restart_limit: int = 0,
+        openmpi_oversubscribe: bool = False,
+    ) -> None:
+        max_workers = positive("max_workers", max_workers)
+        max_cores = positive("max_cores", max_cores)
+        whole_number(0)("restart_limit", restart_limit)
+        check_init_function(init_function, block_allocation)
+        if restart_limit and not block_allocation:
+            raise ValueError(
+                "restart_limit needs block_allocation=True: without it every call has a process of its own anyway."
+            )
+        defaults = Resources(openmpi_oversubscribe=openmpi_oversubscribe).updated(
+            resource_dict or {}, "SlurmJobExecutor"
+        )
+        if cache_directory is not None:
+            defaults = defaults.updated({"cache_directory": cache_directory}, "SlurmJobExecutor")
+        graph, finish_graph = graph_mode(
+            plot_dependency_graph, plot_dependency_graph_filename, export_workflow_filename, disable_dependencies
+        )
+        nodes = [] if graph is not None else allocated_nodes(max_cores)
+        ledger = Ledger(nodes)
+        total = sum(node.total_cores for node in nodes)
+        modules = ["executorlib.entries"] if defaults.cache_directory is not None else []
+
+        def make_launcher(events: Events) -> Launcher:
+            return NodesLauncher(
+                events,
+                nodes,
+                pooled=block_allocation,
+                preload=modules,
+                threads=defaults.threads_per_core,
+                pmi_mode=pmi_mode,
+                hostname_localhost=bool(hostname_localhost),
+            )
+
+        super().__init__(
+            make_launcher=make_launcher,
+            ledger=ledger,
+            capacity=None if graph is not None else ledger,
+            count_cores=True,
+            max_workers=max_workers or max(1, total // defaults.demand.cores),
+            max_calls=max_workers,
+            resources=defaults,
+            block=block_allocation,
+            restart_limit=restart_limit,
+            init_function=init_function,
+            disable_dependencies=disable_dependencies,
+            wait=wait,
+            pin=True,
+            log_sizes=log_obj_size,
+            graph=graph,
+            finish_graph=finish_graph,
+            settings={
+                "max_cores": max_cores,
+                "block_allocation": block_allocation,
+                "init_function": init_function,
+                "restart_limit": restart_limit,
+                "pmi_mode": pmi_mode,
+                "hostname_localhost": hostname_localhost,
+                "disable_dependencies": disable_dependencies,
+                "refresh_rate": refresh_rate,
+                "log_obj_size": log_obj_size,
+                "wait": wait,
+            },
+        )
+
+
+def allocated_nodes(max_cores: int | None) -> list[Node]:
+    """The nodes of the job that this process is in, up to so many cores.
+
+    Raises:
+        RuntimeError: It is in none.
+    """
+    if "SLURM_JOB_ID" not in os.environ:
+        raise RuntimeError(
+            "SlurmJobExecutor runs calls on the nodes of the Slurm job that it is in, and this program is in none: "
+            "SLURM_JOB_ID is not set. Start the program with `sbatch` or `salloc`, or use SlurmClusterExecutor, which "
+            "submits a job for each call, or SingleNodeExecutor on this machine."
+        )
+    named = subprocess.run(
+        ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    counts: list[int] = []
+    for cpus, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", os.environ["SLURM_JOB_CPUS_PER_NODE"]):
+        counts += [int(cpus)] * int(times or 1)
+    return [Node(name, range(cpus)) for name, cpus in zip(named.stdout.split(), counts, strict=True)]
