@@ -68,6 +68,11 @@ class Node:
         return max(0, len(self.free_gpus) - gpus), max(0, len(self.free_cores) - cores)
 
     @property
+    def lost(self) -> bool:
+        """Whether the node was removed from its ledger."""
+        return self.row is None
+
+    @property
     def idle(self) -> bool:
         """Whether nobody is on the node, and it is not kept for a call."""
         return len(self.free_cores) == self.total_cores and self.kept_for is None
@@ -349,7 +354,7 @@ class Ledger:
         return share
 
     def _give_back(self, node: Node, cores: list[int], gpus: list[str]) -> None:
-        if node.row is None:
+        if node.lost:
             return
         self._remove(node)
         reservation = node.kept_for

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import NamedTuple, TypeAlias
 
-from executorlib.ledger import Allocation, Ledger, Reservation
+from executorlib.ledger import Allocation, Ledger, Node, Reservation
 from executorlib.resources import Demand
 from executorlib.task import (
     CANCELLED,
@@ -238,6 +238,14 @@ class Scheduler:
         """
         raise NotImplementedError
 
+    def on_node_lost(self, node: Node) -> list[Worker]:
+        """A node is gone for good: nothing more is placed there.
+
+        Returns:
+            The workers that hold a part of it. Their end has to be told by `on_exit`, as that of any other.
+        """
+        raise NotImplementedError
+
     # -- what to do -------------------------------------------------------------------------------------------
 
     def take_effects(self) -> list[Effect]:
@@ -275,6 +283,13 @@ class Scheduler:
         task.move(state)
         self.unfinished -= 1
 
+    def _workers_on(self, node: Node) -> list[Worker]:
+        return [
+            worker
+            for worker in self.workers.values()
+            if worker.allocation.node is node or any(share.node is node for share in worker.allocation.further)
+        ]
+
     def _new_worker(self, slot: int, allocation: Allocation) -> Worker:
         self._worker_number += 1
         worker = Worker(self._worker_number, slot, allocation)
@@ -283,12 +298,15 @@ class Scheduler:
 
 
 # A call that does not fit may be overtaken by later ones this many times for each core of the largest node; then
-# a node is kept for it. Each core can so be filled again about four times before a large call gets its turn.
+# nodes are kept for it. Each core can so be filled again about four times before a large call gets its turn.
 OVERTAKEN_PER_CORE = 4
 
 
 class FreshScheduler(Scheduler):
     """Every call gets a worker of its own as soon as its demand is free.
+
+    Demands that did not fit are shut, and opened again when a node has enough free for a share of theirs: an event
+    costs no look at calls that it cannot help.
 
     Args:
         ledger: What there is.
@@ -300,18 +318,16 @@ class FreshScheduler(Scheduler):
         self.ledger = ledger
         self.max_calls = max_calls
         self._queues: dict[Demand, ReadyQueue] = {}
+        self._open: dict[Demand, None] = {}  # demands whose next call may fit
+        self._shut: dict[Demand, tuple[int, int]] = {}  # the others, with their smallest share
+        self._reopened = False
         self._launching: dict[Task, Worker] = {}
         self._started: dict[Worker, None] = {}  # that were not told yet what to do
-        self._blocked: Task | None = None
-        self._overtaken = 0
-        self._reserved: Reservation | None = None
-        self._may_start = False  # whether anything has changed that could let a call start
+        self._blocked: Task | None = None  # the first in turn that does not fit; None: not known
+        self._overtaken = 0  # by how many calls since it is the first
+        self._reserved: Reservation | None = None  # for it
+        self._lost: list[str] = []  # names of nodes
         self._overtaken_limit = OVERTAKEN_PER_CORE * max(node.total_cores for node in ledger.nodes)
-
-    @property
-    def launching(self) -> int:
-        """See `Scheduler.launching`."""
-        return len(self._launching)
 
     def on_started(self, worker: Worker, lookahead: bool = False) -> None:
         """The worker's call is handed over."""
@@ -336,7 +352,6 @@ class FreshScheduler(Scheduler):
         """The call's future was cancelled before it was handed to a worker."""
         if task is self._blocked:
             self._unblock()
-            self._may_start = True
         self._stop_launch(task)
         super().on_cancel(task)
 
@@ -364,28 +379,111 @@ class FreshScheduler(Scheduler):
         self._end(task, FAILED)
         return [task]
 
+    def on_node_lost(self, node: Node) -> list[Worker]:
+        """See `Scheduler.on_node_lost`; calls that need more than what is left now fail."""
+        if node.kept_for is not None:
+            self._unblock()
+        self.ledger.remove(node)
+        self._lost.append(node.name)
+        for demand in [demand for demand in self._queues if not self.ledger.could_hold(demand)]:
+            for task in self._queues.pop(demand):
+                self._fail_homeless(task)
+            self._open.pop(demand, None)
+            self._shut.pop(demand, None)
+        return self._workers_on(node)
+
+    def _fail_homeless(self, task: Task) -> None:
+        demand = task.demand
+        self._end(task, FAILED)
+        where = f"{demand.nodes} nodes" if demand.nodes > 1 else "one node"
+        whole = ", which nobody else uses" if demand.exclusive else ""
+        self._effects.append(
+            Fail(
+                task,
+                f"it needs {demand.cores} cores and {demand.gpus} GPUs on {where}{whole}, which the "
+                f"{len(self.ledger.nodes)} nodes that are left do not have since {', '.join(self._lost[-8:])} failed",
+            )
+        )
+
     def _free(self, worker: Worker) -> None:
         del self.workers[worker.number]
-        self.ledger.release(worker.allocation)
-        self._may_start = True
+        allocation = worker.allocation
+        self.ledger.release(allocation)
+        if self._shut:
+            self._reopen_for(allocation.node)
+            for share in allocation.further:
+                self._reopen_for(share.node)
+
+    def _reopen_for(self, node: Node) -> None:
+        """Look again at the demands that may fit now that something on the node was given back."""
+        if node.lost:
+            return
+        gpus, cores = node.available()
+        idle = node.idle
+        kept_for = node.kept_for.demand if node.kept_for is not None and node.keeps_all else None
+        fitting = [
+            demand
+            for demand, (need, devices) in self._shut.items()
+            if (need <= cores and devices <= gpus and (idle or not demand.exclusive)) or demand == kept_for
+        ]
+        for demand in fitting:
+            self._reopen(demand)
+
+    def _reopen(self, demand: Demand) -> None:
+        del self._shut[demand]
+        self._open[demand] = None
 
     def _enqueue(self, task: Task) -> None:
         demand = task.demand
         queue = self._queues.get(demand)
         if queue is None:
+            if self._lost and not self.ledger.could_hold(demand):
+                self._fail_homeless(task)
+                return
             queue = self._queues[demand] = ReadyQueue()
         queue.push(task)
-        self._may_start = True
+        if demand not in self._shut:
+            self._open[demand] = None
+        elif self._blocked is not None and _turn(task) < _turn(self._blocked):
+            self._reopen(demand)
 
     def _fill(self) -> None:
         if self._started:
             self._tell_started()
-        if not self._may_start:
+        if not self._open:
             return
-        self._may_start = False
-        while self._queues and (self.max_calls is None or len(self.workers) < self.max_calls):
-            if not self._start_one():
-                break
+        heads = self._heads()
+        while heads and (self.max_calls is None or len(self.workers) < self.max_calls):
+            task = heads[0][2]
+            demand = task.demand
+            allocation = self._allocate(task)
+            if allocation is None:
+                heapq.heappop(heads)
+                del self._open[demand]
+                self._shut[demand] = demand.shares()[-1]
+            else:
+                self._start(task, allocation)
+                following = self._queues[demand].peek()
+                if following is None:
+                    heapq.heappop(heads)
+                    del self._open[demand], self._queues[demand]
+                else:
+                    heapq.heapreplace(heads, (*_turn(following), following))
+            if self._reopened:
+                heads = self._heads()
+
+    def _heads(self) -> list[tuple[int, int, Task]]:
+        """The next call of every open demand, as a heap in the order of their turn."""
+        self._reopened = False
+        heads = []
+        for demand in list(self._open):
+            task = self._queues[demand].peek()
+            if task is None:
+                del self._open[demand], self._queues[demand]
+            else:
+                heads.append((*_turn(task), task))
+        heapq.heapify(heads)
+        return heads
 
     def _tell_started(self) -> None:
         for worker in self._started:
@@ -397,30 +495,24 @@ class FreshScheduler(Scheduler):
                 self._effects.append(Send(worker, [task]))
         self._started.clear()
 
-    def _start_one(self) -> bool:
-        """Start the first call that may start; False when there is none."""
-        for task in self._candidates():
-            if task is self._blocked and self._reserved is not None:
-                allocation = self.ledger.allocate_reserved(self._reserved)
-                if allocation is not None:
-                    self._reserved = None
-                else:
-                    allocation = self.ledger.allocate(task.demand)
-            else:
+    def _allocate(self, task: Task) -> Allocation | None:
+        blocked = self._blocked
+        if task is blocked:
+            if self._reserved is None:
+                return self.ledger.allocate(task.demand)
+            allocation = self.ledger.allocate_reserved(self._reserved)
+            if allocation is not None:
+                self._reserved = None
+                self._reopen_all()
+            return allocation
+        allocation = self.ledger.allocate(task.demand)
+        if allocation is None and blocked is not None and _turn(task) < _turn(blocked):
+            # From now on this one is the first, and what is kept for the other may be what it needs.
+            was_reserved = self._reserved is not None
+            self._unblock()
+            if was_reserved:
                 allocation = self.ledger.allocate(task.demand)
-            if allocation is None and self._is_before_reservation(task):
-                self._unblock()
-                allocation = self.ledger.allocate(task.demand)
-            if allocation is None:
-                self._note_blocked(task)
-                continue
-            if task is self._blocked:
-                self._unblock()
-            elif self._blocked is not None:
-                self._overtaken += 1
-            self._start(task, allocation)
-            return True
-        return False
+        return allocation
 
     def _start(self, task: Task, allocation: Allocation) -> None:
         self._queues[task.demand].pop()
@@ -430,63 +522,53 @@ class FreshScheduler(Scheduler):
         worker.calls.append(task)
         self._launching[task] = worker
         self._effects.append(Launch(worker, task))
+        if task is self._blocked:
+            self._blocked = None
+        elif self._shut:
+            self._note_overtaken(task)
 
-    def _candidates(self) -> list[Task]:
-        """The next call of every demand, in the order of their turn."""
-        if len(self._queues) == 1:
-            (demand,) = self._queues
-            first = self._queues[demand].peek()
-            if first is None:
-                self._queues.clear()
-                return []
-            return [first]
-        heads = []
-        for demand in list(self._queues):
-            head = self._queues[demand].peek()
-            if head is None:
-                del self._queues[demand]
-            else:
-                heads.append(head)
-        return sorted(heads, key=lambda task: (-task.resources.priority, task.number))
-
-    def _note_blocked(self, task: Task) -> None:
-        """Remember the first call in turn that does not fit, and keep a node for it once it was overtaken enough."""
-        if self._blocked is not None and self._blocked is not task:
-            if self._comes_before(self._blocked, task):
-                return
-            self._unblock()
+    def _note_overtaken(self, task: Task) -> None:
+        """Keep nodes for the first call in turn that does not fit, once it was overtaken enough."""
         if self._blocked is None:
-            self._blocked = task
+            self._blocked = self._first_shut()
             self._overtaken = 0
+        if self._blocked is None or _turn(task) < _turn(self._blocked):
+            return
+        self._overtaken += 1
         if self._reserved is None and self._overtaken >= self._overtaken_limit:
-            self._reserved = self.ledger.reserve(task.demand)
+            self._reserved = self.ledger.reserve(self._blocked.demand)
 
-    def _is_before_reservation(self, task: Task) -> bool:
-        """Whether a node is kept for a call over which this one has priority."""
-        return (
-            self._reserved is not None
-            and self._blocked is not None
-            and self._blocked is not task
-            and not self._comes_before(self._blocked, task)
-        )
-
-    @staticmethod
-    def _comes_before(one: Task, other: Task) -> bool:
-        return one.state is READY and (-one.resources.priority, one.number) < (
-            -other.resources.priority,
-            other.number,
-        )
+    def _first_shut(self) -> Task | None:
+        heads = []
+        for demand in list(self._shut):
+            task = self._queues[demand].peek()
+            if task is None:
+                del self._shut[demand], self._queues[demand]
+            else:
+                heads.append(task)
+        return min(heads, key=_turn, default=None)
 
     def _unblock(self) -> None:
         if self._reserved is not None:
             self.ledger.unreserve(self._reserved)
-        self._reserved = None
+            self._reserved = None
+            self._reopen_all()
         self._blocked = None
+
+    def _reopen_all(self) -> None:
+        self._open |= dict.fromkeys(self._shut)
+        self._shut.clear()
+        self._reopened = True
 
     def check_invariants(self) -> None:
         """Raise AssertionError where the state contradicts itself; for tests."""
         self.ledger.check_invariants()
-        held = sum(len(worker.allocation.cores) for worker in self.workers.values())
+        held = sum(
+            len(share.cores)
+            for worker in self.workers.values()
+            for share in worker.allocation.shares
+            if not share.node.lost
+        )
         assert held + self.ledger.free()[0] == sum(node.total_cores for node in self.ledger.nodes)
         if self.max_calls is not None:
             assert len(self.workers) <= self.max_calls
@@ -496,7 +578,15 @@ class FreshScheduler(Scheduler):
         assert self._launching == {task: worker for task, worker in launching.items() if not task.over}
         for demand, queue in self._queues.items():
             assert all(task.demand == demand for task in queue)
+        assert not self._open.keys() & self._shut.keys()
+        assert self._open.keys() | self._shut.keys() == self._queues.keys()
+        assert self._reserved is None or (self._blocked is not None and self._blocked.state is READY)
         assert 0 <= self.not_started <= self.unfinished
+
+
+def _turn(task: Task) -> tuple[int, int]:
+    """Whose turn it is: the smaller goes first."""
+    return -task.resources.priority, task.number
 
 
 # Calls that a worker holds beyond the one it runs. Their expected time together stays below LOOKAHEAD_SECONDS, so
@@ -541,6 +631,7 @@ class BlockScheduler(Scheduler):
         self._hungry: dict[Worker, None] = {}  # workers that may be handed calls, in the order of their last result
         self._may_recall = True
         self._incomplete = True  # some slot may lack its worker
+        self._lost: list[str] = []  # names of nodes
         self._broken = ""
 
     def on_started(self, worker: Worker, lookahead: bool = False) -> None:
@@ -586,6 +677,12 @@ class BlockScheduler(Scheduler):
         self._incomplete = True
         return lost
 
+    def on_node_lost(self, node: Node) -> list[Worker]:
+        """See `Scheduler.on_node_lost`."""
+        self.ledger.remove(node)
+        self._lost.append(node.name)
+        return self._workers_on(node)
+
     def on_planned_exit(self, worker: Worker) -> None:
         """The worker's next exit is our doing: it does not count as a restart."""
         worker.stopping = True
@@ -595,9 +692,9 @@ class BlockScheduler(Scheduler):
     def on_resize(self, size: int) -> None:
         """Grow or shrink the block, whose workers may be restarted anew. Surplus ones end once their calls are over."""
         self._restarts = [0] * len(self._slots)
-        (node, *_) = self.ledger.nodes
         missing = size * self.demand.cores - sum(node.total_cores for node in self.ledger.nodes)
-        if missing > 0:  # only where calls are counted, not cores
+        if missing > 0 and not self._lost:  # only where calls are counted, not cores
+            (node, *_) = self.ledger.nodes
             self.ledger.grow(node, range(node.total_cores, node.total_cores + missing))
         for _ in range(len(self._slots), size):
             self._slots.append(None)
@@ -708,6 +805,8 @@ class BlockScheduler(Scheduler):
     def _fail_all(self) -> None:
         reason = self._broken or (
             f"all {self.size} workers of the block have died, each more often than restart_limit={self.restart_limit}"
+            if self.ledger.could_hold(self.demand)
+            else f"no node that could hold a worker of the block is left since {', '.join(self._lost[-8:])} failed"
         )
         while (task := self._queue.peek()) is not None:
             self._queue.pop()

@@ -355,17 +355,27 @@ class FreshDriver(Driver):
     def __init__(self, nodes: list[Node], max_calls: int | None = None, overtaken: int = OVERTAKEN_PER_CORE) -> None:
         with mock.patch.object(module, "OVERTAKEN_PER_CORE", overtaken):
             super().__init__(FreshScheduler(Ledger(nodes), max_calls))
-        self.nodes = nodes
+        self.nodes = list(nodes)
         self.free = {node: [node.total_cores, node.total_gpus] for node in nodes}
         self.freed: set[Worker] = set()  # ahead of their exit
         self.ready: dict[int, int] = {}  # call number → when it became ready
         self.clock = itertools.count()
 
-    def fits(self, task: Task, node: Node) -> bool:
+    def fits(self, demand: Demand, share: tuple[int, int], node: Node) -> bool:
+        """Whether one share of a demand fits on a node."""
         cores, gpus = self.free[node]
-        if task.demand.exclusive and cores < node.total_cores:
+        if demand.exclusive and cores < node.total_cores:
             return False
-        return cores >= task.demand.cores and gpus >= task.demand.gpus
+        return cores >= share[0] and gpus >= share[1]
+
+    def has_room(self, task: Task) -> bool:
+        """Whether all shares fit at once, on nodes that are not kept for anybody."""
+        nodes = [node for node in self.nodes if node.kept_for is None]
+        shares = task.demand.shares()
+        # A node that takes a large share takes a small one, too.
+        return all(
+            sum(self.fits(task.demand, share, node) for node in nodes) >= place for place, share in enumerate(shares, 1)
+        )
 
     def note_ready(self) -> list[Task]:
         """All calls that wait for resources."""
@@ -411,14 +421,15 @@ class FreshDriver(Driver):
                 if other.demand == task.demand:
                     assert self.place(task) < self.place(other), f"{task} overtakes {other}, its like"
                 elif turn_of(other) < turn_of(task):
-                    fitting = [node for node in self.nodes if node.kept_for is None and self.fits(other, node)]
-                    assert not fitting, f"{task} is started although it is the turn of {other}, which fits"
-            node = worker.allocation.node
-            assert self.fits(task, node)
-            cores = node.total_cores if task.demand.exclusive else task.demand.cores
-            assert (len(worker.allocation.cores), len(worker.allocation.gpus)) == (cores, task.demand.gpus)
-            self.free[node][0] -= cores
-            self.free[node][1] -= task.demand.gpus
+                    assert not self.has_room(other), f"{task} is started although it is the turn of {other}, which fits"
+            shares = worker.allocation.shares
+            assert len({node for node, _, _ in shares}) == task.demand.nodes
+            for (node, cores, gpus), share in zip(shares, task.demand.shares(), strict=True):
+                assert self.fits(task.demand, share, node)
+                most = node.total_cores if task.demand.exclusive else share[0]
+                assert (len(cores), len(gpus)) == (most, share[1])
+                self.free[node][0] -= len(cores)
+                self.free[node][1] -= len(gpus)
 
     def answer(self, worker: Worker, seconds: float = 0.0, failed: bool = False, leaving: bool = False) -> Task:
         task = super().answer(worker, seconds, failed, leaving)
@@ -434,16 +445,28 @@ class FreshDriver(Driver):
         return lost
 
     def give_back(self, worker: Worker) -> None:
-        self.free[worker.allocation.node][0] += len(worker.allocation.cores)
-        self.free[worker.allocation.node][1] += len(worker.allocation.gpus)
+        for node, cores, gpus in worker.allocation.shares:
+            self.free[node][0] += len(cores)
+            self.free[node][1] += len(gpus)
+
+    def lose(self, node: Node) -> None:
+        """A node is gone, and so are all that had a part of it, as the launcher tells a little later."""
+        self.nodes.remove(node)
+        there = self.scheduler.on_node_lost(node)
+        assert there == [
+            each.worker
+            for each in self.workers.values()
+            if each.worker not in self.freed and node in [share.node for share in each.worker.allocation.shares]
+        ]
+        for worker in there:
+            self.workers[worker.number].ending = True
 
     def turn(self) -> list[Effect]:
         effects = super().turn()
         # Nothing that could run is kept waiting.
         if self.scheduler.max_calls is None or len(self.scheduler.workers) < self.scheduler.max_calls:
             for task in self.note_ready():
-                fitting = [node for node in self.nodes if node.kept_for is None and self.fits(task, node)]
-                assert not fitting, f"{task} could run on {fitting[0].name}"
+                assert not self.has_room(task), f"{task} could run"
         return effects
 
     def run_one(self, worker: Worker) -> None:
@@ -582,6 +605,12 @@ class Machine(RuleBasedStateMachine):
             self.driver.check_end()
 
 
+def spread(nodes: int, further: int, cores: int, gpus: int = 0, exclusive: bool = False) -> Demand:
+    """A demand of several nodes: that many ranks and some further ones, each with so many cores and GPUs."""
+    ranks = nodes + further
+    return Demand(ranks * cores, ranks * gpus, exclusive, nodes, ranks)
+
+
 class FreshMachine(Machine):
     driver: FreshDriver
 
@@ -598,8 +627,23 @@ class FreshMachine(Machine):
         self.driver = FreshDriver(nodes, max_calls, overtaken)
 
     @rule(
-        demand=st.builds(
-            Demand, st.integers(1, 4), st.sampled_from([0, 0, 0, 1, 2]), st.sampled_from([False] * 4 + [True])
+        demand=st.one_of(
+            st.builds(
+                Demand,
+                st.integers(1, 4),
+                st.sampled_from([0, 0, 0, 1, 2]),
+                st.sampled_from([False] * 4 + [True]),
+                st.just(1),
+                st.just(1),
+            ),
+            st.builds(
+                spread,
+                st.integers(2, 3),
+                st.integers(0, 3),
+                st.integers(1, 2),
+                st.sampled_from([0, 0, 0, 1]),
+                st.sampled_from([False] * 4 + [True]),
+            ),
         ),
         priority=st.sampled_from([0, 0, 0, 1, -1]),
         missing=st.sampled_from([0, 0, 0, 1, 2]),
@@ -636,6 +680,13 @@ class FreshMachine(Machine):
         self.driver.run(worker, leaving=leaving)
         if not leaving:
             self.driver.exit(worker)
+        self.after(turn)
+
+    @precondition(lambda self: hasattr(self, "driver") and len(self.driver.calls) > 10 and self.driver.nodes)
+    @rule(data=st.data(), turn=st.booleans())
+    def loses_node(self, data: st.DataObject, turn: bool) -> None:
+        index = data.draw(st.integers(0, len(self.driver.nodes) - 1), label="node")
+        self.driver.lose(self.driver.nodes[index])
         self.after(turn)
 
 
