@@ -1,0 +1,169 @@
+"""What a Slurm job has: its nodes and, on each, the CPUs, GPUs and memory that are its own.
+
+The parsers are pure; `slurm_allocation` alone runs a command, once.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+# A controller under load may take long to answer; Slurm's own commands give up after MessageTimeout, 10 s by default.
+_SECONDS = 60
+
+
+class NodeShape(NamedTuple):
+    """A node of an allocation.
+
+    Attributes:
+        name: The node's name in Slurm.
+        cpus: CPUs that the job has there.
+        gpus: Indices of the GPUs that the job has there, as Slurm counts them on the node.
+        memory_mb: Memory that the job has there, in MiB; None where Slurm does not count it.
+    """
+
+    name: str
+    cpus: int
+    gpus: tuple[str, ...] = ()
+    memory_mb: int | None = None
+
+
+def slurm_allocation(environ: Mapping[str, str]) -> list[NodeShape]:
+    """Find out what the Slurm job has in which this process runs.
+
+    `scontrol` is asked, which knows the shape of each node. Where it cannot be run or reach the controller, the
+    environment has to do, and GPUs are taken to be the same on all nodes. Of a heterogeneous job
+    (`salloc … : …`) it is the component that ``SLURM_JOB_ID`` names.
+
+    Args:
+        environ: The environment, such as ``os.environ``.
+
+    Returns:
+        The nodes, in Slurm's order.
+
+    Raises:
+        ValueError: There is no allocation, or the job is over.
+    """
+    job = environ.get("SLURM_JOB_ID", "")
+    if not job:
+        raise ValueError(
+            "this process is not in a Slurm allocation (SLURM_JOB_ID is not set). Start it with sbatch or salloc, or "
+            "use SlurmClusterExecutor, which submits a job for each call, or SingleNodeExecutor on this machine alone."
+        )
+    command = ["scontrol", "show", "job", "-d", job]
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=_SECONDS
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return shapes_from_environment(environ)
+    if "Invalid job id" in done.stderr:
+        raise ValueError(
+            f"Slurm does not know job {job}, which SLURM_JOB_ID names: it is long over, or another cluster's. Start "
+            "the script anew with sbatch or salloc, or unset SLURM_JOB_ID and use another executor."
+        )
+    if done.returncode != 0:
+        return shapes_from_environment(environ)
+    shapes = shapes_from_scontrol(done.stdout, job)
+    if not shapes:
+        state = re.search(r"\bJobState=(\S+)", done.stdout)
+        raise ValueError(
+            f"Slurm job {job}, which SLURM_JOB_ID names, has no nodes (state {state[1] if state else 'unknown'}). "
+            "Start the script anew with sbatch or salloc."
+        )
+    return shapes
+
+
+def shapes_from_scontrol(text: str, job: str) -> list[NodeShape]:
+    """Read the nodes of a job from the output of ``scontrol show job -d``.
+
+    Args:
+        text: The output; a heterogeneous job's has a paragraph for each component.
+        job: Number of the job.
+    """
+    shapes = []
+    for paragraph in re.split(r"^(?=JobId=)", text, flags=re.MULTILINE):
+        if not re.match(rf"JobId={re.escape(job)}\b", paragraph):
+            continue
+        # GRES_IDX= is how Slurm before 20.02 called it.
+        for match in re.finditer(
+            r"^ +Nodes=(\S+) CPU_IDs=(\S+) Mem=(\d+)(?: GRES(?:_IDX)?=(\S*))?", paragraph, re.MULTILINE
+        ):
+            nodes, cpus, memory, gres = match.groups()
+            count = len(expand_ranges(cpus))
+            gpus = tuple(_gpu_indices(gres or ""))
+            shapes += [NodeShape(name, count, gpus, int(memory) or None) for name in expand_hosts(nodes)]
+    return shapes
+
+
+def shapes_from_environment(environ: Mapping[str, str]) -> list[NodeShape]:
+    """Read the nodes of a job from its environment.
+
+    Raises:
+        ValueError: The variables are missing or contradict each other.
+    """
+    hosts = expand_hosts(environ.get("SLURM_JOB_NODELIST", ""))
+    cpus = expand_repeated(environ.get("SLURM_JOB_CPUS_PER_NODE", ""))
+    if not hosts or len(hosts) != len(cpus):
+        raise ValueError(
+            f"SLURM_JOB_NODELIST={environ.get('SLURM_JOB_NODELIST')!r} and "
+            f"SLURM_JOB_CPUS_PER_NODE={environ.get('SLURM_JOB_CPUS_PER_NODE')!r} do not tell the CPUs of each node, "
+            "and scontrol does not, either: is Slurm's bin folder on PATH?"
+        )
+    gpus: tuple[str, ...] = ()
+    if indices := environ.get("SLURM_JOB_GPUS"):
+        gpus = tuple(map(str, expand_ranges(indices)))
+    elif count := environ.get("SLURM_GPUS_ON_NODE"):
+        gpus = tuple(str(index) for index in range(int(count)))
+    per_node, per_cpu = environ.get("SLURM_MEM_PER_NODE"), environ.get("SLURM_MEM_PER_CPU")
+    shapes = []
+    for name, count_cpus in zip(hosts, cpus, strict=True):
+        memory = int(per_node or 0) or int(per_cpu or 0) * count_cpus
+        shapes.append(NodeShape(name, count_cpus, gpus, memory or None))
+    return shapes
+
+
+def expand_hosts(text: str) -> list[str]:
+    """Write out a list of nodes such as ``login,node[1,3-4],rack[0-1]n[08-10]``."""
+    # Commas within brackets do not separate.
+    return [name for item in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", text) for name in _expand_item(item)]
+
+
+def _expand_item(item: str) -> Iterator[str]:
+    head, bracket, rest = item.partition("[")
+    if not bracket:
+        yield head
+        return
+    ranges, _, tail = rest.partition("]")
+    tails = list(_expand_item(tail))
+    for part in ranges.split(","):
+        first, _, last = part.partition("-")
+        for number in range(int(first), int(last or first) + 1):
+            for end in tails:
+                yield f"{head}{number:0{len(first)}d}{end}"
+
+
+def expand_ranges(text: str) -> list[int]:
+    """Write out numbers such as ``0-2,5``."""
+    numbers: list[int] = []
+    for part in filter(None, text.split(",")):
+        first, _, last = part.partition("-")
+        numbers += range(int(first), int(last or first) + 1)
+    return numbers
+
+
+def expand_repeated(text: str) -> list[int]:
+    """Write out counts such as ``4(x2),1``."""
+    counts: list[int] = []
+    for part in filter(None, text.split(",")):
+        count, _, times = part.rstrip(")").partition("(x")
+        counts += [int(count)] * int(times or 1)
+    return counts
+
+
+def _gpu_indices(gres: str) -> list[str]:
+    """GPUs of a GRES such as ``gpu:a100:2(IDX:0-1),gpu:v100:1(IDX:4),nvme:1(CNT:1)``."""
+    found = re.findall(r"(?:^|,)gpu(?::[^,(]*)?\(IDX:([\d,-]+)\)", gres)
+    return [str(index) for index in sorted({index for ranges in found for index in expand_ranges(ranges)})]
