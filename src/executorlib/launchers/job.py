@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import socket
 import time
 from typing import TYPE_CHECKING, Any
@@ -22,8 +23,7 @@ if TYPE_CHECKING:
 SUBMIT_SECONDS = 120.0
 
 _OUTPUT_TAIL_BYTES = 4096
-# What ends a job that exceeds its run_time_max; see `worker.job`.
-_SIGALRM = 14
+_SIGNALS = frozenset(signal.Signals)
 
 # By Slurm's words.
 _ADVICE = {
@@ -33,6 +33,8 @@ _ADVICE = {
     "PREEMPTED": "Other jobs had priority: submit it again.",
     "CANCELLED": "Somebody cancelled it, or an input of it failed; it can be submitted again.",
 }
+# Slurm's exit code of these is often 0.
+_ENDED_BY_OTHERS = {*_ADVICE, "BOOT_FAIL", "DEADLINE", "REVOKED"}
 _NO_ADVICE = "Only this call fails; it can be submitted again."
 
 
@@ -52,6 +54,7 @@ class Job:
         last: What the system said of it last.
         asked: Whether the system was asked what became of it.
         answered: Whether it has answered that.
+        damaged: What tells the file that is in the place of its result, but cannot be read, from a later one.
         ending: Its result.
     """
 
@@ -68,6 +71,7 @@ class Job:
         self.last: JobState | None = None
         self.asked = False
         self.answered = False
+        self.damaged: tuple[int, int, int] | None = None
         self.ending: entries.Ending | None = None
 
     @property
@@ -88,8 +92,11 @@ class Job:
         self.batch, self.gone_since, self.asked, self.last = None, None, False, None
 
     def ended_well(self, codes: tuple[int, ...]) -> bool:
-        """Whether it ended with one of these exit codes, by which a job says that it left a result."""
-        return self.last is not None and exit_code(self.last.exit_code) in [(code, 0) for code in codes]
+        """Whether it ended, by itself, with one of these exit codes, by which a job says that it left a result."""
+        state = self.last
+        if state is None or state.state in _ENDED_BY_OTHERS:
+            return False
+        return exit_code(state.exit_code) in [(code, 0) for code in codes]
 
     def error(self, system: str) -> BaseException:
         """Why there is no result.
@@ -107,9 +114,17 @@ class Job:
         if state is None:
             text = f"{subject} is not known to {system} any more, and left no result in {self.output}."
             return ExecutorlibSocketError(f"{text} {_NO_ADVICE}{said}")
+        code, signal_number = exit_code(state.exit_code)
+        # A shell reports a signal as 128 more than its number.
+        ended_by = signal_number or code - 128
+        named = f" by {signal.Signals(ended_by).name}" if ended_by in _SIGNALS else ""
         facts = [
             f"{what} {value}"
-            for what, value in (("reason", state.reason), ("exit code", state.exit_code), ("node", state.node))
+            for what, value in (
+                ("reason", state.reason),
+                ("exit code", state.exit_code and state.exit_code + named),
+                ("node", state.node),
+            )
             if value and value != "None"
         ]
         listed = f" ({', '.join(facts)})" if facts else ""
@@ -119,10 +134,10 @@ class Job:
                 "what the call asks for in its resource_dict; only this call fails."
             )
         text = f"{subject} ended as {state.state}{listed}."
+        if self.damaged is not None:
+            text += f" What it left in {self.output} cannot be read."
         limit = task.resources.run_time_max
-        code, signal_number = exit_code(state.exit_code)
-        # A shell reports a signal as 128 more than its number.
-        if limit is not None and (state.state == "TIMEOUT" or _SIGALRM in (signal_number, code - 128)):
+        if limit is not None and (state.state == "TIMEOUT" or ended_by == signal.SIGALRM):
             return TimeoutError(f"{text} It ran longer than its run_time_max of {limit:g} s; give it more time.{said}")
         return ExecutorlibSocketError(f"{text} {_ADVICE.get(state.state, _NO_ADVICE)}{said}")
 

@@ -85,6 +85,7 @@ class JobLauncher:
         self._by_output: dict[str, Job] = {}  # of several calls that are the same, the first
         self._followed: dict[str, JobBatch] = {}  # other sessions', by directory
         self._to_cancel: list[tuple[str, int | None]] = []
+        self._ended_now: set[str] = set()  # outputs that do not come, of which dependents have not heard yet
         self._prepared = False
         self._early: list[Callable[[], None]] = []  # what has to wait until the system is known
         self._leaving = False
@@ -275,13 +276,16 @@ class JobLauncher:
 
     def _look(self) -> None:
         """Look for results."""
+        self._ended_now.clear()
         began = time.thread_time()
         now = time.monotonic()
         for job in list(self._jobs.values()):
             if job.ending is not None:
                 continue
-            if os.path.exists(job.output):
+            seen = _identity(job.output)
+            if seen is not None and seen != job.damaged:
                 job.ending = entries.read_ending(job.output)
+                job.damaged = seen  # not read again until it is another one
                 if job.ending is not None:
                     job.over = True
                     if not job.begun:
@@ -371,7 +375,7 @@ class JobLauncher:
                 job.gone_since = None
                 if not job.begun:
                     self._begin(job)
-            elif state.hopeless and job.batch.ours:
+            elif state.hopeless and job.batch.ours and not self._waits_for_inputs_end(job):
                 self._system.cancel([job.key])
                 self._give_up(job)
         if changed:
@@ -393,12 +397,24 @@ class JobLauncher:
                     job.last = state
                     if state.phase is not Phase.ENDED:
                         job.gone_since, job.asked = None, False  # the query came too early, or too late
+                else:
+                    job.last = None
 
             self._system.detail(job.key, know)
         if job.asked and not job.answered:
             return
-        if now - job.gone_since > (_RESULT_GRACE if job.ended_well((RESULT, RAISED)) else _GRACE):
+        if self._waits_for_inputs_end(job):
+            return
+        shows_late = job.ended_well((RESULT, RAISED)) and job.damaged is None
+        if now - job.gone_since > (_RESULT_GRACE if shows_late else _GRACE):
             self._give_up(job)
+
+    def _waits_for_inputs_end(self, job: Job) -> bool:
+        """Whether an input's job has ended, too, of which the call is to tell, and that is being looked into."""
+        inputs = [self._by_output[path] for path in job.task.after if path in self._by_output]
+        return any(each.gone_since is not None and not each.over for each in inputs) or not self._ended_now.isdisjoint(
+            job.task.after
+        )
 
     def _give_up(self, job: Job) -> None:
         """The job has ended without a result."""
@@ -413,10 +429,15 @@ class JobLauncher:
             self._claim(job)
             return
         entries.remove_input(job.path)
+        self._ended_now.add(job.output)
         self._end(job, Exit(None, "", job.error(self._system.name)))
 
     def _find_job_ids(self) -> None:
-        """Read which jobs the batches of other sessions became."""
+        """Find out which jobs the calls of other sessions became."""
+        for job in [job for job in self._jobs.values() if job.batch is None and job.ending is None]:
+            # Nobody says whether a job has it. When it is removed, or was not finished for long, it is free again.
+            if not os.path.exists(job.path) or entries.is_older(job.path, SUBMIT_SECONDS):
+                self._claim(job)
         for batch in [batch for batch in self._followed.values() if batch.job_id is None]:
             batch.job_id = entries.read_text(os.path.join(batch.directory, entries.JOB_ID_FILE))
             followers = [job for job in self._jobs.values() if job.batch is batch]
@@ -433,3 +454,12 @@ class JobLauncher:
     def _cancel(self) -> None:
         jobs, self._to_cancel = self._to_cancel, []
         self._system.cancel(jobs)
+
+
+def _identity(path: str) -> tuple[int, int, int] | None:
+    """What tells a file from another that takes its place; None where there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns

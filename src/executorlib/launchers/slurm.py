@@ -83,6 +83,7 @@ _ENDED = {
 _HOPELESS = re.compile(
     r"BadConstraints|DependencyNeverSatisfied|InvalidAccount|InvalidQOS|AccountNotAllowed|QOSNotAllowed"
     r"|Partition(Config|NodeLimit|TimeLimit)|JobHeldAdmin|launch.failed.requeued.held|\w+PerJob(Limit)?"
+    r"|Job's (account|QOS|group) not .*"
 )
 # What goes into an error text: a reason for waiting says nothing of a job that was cancelled meanwhile.
 _CANCEL_REASONS = {"DependencyNeverSatisfied"}

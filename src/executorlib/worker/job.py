@@ -1,8 +1,8 @@
 """A job of a queuing system: run one call of a cache directory and leave its result there.
 
 The batch directory says which: line *n* of its file ``entries`` belongs to element *n* of the job array. Between the
-submission and now, anything may have happened to the entry, so the job looks at it first: an entry that is done, was
-removed, or was claimed by a later batch is left alone.
+submission and now, anything may have happened to the entry, so the job looks at it first: an entry that is done or was
+claimed by a later batch is left alone.
 
 Exit codes are for the session that waits: `RESULT` and `RAISED` say that the entry is in place, whatever a slow file
 system shows.
@@ -10,6 +10,7 @@ system shows.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import signal
@@ -21,14 +22,15 @@ from executorlib.worker import call
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
+    from collections.abc import Iterator
+    from typing import Any, NoReturn
 
     from executorlib.serialize import Frame
 
 RESULT = 0
-RAISED = 3  # the entry holds what the function raised
+RAISED = 83  # the entry holds what the function raised; hardly any program ends with this code by itself
 NOT_MINE = 0  # somebody else has run the call, or will
-FAILED = 70
+FAILED = 70  # EX_SOFTWARE of sysexits.h
 
 JOB_VARIABLES = ("SLURM_ARRAY_JOB_ID", "SLURM_JOB_ID", "FLUX_JOB_ID", "JOB_ID", "PBS_JOBID", "LSB_JOBID")
 
@@ -62,25 +64,33 @@ def run(directory: str, index: int) -> int:
     call.set_up(setup)
     if setup.get("ranks", 1) > 1:
         return _run_ranks(directory, index, setup)
-    job = _claimed(directory, index)
+    job = _claimed(directory, index, setup)
     if job is None:
         return NOT_MINE
     answer, seconds = _run(job)
     return _store(job, answer, seconds)
 
 
-def _claimed(directory: str, index: int) -> dict[str, Any] | None:
+def _claimed(directory: str, index: int, setup: dict[str, Any]) -> dict[str, Any] | None:
     """What is to be run; None where it is not ours (any more)."""
     job_file = os.path.join(directory, entries.JOB_ID_FILE)
-    if not os.path.exists(job_file):
+    job_id = next((os.environ[name] for name in JOB_VARIABLES if name in os.environ), "")
+    noted = entries.read_text(job_file)
+    if noted is None:
         # The session may have ended before it could note it, and who looks for this job needs it.
-        job_id = next((os.environ[name] for name in JOB_VARIABLES if name in os.environ), "")
         if job_id:
             entries.write_text(job_file, job_id)
+    elif setup["system"] == "Slurm" and noted != job_id:
+        # A controller that is too busy to answer may take a batch all the same; the session then submitted it again.
+        return None
     path = entries.batch_entries(directory)[index]
     entry = entries.read_input(path)
-    if entry is None or entry["batch"] != directory or os.path.exists(entries.output_of(path)):
+    if entry is not None and entry["batch"] != directory:
         return None
+    if entries.read_ending(entries.output_of(path)) is not None:
+        return None
+    if entry is None:
+        raise FileNotFoundError(f"the call {path} was removed, or is damaged; it can be submitted again")
     return {**entry, "path": path, "index": index}
 
 
@@ -102,10 +112,29 @@ def _run(job: dict[str, Any]) -> tuple[call.Answer, float]:
     arguments = pickle.dumps((_Pickled(job["input_args"]), _Pickled(job["input_kwargs"])))
     options = {"error_log_file": job["error_log_file"]} if job["error_log_file"] else {}
     started = time.perf_counter()
-    answer = call.run(job["function"], [arguments], {"executorlib_worker_id": 0}, options, finish=False)
+    with _no_silent_exit():
+        answer = call.run(job["function"], [arguments], {"executorlib_worker_id": 0}, options, finish=False)
     seconds = time.perf_counter() - started
     signal.setitimer(signal.ITIMER_REAL, 0)
     return answer, seconds
+
+
+@contextlib.contextmanager
+def _no_silent_exit() -> Iterator[None]:
+    """Let a function that ends this process by `os._exit` not seem to have left a result: dependents would start."""
+    process, leave = os.getpid(), os._exit
+
+    def leave_without_result(status: int) -> NoReturn:
+        if os.getpid() == process and status in (RESULT, RAISED):
+            os.write(2, f"executorlib: the function ended its process by os._exit({status})\n".encode())
+            status = FAILED
+        leave(status)
+
+    os._exit = leave_without_result
+    try:
+        yield
+    finally:
+        os._exit = leave
 
 
 def _store(job: dict[str, Any], answer: call.Answer, seconds: float) -> int:
@@ -165,7 +194,7 @@ def _run_ranks(directory: str, index: int, setup: dict[str, Any]) -> int:
         )
         return FAILED
     _choose_gpus(setup["gpus_per_rank"])
-    job: dict[str, Any] | None = world.bcast(_claimed(directory, index) if rank == 0 else None, 0)
+    job: dict[str, Any] | None = world.bcast(_claimed(directory, index, setup) if rank == 0 else None, 0)
     if job is None:
         return NOT_MINE
     answer, seconds = _run(job)
