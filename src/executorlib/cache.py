@@ -59,8 +59,13 @@ def get_cache_data(cache_directory: str | os.PathLike[str]) -> list[dict[str, An
     rows = []
     for path in _files(cache_directory, (INPUT, OUTPUT)):
         values = read_values(path, DATASETS)
-        if values is not None:
-            rows.append({**values, "filename": path})
+        if values is None:
+            continue
+        if path.endswith(INPUT) and "queue_id" not in values:
+            job_id, _, _ = job_of(path)
+            if job_id is not None:
+                values["queue_id"] = int(job_id) if job_id.isdigit() else job_id
+        rows.append({**values, "filename": path})
     return rows
 
 

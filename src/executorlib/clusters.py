@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -23,6 +24,8 @@ from executorlib.launchers.systems import CommandSystem
 from executorlib.launchers.templates import load_commands
 from executorlib.ledger import Ledger, Node, Unlimited
 from executorlib.resources import Resources
+
+logger = logging.getLogger("executorlib")
 
 _CACHE_DIRECTORY = "executorlib_cache"
 
@@ -142,7 +145,11 @@ class TestClusterExecutor(ClusterExecutor):
     """
 
     __test__ = False  # not a test, whatever its name makes pytest think
-    _has_template = False
+
+    def _check(self, resources: Resources, subject: str) -> None:
+        if resources.further:
+            keys = ", ".join(resources.template_values)
+            logger.warning("%s: there is no submission template here that would use %s", subject, keys)
 
     def __init__(
         self,

@@ -149,6 +149,7 @@ class JobBatch:
         directory: Its files.
         ours: Whether this session submits it.
         key: What its calls have in common.
+        name: The function of its first call.
         jobs: Its calls by index, as long as they are not over.
         first: Index of the first call.
         size: Number of calls that it has had.
@@ -165,6 +166,7 @@ class JobBatch:
         self.directory = directory
         self.ours = ours
         self.key = key
+        self.name = ""
         self.jobs: dict[int, Job] = {}
         self.first = first
         self.size = 0

@@ -114,6 +114,7 @@ class Submitter:
         """Add a call to the batch that `place` chose."""
         if not batch.size:
             self._open[batch.key] = batch
+            batch.name = job.task.name  # now, as calls are forgotten when the session leaves
             self._waiting.append(batch)
         elif batch.corresponds is not None:
             source = batch.corresponds.jobs.get(index)
@@ -175,7 +176,7 @@ class Submitter:
         except OSError as error:
             self._answered(batch, Refused(f"its batch directory {batch.directory} cannot be written: {error}"))
             return
-        name = task.name if batch.size == 1 else f"{task.name} and {batch.size - 1} more"
+        name = batch.name if batch.size == 1 else f"{batch.name} and {batch.size - 1} more"
         submission = Batch(
             name=name,
             directory=batch.directory,
@@ -202,9 +203,14 @@ class Submitter:
             if batch.size == 1:
                 return [Dependency(source.job_id, batch.first)]
             return [Dependency(source.job_id, corresponding=True)]
-        if len(pending) > _MOST_DEPENDENCIES:
-            return None
-        return [Dependency(*job.key) for job in pending]
+        dependencies: list[Dependency] = []
+        for other in dict.fromkeys(job.batch for job in pending if job.batch is not None):
+            its = [job for job in batch.after if job.batch is other]
+            if other.is_array and other.job_id is not None and len(its) == other.size:
+                dependencies.append(Dependency(other.job_id))  # all of an array is named by its id alone
+            else:
+                dependencies += [Dependency(*job.key) for job in its if not job.over]
+        return dependencies if len(dependencies) <= _MOST_DEPENDENCIES else None
 
     def _write_files(self, batch: JobBatch, resources: Resources) -> list[str]:
         """Fill the batch's directory; returns the program that runs one of its jobs."""
