@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import os
-import re
-import subprocess
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from executorlib.allocation import slurm_allocation
 from executorlib.executors import BaseExecutor, check_init_function, graph_mode, positive
 from executorlib.launchers.base import Events, Launcher
 from executorlib.launchers.nodes import NodesLauncher
 from executorlib.ledger import Ledger, Node
-from executorlib.resources import Resources, whole_number
+from executorlib.resources import Demand, Resources, whole_number
 
 
 class SlurmJobExecutor(BaseExecutor):
-    """Runs calls on the nodes of the Slurm job that this program is in, each in a fresh process or by a block's workers.
+    """Runs calls on the nodes of the Slurm job that this program is in, each in a fresh process or a block.
 
     Other arguments are those of `SingleNodeExecutor`. One `srun` starts an agent on every node; calls themselves ask
     nothing of Slurm, except those with ranks on several nodes, ``pmi_mode`` or ``slurm_cmd_args``, which are steps.
@@ -73,7 +72,11 @@ class SlurmJobExecutor(BaseExecutor):
         )
         nodes = [] if graph is not None else allocated_nodes(max_cores)
         ledger = Ledger(nodes)
-        total = sum(node.total_cores for node in nodes)
+        demand = ledger.spread(defaults)
+        fitting = 0
+        if demand is not None:
+            each, _ = demand.shares()[0]
+            fitting = sum(node.total_cores // each for node in nodes) // demand.nodes
         modules = ["executorlib.entries"] if defaults.cache_directory is not None else []
 
         def make_launcher(events: Events) -> Launcher:
@@ -92,7 +95,7 @@ class SlurmJobExecutor(BaseExecutor):
             ledger=ledger,
             capacity=None if graph is not None else ledger,
             count_cores=True,
-            max_workers=max_workers or max(1, total // defaults.demand.cores),
+            max_workers=max_workers or max(1, fitting),
             max_calls=max_workers,
             resources=defaults,
             block=block_allocation,
@@ -118,6 +121,30 @@ class SlurmJobExecutor(BaseExecutor):
             },
         )
 
+    def _check(self, resources: Resources, subject: str) -> None:
+        if resources.submission_template:
+            raise ValueError(
+                f"{subject}: submission_template cannot be honoured inside an allocation: no job is submitted. Leave "
+                "it out here."
+            )
+
+    def _checked_demand(self, resources: Resources, subject: str) -> Demand:
+        if self._capacity is None:
+            return super()._checked_demand(resources, subject)
+        self._check(resources, subject)
+        demand = self._capacity.spread(resources)
+        if demand is None:
+            nodes = self._capacity.nodes
+            cores, gpus = max((node.total_cores, node.total_gpus) for node in nodes)
+            spread = "" if resources.num_nodes is None else f" on num_nodes={resources.num_nodes}"
+            raise ValueError(
+                f"{subject} needs {resources.demand.cores} cores and {resources.demand.gpus} GPUs{spread} (cores="
+                f"{resources.cores}, threads_per_core={resources.threads_per_core}, gpus_per_core="
+                f"{resources.gpus_per_core}), which the {len(nodes)} nodes here, of at most {cores} cores and {gpus} "
+                "GPUs, never have. Ask for less, or for a larger allocation."
+            )
+        return demand
+
 
 def allocated_nodes(max_cores: int | None) -> list[Node]:
     """The nodes of the job that this process is in, up to so many cores.
@@ -125,19 +152,14 @@ def allocated_nodes(max_cores: int | None) -> list[Node]:
     Raises:
         RuntimeError: It is in none.
     """
-    if "SLURM_JOB_ID" not in os.environ:
-        raise RuntimeError(
-            "SlurmJobExecutor runs calls on the nodes of the Slurm job that it is in, and this program is in none: "
-            "SLURM_JOB_ID is not set. Start the program with `sbatch` or `salloc`, or use SlurmClusterExecutor, which "
-            "submits a job for each call, or SingleNodeExecutor on this machine."
-        )
-    named = subprocess.run(
-        ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    counts: list[int] = []
-    for cpus, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", os.environ["SLURM_JOB_CPUS_PER_NODE"]):
-        counts += [int(cpus)] * int(times or 1)
-    return [Node(name, range(cpus)) for name, cpus in zip(named.stdout.split(), counts, strict=True)]
+    try:
+        shapes = slurm_allocation(os.environ)
+    except ValueError as error:
+        raise RuntimeError(f"SlurmJobExecutor cannot be used here: {error}") from None
+    nodes = []
+    left = sum(shape.cpus for shape in shapes) if max_cores is None else max_cores
+    for name, cpus, gpus, _ in shapes:
+        if left > 0:
+            nodes.append(Node(name, range(min(cpus, left)), gpus))
+            left -= cpus
+    return nodes

@@ -63,6 +63,11 @@ class Mpiexec:
                 options.append("--oversubscribe")
         return [self.path, "-n", str(ranks), *options, *program]
 
+    def command_on(self, hosts: list[str], ranks: int, program: list[str], oversubscribe: bool) -> list[str]:
+        """The same over several nodes, each given as ``name:ranks``."""
+        command = self.command(ranks, program, oversubscribe)
+        return [command[0], "--host" if self.is_open_mpi else "-hosts", ",".join(hosts), *command[1:]]
+
     def environment(self) -> dict[str, str]:
         """Variables that it needs."""
         if self.is_open_mpi and os.geteuid() == 0:

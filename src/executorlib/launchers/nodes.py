@@ -10,19 +10,28 @@ A node whose agent is gone is lost: nobody can tell what became of its workers.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import re
+import signal
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from executorlib import serialize
+from executorlib.errors import ExecutorlibSocketError
 from executorlib.launchers.base import Events, Exit, Process, boot_code, tail_text
+from executorlib.launchers.commands import Answer, Commands
 from executorlib.launchers.local import Agent
+from executorlib.launchers.mpi import find_mpiexec
+from executorlib.launchers.slurm import command_environment
 from executorlib.resources import Resources
 from executorlib.serialize import Frame, nbytes
 from executorlib.transports.curve import CONNECTION_VARIABLE
-from executorlib.transports.router import Router, worker_of
+from executorlib.transports.router import Router, RouterTransport, worker_of
+from executorlib.worker.call import THREAD_VARIABLES
 
 if TYPE_CHECKING:
     from executorlib.ledger import Node
@@ -59,6 +68,7 @@ _ALLOCATION = (
     "SLURM_JOB_PARTITION",
     "SLURM_NNODES",
     "SLURM_NODELIST",
+    "SLURM_TASKS_PER_NODE",
 )
 
 
@@ -91,27 +101,42 @@ def relays_command(nodes: Sequence[str], program: Sequence[str]) -> list[str]:
 
 
 def ranks_command(
-    resources: Resources, hosts: Sequence[str], host_file: str, pmi_mode: str | None, program: Sequence[str]
+    resources: Resources, hosts: Sequence[str], pmi_mode: str | None, program: Sequence[str]
 ) -> list[str]:
     """The command that runs a program on all ranks of a call, on nodes that were chosen for it.
+
+    The ranks are pinned by themselves, to the cores that the ledger has given them: by Slurm's own choice all steps
+    that overlap would get the same ones. Where there are several nodes, ``SLURM_HOSTFILE`` has to name a file with the
+    node of each rank.
 
     Args:
         resources: What the call needs.
         hosts: The node of each rank.
-        host_file: File with these, one a line.
         pmi_mode: How `srun` and MPI find each other; None for Slurm's default.
         program: Program and arguments.
     """
-    mpi = [f"--mpi={pmi_mode}"] if pmi_mode is not None else []
+    nodes = list(dict.fromkeys(hosts))
+    where = ["--distribution=arbitrary"] if len(nodes) > 1 else [f"--nodelist={nodes[0]}"]
     return [
         "srun",
-        *("--overlap", f"--nodes={len(set(hosts))}", f"--ntasks={len(hosts)}", "--distribution=arbitrary"),
-        *(f"--nodefile={host_file}", f"--cpus-per-task={resources.threads_per_core}", "--mem=0", "--cpu-bind=none"),
-        *("--export=ALL", "--input=none", "--kill-on-bad-exit=1", "--unbuffered", "--quiet", *mpi),
+        *("--overlap", f"--nodes={len(nodes)}", f"--ntasks={len(hosts)}", *where),
+        *(f"--cpus-per-task={resources.threads_per_core}", "--mem=0", "--cpu-bind=none", "--export=ALL"),
+        # When one rank dies the others would wait for it until the time limit.
+        *("--input=none", "--kill-on-bad-exit=1", "--unbuffered", "--quiet"),
+        *([f"--mpi={pmi_mode}"] if pmi_mode is not None else []),
         *(["--overcommit"] if resources.openmpi_oversubscribe else []),
         *resources.slurm_cmd_args,
         *program,
     ]
+
+
+def parse_time_left(output: str) -> float | None:
+    """Seconds in what `squeue` prints for ``%L``, such as ``1-02:03:04``; None where it is no time."""
+    found = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", output.strip())
+    if found is None:
+        return None
+    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
 
 
 class _Relay:
@@ -192,6 +217,9 @@ class NodesLauncher:
             cast(Events, _Steps(self, events)), spawn=False, pooled=False, stock=0, preload=[], threads=threads
         )
         self._step: Process | None = None  # of the relays
+        self._steps: dict[str, Process] = {}  # of ranks, by identity
+        self._host_files: dict[str, str] = {}
+        self._commands = Commands(events)
         self._closing = False
 
     # -- Launcher -------------------------------------------------------------------------------------------------
@@ -215,6 +243,7 @@ class NodesLauncher:
         env[CONNECTION_VARIABLE] = self._router.credentials(_RELAYS).dumps()
         self._agent.run(self._step, relays_command(list(self._relays), [sys.executable, "-c", code]), env, None)
         self._events.call_later(_START_SECONDS, self._on_start_over)
+        self._ask_time_left()
 
     def launch(self, process: Process) -> None:
         """See `Launcher.launch`."""
@@ -222,6 +251,8 @@ class NodesLauncher:
         relay = self._relays[process.worker.allocation.node.name]
         if relay.lost:
             self._events.on_exit(process, Exit(None, relay.lost))
+        elif self._is_step(process):
+            self._run_step(process)
         elif relay.peer is None:
             relay.waiting[process.worker.number] = process
         else:
@@ -230,7 +261,13 @@ class NodesLauncher:
     def setup(self, process: Process) -> dict[str, Any]:
         """See `Launcher.setup`."""
         setup = self._agent.surroundings.changes()
-        setup["node"] = self._relays[process.worker.allocation.node.name].size
+        if self._is_step(process):
+            setup["shares"] = {
+                share.node.name: {"node": self._relays[share.node.name].size, "cores": share.cores, "gpus": share.gpus}
+                for share in process.worker.allocation.shares
+            }
+        else:
+            setup["node"] = self._relays[process.worker.allocation.node.name].size
         return setup
 
     def kill(self, process: Process, signal_number: int) -> None:
@@ -242,6 +279,8 @@ class NodesLauncher:
             self._events.on_exit(process, Exit(None, "it was not needed any more"))
         elif number in relay.processes:
             self.put(relay, number, ["kill", signal_number])
+        elif str(number) in self._steps:
+            self._end_step(process)
 
     @property
     def busy(self) -> bool:
@@ -260,7 +299,10 @@ class NodesLauncher:
         if self._step is not None:
             self._agent.wait(self._step, _END_SECONDS)
         self._agent.close()
+        self._commands.close()
         self._router.close()
+        for identity in list(self._host_files):
+            self._forget_step(identity)
 
     # -- to the relays --------------------------------------------------------------------------------------------
 
@@ -307,7 +349,10 @@ class NodesLauncher:
     # -- from the relays ------------------------------------------------------------------------------------------
 
     def _on_message(self, peer: bytes, header: list[Any], frames: list[Frame]) -> None:
-        if worker_of(peer) != _RELAYS:
+        identity = worker_of(peer)
+        if identity != _RELAYS:
+            if identity in self._steps:
+                self._on_rank_message(self._steps[identity], peer, header, frames)
             return
         if header[0] == "hello":
             self._on_hello(peer, header[1])
@@ -365,11 +410,6 @@ class NodesLauncher:
             if relay.peer is None:
                 self._lose(relay, f"its agent has not connected within {_START_SECONDS:g} s")
 
-    def on_step_exit(self, process: Process, end: Exit) -> None:
-        """A step is over: that of the relays, as others are not started yet."""
-        for relay in self._relays.values():
-            self._lose(relay, f"srun, which runs the agents, {end.text.removeprefix('it ')}")
-
     def _lose(self, relay: _Relay, why: str) -> None:
         if relay.lost or self._closing:
             return
@@ -381,11 +421,142 @@ class NodesLauncher:
     def _end_workers(self, relay: _Relay) -> None:
         said = tail_text(self._step.stderr) if self._step is not None else ""
         text = relay.lost + (f"; Slurm said:\n{said}" if said else "")
+        for process in list(self._steps.values()):
+            if any(share.node is relay.node for share in process.worker.allocation.shares):
+                process.verdict = process.verdict or ExecutorlibSocketError(f"A call's ranks were ended: {text}")
+                self._end_step(process)
         processes = [*relay.waiting.values(), *relay.processes.values()]
         relay.waiting.clear()
         relay.processes.clear()
         for process in processes:
             self._events.on_exit(process, Exit(None, text))
+
+    # -- steps ----------------------------------------------------------------------------------------------------
+
+    def _is_step(self, process: Process) -> bool:
+        resources = process.resources
+        return bool(
+            resources.slurm_cmd_args
+            or process.worker.allocation.further
+            or (resources.cores > 1 and self._pmi_mode is not None)
+        )
+
+    def _run_step(self, process: Process) -> None:
+        resources = process.resources
+        identity = str(process.worker.number)
+        shares = process.worker.allocation.shares
+        ranks = _ranks_on(process)
+        hosts = [share.node.name for share, count in zip(shares, ranks, strict=True) for _ in range(count)]
+        env = step_environment(os.environ)
+        env.update(dict.fromkeys(THREAD_VARIABLES, str(resources.threads_per_core)))
+        env[CONNECTION_VARIABLE] = self._router.credentials(identity).dumps()
+        module = "executorlib.worker.mpi" if len(hosts) > 1 else "executorlib.worker.remote"
+        call = f"({process.single})" if len(hosts) > 1 else "()"
+        program = [sys.executable, "-c", boot_code(module, call)]
+        if len(hosts) > 1 and self._pmi_mode is None:
+            try:
+                mpiexec = find_mpiexec()
+            except (OSError, RuntimeError) as error:
+                self._events.on_exit(process, Exit(None, str(error), error))
+                return
+            counts = {share.node.name: count for share, count in zip(shares, ranks, strict=True)}
+            # In Slurm's order: the agents of MPICH's mpiexec, which srun starts, take their parts in that.
+            placed = [f"{name}:{counts[name]}" for name in self._relays if name in counts]
+            argv = mpiexec.command_on(placed, len(hosts), program, resources.openmpi_oversubscribe)
+            # It has srun start its own agents.
+            env = {**mpiexec.environment(), **env, "SLURM_OVERLAP": "1"}
+        else:
+            argv = ranks_command(resources, hosts, self._pmi_mode, program)
+            if len(shares) > 1:
+                descriptor, path = tempfile.mkstemp(prefix="executorlib-")
+                with open(descriptor, "w", encoding="utf-8") as file:
+                    file.write("".join(f"{host}\n" for host in hosts))
+                self._host_files[identity] = env["SLURM_HOSTFILE"] = path
+        process.host = ", ".join(share.node.name for share in shares)
+        self._steps[identity] = process
+        self._agent.run(process, argv, env, resources.cwd)
+
+    def _on_rank_message(self, process: Process, peer: bytes, header: list[Any], frames: list[Frame]) -> None:
+        kind = header[0]
+        if kind == "hello":
+            self._on_rank_hello(process, peer, header[1])
+        elif kind != "ready" or not process.single:
+            self._events.on_message(process, header, frames)
+            if kind == "error":
+                self._end_step(process)
+            elif kind == "result" and process.single and process.transport is not None:
+                # It waits for this: an exit that came before the result was read would count as a death.
+                process.transport.put(["stop"])
+                self._events.call_later(_FINALIZE_SECONDS, lambda: self._end_step(process))
+
+    def _on_rank_hello(self, process: Process, peer: bytes, about: dict[str, Any]) -> None:
+        if process.verdict is not None:
+            return
+        if about["size"] != sum(_ranks_on(process)):
+            how = "mpiexec" if self._pmi_mode is None else f"pmi_mode={self._pmi_mode!r}"
+            process.verdict = RuntimeError(
+                f"{process.resources.cores} ranks were started with {how}, but mpi4py sees a world of size "
+                f"{about['size']}: its MPI ({about['library']}) does not find what started it. Results would be wrong. "
+                "MPICH needs pmi_mode='pmi2', Open MPI pmi_mode='pmix' (`srun --mpi=list` shows what there is); or "
+                "leave pmi_mode out to have the MPI's own mpiexec start the ranks."
+            )
+            self._end_step(process)
+            return
+        process.transport = RouterTransport(self._router, peer)
+        self._events.on_connected(process)
+
+    def _end_step(self, process: Process) -> None:
+        """End a step: srun kills its tasks when it is told to end."""
+        if self._steps.get(str(process.worker.number)) is process:
+            self._agent.kill(process, signal.SIGTERM)
+            self._events.call_later(_GRACE_SECONDS, lambda: self._kill_step(process))
+
+    def _kill_step(self, process: Process) -> None:
+        if self._steps.get(str(process.worker.number)) is process:
+            self._agent.kill(process, signal.SIGKILL)
+
+    def _forget_step(self, identity: str) -> None:
+        self._steps.pop(identity, None)
+        if identity in self._host_files:
+            with contextlib.suppress(OSError):
+                os.unlink(self._host_files.pop(identity))
+
+    def on_step_exit(self, process: Process, end: Exit) -> None:
+        """A step is over, that of the relays or of ranks."""
+        if process is not self._step:
+            self._forget_step(str(process.worker.number))
+            self._events.on_exit(process, end)
+            return
+        for relay in self._relays.values():
+            self._lose(relay, f"srun, which runs the agents, {end.text.removeprefix('it ')}")
+
+    # -- the time limit -------------------------------------------------------------------------------------------
+
+    def _ask_time_left(self) -> None:
+        job = os.environ.get("SLURM_JOB_ID", "")
+        env = command_environment(os.environ)
+        self._commands.run(["squeue", "--noheader", f"--jobs={job}", "--format=%L"], self._on_time_left, env=env)
+
+    def _on_time_left(self, answer: Answer) -> None:
+        left = parse_time_left(answer.output) if answer.ok else None
+        if left is None:
+            return
+        if left > _WARN_SECONDS:
+            # Asked again then, as the limit may have been raised meanwhile.
+            self._events.call_later(left - _WARN_SECONDS + 1, self._ask_time_left)
+        else:
+            logger.warning(
+                "the time limit of Slurm job %s is %d s away; calls that run then are lost",
+                os.environ.get("SLURM_JOB_ID"),
+                left,
+            )
+
+
+def _ranks_on(process: Process) -> list[int]:
+    """How many ranks are on each node of a worker's allocation."""
+    resources = process.resources
+    shares = resources.demand_over(len(process.worker.allocation.shares)).shares()
+    return [cores // resources.threads_per_core for cores, _ in shares]
 
 
 class _NoWorker:

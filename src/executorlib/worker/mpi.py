@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import socket
 import sys
 import time
 import traceback
@@ -115,11 +116,18 @@ class Rank:
         """This rank's part of the cores and GPUs."""
         setup = dict(setup)
         size = self._world.Get_size()
+        if "shares" in setup:
+            here = os.environ.get("SLURMD_NODENAME", socket.gethostname())
+            ranks = self._world.allgather(here)
+            setup.update(setup.pop("shares").get(here, {"cores": [], "gpus": []}))
+            first, size = ranks[: self._rank].count(here), ranks.count(here)
+        else:
+            first = self._rank
         for kind in ("cores", "gpus"):
             names = setup.get(kind) or []
             each = len(names) // size
             if each:
-                setup[kind] = names[self._rank * each : (self._rank + 1) * each]
+                setup[kind] = names[first * each : (first + 1) * each]
         return setup
 
     def _run(self, header: list[Any], frames: list[Frame], values: dict[str, Any]) -> None:

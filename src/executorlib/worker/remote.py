@@ -15,7 +15,7 @@ import time
 from typing import TYPE_CHECKING, Any, cast
 
 from executorlib._version import __version__
-from executorlib.transports.curve import Credentials
+from executorlib.transports.curve import CONNECTION_VARIABLE, Credentials
 from executorlib.transports.dealer import Dealer
 from executorlib.worker import call
 
@@ -61,21 +61,22 @@ def end_by_force() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def main(path: str, identity: str = "", numbered: bool = False) -> None:
+def main(path: str = "", identity: str = "", numbered: bool = False) -> None:
     """Connect, serve calls, then end the process.
 
     Exit code 0: it was told to stop, or could not be set up, of which the executor was told. 1: it could not connect,
     or the connection was lost, of which standard error tells.
 
     Args:
-        path: File with the credentials.
+        path: File with the credentials; by default they are in the environment.
         identity: The worker's name, where the file is for several workers; by default the one in the file.
         numbered: Whether the job's number in its array is to be appended to the name.
     """
     with contextlib.suppress(PermissionError):  # it leads a session already
         os.setpgid(0, 0)  # so that what the calls start can be ended with it
     try:
-        credentials = Credentials.read(path)
+        given = os.environ.pop(CONNECTION_VARIABLE, "")
+        credentials = Credentials.read(path) if path else Credentials.parse(given)
         name = (identity or credentials.identity) + (str(call.element_number()) if numbered else "")
         dealer = Dealer(credentials, name, on_lost=end_by_force)
     except (OSError, ValueError) as error:
