@@ -350,6 +350,20 @@ def missing_for_slurm() -> list[str]:
     return []
 
 
+def missing_for_gridengine() -> list[str]:
+    missing = [] if importlib.util.find_spec("defusedxml") else ["defusedxml (pip install executorlib[cluster])"]
+    if not shutil.which("qacct"):  # other queues have a qstat, too
+        return [*missing, "Grid Engine: there is no qacct on PATH (make test-gridengine starts one)"]
+    try:
+        answer = subprocess.run(["qstat", "-xml"], capture_output=True, text=True, timeout=10)
+    except subprocess.TimeoutExpired:
+        return [*missing, "a Grid Engine that answers: qstat took more than 10 s"]
+    if "</job_info>" not in answer.stdout:
+        reason = answer.stderr.strip().partition("\n")[0] or f"exit status {answer.returncode}"
+        return [*missing, f"a Grid Engine that answers (make test-gridengine starts one): {reason}"]
+    return missing
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run also what takes longer than 10 s")
 
@@ -385,6 +399,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         "slow": [] if config.getoption("--slow") else ["--slow"],
         # Asked for only where it matters: sinfo waits for a cluster that does not answer.
         "slurm": missing_for_slurm() if any(item.get_closest_marker("slurm") for item in items) else [],
+        "gridengine": missing_for_gridengine() if any(item.get_closest_marker("gridengine") for item in items) else [],
     }
     for item in items:
         missing = [what for mark, what in needs.items() if item.get_closest_marker(mark)]

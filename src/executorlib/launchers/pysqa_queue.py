@@ -16,8 +16,8 @@ from executorlib.launchers.templates import Templates, load_commands
 # Options that hand on the environment, which LSF does by itself, and that send both output streams to the file that
 # follows, whatever the script says.
 _OPTIONS = {"SGE": ["-V", "-j", "y", "-o"], "TORQUE": ["-V", "-j", "oe", "-o"], "LSF": ["-o"]}
-# pysqa's words and what queues say beside them, among it Grid Engine's letters for what is held or starts again. Whatever
-# else a job may be, it is not over.
+# pysqa's words and what queues say beside them, among it Grid Engine's letters for what is held or starts again.
+# Whatever else a job may be, it is not over.
 _PENDING = re.compile("pending|h?R?qw|PSUSP")
 _ENDED = re.compile("DONE|EXIT")
 # Grid Engine could not start it, and will not try again. Why, it says only in words that cannot be asked for at once.

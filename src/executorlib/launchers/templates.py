@@ -167,7 +167,8 @@ def load_commands(queue_type: str) -> Any:
         return get_queue_commands(queue_type)
     except ImportError as error:
         if error.name == "defusedxml":
-            raise ImportError('Grid Engine needs `pip install "pysqa[sge]"`.', name=error.name) from error
+            text = f"Grid Engine's answers are read by the package defusedxml. {_INSTALL}"
+            raise ImportError(text, name=error.name) from error
         raise ImportError(
             f"job scripts are rendered by the package pysqa, which cannot be loaded ({error}). {_INSTALL}",
             name=error.name,
