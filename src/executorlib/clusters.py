@@ -23,7 +23,7 @@ from executorlib.launchers.slurm import SETTINGS_COMMAND, SlurmQueue, command_en
 from executorlib.launchers.systems import CommandSystem
 from executorlib.launchers.templates import load_commands
 from executorlib.ledger import Ledger, Node, Unlimited
-from executorlib.resources import Resources
+from executorlib.resources import Resources, listed
 
 logger = logging.getLogger("executorlib")
 
@@ -148,7 +148,7 @@ class TestClusterExecutor(ClusterExecutor):
 
     def _check(self, resources: Resources, subject: str) -> None:
         if resources.further:
-            keys = ", ".join(resources.template_values)
+            keys = listed(resources.template_values)
             logger.warning("%s: there is no submission template here that would use %s", subject, keys)
 
     def __init__(

@@ -417,7 +417,7 @@ class Loop(Events):
             self._resolve(task, header, frames)
 
     def _wait(self) -> None:
-        """Sleep until something happens, and take it in. With more in the inbox, only look: callbacks may never stop."""
+        """Sleep until something happens, and take it in. With more in the inbox only look: callbacks may never end."""
         timeout = -1.0
         if self._timers:
             timeout = max(0.0, self._timers[0][0] - time.monotonic())

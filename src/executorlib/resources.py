@@ -6,7 +6,7 @@ import difflib
 import numbers
 import operator
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
@@ -132,10 +132,22 @@ class Resources:
         return {key: value for key, value in values.items() if value is not None}
 
 
-def _unknown_key(key: object, subject: str) -> str:
+def nearest_key(key: object) -> str | None:
+    """The known key that somebody may have meant."""
     near = difflib.get_close_matches(str(key), _CHECKS, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else f"known keys are {', '.join(_CHECKS)}."
+    return near[0] if near else None
+
+
+def _unknown_key(key: object, subject: str) -> str:
+    near = nearest_key(key)
+    hint = f"did you mean {near!r}?" if near else f"known keys are {', '.join(_CHECKS)}."
     return f"{subject}: unknown key {key!r} in resource_dict; {hint}"
+
+
+def listed(keys: Iterable[str]) -> str:
+    """Keys for a warning, each with the known one that may be meant."""
+    near = {key: nearest_key(key) for key in keys}
+    return ", ".join(f"{key!r} (did you mean {known!r}?)" if known else repr(key) for key, known in near.items())
 
 
 def whole_number(minimum: int) -> Callable[[str, object], int]:

@@ -81,7 +81,7 @@ def test_wrong_value_at_construction(row: Any, key: str, value: Any, named: str)
     assert named in str(caught.value)
 
 
-@pytest.mark.rows(block=False)
+@pytest.mark.rows(block=False, single_node=True)
 @pytest.mark.parametrize(("key", "nearest"), UNKNOWN_KEYS)
 def test_unknown_key_at_submit(executor: Any, key: str, nearest: str) -> None:
     with pytest.raises(ValueError, match=re.escape(repr(key))) as caught:
@@ -91,7 +91,7 @@ def test_unknown_key_at_submit(executor: Any, key: str, nearest: str) -> None:
     works_on(executor)
 
 
-@pytest.mark.rows(block=False)
+@pytest.mark.rows(block=False, single_node=True)
 @pytest.mark.parametrize("key", ["partition", "zzz", 3])
 def test_unknown_key_that_is_near_nothing(executor: Any, key: Any) -> None:
     """The scheduler's keys are no keys here; the message lists those that are."""
@@ -101,11 +101,23 @@ def test_unknown_key_that_is_near_nothing(executor: Any, key: Any) -> None:
     works_on(executor)
 
 
+@pytest.mark.rows(single_node=True)
 @pytest.mark.parametrize(("key", "nearest"), UNKNOWN_KEYS[:2])
 def test_unknown_key_at_construction(row: Any, key: str, nearest: str) -> None:
     with pytest.raises(ValueError, match=re.escape(repr(key))) as caught:
         row.make(resource_dict={key: 1})
     assert repr(nearest) in str(caught.value)
+
+
+@pytest.mark.rows("jobs")
+def test_keys_for_a_template_that_there_is_not(executor: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """A program for a cluster runs here, too; what would be lost on the cluster as well is told from a typing error."""
+    assert executor.submit(add, 1, 2, resource_dict={"partition": "long", "Cores": 2}).result(WAIT) == 3
+    [record] = [record for record in caplog.records if "template" in record.getMessage()]
+    assert "'partition'" in record.getMessage()
+    assert "'Cores' (did you mean 'cores'?)" in record.getMessage()
+    with pytest.raises(BAD, match="expected a non-empty str"):
+        executor.submit(add, 1, 2, resource_dict={3: 1})
 
 
 @pytest.mark.rows(block=False)

@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeAlias
 from executorlib.launchers.base import Events
 from executorlib.launchers.commands import Answer, Commands
 from executorlib.launchers.queue import Batch, JobState, Queue
+from executorlib.resources import listed
 
 logger = logging.getLogger("executorlib")
 
@@ -206,7 +207,7 @@ class CommandSystem:
             logger.warning(
                 "the submission template does not use these keys of resource_dict: %s; leave them out, or use a "
                 "template that has them",
-                ", ".join(new),
+                listed(new),
             )
 
     def query(self, job_ids: Sequence[str], on_states: Callable[[States | None], None]) -> None:
