@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from executorlib.allocation import slurm_allocation
+from executorlib.allocation import NodeShape, slurm_allocation
 from executorlib.executors import BaseExecutor, check_init_function, graph_mode, positive
 from executorlib.launchers.base import Events, Launcher
 from executorlib.launchers.nodes import NodesLauncher
@@ -70,8 +70,10 @@ class SlurmJobExecutor(BaseExecutor):
         graph, finish_graph = graph_mode(
             plot_dependency_graph, plot_dependency_graph_filename, export_workflow_filename, disable_dependencies
         )
-        nodes = [] if graph is not None else allocated_nodes(max_cores)
+        shapes = [] if graph is not None else allocated_nodes(max_cores)
+        nodes = [Node(each.name, range(each.cpus), each.gpus) for each in shapes]
         ledger = Ledger(nodes)
+        self._ledger = ledger
         demand = ledger.spread(defaults)
         fitting = 0
         if demand is not None:
@@ -93,7 +95,10 @@ class SlurmJobExecutor(BaseExecutor):
         super().__init__(
             make_launcher=make_launcher,
             ledger=ledger,
-            capacity=None if graph is not None else ledger,
+            # All that there was: calls that fit only on nodes that are lost fail by their futures.
+            capacity=None
+            if graph is not None
+            else Ledger([Node(each.name, range(each.cpus), each.gpus) for each in shapes]),
             count_cores=True,
             max_workers=max_workers or max(1, fitting),
             max_calls=max_workers,
@@ -121,6 +126,20 @@ class SlurmJobExecutor(BaseExecutor):
             },
         )
 
+    @property
+    def info(self) -> dict[str, Any]:
+        """The executor's settings, and under ``nodes`` what is there and what is free now."""
+        nodes = {
+            node.name: {
+                "cores": node.total_cores,
+                "free_cores": len(node.free_cores),
+                "gpus": node.total_gpus,
+                "free_gpus": len(node.free_gpus),
+            }
+            for node in list(self._ledger.nodes)
+        }
+        return {**super().info, "nodes": nodes}
+
     def _check(self, resources: Resources, subject: str) -> None:
         if resources.submission_template:
             raise ValueError(
@@ -146,7 +165,7 @@ class SlurmJobExecutor(BaseExecutor):
         return demand
 
 
-def allocated_nodes(max_cores: int | None) -> list[Node]:
+def allocated_nodes(max_cores: int | None) -> list[NodeShape]:
     """The nodes of the job that this process is in, up to so many cores.
 
     Raises:
@@ -158,8 +177,8 @@ def allocated_nodes(max_cores: int | None) -> list[Node]:
         raise RuntimeError(f"SlurmJobExecutor cannot be used here: {error}") from None
     nodes = []
     left = sum(shape.cpus for shape in shapes) if max_cores is None else max_cores
-    for name, cpus, gpus, _ in shapes:
+    for shape in shapes:
         if left > 0:
-            nodes.append(Node(name, range(min(cpus, left)), gpus))
-            left -= cpus
+            nodes.append(shape._replace(cpus=min(shape.cpus, left)))
+            left -= shape.cpus
     return nodes
