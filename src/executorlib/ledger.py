@@ -64,6 +64,8 @@ class Node:
 
     def available(self) -> tuple[int, int]:
         """GPUs and cores that are free and not kept for a call."""
+        if self.kept_for is None:
+            return len(self.free_gpus), len(self.free_cores)
         cores, gpus = self.kept
         return max(0, len(self.free_gpus) - gpus), max(0, len(self.free_cores) - cores)
 
@@ -354,17 +356,16 @@ class Ledger:
         return share
 
     def _give_back(self, node: Node, cores: list[int], gpus: list[str]) -> None:
-        if node.lost:
+        if node.row is None:
             return
         self._remove(node)
         reservation = node.kept_for
-        if reservation is not None:
-            reservation.lacking -= not node.keeps_all
+        kept_all = reservation is None or node.keeps_all
         node.free_cores += cores
         if gpus:
             node.free_gpus += gpus
-        if reservation is not None:
-            reservation.lacking += not node.keeps_all
+        if reservation is not None and not kept_all:
+            reservation.lacking -= node.keeps_all
         self._insert(node)
 
     def _keep(self, node: Node, reservation: Reservation | None, kept: tuple[int, int]) -> None:

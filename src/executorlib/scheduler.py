@@ -145,6 +145,8 @@ class ReadyQueue:
                 if queue[0].state is READY:
                     return queue[0]
                 queue.popleft()
+            if len(self._priorities) == 1:
+                return None  # the queue stays for the next call, most often of the same priority
             del self._by_priority[-heapq.heappop(self._priorities)]
         return None
 
@@ -155,6 +157,15 @@ class ReadyQueue:
     def __iter__(self) -> Iterator[Task]:
         for queue in self._by_priority.values():
             yield from (task for task in queue if task.state is READY)
+
+
+class DemandQueue(ReadyQueue):
+    """Calls of one demand, and what a node has to have free so that it is worth a look at them."""
+
+    def __init__(self, demand: Demand) -> None:
+        super().__init__()
+        self.cores, self.gpus = demand.shares()[-1]  # the smallest share
+        self.exclusive = demand.exclusive
 
 
 class Scheduler:
@@ -305,8 +316,8 @@ OVERTAKEN_PER_CORE = 4
 class FreshScheduler(Scheduler):
     """Every call gets a worker of its own as soon as its demand is free.
 
-    Demands that did not fit are shut, and opened again when a node has enough free for a share of theirs: an event
-    costs no look at calls that it cannot help.
+    The queues of demands that do not fit are shut, and opened again when a node has enough free for a share of theirs:
+    an event costs no look at calls that it cannot help.
 
     Args:
         ledger: What there is.
@@ -317,9 +328,9 @@ class FreshScheduler(Scheduler):
         super().__init__()
         self.ledger = ledger
         self.max_calls = max_calls
-        self._queues: dict[Demand, ReadyQueue] = {}
-        self._open: dict[Demand, None] = {}  # demands whose next call may fit
-        self._shut: dict[Demand, tuple[int, int]] = {}  # the others, with their smallest share
+        self._queues: dict[Demand, DemandQueue] = {}
+        self._open: dict[DemandQueue, None] = {}  # whose next call may fit
+        self._shut: dict[DemandQueue, None] = {}  # whose next call does not
         self._reopened = False
         self._launching: dict[Task, Worker] = {}
         self._started: dict[Worker, None] = {}  # that were not told yet what to do
@@ -386,10 +397,11 @@ class FreshScheduler(Scheduler):
         self.ledger.remove(node)
         self._lost.append(node.name)
         for demand in [demand for demand in self._queues if not self.ledger.could_hold(demand)]:
-            for task in self._queues.pop(demand):
+            queue = self._queues.pop(demand)
+            for task in queue:
                 self._fail_homeless(task)
-            self._open.pop(demand, None)
-            self._shut.pop(demand, None)
+            self._open.pop(queue, None)
+            self._shut.pop(queue, None)
         return self._workers_on(node)
 
     def _fail_homeless(self, task: Task) -> None:
@@ -419,19 +431,17 @@ class FreshScheduler(Scheduler):
         if node.lost:
             return
         gpus, cores = node.available()
-        idle = node.idle
-        kept_for = node.kept_for.demand if node.kept_for is not None and node.keeps_all else None
-        fitting = [
-            demand
-            for demand, (need, devices) in self._shut.items()
-            if (need <= cores and devices <= gpus and (idle or not demand.exclusive)) or demand == kept_for
-        ]
-        for demand in fitting:
-            self._reopen(demand)
+        for queue in list(self._shut):
+            if queue.cores <= cores and queue.gpus <= gpus and (not queue.exclusive or node.idle):
+                self._reopen(queue)
+        if node.kept_for is not None and node.keeps_all:
+            queue = self._queues[node.kept_for.demand]
+            if queue in self._shut:
+                self._reopen(queue)
 
-    def _reopen(self, demand: Demand) -> None:
-        del self._shut[demand]
-        self._open[demand] = None
+    def _reopen(self, queue: DemandQueue) -> None:
+        del self._shut[queue]
+        self._open[queue] = None
 
     def _enqueue(self, task: Task) -> None:
         demand = task.demand
@@ -440,12 +450,12 @@ class FreshScheduler(Scheduler):
             if self._lost and not self.ledger.could_hold(demand):
                 self._fail_homeless(task)
                 return
-            queue = self._queues[demand] = ReadyQueue()
+            queue = self._queues[demand] = DemandQueue(demand)
         queue.push(task)
-        if demand not in self._shut:
-            self._open[demand] = None
+        if queue not in self._shut:
+            self._open[queue] = None
         elif self._blocked is not None and _turn(task) < _turn(self._blocked):
-            self._reopen(demand)
+            self._reopen(queue)
 
     def _fill(self) -> None:
         if self._started:
@@ -454,34 +464,34 @@ class FreshScheduler(Scheduler):
             return
         heads = self._heads()
         while heads and (self.max_calls is None or len(self.workers) < self.max_calls):
-            task = heads[0][2]
-            demand = task.demand
+            _, _, task, queue = heads[0]
             allocation = self._allocate(task)
             if allocation is None:
                 heapq.heappop(heads)
-                del self._open[demand]
-                self._shut[demand] = demand.shares()[-1]
+                del self._open[queue]
+                self._shut[queue] = None
             else:
+                queue.pop()
                 self._start(task, allocation)
-                following = self._queues[demand].peek()
+                following = queue.peek()
                 if following is None:
                     heapq.heappop(heads)
-                    del self._open[demand], self._queues[demand]
+                    del self._open[queue]
                 else:
-                    heapq.heapreplace(heads, (*_turn(following), following))
+                    heapq.heapreplace(heads, (-following.resources.priority, following.number, following, queue))
             if self._reopened:
                 heads = self._heads()
 
-    def _heads(self) -> list[tuple[int, int, Task]]:
-        """The next call of every open demand, as a heap in the order of their turn."""
+    def _heads(self) -> list[tuple[int, int, Task, DemandQueue]]:
+        """The next call of every open queue, as a heap in the order of their turn."""
         self._reopened = False
         heads = []
-        for demand in list(self._open):
-            task = self._queues[demand].peek()
+        for queue in list(self._open):
+            task = queue.peek()
             if task is None:
-                del self._open[demand], self._queues[demand]
+                del self._open[queue]
             else:
-                heads.append((*_turn(task), task))
+                heads.append((-task.resources.priority, task.number, task, queue))
         heapq.heapify(heads)
         return heads
 
@@ -515,7 +525,6 @@ class FreshScheduler(Scheduler):
         return allocation
 
     def _start(self, task: Task, allocation: Allocation) -> None:
-        self._queues[task.demand].pop()
         self.not_started -= 1
         task.move(LAUNCHING)
         worker = self._new_worker(0, allocation)
@@ -539,13 +548,7 @@ class FreshScheduler(Scheduler):
             self._reserved = self.ledger.reserve(self._blocked.demand)
 
     def _first_shut(self) -> Task | None:
-        heads = []
-        for demand in list(self._shut):
-            task = self._queues[demand].peek()
-            if task is None:
-                del self._shut[demand], self._queues[demand]
-            else:
-                heads.append(task)
+        heads = [task for queue in self._shut if (task := queue.peek()) is not None]
         return min(heads, key=_turn, default=None)
 
     def _unblock(self) -> None:
@@ -556,7 +559,7 @@ class FreshScheduler(Scheduler):
         self._blocked = None
 
     def _reopen_all(self) -> None:
-        self._open |= dict.fromkeys(self._shut)
+        self._open.update(self._shut)
         self._shut.clear()
         self._reopened = True
 
@@ -578,8 +581,7 @@ class FreshScheduler(Scheduler):
         assert self._launching == {task: worker for task, worker in launching.items() if not task.over}
         for demand, queue in self._queues.items():
             assert all(task.demand == demand for task in queue)
-        assert not self._open.keys() & self._shut.keys()
-        assert self._open.keys() | self._shut.keys() == self._queues.keys()
+            assert (queue in self._open) + (queue in self._shut) == 1 or queue.peek() is None
         assert self._reserved is None or (self._blocked is not None and self._blocked.state is READY)
         assert 0 <= self.not_started <= self.unfinished
 
