@@ -3,7 +3,7 @@
 #   make test                      with the newest Python found, in .venv
 #   make test PYTHON=python3.12    with another one, in .venvs/3.12
 
-.PHONY: help demo test check lint docs bench bench-slurm test-slurm test-flux clean
+.PHONY: help demo test check lint docs bench bench-slurm test-slurm test-gridengine test-flux clean
 .DEFAULT_GOAL := help
 
 # Found is not enough: a shim may be there without its Python, and a Python without venv.
@@ -26,6 +26,7 @@ help:
 	@echo "make bench      measure against other executors, results into docs/performance.md"
 	@echo "make docs       build the documentation into site/"
 	@echo "make test-slurm run the tests that need Slurm, on a throw-away cluster (Debian or Ubuntu, as root)"
+	@echo "make test-gridengine  likewise, Grid Engine"
 	@echo "make bench-slurm measure jobs on such a cluster, into docs/performance.md"
 	@echo "make test-flux  run the tests that need a Flux instance"
 	@echo "make clean      remove what the other targets made"
@@ -59,6 +60,9 @@ bench-slurm: $(BIN)/python
 # The cluster goes down again also after a failure or Ctrl-C. Its settings: tests/slurm/cluster help.
 test-slurm: $(VENV)/installed-dev
 	@tests/slurm/cluster run $(BIN)/python -m pytest -m slurm $(ARGS)
+
+test-gridengine: $(VENV)/installed-dev
+	@tests/gridengine/cluster run $(BIN)/python -m pytest -m gridengine $(ARGS)
 
 test-flux: $(VENV)/installed-dev
 	@command -v flux >/dev/null || { \

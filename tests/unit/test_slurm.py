@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -542,18 +543,19 @@ def test_grid_engine(tmp_path: Path) -> None:
     assert (queue.array_limit, queue.has_dependencies) == (1, False)
     assert queue.script(batch()) == "#!/bin/bash\n#$ -N relax -wd /home/me/project\npython -m job\n"
     assert queue.submit_command(batch(), "/s") == [
-        *("qsub", "-terse", "-j", "y", "-o", "/cache/.executorlib/b1/output.0", "/s")
+        *("qsub", "-terse", "-V", "-j", "y", "-o", "/cache/.executorlib/b1/output.0", "-wd", "/home/me/project", "/s")
     ]
     assert queue.parse_job_id("42\n") == "42"
     assert queue.cancel_command([("42", None), ("43", 0)]) == ["qdel", "42", "43"]
     assert queue.unused(batch(slurm_cmd_args=("-x",), values={"partition": "p"})) == ["partition", "slurm_cmd_args"]
-    text = QSTAT.format(
-        running=QSTAT_JOB.format(42, "r"), waiting=QSTAT_JOB.format(43, "qw") + QSTAT_JOB.format(44, "Eqw")
-    )
-    assert queue.parse_status(text) == {
-        ("42", 0): JobState(Phase.RUNNING, "running"),
-        ("43", 0): JobState(Phase.PENDING, "pending"),
-        ("44", 0): JobState(Phase.ENDED, "error"),
+    for name, allowed in {"f.<locals>.<lambda>": "f._locals_._lambda_", "2nd": "_2nd"}.items():
+        assert f"#$ -N {allowed} " in queue.script(replace(batch(), name=name))
+    waiting = "".join(QSTAT_JOB.format(43 + i, word) for i, word in enumerate(["qw", "hqw", "hRqw", "Eqw", "Ehqw"]))
+    states = queue.parse_status(QSTAT.format(running=QSTAT_JOB.format(42, "r"), waiting=waiting))
+    assert {key[0]: (state.phase, state.hopeless) for key, state in states.items()} == {
+        "42": (Phase.RUNNING, False),
+        **dict.fromkeys(["43", "44", "45"], (Phase.PENDING, False)),
+        **dict.fromkeys(["46", "47"], (Phase.PENDING, True)),
     }
     assert queue.parse_status(QSTAT.format(running="", waiting="")) == {}
     for wrong in ("", "error: commlib error: got select error (Connection refused)"):
@@ -571,7 +573,7 @@ def test_grid_engine(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "submission", "printed", "listing", "expected"),
     [
-        ("TORQUE", ["qsub", "-j", "oe", "-o"], "42.server\n",
+        ("TORQUE", ["qsub", "-V", "-j", "oe", "-o"], "42.server\n",
          "Job Id: 42.server\n Job_Name = a\n Job_Owner = me@h\n job_state = R\n queue = q\n"
          " Variable_List = PBS_O_WORKDIR=/x,PBS_O_HOST=h\n",
          Phase.RUNNING),
