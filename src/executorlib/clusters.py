@@ -21,7 +21,6 @@ from executorlib.launchers.pysqa_queue import open_queue
 from executorlib.launchers.queue import Queue
 from executorlib.launchers.slurm import SETTINGS_COMMAND, SlurmQueue, command_environment, parse_settings, rank_command
 from executorlib.launchers.systems import CommandSystem
-from executorlib.launchers.templates import load_commands
 from executorlib.ledger import Ledger, Node, Unlimited
 from executorlib.resources import Resources, listed
 
@@ -306,8 +305,8 @@ def check_queue(configuration: str | None) -> None:
         ValueError: The configuration cannot be used.
     """
     if configuration is None:
-        # Loading pysqa takes half a second, which the loop's thread does while first calls are prepared. The program
-        # may be about to end by then, when the threads that pysqa's dependencies use cannot be loaded any more.
+        # A template of the user's is rendered by pysqa, which takes half a second to load, so the loop's thread does it.
+        # The program may be about to end by then, when the threads that pysqa's dependencies use cannot be loaded.
         import concurrent.futures.thread  # noqa: F401
 
         if importlib.util.find_spec("pysqa") is None:
@@ -327,7 +326,6 @@ def queue_system(events: Events, configuration: str | None) -> CommandSystem:
     if configuration is None or isinstance(open_queue(configuration), SlurmQueue):
 
         def make_slurm(answer: str) -> Queue:
-            load_commands("SLURM")
             return open_queue(configuration, parse_settings(answer))
 
         return CommandSystem(events, "Slurm", make_slurm, SETTINGS_COMMAND, command_environment)

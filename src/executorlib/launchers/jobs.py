@@ -98,7 +98,7 @@ class JobLauncher:
 
     def prepare(self) -> None:
         """See `Launcher.prepare`."""
-        self._system.prepare(self._on_prepared)
+        # A session that finds all its results need not know the system at all.
 
     def _on_prepared(self) -> None:
         self._prepared = True
@@ -110,6 +110,8 @@ class JobLauncher:
         """See `Launcher.launch`: claim the call's entry, or follow who has."""
         if not self._prepared:
             self._early.append(lambda: self.launch(process))
+            if len(self._early) == 1:
+                self._system.prepare(self._on_prepared)
             return
         (task,) = process.worker.calls
         if task.over:  # cancelled meanwhile
@@ -162,7 +164,7 @@ class JobLauncher:
 
     def detach(self, on_taken: Callable[[], None]) -> None:
         """See `Launcher.detach`: submit what waits to be submitted, and let all jobs go on."""
-        if not self._prepared:
+        if self._early:
             self._early.append(lambda: self.detach(on_taken))
             return
         self._leaving = True
@@ -336,7 +338,7 @@ class JobLauncher:
     # -- the system's word ----------------------------------------------------------------------------------------
 
     def _ask_soon(self) -> None:
-        """Something has changed: ask soon, and then, as long as nothing changes, less and less often."""
+        """There are new jobs: ask soon, and then less and less often."""
         self._ask_after = self._system.first_query
         self._questions.within(self._ask_after)
 
@@ -355,9 +357,8 @@ class JobLauncher:
 
     def _on_states(self, asked: list[Job], states: States | None) -> None:
         self._asking = False
-        changed = False
         now = time.monotonic()
-        # Without an answer nothing is known, and nothing has changed.
+        # Without an answer nothing is known.
         states, asked = ({}, []) if states is None else (states, asked)
         for job in asked:
             if job.over or job.batch is None or job.batch.job_id is None:
@@ -365,12 +366,10 @@ class JobLauncher:
             job_id = job.batch.job_id
             state = states.get((job_id, job.index)) or states.get((job_id, None))
             if state is not None:
-                changed = changed or job.last is None or job.last.phase is not state.phase
                 job.last = state
             if state is None or state.phase is Phase.ENDED:
                 if job.gone_since is None:
                     job.gone_since = now
-                    changed = True
             elif state.phase is Phase.RUNNING:
                 job.gone_since = None
                 if not job.begun:
@@ -378,10 +377,7 @@ class JobLauncher:
             elif state.hopeless and job.batch.ours and not self._waits_for_inputs_end(job):
                 self._system.cancel([job.key])
                 self._give_up(job)
-        if changed:
-            self._ask_after = self._system.first_query
-        else:
-            self._ask_after = min(1.5 * self._ask_after, self._system.last_query)
+        self._ask_after = min(1.5 * self._ask_after, self._system.last_query)
         if self._jobs:
             self._questions.within(self._ask_after)
 

@@ -106,9 +106,9 @@ class CommandSystem:
         environment: Makes the environment of the commands from this process's.
     """
 
-    # A busy controller takes some tenths of a second for an answer; errors are to be known within 15 s.
+    # Results need no query, and errors are to be known within 15 s.
     first_query = 2.0
-    last_query = 8.0
+    last_query = 10.0
 
     def __init__(
         self,

@@ -57,12 +57,18 @@ class Templates:
             ImportError: pysqa is not installed.
         """
         text, where = self._template(batch)
-        values = self._values(batch, text)
-        commands = load_commands(self.queue_type)
-        from jinja2 import TemplateError
-
+        values = {**self._values(batch, text), **more}
         try:
-            script = commands.render_submission_template(submission_template=text, **{**values, **more})
+            from jinja2 import Template, TemplateError
+        except ImportError as error:
+            raise ImportError(f"job scripts need the package jinja2, which comes with pysqa. {_INSTALL}") from error
+        try:
+            if text is self._default:
+                # Ours needs nothing of pysqa, whose loading takes half a second.
+                script = Template(text).render(**values)
+            else:
+                commands = load_commands(self.queue_type)
+                script = commands.render_submission_template(submission_template=text, **values)
         except (TemplateError, TypeError, ValueError, ArithmeticError) as error:
             line = getattr(error, "lineno", None)
             raise ValueError(f"{where} cannot be rendered: {f'line {line}: ' if line else ''}{error}") from error
