@@ -87,7 +87,8 @@ def strike(way: str, folder: str) -> str:
     """Die in this way, after some last words on standard error."""
     if not os.path.exists(f"{folder}/calm"):
         os.write(2, f"{LAST_WORDS}\n".encode())
-        put(f"{folder}/{way} started")
+        with open(f"{folder}/{way} started", "a") as log:
+            log.write(f"{os.getpid()}\n")
         WAYS[way]()
     return CALM
 

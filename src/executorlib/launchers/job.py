@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -33,6 +34,8 @@ _ADVICE = {
     "PREEMPTED": "Other jobs had priority: submit it again.",
     "CANCELLED": "Somebody cancelled it, or an input of it failed; it can be submitted again.",
 }
+# What Slurm writes into the output where it watches over the memory itself; the job's state is FAILED then.
+_MEMORY = re.compile(r"slurmstepd.*exceeded (job )?memory limit", re.IGNORECASE)
 # Slurm's exit code of these is often 0.
 _ENDED_BY_OTHERS = {*_ADVICE, "BOOT_FAIL", "DEADLINE", "REVOKED"}
 _NO_ADVICE = "Only this call fails; it can be submitted again."
@@ -139,7 +142,8 @@ class Job:
         limit = task.resources.run_time_max
         if limit is not None and (state.state == "TIMEOUT" or ended_by == signal.SIGALRM):
             return TimeoutError(f"{text} It ran longer than its run_time_max of {limit:g} s; give it more time.{said}")
-        return ExecutorlibSocketError(f"{text} {_ADVICE.get(state.state, _NO_ADVICE)}{said}")
+        advice = _ADVICE["OUT_OF_MEMORY"] if _MEMORY.search(tail) else _ADVICE.get(state.state, _NO_ADVICE)
+        return ExecutorlibSocketError(f"{text} {advice}{said}")
 
 
 class JobBatch:

@@ -233,6 +233,13 @@ class Submitter:
     def _answered(self, batch: JobBatch, answer: str | Refused) -> None:
         self._submitting.discard(batch)
         now = time.monotonic()
+        if batch in self._retries:
+            # A system that did not answer in time may have taken the batch all the same, and its jobs may have begun.
+            noted = entries.read_text(os.path.join(batch.directory, entries.JOB_ID_FILE))
+            if noted is not None and noted != answer:
+                if not isinstance(answer, Refused):
+                    self._system.cancel([(answer, None)])
+                answer = noted
         if isinstance(answer, Refused):
             wait = self._retries.get(batch, (0.0, _FIRST_RETRY))[1]
             if answer.transient and now + wait - batch.touched < _RETRY_SECONDS and not self._leaving:
