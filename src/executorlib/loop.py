@@ -167,6 +167,7 @@ class Loop(Events):
         self._ended_by = ""  # who has ended all workers
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
         self._timer_numbers = itertools.count()
+        self._soon: list[Callable[[], None]] = []
         self._function_pickler = serialize.FunctionPickler()
         self._function_numbers: dict[bytes, int] = {}
         self._function_counter = itertools.count(1)
@@ -412,6 +413,8 @@ class Loop(Events):
                 function(*args)
             for effect in self.scheduler.take_effects():
                 self._carry_out(effect)
+        while self._soon:
+            self._soon.pop()()
         results, self._results = self._results, []
         for task, header, frames in results:
             self._resolve(task, header, frames)
@@ -770,6 +773,10 @@ class Loop(Events):
     def call_later(self, seconds: float, callback: Callable[[], None]) -> None:
         """See `Events.call_later`."""
         heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._timer_numbers), callback))
+
+    def call_soon(self, callback: Callable[[], None]) -> None:
+        """See `Events.call_soon`."""
+        self._soon.append(callback)
 
     def _set_deadline(self, process: Process, task: Task, seconds: float) -> None:
         number = task.number

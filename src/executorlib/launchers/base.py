@@ -103,6 +103,10 @@ class Events(Protocol):
         """Call ``callback`` once, after some time."""
         ...
 
+    def call_soon(self, callback: Callable[[], None]) -> None:
+        """Call ``callback`` once, as soon as all that is at hand was decided upon: to send together what was put."""
+        ...
+
     def on_connected(self, process: Process) -> None:
         """The worker takes messages through ``process.transport``."""
         ...

@@ -309,7 +309,7 @@ class NodesLauncher:
     def put(self, relay: _Relay, number: int, header: list[Any], frames: Sequence[Frame] = ()) -> None:
         """Append a message to what the relay is sent in a moment."""
         if not self._dirty:
-            self._events.call_later(0.0, self._send)
+            self._events.call_soon(self._send)
         self._dirty[relay] = None
         relay.parts.append([number, header, len(frames)])
         relay.frames += frames

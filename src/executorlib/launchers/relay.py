@@ -44,11 +44,9 @@ _KEPT = ("SLURMD_NODENAME", "SLURM_NODEID", "SLURM_TOPOLOGY_ADDR", "SLURM_TOPOLO
 
 
 class _Call:
-    """What the launchers see of a call."""
+    """What the launchers see of a call that is not over."""
 
-    def __init__(self, number: int) -> None:
-        self.number = number
-        self.over = False
+    over = False
 
 
 class _Worker:
@@ -56,7 +54,7 @@ class _Worker:
 
     Attributes:
         number: The executor's number for it.
-        calls: Those that it may have started, and that are not over.
+        running: Numbers of calls that it may have started and that are not over.
         process: Its process.
         waiting: Messages that came before it could take any.
         signal: What it was sent before it was there.
@@ -64,10 +62,15 @@ class _Worker:
 
     def __init__(self, number: int, resources: Resources, single: bool) -> None:
         self.number = number
-        self.calls: list[_Call] = []
+        self.running: dict[int, None] = {}
         self.process = Process(cast("Worker", self), resources, single=single)
         self.waiting: list[tuple[list[Any], list[Frame]]] = []
         self.signal = 0
+
+    @property
+    def calls(self) -> list[_Call]:
+        """What of `scheduler.Worker.calls` the launchers want to know."""
+        return [_Call()] * len(self.running)
 
 
 class Relay:
@@ -134,8 +137,13 @@ class Relay:
             if message.header[0] == "end":
                 raise EOFError
             each = iter(message.frames)
+            touched: dict[_Worker, None] = {}
             for number, header, count in message.header[1]:
-                self._obey(number, header, list(itertools.islice(each, count)))
+                worker = self._obey(number, header, list(itertools.islice(each, count)))
+                if worker is not None:
+                    touched[worker] = None
+            for worker in touched:
+                self._pass_on(worker)
 
     def _wait(self) -> None:
         timeout = None if not self._timers else max(0.0, self._timers[0][0] - time.monotonic()) * 1000
@@ -166,36 +174,41 @@ class Relay:
 
     # -- the executor's messages ----------------------------------------------------------------------------------
 
-    def _obey(self, number: int, header: list[Any], frames: list[Frame]) -> None:
+    def _obey(self, number: int, header: list[Any], frames: list[Frame]) -> _Worker | None:
+        """Carry out an order; a worker that a message waits for is returned."""
         kind = header[0]
         if kind == "start":
             needs = header[1]
             worker = self._workers[number] = _Worker(number, Resources(**needs["resources"]), needs["single"])
             self._launcher.launch(worker.process)
-            return
+            return None
         known = self._workers.get(number)
         if known is None:
-            return  # it has ended, which the executor learns, or has learnt
+            return None  # it has ended, which the executor learns, or has learnt
         if kind == "kill" and not known.process.pid:
             known.signal = max(known.signal, header[1], key=lambda each: each == signal.SIGKILL)
         elif kind == "kill":
             self._launcher.kill(known.process, header[1])
         elif kind == "recall":
-            numbers = self._take_back(known, header[1])
-            self._put(number, ["recalled", numbers])
-        elif known.process.transport is None:
-            known.waiting.append((header, frames))
+            self._pass_on(known)
+            self._put(number, ["recalled", self._take_back(known, header[1])])
         else:
-            self._pass_on(known, [(header, frames)])
+            known.waiting.append((header, frames))
+            return known
+        return None
 
-    def _pass_on(self, worker: _Worker, messages: list[tuple[list[Any], list[Frame]]]) -> None:
+    def _pass_on(self, worker: _Worker) -> None:
+        """Give a worker what waits for it, once it takes messages."""
         transport, permits = worker.process.transport, worker.process.permits
-        assert transport is not None
-        for header, frames in messages:
+        if transport is None or not worker.waiting:
+            return
+        waiting, worker.waiting = worker.waiting, []
+        held = [header[1] for header, _ in waiting if header[0] == "call" and not header[3].get("now")]
+        if held and permits is not None:
+            permits[0].send(b"".join(map(PERMIT.pack, held)))
+        for header, frames in waiting:
             if header[0] == "call":
-                worker.calls.append(_Call(header[1]))
-                if permits is not None and not header[3].get("now"):
-                    permits[0].send(PERMIT.pack(header[1]))
+                worker.running[header[1]] = None
             elif header[0] == "setup" and worker.process.resources.cores > 1:
                 # mpiexec was kept from seeing these.
                 header[1]["env"] = {**self._environ, **header[1].get("env", {})}
@@ -204,20 +217,16 @@ class Relay:
 
     def _take_back(self, worker: _Worker, count: int) -> list[int]:
         """Numbers of calls that the worker will not start; see `worker.call.Permits`."""
-        numbers: list[int] = []
-        while len(numbers) < count:
-            # The executor may have sent more calls than it wants back; those that the worker has not got are first.
-            if worker.process.permits is None:
-                break
-            try:
-                data = worker.process.permits[1].recv((count - len(numbers)) * PERMIT.size, socket.MSG_DONTWAIT)
-            except OSError:
-                break
-            if not data:
-                break
-            numbers += [number for (number,) in PERMIT.iter_unpack(data)]
-        taken = set(numbers)
-        worker.calls = [call for call in worker.calls if call.number not in taken]
+        permits = worker.process.permits
+        if permits is None or count < 1:
+            return []
+        try:
+            data = permits[1].recv(count * PERMIT.size, socket.MSG_DONTWAIT)
+        except OSError:
+            return []
+        numbers = [number for (number,) in PERMIT.iter_unpack(data)]
+        for number in numbers:
+            worker.running.pop(number, None)
         return numbers
 
     # -- Events ---------------------------------------------------------------------------------------------------
@@ -246,24 +255,22 @@ class Relay:
         """See `Events.call_later`."""
         heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._timer_numbers), callback))
 
+    def call_soon(self, callback: Callable[[], None]) -> None:
+        """See `Events.call_soon`."""
+        self.call_later(0.0, callback)
+
     def on_connected(self, process: Process) -> None:
         """See `Events.on_connected`."""
         worker = self._workers[process.worker.number]
-        waiting, worker.waiting = worker.waiting, []
         if worker.signal:
             self._launcher.kill(process, worker.signal)
-        if waiting:
-            self._pass_on(worker, waiting)
+        self._pass_on(worker)
 
     def on_message(self, process: Process, header: list[Any], frames: list[Frame]) -> None:
         """See `Events.on_message`."""
         worker = self._workers[process.worker.number]
         if header[0] != "ready":
-            for call in worker.calls:
-                if call.number == header[1]:
-                    call.over = True
-                    worker.calls.remove(call)
-                    break
+            worker.running.pop(header[1], None)
         self._put(worker.number, header, frames)
 
     def on_recalled(self, process: Process, numbers: Sequence[int]) -> None:
@@ -275,14 +282,14 @@ class Relay:
     def on_exit(self, process: Process, end: Exit) -> None:
         """See `Events.on_exit`."""
         worker = self._workers.pop(process.worker.number)
-        self._take_back(worker, len(worker.calls))
+        self._take_back(worker, len(worker.running))
         error = process.verdict or end.error
         about = {
             "pid": process.pid,
             "status": end.status,
             "text": end.text,
             "stderr": bytes(process.stderr).decode(errors="replace"),
-            "started": [call.number for call in worker.calls],
+            "started": list(worker.running),
         }
         self._put(worker.number, ["exit", about], [] if error is None else serialize.dumps(error))
         if process.on_gone is not None:

@@ -1,8 +1,8 @@
 """What both ends of a ZeroMQ connection have in common: the form of messages, and how a lost connection is noticed.
 
-On the wire a message is its header and the lengths of its frames as JSON, then the frames, large ones in pieces: a
-piece that arrives is a sign of life, and while one is encrypted or copied, only that much memory is taken. CURVE
-(`transports.curve`) encrypts all of it.
+On the wire a message is its header and the lengths of its frames as JSON, then the frames: small ones that follow each
+other as one, for every part of a message has its price, and large ones in pieces: a piece that arrives is a sign of
+life, and while one is encrypted or copied, only that much memory is taken. CURVE (`transports.curve`) encrypts it all.
 
 A connection that was lost is not made again, as nobody knows what was lost with it. Both ends notice: by the end of the
 stream at once, and where the other machine went silent, over TCP, within `SILENCE_SECONDS` by heartbeats. libzmq's own
@@ -32,19 +32,32 @@ CONNECT_SECONDS = 60.0
 
 # Over a slow network (1 MB/s) a piece must not take longer than an answer to a heartbeat may.
 _PIECE_BYTES = 8 * 1024 * 1024
+# Below this, copying a frame is cheaper than a part of its own.
+_JOINED_BYTES = 8192
 # From here on pyzmq sends memory where it is, for which it keeps a thread of its own; below, a copy takes under 1 ms.
 UNCOPIED_BYTES = 4 * 1024 * 1024
+
+_to_json = json.JSONEncoder(separators=(",", ":")).encode
 
 # What the executor sends to learn whether a peer is there; no message.
 NOTHING = b""
 
 
 def pack(header: Any, frames: Sequence[Frame]) -> list[Frame]:
-    """Put a message into the form of the wire; nothing of its frames is copied."""
+    """Put a message into the form of the wire; of its frames only small ones are copied."""
     views = [memoryview(frame).cast("B") if len(frame) else memoryview(b"") for frame in frames]
-    parts: list[Frame] = [json.dumps([header, [view.nbytes for view in views]]).encode()]
+    parts: list[Frame] = [_to_json([header, [view.nbytes for view in views]]).encode()]
+    small: list[memoryview] = []
     for view in views:
+        if view.nbytes < _JOINED_BYTES:
+            small.append(view)
+            continue
+        if small:
+            parts.append(b"".join(small))
+            small.clear()
         parts += [view[start : start + _PIECE_BYTES] for start in range(0, view.nbytes, _PIECE_BYTES)]
+    if small:
+        parts.append(b"".join(small))
     return parts
 
 
@@ -54,14 +67,18 @@ def unpack(parts: list[zmq.Frame]) -> tuple[Any, list[Frame]]:
     pieces = deque(parts[1:])
     parts.clear()
     frames: list[Frame] = []
+    piece = memoryview(b"")
     for length in lengths:
         # A bytearray: arrays rebuilt on it are writable, as the originals were.
         frame = bytearray(length)
         start = 0
         while start < length:
-            piece = pieces.popleft().buffer
-            frame[start : start + piece.nbytes] = piece
-            start += piece.nbytes
+            if not piece:
+                piece = pieces.popleft().buffer
+            count = min(length - start, piece.nbytes)
+            frame[start : start + count] = piece[:count]
+            piece = piece[count:]
+            start += count
         frames.append(frame)
     return header, frames
 
