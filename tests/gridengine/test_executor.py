@@ -107,10 +107,8 @@ def test_calls_and_what_jobs_find(
         assert environment["OF_THIS_SESSION"] == "some value"
         assert (environment["JOB_NAME"], environment["cwd"]) == ("named", str(tmp_path / "here"))
         assert elsewhere.result(WAIT)["cwd"] == str(tmp_path / "else where")
-    assert [record.getMessage() for record in caplog.records if "colour" in record.getMessage()] == [
-        "the submission template does not use these keys of resource_dict: colour; leave them out, or use a template "
-        "that has them"
-    ]
+    warnings = [record.getMessage() for record in caplog.records]
+    assert len([text for text in warnings if "does not use" in text and "colour" in text]) == 1
 
 
 def test_jobs_that_end_without_a_result(make: Callable[..., Any], gate: Callable[..., Gate], tmp_path: Path) -> None:
