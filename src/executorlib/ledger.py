@@ -7,7 +7,7 @@ nodes are kept in buckets by what is free on them, and a bit mask says which buc
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from executorlib.resources import Demand, Resources
@@ -21,6 +21,14 @@ class _Row:
     def __init__(self, most_cores: int) -> None:
         self.buckets: list[list[Node]] = [[] for _ in range(most_cores + 1)]
         self.mask = 0  # bit c: bucket c holds any
+
+    def nodes(self, cores: int) -> Iterator[Node]:
+        """Nodes with at least so many cores available, the fullest first."""
+        mask = self.mask >> cores
+        while mask:
+            lowest = mask & -mask
+            mask ^= lowest
+            yield from reversed(self.buckets[cores + lowest.bit_length() - 1])
 
 
 class Node:
@@ -195,7 +203,7 @@ class Ledger:
         and idle nodes last, so that they are left to those that need whole nodes.
         """
         if demand.nodes > 1:
-            chosen = self._choose(demand, {}, demand.shares())
+            chosen = _choose(demand.shares(), {}, self._fitting_idle if demand.exclusive else self._fitting)
             return None if chosen is None else self._take_all(chosen, demand)
         need = demand.cores
         for gpus in range(demand.gpus, len(self._idle)):
@@ -216,19 +224,12 @@ class Ledger:
             The reservation, for `allocate_reserved` and `unreserve`; None where the demand could never be met by nodes
             that are not reserved already.
         """
-        chosen: dict[Node, tuple[int, int]] = {}
-        shares = demand.shares()
-        for node in self._emptiest_first():
-            cores, gpus = shares[len(chosen)]
-            if node.kept_for is None and cores <= node.total_cores and gpus <= node.total_gpus:
-                chosen[node] = (node.total_cores if demand.exclusive else cores, gpus)
-                if len(chosen) == len(shares):
-                    break
-        else:
+        chosen = _choose(demand.shares(), {}, self._emptiest_first)
+        if chosen is None:
             return None
         reservation = Reservation(demand, list(chosen))
-        for node, kept in chosen.items():
-            self._keep(node, reservation, kept)
+        for node, (cores, gpus) in chosen.items():
+            self._keep(node, reservation, (node.total_cores if demand.exclusive else cores, gpus))
             reservation.lacking += not node.keeps_all
         return reservation
 
@@ -243,7 +244,7 @@ class Ledger:
                     there[node] = share
                 else:
                     elsewhere.append(share)
-            chosen = self._choose(demand, there, elsewhere)
+            chosen = _choose(elsewhere, there, self._fitting_idle if demand.exclusive else self._fitting)
             if chosen is None:
                 return None
         else:
@@ -306,40 +307,28 @@ class Ledger:
         for reservation in {node.kept_for for node in self.nodes if node.kept_for is not None}:
             assert reservation.lacking == sum(not node.keeps_all for node in reservation.nodes)
 
-    def _choose(
-        self, demand: Demand, chosen: dict[Node, tuple[int, int]], shares: list[tuple[int, int]]
-    ) -> dict[Node, tuple[int, int]] | None:
-        """Add a node for each share; None where there are not enough.
+    def _fitting(self, share: tuple[int, int]) -> Iterator[Node]:
+        """Nodes that have the share available, in the order in which `allocate` takes them."""
+        cores, gpus = share
+        for rows in zip(self._used[gpus:], self._idle[gpus:], strict=True):
+            for row in rows:
+                yield from row.nodes(cores)
 
-        Where there are, as many nodes are looked at as are chosen; where not, fewer.
-        """
-        size: tuple[int, int] | None = None
-        fitting: Iterator[Node] = iter(())
-        for share in shares:
-            if share != size:
-                size = share
-                fitting = self._fitting(*share, idle_only=demand.exclusive)
-            node = next((node for node in fitting if node not in chosen), None)
-            if node is None:
-                return None
-            chosen[node] = share
-        return chosen
+    def _fitting_idle(self, share: tuple[int, int]) -> Iterator[Node]:
+        """The idle ones of these."""
+        cores, gpus = share
+        for row in self._idle[gpus:]:
+            yield from row.nodes(cores)
 
-    def _fitting(self, cores: int, gpus: int, idle_only: bool) -> Iterator[Node]:
-        """Nodes with as much available, in the order in which `allocate` takes them."""
-        for used, idle in zip(self._used[gpus:], self._idle[gpus:], strict=True):
-            for row in (idle,) if idle_only else (used, idle):
-                mask = row.mask >> cores
-                while mask:
-                    lowest = mask & -mask
-                    mask ^= lowest
-                    yield from reversed(row.buckets[cores + lowest.bit_length() - 1])
-
-    def _emptiest_first(self) -> Iterator[Node]:
+    def _emptiest_first(self, share: tuple[int, int]) -> Iterator[Node]:
+        """Nodes of which nothing is kept and that have the share when they are empty."""
+        cores, gpus = share
         for column in range(len(self._idle[0].buckets) - 1, -1, -1):
             for rows in (self._idle, self._used):
                 for row in reversed(rows):
-                    yield from row.buckets[column]
+                    for node in row.buckets[column]:
+                        if node.kept_for is None and cores <= node.total_cores and gpus <= node.total_gpus:
+                            yield node
 
     def _take_all(self, chosen: dict[Node, tuple[int, int]], demand: Demand) -> Allocation:
         # Larger shares first, as `Demand.shares` has them.
@@ -422,6 +411,31 @@ class Unlimited(Ledger):
 
     def release(self, allocation: Allocation) -> None:
         """See `Ledger.release`."""
+
+
+def _choose(
+    shares: list[tuple[int, int]],
+    chosen: dict[Node, tuple[int, int]],
+    fitting: Callable[[tuple[int, int]], Iterator[Node]],
+) -> dict[Node, tuple[int, int]] | None:
+    """Add a node for each share to those that are chosen already; None where there are not enough.
+
+    Args:
+        shares: Cores and GPUs, the larger first.
+        chosen: Nodes with their shares.
+        fitting: Gives the nodes for a share, in the order in which to take them.
+    """
+    size: tuple[int, int] | None = None
+    nodes: Iterator[Node] = iter(())
+    for share in shares:
+        if share != size:
+            size = share
+            nodes = fitting(share)
+        node = next((node for node in nodes if node not in chosen), None)
+        if node is None:
+            return None
+        chosen[node] = share
+    return chosen
 
 
 def _pop(stack: list[int] | list[str], count: int) -> list:  # type: ignore[type-arg]

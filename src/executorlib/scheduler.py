@@ -298,7 +298,8 @@ class Scheduler:
         return [
             worker
             for worker in self.workers.values()
-            if worker.allocation.node is node or any(share.node is node for share in worker.allocation.further)
+            if (held := worker.allocation).node is node
+            or (held.further and any(share.node is node for share in held.further))
         ]
 
     def _new_worker(self, slot: int, allocation: Allocation) -> Worker:

@@ -995,6 +995,9 @@ def test_small_calls_fill_the_gaps() -> None:
         pytest.param([node(4, 4)], Demand(1, 1), Demand(1, 4), id="all GPUs"),
         pytest.param(five_nodes(), Demand(1), Demand(8), id="one of five nodes"),
         pytest.param(five_nodes(), Demand(2), Demand(1, exclusive=True), id="exclusive, one of five"),
+        pytest.param(five_nodes(), Demand(2), spread(3, 21, 1), id="three whole nodes of five"),
+        pytest.param(five_nodes(), Demand(3), spread(2, 0, 1, exclusive=True), id="two nodes alone"),
+        pytest.param(five_nodes(), Demand(1), spread(5, 0, 4), id="half of each node"),
         pytest.param(
             [node(2, name="small"), node(8, name="large"), node(4, 2, name="gpus")],
             Demand(1),
@@ -1103,6 +1106,92 @@ def test_call_of_higher_priority_starts_at_once_where_a_node_is_kept_for_another
     driver.turn()
     assert (urgent.state, task.state) == (LAUNCHING, READY)
     run_to_the_end(driver)
+
+
+def test_call_of_several_nodes_starts_when_all_are_there() -> None:
+    """Those that are kept, or others: whoever runs on a kept one may take for ever."""
+    driver = FreshDriver([node(2, name=name) for name in "abc"])
+    task = reserve_by_overtaking(driver, spread(2, 2, 1))
+    for waiting in driver.unfinished():
+        if waiting.state is READY and waiting is not task:
+            driver.cancel(waiting)
+    [free] = [each for each in driver.nodes if each.kept_for is None]
+    one_kept = next(each for each in driver.nodes if each.kept_for is not None)
+    for wanted in (one_kept, free):
+        assert task.state is READY
+        for simulated in list(driver.workers.values()):
+            if simulated.worker.allocation.node is wanted:
+                driver.run_one(simulated.worker)
+        driver.turn()
+    assert task.state is LAUNCHING
+    assert {share.node for share in driver.launched[-1].allocation.shares} == {one_kept, free}
+    run_to_the_end(driver)
+
+
+def test_only_calls_on_a_lost_node_are_hit() -> None:
+    driver = FreshDriver([node(2, name=name) for name in "abc"])
+    wide, *small = driver.submit(spread(2, 2, 1)), *driver.submit_many(2)
+    driver.turn()
+    [worker] = [each for each in driver.launched if each.calls == [wide]]
+    lost = worker.allocation.shares[-1].node
+    driver.lose(lost)
+    assert [each.worker for each in driver.workers.values() if each.ending] == [worker]
+    assert driver.exit(worker) == [wide]
+    driver.turn()
+    assert [task.state for task in small] == [LAUNCHING] * 2
+    more = driver.submit_many(4)
+    driver.turn()
+    assert lost not in [share.node for each in driver.launched[3:] for share in each.allocation.shares]
+    assert [task.state for task in more] == [LAUNCHING, LAUNCHING, READY, READY]
+    run_to_the_end(driver)
+
+
+def test_calls_that_no_node_can_hold_any_more_fail() -> None:
+    """At once, or when their inputs are there."""
+    nodes = [node(4, name="large"), node(2, name="small")]
+    driver = FreshDriver(nodes)
+    running, large, wide = driver.submit(Demand(4)), driver.submit(Demand(3)), driver.submit(spread(2, 0, 1))
+    late, small = driver.submit(Demand(3), missing=1), driver.submit_many(3)
+    driver.turn()
+    driver.lose(nodes[0])
+    driver.turn()
+    assert [task.state for task in (large, wide, late)] == [FAILED, FAILED, WAITING]
+    driver.input_done(late)
+    driver.turn()
+    assert late.state is FAILED
+    for task, where in ((large, "3 cores and 0 GPUs on one node"), (wide, "2 cores and 0 GPUs on 2 nodes")):
+        assert where in driver.reasons[task.number]
+        assert "since large failed" in driver.reasons[task.number]
+    assert [task.state for task in (running, *small)] == [LAUNCHING, LAUNCHING, LAUNCHING, READY]
+    run_to_the_end(driver)
+
+
+def test_reservation_ends_with_its_node() -> None:
+    driver = FreshDriver([node(2, name=name) for name in "abc"])
+    task = reserve_by_overtaking(driver, spread(2, 2, 1))
+    driver.lose(next(each for each in driver.nodes if each.kept_for is not None))
+    assert not any(each.kept_for is not None for each in driver.nodes)
+    driver.turn()
+    run_to_the_end(driver)
+    assert driver.calls[task.number].ends == ["done"]
+
+
+def test_block_goes_on_without_a_lost_node() -> None:
+    nodes = [node(1, name="a"), node(1, name="b")]
+    scheduler = BlockScheduler(2, 1, Ledger(nodes), Demand(1))
+    first, second = (effect.worker for effect in scheduler.take_effects() if isinstance(effect, Launch))
+    assert scheduler.on_node_lost(first.allocation.node) == [first]
+    scheduler.on_exit(first, [])
+    assert scheduler.take_effects() == []
+    scheduler.on_resize(2)
+    assert scheduler.take_effects() == [], "lost cores do not come back"
+    assert scheduler.on_node_lost(second.allocation.node) == [second]
+    scheduler.on_exit(second, [])
+    task = Task(1, abs, (), {}, CallFuture(), Resources(), Demand(1))
+    scheduler.on_submit(task)
+    [failed] = scheduler.take_effects()
+    assert isinstance(failed, Fail)
+    assert "since a, b failed" in failed.reason
 
 
 def test_call_that_waits_for_a_gpu_does_not_idle_the_cores() -> None:
@@ -1538,7 +1627,7 @@ class Cluster:
         nodes: The nodes.
         seed: Of all that is random.
         death_rate: Share of calls whose worker dies.
-        node_failures: How often all workers of a node die.
+        node_failures: How many nodes are lost, with all that ran there.
     """
 
     def __init__(self, nodes: list[Node], seed: int, death_rate: float, node_failures: int) -> None:
@@ -1552,25 +1641,24 @@ class Cluster:
         self.in_use = 0
         self.ends: Counter[int] = Counter()
         self.handed = 0
-        for _ in range(node_failures):
-            self.later(self.chance.uniform(0, 10), self.chance.choice(nodes))
+        for each in self.chance.sample(nodes, node_failures):
+            self.later(self.chance.uniform(0, 10), each)
 
     def run(self, tasks: list[Task]) -> float:
         """Run all calls. Returns the share of the cores that was in use while calls were waiting."""
         for task in tasks:
             self.scheduler.on_submit(task)
         self.turn()
-        used = waited = 0.0
+        used = there = 0.0
         while self.events:
             time, number, what = heapq.heappop(self.events)
             if self.scheduler.not_started:
                 used += self.in_use * (time - self.now)
-                waited = time
+                there += sum(each.total_cores for each in self.scheduler.ledger.nodes) * (time - self.now)
             self.now = time
             if isinstance(what, Node):
-                for worker in list(self.scheduler.workers.values()):
-                    if worker.allocation.node is what:
-                        self.exit(worker)
+                for worker in self.scheduler.on_node_lost(what):
+                    self.exit(worker)
             elif what.number in self.scheduler.workers:
                 if self.chance.random() >= self.death_rate:
                     [task] = what.calls
@@ -1581,13 +1669,13 @@ class Cluster:
             if number % 5000 == 0:
                 self.scheduler.check_invariants()
         self.scheduler.check_invariants()
-        return used / waited / sum(each.total_cores for each in self.nodes)
+        return used / there
 
     def later(self, seconds: float, what: Worker | Node) -> None:
         heapq.heappush(self.events, (self.now + seconds, next(self.numbers), what))
 
     def exit(self, worker: Worker) -> None:
-        self.in_use -= len(worker.allocation.cores)
+        self.in_use -= sum(len(share.cores) for share in worker.allocation.shares)
         for task in self.scheduler.on_exit(worker, []):
             self.ends[task.number] += 1
 
@@ -1595,7 +1683,7 @@ class Cluster:
         while effects := self.scheduler.take_effects():
             for effect in effects:
                 if isinstance(effect, Launch):
-                    self.in_use += len(effect.worker.allocation.cores)
+                    self.in_use += sum(len(share.cores) for share in effect.worker.allocation.shares)
                     self.scheduler.on_started(effect.worker)
                 else:
                     assert isinstance(effect, Send)
@@ -1609,7 +1697,7 @@ class Cluster:
         assert set(self.ends.values()) == {1}
         assert len(self.ends) == len(tasks)
         assert all(task.over for task in tasks)
-        assert self.scheduler.ledger.free()[0] == sum(each.total_cores for each in self.nodes)
+        assert self.scheduler.ledger.free()[0] == sum(each.total_cores for each in self.scheduler.ledger.nodes)
 
 
 def make_tasks(
@@ -1642,6 +1730,10 @@ def test_cluster_loses_no_call() -> None:
         *(Demand(cores, gpus) for cores, gpus in ((1, 1), (4, 4), (8, 2), (20, 2))),
         Demand(1, 0, exclusive=True),
         Demand(20, 1, exclusive=True),
+        spread(2, 14, 1),
+        spread(3, 0, 2, 1),
+        spread(4, 0, 16),
+        spread(2, 0, 1, exclusive=True),
     ]
     cluster = Cluster(nodes, seed=3, death_rate=0.02, node_failures=50)
     tasks = make_tasks(20_000, demands, random.Random(4), priorities=(0, 0, 0, 1, -1))
