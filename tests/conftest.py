@@ -54,6 +54,7 @@ class Row:
         options: Arguments that choose the way.
         linux_only: Whether other systems do not have it.
         slurm: Whether it needs a Slurm; a call takes seconds there, so that it runs only tests marked ``essential``.
+        allocation: Whether it is there only where the tests themselves run inside a Slurm job.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Row:
     options: dict[str, Any] = field(default_factory=dict)
     linux_only: bool = False
     slurm: bool = False
+    allocation: bool = False
 
     @property
     def block(self) -> bool:
@@ -78,7 +80,7 @@ class Row:
         So an equal call runs only once, a call's key tells its inputs by the calls that they are results of, what it
         prints goes to a file, and leaving without waiting leaves the jobs.
         """
-        return not self.single_node and not self.block
+        return self.executor.endswith("ClusterExecutor") and not self.block
 
     @property
     def start(self) -> str:
@@ -121,6 +123,8 @@ ROWS = [
     Row("jobs", "api.TestClusterExecutor"),
     Row("block-jobs", "api.TestClusterExecutor", {"block_allocation": True}),
     Row("slurm", "SlurmClusterExecutor", {"max_workers": None}, slurm=True),
+    Row("slurm-job", "SlurmJobExecutor", allocation=True),
+    Row("block-slurm-job", "SlurmJobExecutor", {"block_allocation": True}, allocation=True),
 ]
 
 
@@ -129,7 +133,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "row" not in metafunc.fixturenames:
         return
     essential = metafunc.definition.get_closest_marker("essential") is not None
-    chosen = [row for row in ROWS if (LINUX or not row.linux_only) and (essential or not row.slurm)]
+    inside = "SLURM_JOB_ID" in os.environ
+    chosen = [
+        row
+        for row in ROWS
+        if (LINUX or not row.linux_only) and (essential or not row.slurm) and (inside or not row.allocation)
+    ]
     for mark in metafunc.definition.iter_markers("rows"):
         unknown = set(mark.args) - {row.name for row in ROWS}
         assert not unknown, f"no such rows: {unknown}"

@@ -9,12 +9,14 @@ if TYPE_CHECKING:
     from executorlib.clusters import SlurmClusterExecutor
     from executorlib.executors import BaseExecutor, SingleNodeExecutor
     from executorlib.futures import get_item_from_future, split_future
+    from executorlib.slurm_job import SlurmJobExecutor
     from executorlib.terminate import terminate_task_in_cache, terminate_tasks_in_cache
 
 __all__ = [
     "BaseExecutor",
     "SingleNodeExecutor",
     "SlurmClusterExecutor",
+    "SlurmJobExecutor",
     "__version__",
     "get_cache_data",
     "get_future_from_cache",
@@ -29,6 +31,7 @@ _MODULES = {
     "BaseExecutor": "executors",
     "SingleNodeExecutor": "executors",
     "SlurmClusterExecutor": "clusters",
+    "SlurmJobExecutor": "slurm_job",
     "__version__": "_version",
     "get_cache_data": "cache",
     "get_future_from_cache": "cache",

@@ -160,7 +160,7 @@ class SlurmJobExecutor(BaseExecutor):
                 f"{subject} needs {resources.demand.cores} cores and {resources.demand.gpus} GPUs{spread} (cores="
                 f"{resources.cores}, threads_per_core={resources.threads_per_core}, gpus_per_core="
                 f"{resources.gpus_per_core}), which the {len(nodes)} nodes here, of at most {cores} cores and {gpus} "
-                "GPUs, never have. Ask for less, or for a larger allocation."
+                "GPUs (the allocation's, or max_cores of them), never have. Ask for less, or for a larger allocation."
             )
         return demand
 

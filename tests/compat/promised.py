@@ -23,6 +23,7 @@ NAMES = {
     "BaseExecutor",
     "SingleNodeExecutor",
     "SlurmClusterExecutor",
+    "SlurmJobExecutor",
     "__version__",
     "get_cache_data",
     "get_future_from_cache",
@@ -34,7 +35,6 @@ NAMES = {
 NAMES_LATER = {
     "FluxClusterExecutor",
     "FluxJobExecutor",
-    "SlurmJobExecutor",
 }
 
 # Names of ``executorlib.api``.
@@ -84,12 +84,14 @@ CONSTRUCTORS: dict[str, dict[str, object]] = {
         **_REST,
         "openmpi_oversubscribe": False,
     },
+    "SlurmJobExecutor": {**_FIRST, "pmi_mode": None, **_REST, "restart_limit": 0, "openmpi_oversubscribe": False},
     "TestClusterExecutor": {**_FIRST, **_REST, "openmpi_oversubscribe": False},
 }
 # Arguments beyond those of executorlib 1.x; by keyword only, so that no position moves.
 CONSTRUCTORS_BEYOND: dict[str, dict[str, object]] = {
     "SingleNodeExecutor": {"preload": (), "gpus": None, "start_method": None, "pin_cores": None},
     "SlurmClusterExecutor": {},
+    "SlurmJobExecutor": {},
     "TestClusterExecutor": {},
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import subprocess
 import sys
 from concurrent.futures import BrokenExecutor, Executor
@@ -19,6 +20,7 @@ from compat.promised import REQUIRED
 # What executors need to run, beyond the core.
 NEEDS = {
     "SlurmClusterExecutor": [pytest.mark.cache, pytest.mark.slurm],
+    "SlurmJobExecutor": [pytest.mark.skipif("SLURM_JOB_ID" not in os.environ, reason="needs a Slurm job around it")],
     "TestClusterExecutor": [pytest.mark.cache],
 }
 

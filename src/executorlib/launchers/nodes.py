@@ -17,6 +17,7 @@ import re
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -48,6 +49,8 @@ _START_SECONDS = 180.0
 _WORDS_SECONDS = 0.5
 # In the end, for the agents to end their workers, and for srun to pass on what these have printed, in seconds.
 _END_SECONDS = 10.0
+# Meanwhile, how often new connections are looked for, in seconds.
+_CLOSE_SECONDS = 0.02
 # Between asking a step to end and killing its srun, in seconds.
 _GRACE_SECONDS = 5.0
 # What ranks that have given their result may take for MPI_Finalize and exit handlers, in seconds.
@@ -296,8 +299,12 @@ class NodesLauncher:
         self._closing = True
         for peer in self._by_peer:
             self._router.send(peer, ["end"], [])
-        if self._step is not None:
-            self._agent.wait(self._step, _END_SECONDS)
+        give_up = time.monotonic() + _END_SECONDS
+        # Agents that are still on their way are told when they come.
+        while self._step is not None and not self._agent.wait(self._step, _CLOSE_SECONDS):
+            self._router.read()
+            if time.monotonic() > give_up:
+                break
         self._agent.close()
         self._commands.close()
         self._router.close()
@@ -370,6 +377,9 @@ class NodesLauncher:
 
     def _on_hello(self, peer: bytes, about: dict[str, Any]) -> None:
         relay = self._relays.get(about["node"])
+        if self._closing:
+            self._router.send(peer, ["end"], [])
+            return
         if relay is None or relay.peer is not None or relay.lost:
             return
         relay.peer = peer

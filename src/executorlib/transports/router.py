@@ -219,6 +219,11 @@ class Router:
                 del self._peers[descriptor]
             self._lost.append(peer)
 
+    def read(self) -> None:
+        """Take in what is there, as the loop does by itself until it ends."""
+        self._resting = False
+        self._on_readable()
+
     def close(self) -> None:
         """Close the sockets, drop what was not sent, remove the directory."""
         if self._context.closed:

@@ -1,0 +1,250 @@
+"""SlurmJobExecutor inside allocations of a real Slurm: programs that `salloc` runs, on two nodes of four CPUs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from conftest import missing_for_mpi
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(120)]
+
+SECONDS = 100.0
+
+PRELUDE = """\
+import collections, json, os, signal, subprocess, sys, time
+from executorlib import SlurmJobExecutor
+
+
+def node(*args):
+    return os.environ["SLURMD_NODENAME"]
+
+
+def variable(name):
+    return os.environ.get(name)
+
+
+def agent():
+    "The process id of what runs on this node for the executor: the parent of the node agent."
+    with open(f"/proc/{os.getppid()}/stat") as stat:
+        return int(stat.read().rpartition(")")[2].split()[1])
+
+
+def wait_on(path, *args):
+    while not os.path.exists(path):
+        time.sleep(0.01)
+    return node()
+
+
+def steps():
+    command = ["squeue", "--noheader", "--steps", "--format=%i", f"--jobs={os.environ['SLURM_JOB_ID']}"]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    return [line for line in lines if not line.endswith((".extern", ".batch", ".interactive"))]
+
+
+"""
+
+
+def inside(folder: Path, source: str, *options: str, code: int = 0) -> str:
+    """Run a program in an allocation; what it prints."""
+    path = folder / "program.py"
+    path.write_text(PRELUDE + textwrap.dedent(source))
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_JOB", "SLURM_N"))}
+    done = subprocess.run(
+        ["salloc", "--quiet", "--nodes=2", "--ntasks-per-node=4", "--time=5", *options, sys.executable, str(path)],
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        cwd=folder,
+        env=environment,
+    )
+    assert done.returncode == code, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def test_calls_run_on_all_nodes_and_leave_nothing(tmp_path: Path) -> None:
+    out = inside(
+        tmp_path,
+        """
+        with SlurmJobExecutor() as executor:
+            assert executor.info["max_workers"] == 8
+            gated = [executor.submit(wait_on, "open") for _ in range(8)]
+            queued = [executor.submit(os.getpid) for _ in range(20)]
+            while not all(future.running() for future in gated):
+                time.sleep(0.01)
+            assert {node["free_cores"] for node in executor.info["nodes"].values()} == {0}
+            assert len(steps()) == 1
+            open("open", "w").close()
+            print(sorted(collections.Counter(future.result() for future in gated).values()))
+            assert len({future.result() for future in queued}) == 20
+            assert len(steps()) == 1
+        print(steps())
+        """,
+    )
+    assert out == "[4, 4]\n[]\n"
+
+
+def test_what_a_call_sees(tmp_path: Path) -> None:
+    out = inside(
+        tmp_path,
+        """
+        def gpus():
+            return os.environ["CUDA_VISIBLE_DEVICES"], os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_STEP_ID")
+
+        with SlurmJobExecutor(resource_dict={"gpus_per_core": 1}) as executor:
+            os.environ["LATER"] = "set"
+            print(executor.submit(variable, "LATER").result())
+            gated = [executor.submit(wait_on, "open") for _ in range(3)]
+            seen = executor.submit(gpus).result()
+            open("open", "w").close()
+            assert seen[0] in ("0", "1"), seen
+            assert seen[1:] == (os.environ["SLURM_JOB_ID"], None)
+            print("printed", flush=True)
+            executor.submit(print, "in a call").result()
+        """,
+        "--gpus-per-node=2",
+    )
+    assert out == "set\nprinted\nin a call\n"
+
+
+def test_block(tmp_path: Path) -> None:
+    out = inside(
+        tmp_path,
+        """
+        def start():
+            return {"base": 100}
+
+        def add(x, base):
+            return base + x
+
+        with SlurmJobExecutor(block_allocation=True, init_function=start) as executor:
+            assert executor.max_workers == 8
+            assert list(executor.map(add, range(2000))) == list(range(100, 2100))
+            # One long call with short ones behind it: they are taken back and run elsewhere.
+            gated = [executor.submit(wait_on, "open")]
+            print(sum(executor.map(abs, range(500))))
+            open("open", "w").close()
+        """,
+    )
+    assert out == "124750\n"
+
+
+@pytest.mark.parametrize("block", [False, True])
+def test_lost_agent(tmp_path: Path, block: bool) -> None:
+    """Calls that ran on its node fail with the node's name; the others go on."""
+    out = inside(
+        tmp_path,
+        f"""
+        with SlurmJobExecutor(block_allocation={block}) as executor:
+            pid, name = executor.submit(agent), executor.submit(node)
+            pid.result(), name.result()
+            gated = [executor.submit(wait_on, "open", index) for index in range(8)]
+            while not all(future.running() for future in gated):
+                time.sleep(0.01)
+            os.kill(pid.result(), signal.SIGKILL)
+            while sum(future.done() for future in gated) < 4:
+                time.sleep(0.01)
+            later = [executor.submit(node) for _ in range(10)]
+            open("open", "w").close()
+            errors = [error for error in (future.exception() for future in gated) if error]
+            assert len(errors) == 4, errors
+            (left,) = executor.info["nodes"]
+            assert {{future.result() for future in later}} == {{left}}
+            assert "was lost" in str(errors[0])
+            assert f"node {{left}} was lost" not in str(errors[0])
+            print(type(errors[0]).__name__)
+        """,
+    )
+    assert out == "ExecutorlibSocketError\n"
+
+
+def test_cancelled_job(tmp_path: Path) -> None:
+    """No call hangs when the allocation is taken away."""
+    out = inside(
+        tmp_path,
+        """
+        with SlurmJobExecutor() as executor:
+            gated = [executor.submit(wait_on, "never") for _ in range(12)]
+            while sum(future.running() for future in gated) < 8:
+                time.sleep(0.01)
+            subprocess.run(["scancel", os.environ["SLURM_JOB_ID"]], check=True)
+            errors = [future.exception(60) for future in gated]
+            assert all(errors)
+            print("was lost" in str(errors[0]), "failed" in str(errors[-1]))
+        """,
+        code=0,
+    )
+    assert out == "True True\n"
+
+
+@pytest.mark.skipif(bool(missing_for_mpi()), reason=f"needs {', '.join(missing_for_mpi())}")
+def test_ranks(tmp_path: Path) -> None:
+    out = inside(
+        tmp_path,
+        """
+        def rank():
+            from mpi4py import MPI
+            return MPI.COMM_WORLD.Get_rank(), MPI.COMM_WORLD.Get_size(), node()
+
+        with SlurmJobExecutor() as executor:
+            on_one = executor.submit(rank, resource_dict={"cores": 2}).result()
+            over_two = executor.submit(rank, resource_dict={"cores": 2, "num_nodes": 2}).result()
+            assert [each[:2] for each in on_one] == [each[:2] for each in over_two] == [(0, 2), (1, 2)]
+            print(len({each[2] for each in on_one}), len({each[2] for each in over_two}))
+        """,
+    )
+    assert out == "1 2\n"
+
+
+def test_options_for_srun(tmp_path: Path) -> None:
+    out = inside(
+        tmp_path,
+        """
+        with SlurmJobExecutor() as executor:
+            options = {"slurm_cmd_args": ["--job-name=mine"]}
+            print(executor.submit(variable, "SLURM_JOB_NAME", resource_dict=options).result())
+            with_step = executor.submit(variable, "SLURM_STEP_ID", resource_dict=options).result()
+            assert int(with_step) > 0
+        """,
+    )
+    assert out == "mine\n"
+
+
+def test_what_does_not_fit(tmp_path: Path) -> None:
+    inside(
+        tmp_path,
+        """
+        with SlurmJobExecutor() as executor:
+            for needs in ({"cores": 9}, {"num_nodes": 3}, {"threads_per_core": 5}, {"gpus_per_core": 1}):
+                try:
+                    executor.submit(node, resource_dict=needs)
+                except ValueError as error:
+                    assert "larger allocation" in str(error)
+                else:
+                    raise AssertionError(needs)
+        """,
+    )
+
+
+# What of the contract suite is quick, over this executor's rows.
+CONTRACT = ["test_inputs.py", "test_futures.py", "test_errors.py", "test_map.py", "test_workflow.py"]
+
+
+@pytest.mark.timeout(200)
+def test_contract() -> None:
+    tests = Path(__file__).parent.parent / "contract"
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_JOB")}
+    command = [sys.executable, "-m", "pytest", "-q", "-k", "slurm-job", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        ["salloc", "--quiet", "--nodes=2", "--ntasks-per-node=4", *command, *(str(tests / each) for each in CONTRACT)],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
