@@ -305,7 +305,7 @@ def check_queue(configuration: str | None) -> None:
         ValueError: The configuration cannot be used.
     """
     if configuration is None:
-        # A template of the user's is rendered by pysqa, which takes half a second to load, so the loop's thread does it.
+        # A user's template is rendered by pysqa, which takes half a second to load, so the loop's thread does it.
         # The program may be about to end by then, when the threads that pysqa's dependencies use cannot be loaded.
         import concurrent.futures.thread  # noqa: F401
 
