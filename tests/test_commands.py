@@ -278,7 +278,8 @@ def test_show_of_an_entry_that_cannot_be_read_says_what_to_do(
     assert "is ignored" in caplog.text
 
 
-def test_show_needs_h5py(directory: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_show_needs_h5py_for_entries_of_others(directory: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    (directory / "done_o.h5").write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(100))
     monkeypatch.setitem(sys.modules, "h5py", None)
     code, _, errors = call("cache", "show", "-d", directory, "done")
     assert code == 1

@@ -125,6 +125,7 @@ def job_of(path: str) -> tuple[str | None, int | None, str | None]:
         The job's id, its index in the job array (None for a plain job), and the name of the system that has it; each
         None where that is not known.
     """
+    path = os.path.realpath(path)  # as batches name it
     values = read_values(path, ("batch", "queue_id")) or {}
     directory = values.get("batch")
     if directory is None:
@@ -136,7 +137,9 @@ def job_of(path: str) -> tuple[str | None, int | None, str | None]:
     except (OSError, ValueError):
         return None, None, None
     index = indices.get(path)
-    is_array = len(indices) > 1 or bool(index)
+    if index is None:
+        return None, None, owner.get("system")
+    is_array = len(indices) > 1 or index > 0
     return read_text(os.path.join(directory, JOB_ID_FILE)), index if is_array else None, owner.get("system")
 
 

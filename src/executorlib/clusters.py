@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from executorlib import machine
@@ -22,7 +23,7 @@ from executorlib.launchers.queue import Queue
 from executorlib.launchers.slurm import SETTINGS_COMMAND, SlurmQueue, command_environment, parse_settings, rank_command
 from executorlib.launchers.systems import CommandSystem
 from executorlib.ledger import Ledger, Node, Unlimited
-from executorlib.resources import Resources, listed
+from executorlib.resources import Demand, Resources, listed
 
 logger = logging.getLogger("executorlib")
 
@@ -146,8 +147,9 @@ class TestClusterExecutor(ClusterExecutor):
     __test__ = False  # not a test, whatever its name makes pytest think
 
     def _check(self, resources: Resources, subject: str) -> None:
-        if resources.further:
-            keys = listed(resources.template_values)
+        slurms = [key for key in ("num_nodes", "slurm_cmd_args", "submission_template") if getattr(resources, key)]
+        if resources.further or slurms:
+            keys = ", ".join([*filter(None, [listed(resources.template_values)]), *map(repr, slurms)])
             logger.warning("%s: there is no submission template here that would use %s", subject, keys)
 
     def __init__(
@@ -295,6 +297,10 @@ class SlurmClusterExecutor(ClusterExecutor):
             settings={"pysqa_config_directory": configuration, "pmi_mode": pmi_mode},
         )
 
+    def _checked_demand(self, resources: Resources, subject: str) -> Demand:
+        # Of GPUs and nodes only Slurm knows; max_cores is about cores.
+        return super()._checked_demand(replace(resources, gpus_per_core=0, exclusive=False), subject)
+
 
 def check_queue(configuration: str | None) -> None:
     """Make sure that jobs can be submitted from here.
@@ -341,5 +347,7 @@ def job_command(resources: Resources, pmi_mode: str | None, program: list[str]) 
     except (OSError, RuntimeError):  # not here, but maybe where the job runs
         return rank_command(resources, None, program)
     variables = [f"{name}={value}" for name, value in mpiexec.environment().items()]
-    command = mpiexec.command(resources.cores, program, resources.openmpi_oversubscribe)
+    if not mpiexec.is_open_mpi:
+        resources = replace(resources, openmpi_oversubscribe=False)
+    command = rank_command(resources, None, program, mpiexec.path)
     return ["env", *variables, *command] if variables else command

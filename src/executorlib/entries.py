@@ -53,6 +53,8 @@ DATASETS = (
     "error_log_file",
 )
 
+# A dataset that says: this error is for those who wait, and not worth keeping.
+NOT_KEPT = "not_kept"
 _CALL = ("function", "input_args", "input_kwargs", "resource_dict")
 
 # Large arrays of floats hardly shrink at any level, so the fastest.
@@ -61,6 +63,8 @@ _CHUNK_BYTES = 1 << 20
 
 _NAME_BYTES = 255  # of one file name, on all common file systems
 
+# How long the result of an input may take to show on another node's file system, in seconds.
+_SHOW_SECONDS = 30.0
 # Who has marked an entry as dead removes it at once; after so long, whoever it was is dead as well.
 _MARKER_SECONDS = 60.0
 
@@ -128,6 +132,10 @@ class ResultOf:
 
 def _load_result(path: str, keys: tuple[Any, ...]) -> Any:
     output = read_output(path)
+    give_up = time.monotonic() + _SHOW_SECONDS
+    while output is None and not os.path.exists(path) and time.monotonic() < give_up:
+        time.sleep(1.0)
+        output = read_output(path)
     if output is None:
         raise FileNotFoundError(f"an input of this call is the result of {path}, which is not there (any more)")
     if output.error is not None:
@@ -290,7 +298,7 @@ def read_input(path: str) -> dict[str, Any] | None:
         (None in files of executorlib 1.x), and ``run_time_max`` and ``error_log_file`` as values. None where there is
         no such file or it cannot be read.
     """
-    pickles = _read_pickles(path, (*_CALL, "batch"))
+    pickles = _read_or_none(path, (*_CALL, "batch"))
     if pickles is None or not pickles.keys() >= set(_CALL):
         return None
     resources = _load(pickles["resource_dict"])
@@ -311,23 +319,33 @@ class Ending(NamedTuple):
         failed: Whether it raised.
         runtime: Seconds that it took.
         traceback: Where it raised, as text.
+        kept: Whether later sessions are to find it, too.
     """
 
     data: bytes
     failed: bool
     runtime: float
     traceback: str
+    kept: bool = True
 
 
 def read_ending(path: str) -> Ending | None:
     """Read how a call ended; None where its output file is not there, not whole, or holds no result."""
-    pickles = _read_pickles(path, ("output", "error", "runtime", "traceback"))
+    pickles = _read_or_none(path, ("output", "error", "runtime", "traceback", NOT_KEPT))
     if pickles is None or not pickles.keys() & {"output", "error"}:
         return None
     failed = "error" in pickles
     runtime = _load(pickles["runtime"]) if "runtime" in pickles else 0.0
     traceback = _load(pickles["traceback"]) if "traceback" in pickles else ""
-    return Ending(pickles["error" if failed else "output"], failed, runtime, traceback)
+    return Ending(pickles["error" if failed else "output"], failed, runtime, traceback, NOT_KEPT not in pickles)
+
+
+def _read_or_none(path: str, names: Iterable[str]) -> dict[str, bytes] | None:
+    try:
+        return _read_pickles(path, names)
+    except ImportError as error:  # of h5py; an entry of ours that is damaged looks like one of others
+        _warn_unreadable(path, error)
+        return None
 
 
 def remove_input(path: str) -> None:
@@ -346,7 +364,7 @@ def input_of(path: str) -> str:
     return path.removesuffix(OUTPUT) + INPUT
 
 
-def take_over(path: str, name: str) -> None:
+def take_over(path: str, name: str, batch: str | None = None) -> None:
     """Free an entry whose job is dead, so that it can be claimed again.
 
     Several may find it dead at the same time, and the second must not remove what the first has claimed anew. So only
@@ -355,6 +373,7 @@ def take_over(path: str, name: str) -> None:
     Args:
         path: The entry's file.
         name: Names the job that is dead, unique for all times.
+        batch: The dead job's batch directory; an entry of another one stays. None where that cannot be read.
     """
     marker = os.path.join(os.path.dirname(path), BATCHES_FOLDER, f"dead-{name}")
     os.makedirs(os.path.dirname(marker), exist_ok=True)
@@ -363,7 +382,14 @@ def take_over(path: str, name: str) -> None:
     except FileExistsError:
         if not is_older(marker, _MARKER_SECONDS):
             return
-    remove_input(path)
+    if batch is None or belongs_to(path, batch):
+        remove_input(path)
+
+
+def belongs_to(path: str, batch: str) -> bool:
+    """Whether an entry that waits or runs is claimed for this batch."""
+    entry = read_input(path)
+    return entry is not None and entry["batch"] == batch
 
 
 def is_older(path: str, seconds: float) -> bool:
@@ -453,8 +479,8 @@ def read_output(path: str | os.PathLike[str]) -> Output | None:
     Raises:
         ImportError: If h5py is missing.
     """
-    values = read_values(path, ("output", "error", "runtime", "traceback"))
-    if values is None:
+    values = read_values(path, ("output", "error", "runtime", "traceback", NOT_KEPT))
+    if values is None or NOT_KEPT in values:
         return None
     if "error" in values:
         error = values["error"]
@@ -536,6 +562,9 @@ def _datasets(path: str | os.PathLike[str], names: set[str] | None) -> dict[str,
         if found is not None:
             return found
         # Written by executorlib 1.x, or damaged, or too large for us. By its path h5py would lock it.
+        raw.seek(0)
+        if raw.read(len(hdf5.SIGNATURE)) != hdf5.SIGNATURE:
+            raise ValueError("it is no HDF5 file")
         raw.seek(0)
         h5py = _h5py()
         with h5py.File(raw, "r") as file:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import itertools
 import os
@@ -13,6 +14,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from executorlib import machine
@@ -173,6 +175,10 @@ class BaseExecutor(Executor):
             resources = resources.updated(resource_dict, subject, self._has_template)
             demand = self._checked_demand(resources, subject)
             self._make_directories(resources, subject)
+        if self._jobs and resources.cwd is None:
+            # A job starts later, and elsewhere.
+            with contextlib.suppress(OSError):  # it was removed
+                resources = replace(resources, cwd=os.getcwd())
         if self._graph is not None:
             self._check_open()
             return self._graph.call(fn, args, kwargs, dict(resource_dict or {}))

@@ -17,7 +17,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
-_SIGNATURE = b"\x89HDF\r\n\x1a\n"
+SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _UNDEFINED = 0xFFFFFFFFFFFFFFFF
 # II.A, version 3: sizes of offsets and lengths, flags; base, extension, end of file, root group; checksum.
 _SUPERBLOCK = struct.Struct("<8sBBBBQQQQ")
@@ -77,7 +77,7 @@ def pack(values: Mapping[str, bytes | memoryview]) -> bytearray:
         )
     root = len(file)
     file += _object_header(*links)
-    head = _SUPERBLOCK.pack(_SIGNATURE, 3, 8, 8, 0, 0, _UNDEFINED, len(file), root)
+    head = _SUPERBLOCK.pack(SIGNATURE, 3, 8, 8, 0, 0, _UNDEFINED, len(file), root)
     file[:_SUPERBLOCK_BYTES] = head + struct.pack("<I", checksum(head))
     return file
 
@@ -119,7 +119,7 @@ class _OtherForm(Exception):
 
 def _unpack(file: bytes, names: Collection[str] | None) -> dict[str, bytes]:
     signature, version, offsets, lengths, _, base, _, end, root = _SUPERBLOCK.unpack_from(file)
-    if (signature, version, offsets, lengths, base) != (_SIGNATURE, 3, 8, 8, 0) or end != len(file):
+    if (signature, version, offsets, lengths, base) != (SIGNATURE, 3, 8, 8, 0) or end != len(file):
         raise _OtherForm
     values = {}
     for kind, data in _messages(file, root):

@@ -606,7 +606,10 @@ class Loop(Events):
         assert resources.cache_directory is not None
         try:
             key = resources.cache_key or fingerprint.call_key(*self._named_inputs(task))
-            task.cache_path = str(entries.entry_path(resources.cache_directory, key, "o"))
+            directory = resources.cache_directory
+            if self._jobs:
+                directory = os.path.realpath(directory)  # sessions may reach one directory by several names
+            task.cache_path = str(entries.entry_path(directory, key, "o"))
             if self._jobs:
                 self._refer_to_results(task, key)
             output = entries.read_output(task.cache_path) if os.path.exists(task.cache_path) else None

@@ -117,3 +117,26 @@ def visible_gpus(environ: Mapping[str, str] = os.environ) -> list[str]:
             continue
         amd += int(values.get("simd_count", "0")) > 0
     return [str(index) for index in range(amd)]
+
+
+def process_start(pid: int) -> str:
+    """When a process started, in the kernel's ticks since boot; empty where the system does not tell (Linux does)."""
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as stat:
+        return stat.read().rpartition(")")[2].split()[19]
+    return ""
+
+
+def is_running(pid: int, started: str) -> bool:
+    """Whether a process of this machine is still there, and not another one that has its number by now.
+
+    Args:
+        pid: Its number.
+        started: What `process_start` said of it.
+    """
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return not started or process_start(pid) == started
+    return not started or process_start(pid) == started

@@ -67,8 +67,14 @@ def _terminate(paths: list[str], configuration: str | None, backend: str | None)
     jobs = []
     for path in paths:
         job_id, index, system = cache.job_of(path)
-        if job_id is not None and system != _LOCAL:
-            jobs.append((job_id, index))
+        if job_id is None or system == _LOCAL:
+            continue
+        if system not in (None, "Slurm") and configuration is None:
+            raise ValueError(
+                f"job {job_id} of {path} was submitted to another system than Slurm; give the pysqa_config_directory "
+                "that it was submitted with."
+            )
+        jobs.append((job_id, index))
     if jobs:
         queue = open_queue(configuration)
         if not isinstance(queue, SlurmQueue):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
@@ -14,7 +16,7 @@ import pytest
 
 from conftest import marked_processes, open_files
 from contract.functions import CustomError, Gate, add, fail, identity, lines, put, record, total, until
-from executorlib import get_cache_data, get_future_from_cache, get_item_from_future, split_future
+from executorlib import entries, get_cache_data, get_future_from_cache, get_item_from_future, split_future
 
 WAIT = 40
 pytestmark = [pytest.mark.cache, pytest.mark.essential, pytest.mark.rows(jobs=True)]
@@ -482,3 +484,73 @@ def test_entry_of_a_session_that_has_not_submitted_it_yet(
             joined.result(0.5)
         held.open()
         assert (mine.result(WAIT), joined.result(WAIT)) == (3, 3)
+
+
+# What a session finds that others left.
+
+
+@pytest.mark.rows("jobs")
+def test_what_kept_a_call_from_beginning_is_not_kept(make_executor: Callable[..., Any], tmp_path: Path) -> None:
+    """A missing module fails the call for those who wait; who has mended that, and submits it again, has it run."""
+    module = tmp_path / "came_later.py"
+    module.write_text("def double(x):\n    return 2 * x\n")
+    sys.path.insert(0, str(tmp_path))
+    try:
+        from came_later import double
+
+        module.unlink()
+        importlib.invalidate_caches()
+        with make_executor(cache_directory=tmp_path / "store") as executor:
+            assert isinstance(executor.submit(double, 4).exception(WAIT), ModuleNotFoundError)
+        module.write_text("def double(x):\n    return 2 * x\n")
+        for _ in range(2):
+            with make_executor(cache_directory=tmp_path / "store") as executor:
+                assert executor.submit(double, 4).result(WAIT) == 8
+    finally:
+        sys.path.remove(str(tmp_path))
+        sys.modules.pop("came_later", None)
+
+
+@pytest.mark.rows("jobs")
+def test_a_job_of_another_system_is_only_watched(make_executor: Callable[..., Any], tmp_path: Path) -> None:
+    with make_executor(cache_directory=tmp_path / "other") as executor:
+        executor.submit(add, 1, 2).result(WAIT)
+    (done,) = (tmp_path / "other").glob("*_o.h5")
+    store = tmp_path / "store"
+    batch = store / entries.BATCHES_FOLDER / "batch"
+    batch.mkdir(parents=True)
+    path = store / done.name.replace("_o.h5", "_i.h5")
+    batch.joinpath(entries.OWNER_FILE).write_text('{"system": "Slurm", "host": "elsewhere", "pid": 1}')
+    batch.joinpath(entries.ENTRIES_FILE).write_text(f"0 {path}\n")
+    batch.joinpath(entries.JOB_ID_FILE).write_text("17")
+    call = {"function": add, "input_args": [1, 2], "input_kwargs": {}, "resource_dict": {}, "batch": str(batch)}
+    assert entries.write_input(str(path), call)
+    with make_executor(cache_directory=store) as executor:
+        future = executor.submit(add, 1, 2)
+        assert executor.submit(add, 3, 4).result(WAIT) == 7  # others go on
+        assert not future.done()
+        done.rename(store / done.name)
+        assert future.result(WAIT) == 3
+
+
+@pytest.mark.rows("jobs")
+def test_a_directory_of_several_names(
+    make_executor: Callable[..., Any], tmp_path: Path, gate: Callable[..., Gate]
+) -> None:
+    """A session that reaches the directory by another name joins the right element of a job array."""
+    store = tmp_path / "store"
+    store.mkdir()
+    (tmp_path / "link").symlink_to(store)
+    held = gate()
+    first = make_executor(cache_directory=tmp_path / "link", max_workers=3)
+    futures = [first.submit(held, number) for number in range(3)]
+    held.pids(3)
+    first.shutdown(wait=False)
+    second = make_executor(cache_directory=store)
+    joined = second.submit(held, 2)
+    until(lambda: all(future.done() for future in futures))
+    held.open()
+    assert joined.result(WAIT) == 2
+    second.shutdown()
+    assert runs(held) == 3
+    assert_tidy(store)

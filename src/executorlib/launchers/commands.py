@@ -23,7 +23,7 @@ class Answer:
     """What a command said.
 
     Attributes:
-        code: Exit code; negative for a signal, None where the command could not be run or took too long.
+        code: Exit code; negative for a signal, 127 where the command could not be run, None where it took too long.
         output: Standard output.
         error: Standard error, or why it could not be run.
     """
@@ -127,7 +127,7 @@ class _Command:
                 start_new_session=True,
             )
         except OSError as error:
-            failed = Answer(None, "", f"{self._argv[0]} cannot be run: {error.strerror or error}")
+            failed = Answer(127, "", f"{self._argv[0]} cannot be run: {error.strerror or error}")
             events.call_later(0.0, lambda: self._owner.on_end(self, failed))
             return
         assert self._popen.stdout is not None

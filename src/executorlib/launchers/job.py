@@ -12,7 +12,7 @@ import socket
 import time
 from typing import TYPE_CHECKING, Any
 
-from executorlib import entries
+from executorlib import entries, machine
 from executorlib.errors import ExecutorlibSocketError
 from executorlib.launchers.base import Process, tail_text
 from executorlib.launchers.queue import JobState, Phase
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from executorlib.task import Task
 
 # How long an entry of another machine's session may lack a job id, in seconds, before that session counts as dead.
-SUBMIT_SECONDS = 120.0
+SUBMIT_SECONDS = 600.0
 
 _OUTPUT_TAIL_BYTES = 4096
 _SIGNALS = frozenset(signal.Signals)
@@ -182,13 +182,13 @@ class JobBatch:
         self.made = self.touched = time.monotonic()
         self._indices: dict[str, int] | None = None
 
-    def index_of(self, path: str) -> int:
-        """The place of an entry in a batch of another session."""
+    def index_of(self, path: str) -> int | None:
+        """The place of an entry in a batch of another session; None where that is not known."""
         if self._indices is None:
             with contextlib.suppress(OSError, ValueError):  # not written yet, or removed
                 self._indices = {entry: index for index, entry in entries.batch_entries(self.directory).items()}
                 self.is_array = len(self._indices) > 1 or any(self._indices.values())
-        return (self._indices or {}).get(path, 0)
+        return (self._indices or {}).get(path)
 
     def remove_files(self) -> None:
         """Remove its directory, unless its jobs have written something that somebody may want to read."""
@@ -201,19 +201,19 @@ class JobBatch:
 
     def is_abandoned(self) -> bool:
         """Whether the session that made it ended before submitting it; a job that runs all the same will notice."""
-        try:
-            owner = json.loads(entries.read_text(os.path.join(self.directory, entries.OWNER_FILE)) or "{}")
-        except ValueError:
-            owner = {}
+        owner = owner_of(self.directory)
         if owner.get("host") != socket.gethostname():
             return not os.path.isdir(self.directory) or entries.is_older(self.directory, SUBMIT_SECONDS)
-        try:
-            os.kill(owner["pid"], 0)
-        except ProcessLookupError:
-            return True
-        except OSError:
-            return False
-        return False
+        return not machine.is_running(owner["pid"], owner.get("started", ""))
+
+
+def owner_of(directory: str) -> dict[str, Any]:
+    """Who submits, or has submitted, a batch; empty where that is not known."""
+    try:
+        owner: dict[str, Any] = json.loads(entries.read_text(os.path.join(directory, entries.OWNER_FILE)) or "{}")
+    except ValueError:
+        return {}
+    return owner
 
 
 def exit_code(text: str) -> tuple[int, int]:

@@ -25,6 +25,8 @@ from executorlib.transports.router import Router, RouterTransport, worker_of
 
 # Workers that are wanted within so many seconds become one job array.
 _LINGER = 0.02
+# How long submissions that fail for the moment are repeated, and after how long, in seconds.
+_RETRY_SECONDS, _RETRY_AFTER = 300.0, 5.0
 # How long the system may take to know how a worker ended whose connection was lost, in seconds.
 _KNOW_SECONDS = 10.0
 # States by which a system ends a worker that could have gone on; another takes its place. Slurm's words.
@@ -96,6 +98,7 @@ class JobWorkerLauncher:
         self._members: dict[str, _Member] = {}  # by identity
         self._by_worker: dict[int, str] = {}
         self._prepared = False
+        self._began = time.monotonic()  # or when a submission was last answered for good
         self._asking = False
         self._ask_after = system.first_query
         self._submissions = Timer(events, self._submit)
@@ -158,6 +161,8 @@ class JobWorkerLauncher:
         wanted, self._wanted = self._wanted[: self._system.array_limit], self._wanted[self._system.array_limit :]
         if not wanted:
             return
+        if self._wanted:
+            self._submissions.within(_LINGER)
         self._arrays += 1
         name = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-workers{self._arrays}-{os.urandom(3).hex()}"
         array = _Array(os.path.join(self._folder, entries.BATCHES_FOLDER, name), len(wanted))
@@ -190,14 +195,22 @@ class JobWorkerLauncher:
             count=len(wanted),
             resources=resources,
             template_values=resources.template_values,
-            cwd=resources.cwd or os.getcwd(),
+            cwd=resources.cwd or os.path.expanduser("~"),
         )
         self._system.submit(batch, lambda answer: self._answered(array, answer))
-        if self._wanted:
-            self._submissions.within(_LINGER)
 
     def _answered(self, array: _Array, answer: str | Refused) -> None:
         members = list(array.members.values())
+        now = time.monotonic()
+        if isinstance(answer, Refused) and answer.transient and now - self._began < _RETRY_SECONDS:
+            # The same workers again, as new ones of the system.
+            for member in members:
+                del self._members[self._by_worker.pop(member.process.worker.number)]
+                self._wanted.append(member.process)
+            shutil.rmtree(array.directory, ignore_errors=True)
+            self._submissions.within(_RETRY_AFTER)
+            return
+        self._began = now
         if isinstance(answer, Refused):
             for member in members:
                 identity = self._by_worker[member.process.worker.number]

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from executorlib import entries
 from executorlib.errors import ExecutorlibSocketError, advise_unpicklable
 from executorlib.launchers.base import Events, Exit, Process, Timer
-from executorlib.launchers.job import SUBMIT_SECONDS, Job, JobBatch
+from executorlib.launchers.job import SUBMIT_SECONDS, Job, JobBatch, owner_of
 from executorlib.launchers.queue import JobState, Phase
 from executorlib.launchers.submitter import Submitter
 from executorlib.launchers.systems import JobSystem, Refused, States
@@ -39,6 +39,8 @@ logger = logging.getLogger("executorlib")
 
 # Looking for results takes at most this share of a core, and is done at most so often (seconds).
 _LOOK_SHARE, _LOOK_SECONDS = 0.01, 0.05
+# ... and this share of the loop's time.
+_WAIT_SHARE = 0.1
 # How long a result may take to show on a slow file system after its job has ended, in seconds: when the exit code says
 # that there is one (NFS shows others' files after up to a minute), and otherwise.
 _RESULT_GRACE, _GRACE = 75.0, 3.0
@@ -205,7 +207,10 @@ class JobLauncher:
                     if self._log_sizes:
                         size = os.path.getsize(job.path)
                         logger.warning("call %d of %s: sent %d bytes", task.number, task.name, size)
-                    if entries.read_ending(job.output) is not None:
+                    ending = entries.read_ending(job.output)
+                    if ending is not None and not ending.kept:
+                        os.unlink(job.output)  # others who waited for it have had their time
+                    elif ending is not None:
                         # Another session's job has ended, and removed its entry, since the call was looked up.
                         entries.remove_input(job.path)
                         self._follow(job, None, 0)
@@ -242,13 +247,21 @@ class JobLauncher:
                 entries.take_over(job.path, f"damaged-{os.stat(job.path).st_mtime_ns}-{os.path.basename(job.path)}")
             return False
         directory = entry["batch"]
-        if directory is None:
+        if directory is None or owner_of(directory).get("system", self._system.name) != self._system.name:
+            # Of a job of another system nothing is known here but its result.
             self._follow(job, None, 0)
             return True
         batch = self._followed.get(directory)
         if batch is None:
             batch = self._followed[directory] = JobBatch(directory, ours=False)
-        self._follow(job, batch, batch.index_of(job.path) if batch.job_id is not None else 0)
+        index = 0
+        if batch.job_id is not None:
+            known = batch.index_of(job.path)
+            if known is None:
+                self._follow(job, None, 0)
+                return True
+            index = known
+        self._follow(job, batch, index)
         return True
 
     def _follow(self, job: Job, batch: JobBatch | None, index: int) -> None:
@@ -269,6 +282,8 @@ class JobLauncher:
         self._ask_soon()
 
     def _on_refused(self, batch: JobBatch, refusal: Refused) -> None:
+        if self._leaving:
+            logger.error("%s did not take jobs of this session, which has left: %s", self._system.name, refusal)
         for job in [job for job in self._jobs.values() if job.batch is batch]:
             entries.remove_input(job.path)
             text = f"Call {job.task.number} of {job.task.name} was not run: {self._system.name} did not take its job: "
@@ -279,27 +294,34 @@ class JobLauncher:
     def _look(self) -> None:
         """Look for results."""
         self._ended_now.clear()
-        began = time.thread_time()
-        now = time.monotonic()
+        cpu, began = time.thread_time(), time.monotonic()
         for job in list(self._jobs.values()):
             if job.ending is not None:
                 continue
-            seen = _identity(job.output)
-            if seen is not None and seen != job.damaged:
-                job.ending = entries.read_ending(job.output)
-                job.damaged = seen  # not read again until it is another one
-                if job.ending is not None:
-                    job.over = True
-                    if not job.begun:
-                        self._begin(job)
-                    elif job.task.state is RUNNING:
-                        self.deliver(job)
-                    # Else it is handed over by `JobTransport.flush`, once the call has been told that it runs.
-                    continue
-            if job.gone_since is not None:
-                self._on_gone(job, now)
+            try:
+                self._look_at(job, began)
+            except Exception as error:  # whatever is wrong with one entry is no reason to lose the others
+                self._end(job, Exit(None, "", error))
         if self._jobs:
-            self._looks.within(max(_LOOK_SECONDS, (time.thread_time() - began) / _LOOK_SHARE))
+            # A slow file system makes the loop wait, which is no processor time.
+            pause = max((time.thread_time() - cpu) / _LOOK_SHARE, (time.monotonic() - began) / _WAIT_SHARE)
+            self._looks.within(max(_LOOK_SECONDS, pause))
+
+    def _look_at(self, job: Job, now: float) -> None:
+        seen = _identity(job.output)
+        if seen is not None and seen != job.damaged:
+            job.ending = entries.read_ending(job.output)
+            job.damaged = seen  # not read again until it is another one
+            if job.ending is not None:
+                job.over = True
+                if not job.begun:
+                    self._begin(job)
+                elif job.task.state is RUNNING:
+                    self.deliver(job)
+                # Else it is handed over by `JobTransport.flush`, once the call has been told that it runs.
+                return
+        if job.gone_since is not None:
+            self._on_gone(job, now)
 
     def _begin(self, job: Job) -> None:
         job.begun = True
@@ -421,7 +443,16 @@ class JobLauncher:
             self._jobs[number] = job
             job.start_over()
             if batch is not None:
-                entries.take_over(job.path, f"{os.path.basename(batch.directory)}.{job.index}")
+                name = f"{os.path.basename(batch.directory)}-{os.path.basename(job.path)}"
+                entries.take_over(job.path, name, batch.directory)
+            self._claim(job)
+            return
+        if os.path.exists(job.path) and not entries.belongs_to(job.path, job.batch.directory):
+            # Another session took this one for dead, and has claimed the call.
+            number = job.process.worker.number
+            self._forget(job)
+            self._jobs[number] = job
+            job.start_over()
             self._claim(job)
             return
         entries.remove_input(job.path)
@@ -441,8 +472,12 @@ class JobLauncher:
                 # The list of its calls is complete by now.
                 batch.jobs.clear()
                 for job in followers:
-                    job.index = batch.index_of(job.path)
-                    batch.jobs.setdefault(job.index, job)
+                    index = batch.index_of(job.path)
+                    if index is None:
+                        job.batch = None
+                    else:
+                        job.index = index
+                        batch.jobs.setdefault(index, job)
             elif batch.is_abandoned():
                 for job in followers:
                     self._give_up(job)

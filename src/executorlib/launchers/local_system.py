@@ -6,9 +6,7 @@ likewise; when the socket ends it finishes what it has and exits.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -16,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from executorlib import machine
 from executorlib.launchers.base import Events, boot_code
 from executorlib.launchers.local import Surroundings
 from executorlib.launchers.queue import Batch, JobState, Phase
@@ -73,7 +72,7 @@ class LocalSystem:
             self._surroundings = Surroundings()
             code = boot_code("executorlib.local_queue", f"({theirs.fileno()}, {self._options!r})")
             # The shell leaves it to init, so that nobody here has to wait for its end.
-            script = '"$@" >/dev/null & echo $!'
+            script = '"$@" >/dev/null 2>&1 & echo $!'
             try:
                 pid = subprocess.run(
                     ["/bin/sh", "-c", script, "sh", sys.executable, "-c", code],
@@ -87,7 +86,7 @@ class LocalSystem:
                 ours.close()
                 raise
         # Whoever reads the id can tell whether the process is still there; the start time tells it from a later one.
-        self._id = f"{socket.gethostname()}:{int(pid)}:{_start_time(int(pid))}"
+        self._id = f"{socket.gethostname()}:{int(pid)}:{machine.process_start(int(pid))}"
         ours.setblocking(False)
         self._socket = ours
         self._events.watch(ours, self._on_readable)
@@ -204,22 +203,9 @@ class LocalSystem:
         self._unsent.clear()
 
 
-def _start_time(pid: int) -> str:
-    """When a process started, in the kernel's ticks; empty where the system does not tell (it is Linux's `/proc`)."""
-    with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as stat:
-        return stat.read().rpartition(")")[2].split()[19]
-    return ""
-
-
 def is_alive(job_id: str) -> bool:
     """Whether the process that runs a job is still there."""
-    host, pid, started, _ = job_id.rsplit(":", 3)
-    if host != socket.gethostname():
+    host, pid, started, _ = [*job_id.rsplit(":", 3), "", "", ""][:4]
+    if host != socket.gethostname() or not pid.isdigit():
         return True  # not to be known from here
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return _start_time(int(pid)) == started
+    return machine.is_running(int(pid), started)

@@ -89,7 +89,8 @@ _HOPELESS = re.compile(
 _CANCEL_REASONS = {"DependencyNeverSatisfied"}
 # Options of sbatch that are ours.
 _RESERVED = re.compile(
-    r"(-[aoeDW].*|--(array|output|error|chdir|open-mode|parsable|wait|wrap|test-only|kill-on-invalid-dep)(=.*)?)$"
+    # Also as Slurm takes them, abbreviated. Of jobs on another cluster nothing would be seen.
+    r"(-[aoeDWM].*|--(arra?y?|outp?u?t?|erro?r?|chdi?r?|open-mode|parsable|wait|wrap|test-only|kill-[a-z-]*)(=.*)?|--clusters?(=.*)?)$"
 )
 _TRANSIENT = re.compile(
     r"unable to contact|connection (refused|reset|timed out)|connect failure|timed out|timeout|temporarily"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -15,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from executorlib import entries
+from executorlib import entries, machine
 from executorlib.launchers.base import Events, Timer, boot_code
 from executorlib.launchers.job import Job, JobBatch
 from executorlib.launchers.queue import Batch, Dependency
@@ -30,6 +31,10 @@ _LINGER = 0.02
 _FIRST_WINDOW, _LAST_WINDOW = 0.5, 16.0
 # How long submissions that fail for the moment are repeated, and how long to wait first, in seconds.
 _RETRY_SECONDS, _FIRST_RETRY = 300.0, 1.0
+# The same for a session that has left, whose process may be about to end.
+_LEAVING_SECONDS = 30.0
+# How often other machines are told that a batch which waits to be submitted is not forgotten, in seconds.
+_HEARTBEAT_SECONDS = 60.0
 # More dependencies than these make no command line: such a batch waits here for its inputs.
 _MOST_DEPENDENCIES = 100
 
@@ -65,6 +70,7 @@ class Submitter:
         self._window = _FIRST_WINDOW
         self._last_call = 0.0
         self._number = 0
+        self._heartbeat = 0.0
         self._leaving = False
 
     @property
@@ -106,7 +112,9 @@ class Submitter:
         batch.after = after
         # Before any entry names it: who finds one wants to know whether the session that is to submit it is there.
         os.makedirs(batch.directory)
-        owner = {"system": self._system.name, "host": socket.gethostname(), "pid": os.getpid()}
+        pid = os.getpid()
+        owner = {"system": self._system.name, "host": socket.gethostname(), "pid": pid}
+        owner["started"] = machine.process_start(pid)
         entries.write_text(os.path.join(batch.directory, entries.OWNER_FILE), json.dumps(owner))
         return batch, first
 
@@ -147,6 +155,12 @@ class Submitter:
             self._submit_one(batch)
         if self._waiting:
             self._timer.within(_LINGER)
+        if now >= self._heartbeat:
+            # Sessions on other machines take a batch that nobody submits for one of a session that has died.
+            self._heartbeat = now + _HEARTBEAT_SECONDS
+            for batch in self._waiting:
+                with contextlib.suppress(OSError):
+                    os.utime(batch.directory)
 
     def _is_complete(self, batch: JobBatch, now: float) -> bool:
         if now - batch.touched >= _LINGER:
@@ -185,7 +199,7 @@ class Submitter:
             first=batch.first,
             resources=resources,
             template_values=resources.template_values,
-            cwd=resources.cwd or os.getcwd(),
+            cwd=resources.cwd or os.path.expanduser("~"),
             dependencies=tuple(dependencies),
         )
         self._submitting.add(batch)
@@ -242,9 +256,10 @@ class Submitter:
                 answer = noted
         if isinstance(answer, Refused):
             wait = self._retries.get(batch, (0.0, _FIRST_RETRY))[1]
-            if answer.transient and now + wait - batch.touched < _RETRY_SECONDS and not self._leaving:
+            limit = _LEAVING_SECONDS if self._leaving else _RETRY_SECONDS
+            if answer.transient and now + wait - batch.touched < limit:
                 if wait == _FIRST_RETRY:
-                    logger.warning("%s; trying again for %g s", answer, _RETRY_SECONDS)
+                    logger.warning("%s; trying again for %g s", answer, limit)
                 self._retries[batch] = now + wait, 2 * wait
                 self._timer.within(wait)
                 return

@@ -190,7 +190,8 @@ class CommandSystem:
 
         def answered(answer: Answer) -> None:
             if not answer.ok:
-                on_done(Refused(f"{argv[0]} refused it: {answer.text}", queue.is_transient(answer.text)))
+                transient = answer.code is None or queue.is_transient(answer.text)
+                on_done(Refused(f"{argv[0]} refused it: {answer.text}", transient))
                 return
             try:
                 on_done(queue.parse_job_id(answer.output))

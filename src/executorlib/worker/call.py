@@ -76,14 +76,18 @@ class Permits:
 
 
 class Answer:
-    """How a call ended: ``frames`` hold the pickled result, or exception where ``traceback`` is not empty."""
+    """How a call ended: ``frames`` hold the pickled result, or exception where ``traceback`` is not empty.
 
-    __slots__ = ("frames", "traceback", "warning")
+    Without being ``loaded`` it did not begin, for what its surroundings lack: a module, or a file of its inputs.
+    """
 
-    def __init__(self, frames: list[Frame], traceback: str, warning: str = "") -> None:
+    __slots__ = ("frames", "loaded", "traceback", "warning")
+
+    def __init__(self, frames: list[Frame], traceback: str, warning: str = "", loaded: bool = True) -> None:
         self.frames = frames
         self.traceback = traceback
         self.warning = warning
+        self.loaded = loaded
 
 
 class Function:
@@ -152,10 +156,11 @@ def run(
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = {}
     stage = "the call could not be unpickled in its worker"
+    loaded = False
     try:
         fn = serialize.loads([function])
         args, kwargs = serialize.loads(arguments)
-        stage = ""
+        stage, loaded = "", True
         filled = Function(fn).left_out(args, kwargs, values)
         entry = Entry(options, fn, args, kwargs) if finish and "cache" in options else None
         started = time.perf_counter()
@@ -170,7 +175,7 @@ def run(
             text = f"call of {name}: {stage}\n{text}"
         if "error_log_file" in options:
             log_error(options["error_log_file"], fn, args, kwargs, text)
-        return Answer(dump_error(error), text)
+        return Answer(dump_error(error), text, loaded=loaded)
 
 
 class Entry:

@@ -1,8 +1,8 @@
 """A job of a queuing system: run one call of a cache directory and leave its result there.
 
-The batch directory says which: line *n* of its file ``entries`` belongs to element *n* of the job array. Between the
-submission and now, anything may have happened to the entry, so the job looks at it first: an entry that is done or was
-claimed by a later batch is left alone.
+The batch directory says which: its file ``entries`` has a line for each element of the job array, with its number.
+Between the submission and now, anything may have happened to the entry, so the job looks at it first: an entry that is
+done or was claimed by a later batch is left alone.
 
 Exit codes are for the session that waits: `RESULT` and `RAISED` say that the entry is in place, whatever a slow file
 system shows.
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 RESULT = 0
 RAISED = 83  # the entry holds what the function raised; hardly any program ends with this code by itself
-NOT_MINE = 0  # somebody else has run the call, or will
+NOT_MINE = 84  # somebody else has claimed the call since
 FAILED = 70  # EX_SOFTWARE of sysexits.h
 
 JOB_VARIABLES = ("SLURM_ARRAY_JOB_ID", "SLURM_JOB_ID", "FLUX_JOB_ID", "JOB_ID", "PBS_JOBID", "LSB_JOBID")
@@ -65,14 +65,14 @@ def run(directory: str, index: int) -> int:
     if setup.get("ranks", 1) > 1:
         return _run_ranks(directory, index, setup)
     job = _claimed(directory, index, setup)
-    if job is None:
-        return NOT_MINE
+    if isinstance(job, int):
+        return job
     answer, seconds = _run(job)
     return _store(job, answer, seconds)
 
 
-def _claimed(directory: str, index: int, setup: dict[str, Any]) -> dict[str, Any] | None:
-    """What is to be run; None where it is not ours (any more)."""
+def _claimed(directory: str, index: int, setup: dict[str, Any]) -> dict[str, Any] | int:
+    """What is to be run; the exit code where it is not ours (any more)."""
     job_file = os.path.join(directory, entries.JOB_ID_FILE)
     job_id = next((os.environ[name] for name in JOB_VARIABLES if name in os.environ), "")
     noted = entries.read_text(job_file)
@@ -82,13 +82,14 @@ def _claimed(directory: str, index: int, setup: dict[str, Any]) -> dict[str, Any
             entries.write_text(job_file, job_id)
     elif setup["system"] == "Slurm" and noted != job_id:
         # A controller that is too busy to answer may take a batch all the same; the session then submitted it again.
-        return None
+        return NOT_MINE
     path = entries.batch_entries(directory)[index]
     entry = entries.read_input(path)
     if entry is not None and entry["batch"] != directory:
-        return None
-    if entries.read_ending(entries.output_of(path)) is not None:
-        return None
+        return NOT_MINE
+    ending = entries.read_ending(entries.output_of(path))
+    if ending is not None:
+        return RAISED if ending.failed else RESULT
     if entry is None:
         raise FileNotFoundError(f"the call {path} was removed, or is damaged; it can be submitted again")
     return {**entry, "path": path, "index": index}
@@ -149,6 +150,8 @@ def _store(job: dict[str, Any], answer: call.Answer, seconds: float) -> int:
             "input_kwargs": job["input_kwargs"],
             "resource_dict": job["resource_dict"],
             **ending,
+            # The next one who submits the call may find what was missing.
+            **({} if answer.loaded else {entries.NOT_KEPT: serialize.dumps_in_band(True)}),
             "traceback": serialize.dumps_in_band(answer.traceback),
             "runtime": serialize.dumps_in_band(seconds),
             "queue_id": serialize.dumps_in_band(call.first_number(JOB_VARIABLES)),
@@ -194,9 +197,9 @@ def _run_ranks(directory: str, index: int, setup: dict[str, Any]) -> int:
         )
         return FAILED
     _choose_gpus(setup["gpus_per_rank"])
-    job: dict[str, Any] | None = world.bcast(_claimed(directory, index, setup) if rank == 0 else None, 0)
-    if job is None:
-        return NOT_MINE
+    job: dict[str, Any] | int = world.bcast(_claimed(directory, index, setup) if rank == 0 else 0, 0)
+    if isinstance(job, int):
+        return job
     answer, seconds = _run(job)
     if answer.traceback:
         # The other ranks may wait for this one inside the function, so it cannot rely on them.
