@@ -341,6 +341,11 @@ class FreshScheduler(Scheduler):
         self._lost: list[str] = []  # names of nodes
         self._overtaken_limit = OVERTAKEN_PER_CORE * max(node.total_cores for node in ledger.nodes)
 
+    @property
+    def launching(self) -> int:
+        """See `Scheduler.launching`."""
+        return len(self._launching)
+
     def on_started(self, worker: Worker, lookahead: bool = False) -> None:
         """The worker's call is handed over."""
         worker.ready = True

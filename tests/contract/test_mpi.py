@@ -171,16 +171,23 @@ def test_worlds_leave_no_files(row: Any, scripts: Any, tmp_path: Path) -> None:
     folder.mkdir()
     process = scripts.start(
         """
-        import signal, time
+        import pathlib, signal, time
 
         def kill_mpiexec(own):
             from mpi4py import MPI
 
             assert os.environ["TMPDIR"] == own
-            # Once mpiexec is gone, the other rank's parent is the node agent.
+            # One rank only: once mpiexec is gone, the other's parent is the node agent.
             if MPI.COMM_WORLD.rank == 0:
-                os.kill(os.getppid(), signal.SIGKILL)
+                os.kill(mpiexec_above(os.getpid()), signal.SIGKILL)
             time.sleep(60)
+
+        def mpiexec_above(pid):
+            while True:
+                name, _, rest = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")
+                if name.partition("(")[2].startswith(("mpiexec", "prterun")):
+                    return pid
+                pid = int(rest.split()[1])
 
         options = {**OPTIONS, "max_cores": 2, "max_workers": 1, "resource_dict": {"cores": 2}}
         with Executor(**options) as executor:

@@ -140,7 +140,9 @@ class Job:
         if self.damaged is not None:
             text += f" What it left in {self.output} cannot be read."
         limit = task.resources.run_time_max
-        if limit is not None and (state.state == "TIMEOUT" or ended_by == signal.SIGALRM):
+        # MPICH's mpiexec exits with the number of the signal that a rank died of.
+        alarmed = signal.SIGALRM in (ended_by, code if task.resources.cores > 1 else 0)
+        if limit is not None and (state.state == "TIMEOUT" or alarmed):
             return TimeoutError(f"{text} It ran longer than its run_time_max of {limit:g} s; give it more time.{said}")
         advice = _ADVICE["OUT_OF_MEMORY"] if _MEMORY.search(tail) else _ADVICE.get(state.state, _NO_ADVICE)
         return ExecutorlibSocketError(f"{text} {advice}{said}")
