@@ -207,7 +207,11 @@ def _run_ranks(directory: str, index: int, setup: dict[str, Any]) -> int:
         _store(job, answer, seconds)
         world.Abort(RAISED)
     gathered = world.gather(_in_band(answer.frames), 0)
-    if gathered is None:
-        return RESULT
-    results = [pickle.loads(data) for data in gathered]
-    return _store(job, call.Answer(serialize.dumps(results), ""), seconds)
+    code = RESULT
+    if gathered is not None:
+        results = [pickle.loads(data) for data in gathered]
+        code = _store(job, call.Answer(serialize.dumps(results), ""), seconds)
+    # A rank that leaves without this takes the others along, maybe before the result is in place.
+    world.Barrier()
+    MPI.Finalize()
+    return code
