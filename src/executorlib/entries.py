@@ -382,14 +382,14 @@ def take_over(path: str, name: str, batch: str | None = None) -> None:
     except FileExistsError:
         if not is_older(marker, _MARKER_SECONDS):
             return
-    if batch is None or belongs_to(path, batch):
+    if batch is None or claimed_for(path) in (None, batch):
         remove_input(path)
 
 
-def belongs_to(path: str, batch: str) -> bool:
-    """Whether an entry that waits or runs is claimed for this batch."""
+def claimed_for(path: str) -> str | None:
+    """The batch directory that an entry which waits or runs is claimed for; None where that cannot be read."""
     entry = read_input(path)
-    return entry is not None and entry["batch"] == batch
+    return None if entry is None else entry["batch"]
 
 
 def is_older(path: str, seconds: float) -> bool:

@@ -447,7 +447,7 @@ class JobLauncher:
                 entries.take_over(job.path, name, batch.directory)
             self._claim(job)
             return
-        if os.path.exists(job.path) and not entries.belongs_to(job.path, job.batch.directory):
+        if entries.claimed_for(job.path) not in (None, job.batch.directory):
             # Another session took this one for dead, and has claimed the call.
             number = job.process.worker.number
             self._forget(job)
