@@ -101,9 +101,10 @@ def test_result_that_is_there_before_the_call_was_told_that_it_runs(events: Even
     system.answer({("7", None): JobState(Phase.RUNNING, "RUNNING")})
     assert events.told == ["connected"]
     entries.write_output(task.cache_path, function=abs, args=[-1], kwargs={}, resource_dict={}, runtime=0.1, output=1)
-    events.run_timers()
+    assert process.transport is not None
+    while process.transport._job.ending is None:
+        events.run_timers()
     assert events.told == ["connected"]
     task.move(RUNNING)
-    assert process.transport is not None
     process.transport.flush()
     assert events.told == ["connected", "result", "exit"]
