@@ -99,22 +99,22 @@ class LocalQueue:
         return states
 
 
-def _state(future: Future[Any]) -> tuple[str, str, str, str]:
-    """Phase, state, reason and exit code, as `JobState` has them."""
+def _state(future: Future[Any]) -> tuple[str, str, str, str, str]:
+    """Phase, state, reason, exit code and cause, as `JobState` has them."""
     if future.cancelled():
-        return "ended", "CANCELLED", "", ""
+        return "ended", "CANCELLED", "", "", "cancelled"
     if not future.done():
-        return ("running", "RUNNING", "", "") if future.running() else ("pending", "PENDING", "", "")
+        return ("running", "RUNNING", "", "", "none") if future.running() else ("pending", "PENDING", "", "", "none")
     error = future.exception()
     if error is None:
-        return "ended", "COMPLETED", "", "0:0"
+        return "ended", "COMPLETED", "", "0:0", "none"
     if isinstance(error, _JobFailed):
-        return "ended", "FAILED", "", f"{error.args[0]}:0"
+        return "ended", "FAILED", "", f"{error.args[0]}:0", "none"
     if isinstance(error, TimeoutError):
-        return "ended", "TIMEOUT", "", ""
+        return "ended", "TIMEOUT", "", "", "time limit"
     died = re.search(r"(?:code (\d+)|signal (\d+))", str(error))
     exit_code = f"{died[1] or 0}:{died[2] or 0}" if died else ""
-    return "ended", "FAILED", str(error), exit_code
+    return "ended", "FAILED", str(error), exit_code, "none"
 
 
 def main(fd: int, options: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from executorlib.launchers.mpi import find_mpiexec
 from executorlib.launchers.pysqa_queue import open_queue
-from executorlib.launchers.queue import Batch, Dependency, JobState, Phase
+from executorlib.launchers.queue import Batch, Cause, Dependency, JobState, Phase
 from executorlib.launchers.slurm import SETTINGS_COMMAND, SlurmQueue, command_environment, parse_settings, rank_command
 from executorlib.resources import Resources
 
@@ -267,7 +267,7 @@ def test_dependencies(jobs: Jobs) -> None:
     good = jobs.submit(jobs.batch(dependencies=(Dependency(inputs, 0), Dependency(inputs, 2))))
     bad = jobs.submit(jobs.batch(dependencies=(Dependency(inputs, 0), Dependency(inputs, 1), Dependency(good))))
     whole = jobs.submit(jobs.batch(count=2, dependencies=(Dependency(inputs),)))
-    never = JobState(Phase.ENDED, "CANCELLED", "DependencyNeverSatisfied", "0:0")
+    never = JobState(Phase.ENDED, "CANCELLED", "DependencyNeverSatisfied", "0:0", cause=Cause.CANCELLED)
     done = ["COMPLETED", "CANCELLED", "COMPLETED"]
     assert [state.state for state in jobs.ends(each, 3)] == done
     assert [state.state for state in jobs.ends(good)] == ["COMPLETED"]

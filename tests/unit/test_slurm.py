@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from executorlib.launchers import slurm
 from executorlib.launchers.pysqa_queue import PysqaQueue, open_queue
-from executorlib.launchers.queue import Batch, Dependency, JobState, Phase, Queue
+from executorlib.launchers.queue import Batch, Cause, Dependency, JobState, Phase, Queue
 from executorlib.launchers.slurm import Settings, SlurmQueue, command_environment, parse_settings, rank_command
 from executorlib.launchers.templates import Templates, minutes
 from executorlib.resources import Resources
@@ -341,15 +341,17 @@ def test_status() -> None:
     states = SlurmQueue().parse_status("CLUSTER: virtual\n\n" + SQUEUE)
     waits = JobState(Phase.PENDING, "PENDING", "JobArrayTaskLimit")
     assert states == {
-        ("20046", 2): JobState(Phase.ENDED, "CANCELLED", "DependencyNeverSatisfied", "0:0"),
-        ("20048", 0): JobState(Phase.ENDED, "CANCELLED", "", "0:0"),
+        ("20046", 2): JobState(Phase.ENDED, "CANCELLED", "DependencyNeverSatisfied", "0:0", cause=Cause.CANCELLED),
+        ("20048", 0): JobState(Phase.ENDED, "CANCELLED", "", "0:0", cause=Cause.CANCELLED),
         ("20045", 3): JobState(Phase.ENDED, "COMPLETED", "", "0:0", "node1"),
         ("20108", 0): JobState(Phase.RUNNING, "COMPLETING", "", "", "node1"),
         ("20045", 1): JobState(Phase.ENDED, "FAILED", "NonZeroExitCode", "3:0", "node1"),
         ("20045", 2): JobState(Phase.ENDED, "FAILED", "JobLaunchFailure", "0:9", "node1"),
-        ("20106", 0): JobState(Phase.ENDED, "NODE_FAIL", "NodeDown", "0:0", "node3"),
-        ("20104", 0): JobState(Phase.ENDED, "OUT_OF_MEMORY", "OutOfMemory", "0:125", "node1"),
-        ("20110", 0): JobState(Phase.ENDED, "TIMEOUT", "TimeLimit", "0:0", "node[1-2]"),
+        ("20106", 0): JobState(Phase.ENDED, "NODE_FAIL", "NodeDown", "0:0", "node3", cause=Cause.NODE_FAILED),
+        ("20104", 0): JobState(
+            Phase.ENDED, "OUT_OF_MEMORY", "OutOfMemory", "0:125", "node1", cause=Cause.OUT_OF_MEMORY
+        ),
+        ("20110", 0): JobState(Phase.ENDED, "TIMEOUT", "TimeLimit", "0:0", "node[1-2]", cause=Cause.TIME_LIMIT),
         **{("20001", index): waits for index in (8, 9, 10, 12, 20, 22, 24)},
         ("20107", 0): JobState(Phase.PENDING, "PENDING", "BeginTime"),
         ("20090", 0): JobState(Phase.PENDING, "PENDING", "PartitionConfig", hopeless=True),
@@ -400,12 +402,13 @@ SACCT = [
     ("20045_1|FAILED|3:0|node1\n20045_1.batch|FAILED|3:0|node1\n",
      JobState(Phase.ENDED, "FAILED", "", "3:0", "node1")),
     ("20105|FAILED|1:0|node1\n20105.batch|FAILED|1:0|node1\n20105.0|OUT_OF_MEMORY|0:125|node1\n",
-     JobState(Phase.ENDED, "OUT_OF_MEMORY", "", "0:125", "node1")),
+     JobState(Phase.ENDED, "OUT_OF_MEMORY", "", "0:125", "node1", cause=Cause.OUT_OF_MEMORY)),
     ("20108|CANCELLED by 0|0:0|node1\n20108.batch|CANCELLED|0:15|node1\n",
-     JobState(Phase.ENDED, "CANCELLED", "by user 0", "0:0", "node1")),
-    ("20046_2|CANCELLED|0:0|None assigned\n", JobState(Phase.ENDED, "CANCELLED", "", "0:0")),
+     JobState(Phase.ENDED, "CANCELLED", "by user 0", "0:0", "node1", cause=Cause.CANCELLED)),
+    ("20046_2|CANCELLED|0:0|None assigned\n",
+     JobState(Phase.ENDED, "CANCELLED", "", "0:0", cause=Cause.CANCELLED)),
     ("20106|NODE_FAIL|0:0|node3\n20106.batch|CANCELLED||node3\n",
-     JobState(Phase.ENDED, "NODE_FAIL", "", "0:0", "node3")),
+     JobState(Phase.ENDED, "NODE_FAIL", "", "0:0", "node3", cause=Cause.NODE_FAILED)),
     ("20107|PENDING|0:0|None assigned\n", JobState(Phase.PENDING, "PENDING")),
     ("7|RUNNING|0:0|node1\n7.extern|RUNNING|0:0|node1\n", JobState(Phase.RUNNING, "RUNNING", "", "", "node1")),
     ("", None),
@@ -444,6 +447,18 @@ def test_detail_by_scontrol() -> None:
     held = held.replace("   NodeList=node1", "   NodeList=")
     assert queue.parse_detail(held) == JobState(Phase.PENDING, "PENDING", "launch failed requeued held", hopeless=True)
     assert queue.parse_detail("Job 20043_3 not found\n") is None
+
+
+@pytest.mark.parametrize(
+    ("output", "cause"),
+    [
+        ("slurmstepd: error: Job 7 exceeded memory limit (2048 > 1024), being killed", Cause.OUT_OF_MEMORY),
+        ("slurmstepd: error: *** JOB 7 ON node1 CANCELLED ***", Cause.NONE),
+        ("", Cause.NONE),
+    ],
+)
+def test_cause_in_the_output(output: str, cause: Cause) -> None:
+    assert SlurmQueue().cause_in(f"a line\n{output}\n") is cause
 
 
 def test_detail_is_asked_of_the_database_where_there_is_one() -> None:
@@ -566,6 +581,9 @@ def test_grid_engine(tmp_path: Path) -> None:
     assert queue.parse_detail(
         "hostname     n1  \nfailed       100 : assumedly after job\nexit_status  137  (Killed)\n"
     ) == (JobState(Phase.ENDED, "failed", "assumedly after job", "137", "n1"))
+    limit = queue.parse_detail("failed       37 : qmaster enforced h_rt, h_cpu, or h_vmem limit\nexit_status  137\n")
+    assert limit is not None
+    assert limit.cause is Cause.TIME_LIMIT
     assert queue.parse_detail("error: job id 42 not found\n") is None
 
 

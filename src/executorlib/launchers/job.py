@@ -5,19 +5,20 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import shutil
 import signal
 import socket
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from executorlib import entries, machine
 from executorlib.errors import ExecutorlibSocketError
 from executorlib.launchers.base import Process, tail_text
-from executorlib.launchers.queue import JobState, Phase
+from executorlib.launchers.queue import Cause, JobState, Phase
 
 if TYPE_CHECKING:
+    from executorlib.launchers.systems import JobSystem
     from executorlib.task import Task
 
 # How long an entry of another machine's session may lack a job id, in seconds, before that session counts as dead.
@@ -26,19 +27,15 @@ SUBMIT_SECONDS = 600.0
 _OUTPUT_TAIL_BYTES = 4096
 _SIGNALS = frozenset(signal.Signals)
 
-# By Slurm's words.
 _ADVICE = {
-    "OUT_OF_MEMORY": "Give it more memory with resource_dict={'memory_max': GB}; only this call fails.",
-    "TIMEOUT": "Give it more time with resource_dict={'run_time_max': seconds}; only this call fails.",
-    "NODE_FAIL": "The node failed, not the call: submit it again.",
-    "PREEMPTED": "Other jobs had priority: submit it again.",
-    "CANCELLED": "Somebody cancelled it, or an input of it failed; it can be submitted again.",
+    Cause.NONE: "Only this call fails; it can be submitted again.",
+    Cause.OUT_OF_MEMORY: "Give it more memory with resource_dict={'memory_max': GB}; only this call fails.",
+    Cause.TIME_LIMIT: "Give it more time with resource_dict={'run_time_max': seconds}; only this call fails.",
+    Cause.DEADLINE: "It had not ended by the deadline that it was given; give it a later one.",
+    Cause.NODE_FAILED: "The node failed, not the call: submit it again.",
+    Cause.PREEMPTED: "Other jobs had priority: submit it again.",
+    Cause.CANCELLED: "Somebody cancelled it, or an input of it failed; it can be submitted again.",
 }
-# What Slurm writes into the output where it watches over the memory itself; the job's state is FAILED then.
-_MEMORY = re.compile(r"slurmstepd.*exceeded (job )?memory limit", re.IGNORECASE)
-# Slurm's exit code of these is often 0.
-_ENDED_BY_OTHERS = {*_ADVICE, "BOOT_FAIL", "DEADLINE", "REVOKED"}
-_NO_ADVICE = "Only this call fails; it can be submitted again."
 
 
 class Job:
@@ -97,15 +94,15 @@ class Job:
     def ended_well(self, codes: tuple[int, ...]) -> bool:
         """Whether it ended, by itself, with one of these exit codes, by which a job says that it left a result."""
         state = self.last
-        if state is None or state.state in _ENDED_BY_OTHERS:
-            return False
+        if state is None or state.cause is not Cause.NONE:
+            return False  # whatever exit code the system makes up for it
         return exit_code(state.exit_code) in [(code, 0) for code in codes]
 
-    def error(self, system: str) -> BaseException:
+    def error(self, system: JobSystem) -> BaseException:
         """Why there is no result.
 
         Args:
-            system: Name of the system that it was submitted to.
+            system: What it was submitted to.
         """
         state, task, batch = self.last, self.task, self.batch
         assert batch is not None
@@ -115,37 +112,28 @@ class Job:
         tail = tail_text(read_tail(os.path.join(batch.directory, f"output.{self.index}")))
         said = f" Its output ended with:\n{tail}" if tail else " It wrote no output."
         if state is None:
-            text = f"{subject} is not known to {system} any more, and left no result in {self.output}."
-            return ExecutorlibSocketError(f"{text} {_NO_ADVICE}{said}")
+            text = f"{subject} is not known to {system.name} any more, and left no result in {self.output}."
+            return ExecutorlibSocketError(f"{text} {_ADVICE[Cause.NONE]}{said}")
         code, signal_number = exit_code(state.exit_code)
         # A shell reports a signal as 128 more than its number.
         ended_by = signal_number or code - 128
         named = f" by {signal.Signals(ended_by).name}" if ended_by in _SIGNALS else ""
-        facts = [
-            f"{what} {value}"
-            for what, value in (
-                ("reason", state.reason),
-                ("exit code", state.exit_code and state.exit_code + named),
-                ("node", state.node),
-            )
-            if value and value != "None"
-        ]
-        listed = f" ({', '.join(facts)})" if facts else ""
+        facts = replace(state, exit_code=state.exit_code and state.exit_code + named).facts()
         if state.phase is not Phase.ENDED:
             return ExecutorlibSocketError(
-                f"{subject} would wait for ever and was cancelled: {system} has it as {state.state}{listed}. Change "
-                "what the call asks for in its resource_dict; only this call fails."
+                f"{subject} would wait for ever and was cancelled: {system.name} has it as {state.state}{facts}. "
+                "Change what the call asks for in its resource_dict; only this call fails."
             )
-        text = f"{subject} ended as {state.state}{listed}."
+        text = f"{subject} ended as {state.state}{facts}."
         if self.damaged is not None:
             text += f" What it left in {self.output} cannot be read."
         limit = task.resources.run_time_max
         # MPICH's mpiexec exits with the number of the signal that a rank died of.
         alarmed = signal.SIGALRM in (ended_by, code if task.resources.cores > 1 else 0)
-        if limit is not None and (state.state == "TIMEOUT" or alarmed):
+        if limit is not None and (state.cause is Cause.TIME_LIMIT or alarmed):
             return TimeoutError(f"{text} It ran longer than its run_time_max of {limit:g} s; give it more time.{said}")
-        advice = _ADVICE["OUT_OF_MEMORY"] if _MEMORY.search(tail) else _ADVICE.get(state.state, _NO_ADVICE)
-        return ExecutorlibSocketError(f"{text} {advice}{said}")
+        cause = state.cause if state.cause is not Cause.NONE else system.cause_in(tail)
+        return ExecutorlibSocketError(f"{text} {_ADVICE[cause]}{said}")
 
 
 class JobBatch:

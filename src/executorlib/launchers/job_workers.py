@@ -17,7 +17,7 @@ from typing import Any
 from executorlib import entries
 from executorlib.launchers.base import Events, Exit, Process, Timer, boot_code
 from executorlib.launchers.job import read_tail
-from executorlib.launchers.queue import Batch, JobState, Phase
+from executorlib.launchers.queue import Batch, Cause, JobState, Phase
 from executorlib.launchers.systems import JobSystem, Refused, States
 from executorlib.resources import Resources
 from executorlib.serialize import Frame
@@ -29,8 +29,8 @@ _LINGER = 0.02
 _RETRY_SECONDS, _RETRY_AFTER = 300.0, 5.0
 # How long the system may take to know how a worker ended whose connection was lost, in seconds.
 _KNOW_SECONDS = 10.0
-# States by which a system ends a worker that could have gone on; another takes its place. Slurm's words.
-_TIME_IS_OVER = {"TIMEOUT", "DEADLINE", "PREEMPTED"}
+# Why a system ends a worker that could have gone on; another takes its place.
+_TIME_IS_OVER = {Cause.TIME_LIMIT, Cause.DEADLINE, Cause.PREEMPTED}
 
 
 class _Member:
@@ -281,12 +281,7 @@ class JobWorkerLauncher:
         name = job_id if index is None else f"{job_id}_{index}"
         if state is None or state.phase is not Phase.ENDED:
             return f"job {name} lost its connection"
-        facts = [
-            f"{what} {value}"
-            for what, value in (("reason", state.reason), ("exit code", state.exit_code), ("node", state.node))
-            if value and value != "None"
-        ]
-        return f"job {name} ended as {state.state} ({', '.join(facts)})"
+        return f"job {name} ended as {state.state}{state.facts()}"
 
     # -- the system's word ----------------------------------------------------------------------------------------
 
@@ -325,7 +320,7 @@ class JobWorkerLauncher:
         del self._by_worker[process.worker.number]
         del array.members[member.index]
         process.stderr += read_tail(os.path.join(array.directory, f"output.{member.index}"))
-        planned = member.last is not None and member.last.state in _TIME_IS_OVER and member.peer is not None
+        planned = member.last is not None and member.last.cause in _TIME_IS_OVER and member.peer is not None
         if not array.members and not process.stderr:
             shutil.rmtree(array.directory, ignore_errors=True)
         self._events.on_exit(process, Exit(None, text, planned=planned))

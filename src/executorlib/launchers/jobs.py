@@ -457,7 +457,7 @@ class JobLauncher:
             return
         entries.remove_input(job.path)
         self._ended_now.add(job.output)
-        self._end(job, Exit(None, "", job.error(self._system.name)))
+        self._end(job, Exit(None, "", job.error(self._system)))
 
     def _find_job_ids(self) -> None:
         """Find out which jobs the calls of other sessions became."""

@@ -17,7 +17,7 @@ from typing import Any
 from executorlib import machine
 from executorlib.launchers.base import Events, boot_code
 from executorlib.launchers.local import Surroundings
-from executorlib.launchers.queue import Batch, JobState, Phase
+from executorlib.launchers.queue import Batch, Cause, JobState, Phase
 from executorlib.launchers.systems import JobKey, Refused, States
 
 # Given to a job beyond its run_time_max, in which it starts and, at its limit, ends by itself.
@@ -143,6 +143,10 @@ class LocalSystem:
         """See `JobSystem.detail`; all that is known was said."""
         self._events.call_later(0.0, lambda: on_state(None))
 
+    def cause_in(self, output: str) -> Cause:
+        """See `JobSystem.cause_in`."""
+        return Cause.NONE
+
     def cancel(self, jobs: Sequence[tuple[str, int | None]]) -> None:
         """See `JobSystem.cancel`."""
         self._send({"cancel": [list(job) for job in jobs]})
@@ -181,8 +185,8 @@ class LocalSystem:
             line = bytes(self._received[:end])
             del self._received[: end + 1]
             states = {
-                (job_id, index): JobState(Phase(phase), state, reason, exit_code)
-                for job_id, index, phase, state, reason, exit_code in json.loads(line)
+                (job_id, index): JobState(Phase(phase), state, reason, exit_code, cause=Cause(cause))
+                for job_id, index, phase, state, reason, exit_code, cause in json.loads(line)
             }
             self._questions.popleft()(states)
 

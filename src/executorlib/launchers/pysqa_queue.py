@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
-from executorlib.launchers.queue import Batch, JobState, Phase
+from executorlib.launchers.queue import Batch, Cause, JobState, Phase
 from executorlib.launchers.slurm import DEFAULT_TEMPLATE, Settings, SlurmQueue
 from executorlib.launchers.templates import Templates, load_commands
 
@@ -23,6 +23,8 @@ _ENDED = re.compile("DONE|EXIT")
 # Grid Engine could not start it, and will not try again. Why, it says only in words that cannot be asked for at once.
 _FAILED_TO_START = re.compile("error|E.*qw")
 _WHY_NOT_STARTED = "a node could not start it; often its working directory or output file cannot be reached from there"
+# Of Grid Engine's history: it ended the job at a limit, nearly always that of its time.
+_AT_LIMIT = "37"
 _TRANSIENT = re.compile(
     r"can(not|'t) (connect|contact|reach)|unable to (connect|contact|send)|connection refused|timed? ?out"
     r"|commlib|communication|try again|not responding|LSF is (down|not responding)",
@@ -130,7 +132,12 @@ class PysqaQueue:
         failed, _, reason = found.get("failed", "0").partition(":")
         code = found["exit_status"].split()[0]
         state = "failed" if failed.strip() != "0" or code != "0" else "finished"
-        return JobState(Phase.ENDED, state, reason.strip(), code, found.get("hostname", ""))
+        cause = Cause.TIME_LIMIT if failed.strip() == _AT_LIMIT else Cause.NONE
+        return JobState(Phase.ENDED, state, reason.strip(), code, found.get("hostname", ""), cause=cause)
+
+    def cause_in(self, output: str) -> Cause:
+        """See `queue.Queue.cause_in`; none of them adds anything."""
+        return Cause.NONE
 
     def cancel_command(self, jobs: Sequence[tuple[str, int | None]]) -> list[str]:
         """See `queue.Queue.cancel_command`."""

@@ -23,6 +23,22 @@ class Phase(enum.Enum):
     ENDED = "ended"
 
 
+class Cause(enum.Enum):
+    """Why a job ended other than by its own program, in words that all queues share.
+
+    What follows from it (advice, whether a worker is replaced) is decided by these; a queue's own words are only shown.
+    `DEADLINE` is a point in time that the user gave, `TIME_LIMIT` a length of time.
+    """
+
+    NONE = "none"  # also where the queue does not say
+    OUT_OF_MEMORY = "out of memory"
+    TIME_LIMIT = "time limit"
+    DEADLINE = "deadline"
+    NODE_FAILED = "node failed"
+    PREEMPTED = "preempted"
+    CANCELLED = "cancelled"
+
+
 @dataclass(frozen=True)
 class JobState:
     """What a queue says of a job.
@@ -31,9 +47,10 @@ class JobState:
         phase: How far it is. A job that cleans up, is suspended or is being signalled still counts as running.
         state: The queue's own word, such as ``OUT_OF_MEMORY``.
         reason: Why it waits or ended, in the queue's own words; empty where it gives none.
-        exit_code: As the queue writes it, for Slurm ``exit code:signal``; empty where it is not known.
+        exit_code: ``exit code:signal``, or the exit code alone; empty where it is not known.
         node: Where it ran or runs; empty where it did not, or that is not known.
         hopeless: Whether a job that waits will not start unless somebody changes the job or the limits that hold it.
+        cause: Why it ended, if not by its own program; `Cause.NONE` of one that has not.
     """
 
     phase: Phase
@@ -42,6 +59,13 @@ class JobState:
     exit_code: str = ""
     node: str = ""
     hopeless: bool = False
+    cause: Cause = Cause.NONE
+
+    def facts(self) -> str:
+        """What is known beside the state, for an error text: empty, or in parentheses after a space."""
+        known = (("reason", self.reason), ("exit code", self.exit_code), ("node", self.node))
+        listed = ", ".join(f"{what} {value}" for what, value in known if value)
+        return f" ({listed})" if listed else ""
 
 
 @dataclass(frozen=True)
@@ -158,6 +182,14 @@ class Queue(Protocol):
 
     def parse_detail(self, output: str) -> JobState | None:
         """How the job of `detail_command` ended; None where the queue does not know it (any more)."""
+        ...
+
+    def cause_in(self, output: str) -> Cause:
+        """Why a job ended, where the queue says so only in what it adds to the job's output.
+
+        Args:
+            output: The end of the output.
+        """
         ...
 
     def cancel_command(self, jobs: Sequence[tuple[str, int | None]]) -> list[str]:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from executorlib.launchers.queue import Batch, Dependency, JobState, Phase
+from executorlib.launchers.queue import Batch, Cause, Dependency, JobState, Phase
 from executorlib.launchers.templates import Templates
 
 if TYPE_CHECKING:
@@ -78,6 +78,21 @@ _ENDED = {
     "REVOKED",
     "TIMEOUT",
 }
+# What ended a job that did not end by itself. Its exit code is often 0 then.
+_CAUSES = {
+    "BOOT_FAIL": Cause.NODE_FAILED,
+    "CANCELLED": Cause.CANCELLED,
+    "DEADLINE": Cause.DEADLINE,
+    "LAUNCH_FAILED": Cause.NODE_FAILED,
+    "NODE_FAIL": Cause.NODE_FAILED,
+    "OUT_OF_MEMORY": Cause.OUT_OF_MEMORY,
+    "PREEMPTED": Cause.PREEMPTED,
+    "RECONFIG_FAIL": Cause.NODE_FAILED,
+    "REVOKED": Cause.CANCELLED,
+    "TIMEOUT": Cause.TIME_LIMIT,
+}
+# Written into the output where Slurm itself watches over the memory; the job's state is FAILED then.
+_MEMORY = re.compile(r"slurmstepd.*exceeded (job )?memory limit", re.IGNORECASE)
 # Reasons for which a job waits until somebody changes it, or the limits. A job held by its user is not among them: the
 # one who held it knows.
 _HOPELESS = re.compile(
@@ -300,6 +315,10 @@ class SlurmQueue:
         """See `queue.Queue.parse_detail`."""
         return _parse_scontrol(output) if "JobState=" in output else _parse_sacct(output)
 
+    def cause_in(self, output: str) -> Cause:
+        """See `queue.Queue.cause_in`."""
+        return Cause.OUT_OF_MEMORY if _MEMORY.search(output) else Cause.NONE
+
     def cancel_command(self, jobs: Sequence[tuple[str, int | None]]) -> list[str]:
         """See `queue.Queue.cancel_command`."""
         elements: dict[str, set[int] | None] = {}
@@ -349,7 +368,7 @@ def _state(word: str, reason: str, exit_code: str, node: str) -> JobState:
         exit_code = f"{int(exit_code) >> 8}:{int(exit_code) & 0x7F}"
     node = "" if node in ("None assigned", "(null)") else node
     hopeless = phase is Phase.PENDING and _HOPELESS.fullmatch(reason) is not None
-    return JobState(phase, state, reason, exit_code, node, hopeless)
+    return JobState(phase, state, reason, exit_code, node, hopeless, _CAUSES.get(state, Cause.NONE))
 
 
 def _parse_sacct(output: str) -> JobState | None:

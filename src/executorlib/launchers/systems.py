@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeAlias
 
 from executorlib.launchers.base import Events
 from executorlib.launchers.commands import Answer, Commands
-from executorlib.launchers.queue import Batch, JobState, Queue
+from executorlib.launchers.queue import Batch, Cause, JobState, Queue
 from executorlib.resources import listed
 
 logger = logging.getLogger("executorlib")
@@ -84,6 +84,10 @@ class JobSystem(Protocol):
 
     def detail(self, job: JobKey, on_state: Callable[[JobState | None], None]) -> None:
         """Ask what became of a job that is gone."""
+        ...
+
+    def cause_in(self, output: str) -> Cause:
+        """Why a job ended, by what the system wrote at the end of its output; see `Queue.cause_in`."""
         ...
 
     def cancel(self, jobs: Sequence[JobKey]) -> None:
@@ -245,6 +249,10 @@ class CommandSystem:
                 on_state(state)
 
         self._run(argv, answered)
+
+    def cause_in(self, output: str) -> Cause:
+        """See `JobSystem.cause_in`."""
+        return Cause.NONE if self._queue is None else self._queue.cause_in(output)
 
     def cancel(self, jobs: Sequence[JobKey]) -> None:
         """See `JobSystem.cancel`."""
