@@ -50,7 +50,7 @@ class Jobs:
         self.submitted: list[str] = []
 
     def batch(self, command: str = "true", count: int = 1, values: dict[str, Any] | None = None, **more: Any) -> Batch:
-        fields = {key: more.pop(key) for key in ("dependencies", "max_running", "cwd") if key in more}
+        fields = {key: more.pop(key) for key in ("dependencies", "cwd") if key in more}
         directory = self.folder / f"batch {len(self.submitted)}%a"
         directory.mkdir()
         defaults = {"cwd": str(self.folder)}
@@ -244,9 +244,8 @@ def test_ranks_of_mpiexec_see_all_gpus_of_their_node(jobs: Jobs, monkeypatch: py
 # Arrays, dependencies, cancelling.
 
 
-def test_array_with_a_limit(jobs: Jobs) -> None:
-    job_id = jobs.submit(jobs.batch(count=9, max_running=2, slurm_cmd_args=["--hold"]))
-    assert "ArrayTaskThrottle=2" in output_of(["scontrol", "show", "job", job_id])
+def test_array_that_is_held(jobs: Jobs) -> None:
+    job_id = jobs.submit(jobs.batch(count=9, slurm_cmd_args=["--hold"]))
     states = jobs.states()
     assert {states[job_id, index].reason for index in range(9)} == {"JobHeldUser"}
 

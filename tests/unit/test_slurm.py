@@ -24,7 +24,7 @@ needs_pysqa = pytest.mark.skipif(importlib.util.find_spec("pysqa") is None, reas
 
 
 def batch(count: int = 1, values: dict[str, Any] | None = None, **more: Any) -> Batch:
-    fields = {key: more.pop(key) for key in ("directory", "dependencies", "max_running", "cwd") if key in more}
+    fields = {key: more.pop(key) for key in ("directory", "dependencies", "cwd") if key in more}
     defaults: dict[str, Any] = {"directory": "/cache/.executorlib/b1", "cwd": "/home/me/project"}
     return Batch(
         "relax",
@@ -217,10 +217,10 @@ def test_submission_of_one_call_and_of_many() -> None:
     assert queue.submit_command(batch(), "/s") == [
         "sbatch", *both, f"--output={output}.0", f"--error={output}.0", "--open-mode=append", "/s",
     ]  # fmt: skip
-    many = batch(7, max_running=3, directory="/100%/b", slurm_cmd_args=("--mail-type=END", "-w", "node1"))
+    many = batch(7, directory="/100%/b", slurm_cmd_args=("--mail-type=END", "-w", "node1"))
     assert queue.submit_command(many, "/s") == [
         *("sbatch", "--mail-type=END", "-w", "node1", *both),
-        *("--output=/100%%/b/output.%a", "--error=/100%%/b/output.%a", "--open-mode=append", "--array=0-6%3", "/s"),
+        *("--output=/100%%/b/output.%a", "--error=/100%%/b/output.%a", "--open-mode=append", "--array=0-6", "/s"),
     ]
 
 

@@ -97,7 +97,6 @@ class Batch:
         template_values: Further keys of ``resource_dict``, for the template.
         cwd: Absolute path of the directory in which the job starts.
         dependencies: Jobs that have to succeed first; of a queue without dependencies, none.
-        max_running: How many may run at once; None for no limit.
         first: Index of the first call; the others follow. Above 0 it is a job array, even with one call.
     """
 
@@ -109,7 +108,6 @@ class Batch:
     template_values: Mapping[str, Any]
     cwd: str
     dependencies: tuple[Dependency, ...] = ()
-    max_running: int | None = None
     first: int = 0
 
 

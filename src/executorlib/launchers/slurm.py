@@ -256,8 +256,7 @@ class SlurmQueue:
         command = ["sbatch", *options, "--parsable", f"--chdir={batch.cwd}"]
         command += [f"--output={output}", f"--error={output}", "--open-mode=append"]
         if is_array:
-            limit = "" if batch.max_running is None else f"%{batch.max_running}"
-            command.append(f"--array={batch.first}-{batch.first + batch.count - 1}{limit}")
+            command.append(f"--array={batch.first}-{batch.first + batch.count - 1}")
         if batch.dependencies:
             # Without the second option a job whose input has failed would stay in the queue for ever.
             command += [f"--dependency={_dependencies(batch.dependencies)}", "--kill-on-invalid-dep=yes"]
