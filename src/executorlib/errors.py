@@ -45,6 +45,22 @@ def advise_unpicklable(error: BaseException, number: int, name: str) -> BaseExce
     return error
 
 
+def describe_split_world(ranks: int, starter: str, size: int, library: str, advice: str) -> str:
+    """Say that the ranks of an MPI call do not find each other; each would believe that it is the first of few.
+
+    Args:
+        ranks: How many were started.
+        starter: By what.
+        size: How many a rank sees.
+        library: The MPI that mpi4py uses.
+        advice: What to do.
+    """
+    return (
+        f"{ranks} ranks were started by {starter}, but mpi4py sees a world of size {size}: its MPI ({library}) does not "
+        f"find what started it. Results would be wrong. {advice}"
+    )
+
+
 def describe_exit(wait_status: int) -> str:
     """Say in words how a process ended.
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from executorlib import entries
+from executorlib.errors import describe_split_world
 from executorlib.launchers.base import Events, Exit, Process, Timer, boot_code
 from executorlib.launchers.job import read_tail
 from executorlib.launchers.queue import Batch, Cause, JobState, Phase
@@ -236,9 +237,13 @@ class JobWorkerLauncher:
         about = header[1]
         if about["size"] != process.resources.cores:
             process.verdict = RuntimeError(
-                f"{process.resources.cores} ranks were started, but mpi4py sees a world of size {about['size']}: it "
-                f"runs on another MPI ({about['library']}) than what starts the ranks, or pmi_mode does not fit. "
-                "Results would be wrong."
+                describe_split_world(
+                    process.resources.cores,
+                    "the job",
+                    about["size"],
+                    about["library"],
+                    "Use an mpi4py that was built for the MPI of the cluster, and the pmi_mode that suits it.",
+                )
             )
             self.kill(process, 9)
             return

@@ -17,6 +17,7 @@ import tempfile
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from executorlib.errors import describe_split_world
 from executorlib.launchers.base import Events, Exit, Process
 from executorlib.serialize import Frame
 from executorlib.worker.call import THREAD_VARIABLES
@@ -192,10 +193,13 @@ class MpiLauncher:
         about = header[1]
         if about["size"] != process.resources.cores:
             process.verdict = RuntimeError(
-                f"mpiexec started {process.resources.cores} ranks, but mpi4py sees a world of size {about['size']}: "
-                f"mpi4py runs on another MPI ({about['library']}) than {find_mpiexec().path} "
-                f"({find_mpiexec().version}). Results would be wrong. Use an mpi4py that was built for this MPI. "
-                f"{_INSTALL}"
+                describe_split_world(
+                    process.resources.cores,
+                    f"{find_mpiexec().path} ({find_mpiexec().version})",
+                    about["size"],
+                    about["library"],
+                    f"Use an mpi4py that was built for this MPI. {_INSTALL}",
+                )
             )
             self.end(process, agent)
             return

@@ -190,11 +190,11 @@ def _run_ranks(directory: str, index: int, setup: dict[str, Any]) -> int:
     world = MPI.COMM_WORLD.Dup()
     rank, size = world.Get_rank(), world.Get_size()
     if size != ranks:
-        sys.stderr.write(
-            f"executorlib: {ranks} ranks were started, but mpi4py sees a world of size {size}: it runs on another MPI "
-            f"({MPI.Get_library_version().splitlines()[0]}) than what starts the ranks, or pmi_mode does not fit. "
-            "Results would be wrong.\n"
-        )
+        from executorlib.errors import describe_split_world
+
+        library = MPI.Get_library_version().splitlines()[0]
+        advice = "Use an mpi4py that was built for the MPI of the cluster, and the pmi_mode that suits it."
+        sys.stderr.write(f"executorlib: {describe_split_world(ranks, 'the job', size, library, advice)}\n")
         return FAILED
     _choose_gpus(setup["gpus_per_rank"])
     job: dict[str, Any] | int = world.bcast(_claimed(directory, index, setup) if rank == 0 else 0, 0)
