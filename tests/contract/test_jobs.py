@@ -502,6 +502,7 @@ def test_what_kept_a_call_from_beginning_is_not_kept(make_executor: Callable[...
         importlib.invalidate_caches()
         with make_executor(cache_directory=tmp_path / "store") as executor:
             assert isinstance(executor.submit(double, 4).exception(WAIT), ModuleNotFoundError)
+        assert_tidy(tmp_path / "store")  # until then it would be the same job
         module.write_text("def double(x):\n    return 2 * x\n")
         for _ in range(2):
             with make_executor(cache_directory=tmp_path / "store") as executor:
