@@ -54,8 +54,10 @@ check: lint docs test
 bench: $(BIN)/python
 	@$(BIN)/python benchmarks/run.py $(ARGS)
 
+# For some of the figures run one of the two alone: ARGS are for both, such as --rounds 1.
 bench-slurm: $(BIN)/python
 	@tests/slurm/cluster run $(BIN)/python benchmarks/cluster.py $(ARGS)
+	@tests/slurm/cluster run $(BIN)/python benchmarks/allocation.py $(ARGS)
 
 # The cluster goes down again also after a failure or Ctrl-C. Its settings: tests/slurm/cluster help.
 test-slurm: $(VENV)/installed-dev
