@@ -16,15 +16,12 @@ futures, and reading the cache.
 from __future__ import annotations
 
 import contextlib
-import heapq
 import itertools
 import logging
 import os
-import select
 import signal
 import socket
 import threading
-import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -35,6 +32,7 @@ from executorlib import serialize
 from executorlib.errors import ExecutorlibSocketError, RemoteTraceback, advise_unpicklable
 from executorlib.futures import Stored, StoredCall, fill_in, input_error, stored
 from executorlib.launchers.base import Events, Exit, Launcher, Process, tail_text
+from executorlib.poller import Poller
 from executorlib.resources import Demand, Resources
 from executorlib.scheduler import (
     BlockScheduler,
@@ -55,10 +53,6 @@ from executorlib.task import CANCELLED, FAILED, LAUNCHING, RUNNING, CallFuture, 
 from executorlib.worker.call import PERMIT
 
 logger = logging.getLogger("executorlib")
-
-# The same bits for epoll and poll. Used directly, because the selectors module takes longer for an event than we do.
-_HAS_EPOLL = hasattr(select, "epoll")
-_READABLE, _WRITABLE = select.POLLIN, select.POLLOUT
 
 # Functions that one worker of a block keeps the pickles of, and their bytes; beyond that they are sent anew.
 _FUNCTIONS_PER_WORKER = 256
@@ -116,7 +110,7 @@ class _Cancelled:
         self._loop.post(self._loop.on_cancelled, self._task)
 
 
-class Loop(Events):
+class Loop(Poller, Events):
     """Runs the calls of one executor.
 
     Args:
@@ -143,6 +137,7 @@ class Loop(Events):
         name: str,
         jobs: bool = False,
     ) -> None:
+        super().__init__()
         self._number = next(_loop_numbers)
         self._jobs = jobs
         self.scheduler: Scheduler = scheduler
@@ -165,8 +160,6 @@ class Loop(Events):
         self._broken_by: BaseException | None = None
         self._last_death = ""
         self._ended_by = ""  # who has ended all workers
-        self._timers: list[tuple[float, int, Callable[[], None]]] = []
-        self._timer_numbers = itertools.count()
         self._soon: list[Callable[[], None]] = []
         self._function_pickler = serialize.FunctionPickler()
         self._function_numbers: dict[bytes, int] = {}
@@ -177,8 +170,6 @@ class Loop(Events):
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
         os.set_blocking(self._wake_write, False)
-        self._poll: Any = select.epoll() if _HAS_EPOLL else select.poll()
-        self._callbacks: dict[int, tuple[Callable[[], None], Callable[[], None] | None]] = {}
         self.watch(self._wake_read, self._on_wake)
         self._launcher = make_launcher(self)
         self._thread = threading.Thread(target=self._run, name=name, daemon=False)
@@ -421,28 +412,14 @@ class Loop(Events):
 
     def _wait(self) -> None:
         """Sleep until something happens, and take it in. With more in the inbox only look: callbacks may never end."""
-        timeout = -1.0
-        if self._timers:
-            timeout = max(0.0, self._timers[0][0] - time.monotonic())
+        timeout = self.next_timer()
         self._sleeping = True
         if self._inbox:
             timeout = 0.0
-        # epoll takes seconds, poll milliseconds; for both, below zero is for ever.
-        ready = self._poll.poll(timeout if _HAS_EPOLL or timeout <= 0 else timeout * 1000)
+        ready = self.poll(timeout)
         self._sleeping = False
         self._settled = False
-        for fd, mask in ready:
-            callbacks = self._callbacks.get(fd)
-            if callbacks is None:
-                continue  # unwatched by an earlier one of this turn
-            on_readable, on_writable = callbacks
-            if mask & _WRITABLE and on_writable is not None:
-                on_writable()
-            # Also errors and hang-ups: reading tells what it is.
-            if mask & ~_WRITABLE and fd in self._callbacks:
-                on_readable()
-        while self._timers and self._timers[0][0] <= time.monotonic():
-            heapq.heappop(self._timers)[2]()
+        self.call_back(ready)
 
     def _carry_out(self, effect: Effect) -> None:
         if isinstance(effect, Send):
@@ -491,7 +468,7 @@ class Loop(Events):
                 self.scheduler.on_unsent(worker, task, CANCELLED)
                 self._drop(task)
                 continue
-            if self._jobs and self._block is None:
+            if self._jobs:
                 continue  # its entry in the cache directory has all
             try:
                 self._put_call(process, task, now)
@@ -612,7 +589,7 @@ class Loop(Events):
             task.cache_path = str(entries.entry_path(directory, key, "o"))
             if self._jobs:
                 self._refer_to_results(task, key)
-            output = entries.read_output(task.cache_path) if os.path.exists(task.cache_path) else None
+            output = entries.read_output(task.cache_path)
         except BaseException as error:
             self._fail(task, error)
             return
@@ -671,7 +648,7 @@ class Loop(Events):
 
     def on_connected(self, process: Process) -> None:
         """See `Events.on_connected`."""
-        if self._jobs and self._block is None:
+        if self._jobs:
             self._settled = False
             self.scheduler.on_started(process.worker)
             return
@@ -772,10 +749,6 @@ class Loop(Events):
             self.scheduler.on_node_lost(node)
 
     # -- deadlines ----------------------------------------------------------------------------------------------------
-
-    def call_later(self, seconds: float, callback: Callable[[], None]) -> None:
-        """See `Events.call_later`."""
-        heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._timer_numbers), callback))
 
     def call_soon(self, callback: Callable[[], None]) -> None:
         """See `Events.call_soon`."""
@@ -879,29 +852,6 @@ class Loop(Events):
             task.future.on_cancel = None
         task.release()
 
-    # -- the selector -------------------------------------------------------------------------------------------------
-
-    def watch(self, fileobj: Any, callback: Callable[[], None]) -> None:
-        """See `Events.watch`."""
-        fd = _descriptor(fileobj)
-        self._poll.register(fd, _READABLE)
-        self._callbacks[fd] = (callback, None)
-
-    def watch_writable(self, fileobj: Any, wanted: bool, callback: Callable[[], None]) -> None:
-        """See `Events.watch_writable`."""
-        fd = _descriptor(fileobj)
-        callbacks = self._callbacks.get(fd)
-        if callbacks is None or (callbacks[1] is not None) == wanted:
-            return
-        self._callbacks[fd] = (callbacks[0], callback if wanted else None)
-        self._poll.modify(fd, _READABLE | _WRITABLE if wanted else _READABLE)
-
-    def unwatch(self, fileobj: Any) -> None:
-        """See `Events.unwatch`."""
-        fd = _descriptor(fileobj)
-        if self._callbacks.pop(fd, None) is not None:
-            self._poll.unregister(fd)
-
     def _on_wake(self) -> None:
         with contextlib.suppress(BlockingIOError):
             os.read(self._wake_read, 4096)
@@ -933,8 +883,7 @@ class Loop(Events):
 
     def _end(self) -> None:
         self._launcher.close()
-        if _HAS_EPOLL:
-            self._poll.close()
+        self.close_poll()
         os.close(self._wake_read)
         os.close(self._wake_write)
         self._function_pickler.clear()
@@ -952,11 +901,6 @@ class Loop(Events):
             with contextlib.suppress(OSError):
                 os.close(fd)
         self._callbacks.clear()
-
-
-def _descriptor(fileobj: Any) -> int:
-    fd: int = fileobj if isinstance(fileobj, int) else fileobj.fileno()
-    return fd
 
 
 def _name_of_input(future: Future[Any]) -> Any:

@@ -15,20 +15,18 @@ The relay ends with its executor and takes all workers of its node along.
 from __future__ import annotations
 
 import contextlib
-import heapq
 import itertools
 import os
-import select
 import signal
 import socket
 import sys
-import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from executorlib import machine, serialize
 from executorlib.launchers.base import Exit, Process
 from executorlib.launchers.local import LocalLauncher
+from executorlib.poller import Poller
 from executorlib.resources import Resources
 from executorlib.serialize import Frame
 from executorlib.transports.curve import CONNECTION_VARIABLE, Credentials
@@ -73,7 +71,7 @@ class _Worker:
         return [_Call()] * len(self.running)
 
 
-class Relay:
+class Relay(Poller):
     """A loop as `launchers.base.Events` describes it, between a connection and a launcher.
 
     Args:
@@ -83,12 +81,9 @@ class Relay:
     """
 
     def __init__(self, dealer: Dealer, environ: dict[str, str], launcher: dict[str, Any]) -> None:
+        super().__init__()
         self._dealer = dealer
         self._environ = environ
-        self._poll = select.poll()
-        self._callbacks: dict[int, tuple[Callable[[], None], Callable[[], None] | None]] = {}
-        self._timers: list[tuple[float, int, Callable[[], None]]] = []
-        self._timer_numbers = itertools.count()
         self._workers: dict[int, _Worker] = {}
         self._parts: list[list[Any]] = []  # to be sent
         self._frames: list[Frame] = []
@@ -124,7 +119,7 @@ class Relay:
             while not self._ended_by:
                 self._take_messages()
                 if not self._send():
-                    self._wait()
+                    self.call_back(self.poll(self.next_timer()))
             self._dealer.send(["bye", self._ended_by])
         except EOFError:
             pass  # the executor is gone
@@ -144,20 +139,6 @@ class Relay:
                     touched[worker] = None
             for worker in touched:
                 self._pass_on(worker)
-
-    def _wait(self) -> None:
-        timeout = None if not self._timers else max(0.0, self._timers[0][0] - time.monotonic()) * 1000
-        for fd, mask in self._poll.poll(timeout):
-            callbacks = self._callbacks.get(fd)
-            if callbacks is None:
-                continue
-            on_readable, on_writable = callbacks
-            if mask & select.POLLOUT and on_writable is not None:
-                on_writable()
-            if mask & ~select.POLLOUT and fd in self._callbacks:
-                on_readable()
-        while self._timers and self._timers[0][0] <= time.monotonic():
-            heapq.heappop(self._timers)[2]()
 
     def _put(self, number: int, header: list[Any], frames: Sequence[Frame] = ()) -> None:
         self._parts.append([number, header, len(frames)])
@@ -231,30 +212,6 @@ class Relay:
 
     # -- Events ---------------------------------------------------------------------------------------------------
 
-    def watch(self, fileobj: Any, callback: Callable[[], None]) -> None:
-        """See `Events.watch`."""
-        fd = _descriptor(fileobj)
-        self._poll.register(fd, select.POLLIN)
-        self._callbacks[fd] = (callback, None)
-
-    def watch_writable(self, fileobj: Any, wanted: bool, callback: Callable[[], None]) -> None:
-        """See `Events.watch_writable`."""
-        fd = _descriptor(fileobj)
-        callbacks = self._callbacks.get(fd)
-        if callbacks is not None and (callbacks[1] is not None) != wanted:
-            self._callbacks[fd] = (callbacks[0], callback if wanted else None)
-            self._poll.modify(fd, select.POLLIN | select.POLLOUT if wanted else select.POLLIN)
-
-    def unwatch(self, fileobj: Any) -> None:
-        """See `Events.unwatch`."""
-        fd = _descriptor(fileobj)
-        if self._callbacks.pop(fd, None) is not None:
-            self._poll.unregister(fd)
-
-    def call_later(self, seconds: float, callback: Callable[[], None]) -> None:
-        """See `Events.call_later`."""
-        heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._timer_numbers), callback))
-
     def call_soon(self, callback: Callable[[], None]) -> None:
         """See `Events.call_soon`."""
         self.call_later(0.0, callback)
@@ -294,11 +251,6 @@ class Relay:
         self._put(worker.number, ["exit", about], [] if error is None else serialize.dumps(error))
         if process.on_gone is not None:
             process.on_gone()
-
-
-def _descriptor(fileobj: Any) -> int:
-    fd: int = fileobj if isinstance(fileobj, int) else fileobj.fileno()
-    return fd
 
 
 def main(environ: dict[str, str], launcher: dict[str, Any]) -> None:

@@ -1,0 +1,84 @@
+"""Waits for descriptors and timers, and calls back: what the executor's loop and a node's relay have in common."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import select
+import time
+from collections.abc import Callable
+from typing import Any
+
+# The same bits for epoll and poll. Used directly, because the selectors module takes longer for an event than we do.
+_HAS_EPOLL = hasattr(select, "epoll")
+_READABLE, _WRITABLE = select.POLLIN, select.POLLOUT
+
+
+class Poller:
+    """The part of `launchers.base.Events` that is about waiting. For one thread."""
+
+    def __init__(self) -> None:
+        self._poll: Any = select.epoll() if _HAS_EPOLL else select.poll()
+        self._callbacks: dict[int, tuple[Callable[[], None], Callable[[], None] | None]] = {}
+        self._timers: list[tuple[float, int, Callable[[], None]]] = []
+        self._timer_numbers = itertools.count()
+
+    def watch(self, fileobj: Any, callback: Callable[[], None]) -> None:
+        """See `Events.watch`."""
+        fd = _descriptor(fileobj)
+        self._poll.register(fd, _READABLE)
+        self._callbacks[fd] = (callback, None)
+
+    def watch_writable(self, fileobj: Any, wanted: bool, callback: Callable[[], None]) -> None:
+        """See `Events.watch_writable`."""
+        fd = _descriptor(fileobj)
+        callbacks = self._callbacks.get(fd)
+        if callbacks is None or (callbacks[1] is not None) == wanted:
+            return
+        self._callbacks[fd] = (callbacks[0], callback if wanted else None)
+        self._poll.modify(fd, _READABLE | _WRITABLE if wanted else _READABLE)
+
+    def unwatch(self, fileobj: Any) -> None:
+        """See `Events.unwatch`."""
+        fd = _descriptor(fileobj)
+        if self._callbacks.pop(fd, None) is not None:
+            self._poll.unregister(fd)
+
+    def call_later(self, seconds: float, callback: Callable[[], None]) -> None:
+        """See `Events.call_later`."""
+        heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._timer_numbers), callback))
+
+    def next_timer(self) -> float:
+        """Seconds until a timer is due; below zero for never."""
+        return max(0.0, self._timers[0][0] - time.monotonic()) if self._timers else -1.0
+
+    def poll(self, timeout: float) -> list[tuple[int, int]]:
+        """Sleep until a descriptor is ready, for so many seconds at most; below zero for ever."""
+        # epoll takes seconds, poll milliseconds.
+        ready: list[tuple[int, int]] = self._poll.poll(timeout if _HAS_EPOLL or timeout <= 0 else timeout * 1000)
+        return ready
+
+    def call_back(self, ready: list[tuple[int, int]]) -> None:
+        """Call what waits for these descriptors, then timers that are due."""
+        for fd, mask in ready:
+            callbacks = self._callbacks.get(fd)
+            if callbacks is None:
+                continue  # unwatched by an earlier one of this turn
+            on_readable, on_writable = callbacks
+            if mask & _WRITABLE and on_writable is not None:
+                on_writable()
+            # Also errors and hang-ups: reading tells what it is.
+            if mask & ~_WRITABLE and fd in self._callbacks:
+                on_readable()
+        while self._timers and self._timers[0][0] <= time.monotonic():
+            heapq.heappop(self._timers)[2]()
+
+    def close_poll(self) -> None:
+        """Free what waiting takes; what is watched stays open."""
+        if _HAS_EPOLL:
+            self._poll.close()
+
+
+def _descriptor(fileobj: Any) -> int:
+    fd: int = fileobj if isinstance(fileobj, int) else fileobj.fileno()
+    return fd
