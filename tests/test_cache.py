@@ -23,6 +23,7 @@ import cloudpickle
 import pytest
 
 from executorlib import cache, entries, terminate
+from executorlib.worker import job
 
 pytestmark = pytest.mark.cache
 
@@ -601,3 +602,160 @@ def test_what_needs_h5py_says_how_to_install_it(tmp_path: Path, monkeypatch: pyt
 def test_importing_the_module_loads_neither_h5py_nor_numpy() -> None:
     code = "import executorlib.cache, json, sys; print(json.dumps([n in sys.modules for n in ('h5py', 'numpy')]))"
     assert json.loads(output_of(run(code))) == [False, False]
+
+
+# Whose files are read.
+
+STRANGER = 65534
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+
+
+def folder_for(folder: Path, mode: int) -> Path:
+    folder.mkdir(exist_ok=True)
+    folder.chmod(mode)
+    return folder
+
+
+def give_away(root: Path, *paths: Path) -> None:
+    """Make files, and the folders that they are in below the root, a stranger's."""
+    for path in paths:
+        for part in (path, *path.parents):
+            if part == root:
+                break
+            os.chown(part, STRANGER, STRANGER)
+
+
+@needs_root
+@pytest.mark.parametrize("mode", [0o777, 0o1777])
+@pytest.mark.parametrize("key", ["a", "sub/folder/a"])
+def test_files_of_strangers_are_not_unpickled(tmp_path: Path, mode: int, key: str) -> None:
+    """Where everybody may write, a stranger can have made the file, and the folder that it is in."""
+    store = folder_for(tmp_path / "store", mode)
+    path, waiting = entries.entry_path(store, key), str(entries.entry_path(store, key, "i"))
+    call: dict[str, Any] = {"function": abs, "input_args": [1], "input_kwargs": {}, "resource_dict": {}}
+    assert entries.write_input(waiting, call)
+    give_away(store, Path(waiting))
+    with pytest.raises(PermissionError, match=f"{waiting} is not read.*everybody may write to {store}"):
+        entries.read_input(waiting, str(store))
+    with pytest.raises(PermissionError, match="is not read"):
+        terminate.terminate_task_in_cache(store, key)
+    assert Path(waiting).exists()
+    write(path, output=3)
+    give_away(store, path)
+    reference = pickle.dumps(entries.ResultOf(str(path), (), entries.root_of(str(path), key)))
+    for read in (
+        lambda: cache.get_future_from_cache(store, key),
+        lambda: cache.get_cache_data(store),
+        lambda: entries.read_entry(path, store),
+        lambda: entries.read_ending(str(path), str(store)),
+        lambda: pickle.loads(reference),
+    ):
+        with pytest.raises(PermissionError, match=f"chmod o-w {store}"):
+            read()
+
+
+@needs_root
+def test_future_of_a_file_that_a_stranger_puts_there(tmp_path: Path) -> None:
+    store = folder_for(tmp_path / "store", 0o1777)
+    call: dict[str, Any] = {"function": abs, "input_args": [1], "input_kwargs": {}, "resource_dict": {}}
+    assert entries.write_input(str(entries.entry_path(store, "a", "i")), call)
+    future = cache.get_future_from_cache(store, "a")
+    elsewhere = tmp_path / "planted"
+    write(elsewhere, output=3)
+    give_away(tmp_path, elsewhere)
+    elsewhere.rename(entries.entry_path(store, "a"))
+    assert isinstance(future.exception(SECONDS), PermissionError)
+
+
+@needs_root
+@pytest.mark.parametrize("mode", [0o755, 0o2775])
+def test_files_of_those_whom_the_owner_lets_write(tmp_path: Path, mode: int) -> None:
+    """Also where the cache directory, of which they are the owner, is in a folder for everybody."""
+    store = folder_for(folder_for(tmp_path / "scratch", 0o1777) / "store", mode)
+    path = entries.entry_path(store, "sub/a")
+    write(path, output=3)
+    give_away(store.parent, path)
+    assert cache.get_future_from_cache(store, "sub/a").result() == 3
+    assert [row["output"] for row in cache.get_cache_data(store)] == [3]
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_own_files_where_everybody_may_write(tmp_path: Path, link: bool) -> None:
+    store = folder_for(tmp_path / "store", 0o777)
+    if link:
+        store = tmp_path / "link"
+        store.symlink_to("store")
+    write(entries.entry_path(store, "sub/a"), output=3)
+    assert cache.get_future_from_cache(store, "sub/a").result() == 3
+    assert [row["output"] for row in cache.get_cache_data(store)] == [3]
+
+
+def test_a_change_of_the_mode_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = folder_for(tmp_path / "store", 0o755)
+    path = entries.entry_path(store, "a")
+    write(path, output=3)
+    monkeypatch.setattr(entries, "_is_trusted", lambda owner: False)
+    assert entries.read_output(path, store) is not None
+    store.chmod(0o757)
+    monkeypatch.setattr(entries, "_MODE_SECONDS", 0.0)
+    with pytest.raises(PermissionError):
+        entries.read_output(path, store)
+
+
+def test_nobody_else_can_write_to_what_is_made(tmp_path: Path) -> None:
+    """Even with a umask that lets everybody."""
+    before = os.umask(0)
+    try:
+        write(tmp_path / "a_o.h5", output=3)
+        assert entries.write_input(str(tmp_path / "b_i.h5"), {"function": abs})
+        batch = Path(entries.batch_directory(str(tmp_path), "batch"))
+        entries.take_over(str(tmp_path / "b_i.h5"), "it")
+    finally:
+        os.umask(before)
+    made = [tmp_path / "a_o.h5", batch, batch.parent, *batch.parent.iterdir()]
+    assert [path for path in made if path.stat().st_mode & 0o002] == []
+
+
+@pytest.mark.timeout(SECONDS)
+def test_pipe_in_the_place_of_a_file(tmp_path: Path) -> None:
+    """Nobody writes to it, so who waited for that would wait for ever."""
+    os.mkfifo(tmp_path / "a_o.h5")
+    assert entries.read_output(tmp_path / "a_o.h5") is None
+    assert entries.datasets_of(tmp_path / "a_o.h5") == set()
+
+
+def test_programs_of_jobs_where_everybody_may_write(tmp_path: Path) -> None:
+    """In a folder without the sticky bit anybody can rename what is there, and put something else in its place."""
+    store = folder_for(tmp_path / "store", 0o777)
+    with pytest.raises(PermissionError, match=f"jobs are not run from .*chmod o-w {store}"):
+        entries.batch_directory(str(store), "batch")
+    store.chmod(0o1777)
+    assert Path(entries.batch_directory(str(store), "batch")).is_dir()
+
+
+@needs_root
+def test_programs_of_jobs_in_a_folder_of_a_stranger(tmp_path: Path) -> None:
+    store = folder_for(tmp_path / "store", 0o1777)
+    folder = folder_for(store / entries.BATCHES_FOLDER, 0o755)
+    give_away(store, folder)
+    with pytest.raises(PermissionError, match="nobody's"):
+        entries.batch_directory(str(store), "batch")
+    assert not list(folder.iterdir())
+
+
+@needs_root
+@pytest.mark.parametrize("name", [entries.SETUP_FILE, entries.OWNER_FILE, entries.ENTRIES_FILE, entries.JOB_ID_FILE])
+def test_files_of_batches_that_a_stranger_put_there(tmp_path: Path, name: str) -> None:
+    store = folder_for(tmp_path / "store", 0o1777)
+    batch = Path(entries.batch_directory(str(store), "batch"))
+    path = entries.entry_path(store, "a", "i")
+    call: dict[str, Any] = {"function": abs, "input_args": [1], "input_kwargs": {}, "resource_dict": {}}
+    assert entries.write_input(str(path), {**call, "batch": str(batch)})
+    (batch / entries.SETUP_FILE).write_bytes(pickle.dumps({"system": "none"}))
+    (batch / entries.OWNER_FILE).write_text('{"system": "Slurm"}')
+    (batch / entries.ENTRIES_FILE).write_text(f"0 {path}\n")
+    (batch / entries.JOB_ID_FILE).write_text("7")
+    assert cache.job_of(str(path), store) == ("7", None, "Slurm")
+    give_away(batch.parent, batch / name)
+    with pytest.raises(PermissionError, match=f"{name} is not read"):
+        job.run(str(batch), 0) if name == entries.SETUP_FILE else cache.job_of(str(path), store)

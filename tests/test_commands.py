@@ -238,6 +238,20 @@ class Unrepresentable:
         raise RuntimeError
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_show_does_not_unpickle_what_anybody_can_have_written(tmp_path: Path, call: Call) -> None:
+    store = tmp_path / "store"
+    store.mkdir()
+    store.chmod(0o1777)
+    path = write(store / "sub/a_o.h5", output=3)
+    for each in (path, path.parent):
+        os.chown(each, 65534, 65534)
+    code, out, err = call("cache", "show", "sub/a", "-d", store)
+    assert (code, out) == (1, "")
+    assert f"chmod o-w {store}" in err
+    assert call("cache", "ls", "-d", store)[0] == 0
+
+
 def test_show_writes_json(tmp_path: Path, call: Call) -> None:
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
     try:

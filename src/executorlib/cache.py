@@ -1,7 +1,7 @@
 """What users ask of a cache directory: its entries, as a list or as futures. Their files are in `executorlib.entries`.
 
-Reading an entry unpickles it, and unpickling runs whatever the file says: use only cache directories that
-nobody else can write to, or whose writers you trust.
+Reading an entry unpickles it, and unpickling runs whatever the file says: use only cache directories whose writers
+you trust. Where everybody may write, only this user's own files are read, and root's.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from executorlib.entries import (
     OUTPUT,
     OWNER_FILE,
     WRITING,
+    UntrustedFile,
     batch_entries,
     entry_path,
     output_of,
@@ -55,14 +56,15 @@ def get_cache_data(cache_directory: str | os.PathLike[str]) -> list[dict[str, An
 
     Raises:
         ImportError: If there are entries and h5py is missing.
+        PermissionError: If everybody may write to the directory, and a file there is another user's.
     """
     rows = []
     for path in _files(cache_directory, (INPUT, OUTPUT)):
-        values = read_values(path, DATASETS)
+        values = read_values(path, DATASETS, cache_directory)
         if values is None:
             continue
         if path.endswith(INPUT) and "queue_id" not in values:
-            job_id, _, _ = job_of(path)
+            job_id, _, _ = job_of(path, cache_directory)
             if job_id is not None:
                 values["queue_id"] = int(job_id) if job_id.isdigit() else job_id
         rows.append({**values, "filename": path})
@@ -87,14 +89,15 @@ def get_future_from_cache(cache_directory: str | os.PathLike[str], cache_key: st
         Exception: What the function raised.
         FileNotFoundError: If there is no entry of that key.
         ImportError: If h5py is missing.
+        PermissionError: If everybody may write to the directory, and the file is another user's.
         ValueError: If the key leads out of the directory.
     """
     path = os.path.abspath(entry_path(cache_directory, cache_key))
     # Looked for again at the end: it may get done between the first two looks.
-    output = read_output(path)
+    output = read_output(path, cache_directory)
     running = output is None and _is_pending(path)
     if output is None and not running:
-        output = read_output(path)
+        output = read_output(path, cache_directory)
     if output is None and not running:
         raise FileNotFoundError(
             f"the cache directory {os.fspath(cache_directory)} has no entry {cache_key!r}; "
@@ -102,7 +105,7 @@ def get_future_from_cache(cache_directory: str | os.PathLike[str], cache_key: st
         )
     future: Future[Any] = Future()
     if output is None:
-        _watcher.watch(future, path)
+        _watcher.watch(future, path, os.path.abspath(cache_directory))
     elif output.error is not None:
         raise output.error
     else:
@@ -115,32 +118,38 @@ def pending_entries(directory: str | os.PathLike[str]) -> list[str]:
     return [path for path in _files(directory, (INPUT,)) if not os.path.exists(output_of(path))]
 
 
-def job_of(path: str) -> tuple[str | None, int | None, str | None]:
+def job_of(path: str, root: str | os.PathLike[str]) -> tuple[str | None, int | None, str | None]:
     """Say which job runs an entry that waits or runs.
 
     Args:
         path: The entry's file.
+        root: The cache directory.
 
     Returns:
         The job's id, its index in the job array (None for a plain job), and the name of the system that has it; each
         None where that is not known.
+
+    Raises:
+        PermissionError: Everybody may write to the directory, and a file that tells is another user's.
     """
     path = os.path.realpath(path)  # as batches name it
-    values = read_values(path, ("batch", "queue_id")) or {}
+    values = read_values(path, ("batch", "queue_id"), root) or {}
     directory = values.get("batch")
     if directory is None:
         job = values.get("queue_id")
         return None if job is None else str(job), None, None
     try:
         indices = {entry: index for index, entry in batch_entries(directory).items()}
-        owner = json.loads(read_text(os.path.join(directory, OWNER_FILE)) or "{}")
+        owner = json.loads(read_text(directory, OWNER_FILE) or "{}")
+    except UntrustedFile:
+        raise
     except (OSError, ValueError):
         return None, None, None
     index = indices.get(path)
     if index is None:
         return None, None, owner.get("system")
     is_array = len(indices) > 1 or index > 0
-    return read_text(os.path.join(directory, JOB_ID_FILE)), index if is_array else None, owner.get("system")
+    return read_text(directory, JOB_ID_FILE), index if is_array else None, owner.get("system")
 
 
 def _files(directory: str | os.PathLike[str], endings: tuple[str, ...]) -> Iterator[str]:
@@ -171,42 +180,42 @@ class _Watcher:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._new: list[tuple[Future[Any], str]] = []
+        self._new: list[tuple[Future[Any], str, str]] = []
         self._running = False
 
-    def watch(self, future: Future[Any], path: str) -> None:
-        """Resolve a future once the file is there."""
+    def watch(self, future: Future[Any], path: str, root: str) -> None:
+        """Resolve a future once the file is there, in the cache directory `root`."""
         with self._lock:
-            self._new.append((future, path))
+            self._new.append((future, path, root))
             if not self._running:
                 self._running = True
                 # A daemon: nobody's result is lost when the interpreter ends before a file appears.
                 threading.Thread(target=self._run, name="executorlib-cache", daemon=True).start()
 
     def _run(self) -> None:
-        watched: dict[Future[Any], tuple[str, float]] = {}  # its file, when it was last seen pending
+        watched: dict[Future[Any], tuple[str, str, float]] = {}  # its file and root, when it was last seen pending
         while True:
             with self._lock:
-                watched.update({future: (path, time.monotonic()) for future, path in self._new})
+                watched.update({future: (path, root, time.monotonic()) for future, path, root in self._new})
                 self._new.clear()
                 if not watched:
                     self._running = False
                     return
             began = time.thread_time()
-            for future, (path, seen) in list(watched.items()):
+            for future, (path, root, seen) in list(watched.items()):
                 if future.cancelled():
                     future.set_running_or_notify_cancel()  # tells those who wait for it
                     del watched[future]
-                elif self._look(future, path, seen):
+                elif self._look(future, path, root, seen):
                     del watched[future]
                 elif _is_pending(path):
-                    watched[future] = (path, time.monotonic())
+                    watched[future] = (path, root, time.monotonic())
             del future
             pause = (time.thread_time() - began) / _POLL_SHARE
             time.sleep(max(_POLL_SECONDS, min(pause, _LONGEST_POLL_SECONDS)))
 
     @staticmethod
-    def _look(future: Future[Any], path: str, seen: float) -> bool:
+    def _look(future: Future[Any], path: str, root: str, seen: float) -> bool:
         """Resolve the future if its entry is done, damaged or removed, and say whether it was."""
         if not os.path.exists(path):
             if time.monotonic() - seen < _GONE_SECONDS:
@@ -215,7 +224,7 @@ class _Watcher:
             future.set_running_or_notify_cancel()
             return True
         try:
-            output = read_output(path)
+            output = read_output(path, root)
             if output is None:
                 raise OSError(f"the cache file {path} is damaged; remove it and run the call again")
             error = output.error

@@ -223,6 +223,8 @@ def _jobs_of(batch: str) -> Iterator[Job]:
         printed = {name for name in os.listdir(batch) if name.startswith("output.")}
     except (FileNotFoundError, ValueError):
         return  # removed meanwhile, or not complete
+    except entries.UntrustedFile:
+        return  # whatever it says
     try:
         name = Path(batch, entries.JOB_ID_FILE).read_text(encoding="utf-8").strip() or None
     except FileNotFoundError:
@@ -494,7 +496,7 @@ def _show(options: argparse.Namespace) -> int:
     shown = _entry_as_json(entry, time.time())
     if job:
         shown |= {"job": job.name, "job_output": job.output}
-    values = entries.read_entry(entry.path) if entry.state != "failed" else {}
+    values = entries.read_entry(entry.path, options.directory) if entry.state != "failed" else {}
     if values is None:
         raise CommandFailed(
             f"{entry.path} cannot be read; a warning above tells why. Where a module is missing, run "

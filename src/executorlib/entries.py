@@ -4,8 +4,9 @@ An entry is the file ``<key>_i.h5`` while its call waits or runs and ``<key>_o.h
 datasets, each the pickle of one value as a row of bytes, are `function`, `input_args`, `input_kwargs`,
 `resource_dict`, `output` or `error`, `runtime`, `queue_id` and `error_log_file`, as far as they are known.
 
-Reading an entry unpickles it, and unpickling runs whatever the file says: use only cache directories that
-nobody else can write to, or whose writers you trust.
+Reading an entry unpickles it, and unpickling runs whatever the file says. So only files of those are read whom the
+directory's owner lets write there, which is to be somebody to trust; and where that is everybody, only those of this
+user and of root. What reads a file takes the cache directory as `root` for this, as all folders from there on count.
 
 Several processes may use one directory at once. A file is put in place by a rename, so a reader sees a whole
 entry or none, and of two writers the last one stays. No lock is taken, because network file systems often
@@ -18,6 +19,7 @@ import contextlib
 import io
 import os
 import pickle
+import stat
 import time
 from typing import NamedTuple
 
@@ -27,10 +29,10 @@ from executorlib.serialize import dumps_in_band
 # Nothing is loaded here that jobs do without: what a job loads, it pays for at every start.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
     from types import ModuleType
-    from typing import Any, Literal
+    from typing import Any, BinaryIO, Literal
 
 INPUT, OUTPUT = "_i.h5", "_o.h5"
 # Where jobs of queuing systems find what they are to run: one folder a batch, in this folder of the cache directory.
@@ -63,6 +65,11 @@ _CHUNK_BYTES = 1 << 20
 
 _NAME_BYTES = 255  # of one file name, on all common file systems
 
+# What may be done with what is made here, as far as the umask lets it: never written to by everybody.
+_FOLDER_MODE, _FILE_MODE = 0o775, 0o664
+# How long a folder's mode is taken for known, in seconds, and of how many.
+_MODE_SECONDS, _MODES_KEPT = 2.0, 1000
+
 # How long the result of an input may take to show on another node's file system, in seconds.
 _SHOW_SECONDS = 30.0
 # Who has marked an entry as dead removes it at once; after so long, whoever it was is dead as well.
@@ -81,6 +88,10 @@ class Output(NamedTuple):
     value: Any
     error: BaseException | None
     runtime: float | None
+
+
+class UntrustedFile(PermissionError):
+    """A file is not read, or a folder not used, because anybody could have put it there."""
 
 
 class StoredResult:
@@ -117,25 +128,27 @@ class ResultOf:
     Args:
         path: The other entry's output file, absolute.
         keys: What to take of the result: ``result[keys[0]][keys[1]]...``.
+        root: The other entry's cache directory; by default the file's folder.
     """
 
-    def __init__(self, path: str, keys: tuple[Any, ...] = ()) -> None:
+    def __init__(self, path: str, keys: tuple[Any, ...] = (), root: str | None = None) -> None:
         self._path = path
         self._keys = keys
+        self._root = root
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _load_result, (self._path, self._keys)
+        return _load_result, (self._path, self._keys, self._root)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._path!r}, {self._keys!r})"
 
 
-def _load_result(path: str, keys: tuple[Any, ...]) -> Any:
-    output = read_output(path)
+def _load_result(path: str, keys: tuple[Any, ...], root: str | None = None) -> Any:
+    output = read_output(path, root)
     give_up = time.monotonic() + _SHOW_SECONDS
     while output is None and not os.path.exists(path) and time.monotonic() < give_up:
         time.sleep(1.0)
-        output = read_output(path)
+        output = read_output(path, root)
     if output is None:
         raise FileNotFoundError(f"an input of this call is the result of {path}, which is not there (any more)")
     if output.error is not None:
@@ -180,6 +193,11 @@ def entry_path(directory: str | os.PathLike[str], key: str, suffix: Literal["i",
             f"the cache_key {key[:40]!r}... is too long for a file name; use at most {_NAME_BYTES - len(OUTPUT)} bytes"
         )
     return path
+
+
+def root_of(path: str, key: str) -> str:
+    """The cache directory of the output file that `entry_path` named for a key."""
+    return path.removesuffix(key + OUTPUT).rstrip(os.sep) or os.sep
 
 
 class Snapshot(bytes):
@@ -268,7 +286,7 @@ def write_input(path: str, values: dict[str, Any]) -> bool:
     data = _pack(values)
     temporary = _temporary(path)
     try:
-        with open(temporary, "xb") as file:
+        with open(temporary, "xb", opener=_create) as file:
             file.write(data)
         try:
             os.link(temporary, path)
@@ -277,7 +295,7 @@ def write_input(path: str, values: dict[str, Any]) -> bool:
         except OSError:
             # No hard links here. An empty file is claimed as well, and `read_input` knows that it may be filled soon.
             try:
-                os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+                os.close(_create(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
             except FileExistsError:
                 return False
             os.replace(temporary, path)
@@ -287,18 +305,22 @@ def write_input(path: str, values: dict[str, Any]) -> bool:
             os.unlink(temporary)
 
 
-def read_input(path: str) -> dict[str, Any] | None:
+def read_input(path: str, root: str | None = None) -> dict[str, Any] | None:
     """Read what is to be run.
 
     Args:
         path: The file, as `write_input` made it.
+        root: The cache directory; by default the file's folder.
 
     Returns:
         The pickles ``function``, ``input_args``, ``input_kwargs`` and ``resource_dict``; ``batch``, the batch directory
         (None in files of executorlib 1.x), and ``run_time_max`` and ``error_log_file`` as values. None where there is
         no such file or it cannot be read.
+
+    Raises:
+        UntrustedFile: Anybody could have put it there.
     """
-    pickles = _read_or_none(path, (*_CALL, "batch"))
+    pickles = _read_or_none(path, (*_CALL, "batch"), root)
     if pickles is None or not pickles.keys() >= set(_CALL):
         return None
     resources = _load(pickles["resource_dict"])
@@ -329,9 +351,20 @@ class Ending(NamedTuple):
     kept: bool = True
 
 
-def read_ending(path: str) -> Ending | None:
-    """Read how a call ended; None where its output file is not there, not whole, or holds no result."""
-    pickles = _read_or_none(path, ("output", "error", "runtime", "traceback", NOT_KEPT))
+def read_ending(path: str, root: str | None = None) -> Ending | None:
+    """Read how a call ended.
+
+    Args:
+        path: Its output file.
+        root: The cache directory; by default the file's folder.
+
+    Returns:
+        How; None where the file is not there, not whole, or holds no result.
+
+    Raises:
+        UntrustedFile: Anybody could have put it there.
+    """
+    pickles = _read_or_none(path, ("output", "error", "runtime", "traceback", NOT_KEPT), root)
     if pickles is None or not pickles.keys() & {"output", "error"}:
         return None
     failed = "error" in pickles
@@ -340,9 +373,9 @@ def read_ending(path: str) -> Ending | None:
     return Ending(pickles["error" if failed else "output"], failed, runtime, traceback, NOT_KEPT not in pickles)
 
 
-def _read_or_none(path: str, names: Iterable[str]) -> dict[str, bytes] | None:
+def _read_or_none(path: str, names: Iterable[str], root: str | None) -> dict[str, bytes] | None:
     try:
-        return _read_pickles(path, names)
+        return _read_pickles(path, names, root)
     except ImportError as error:  # of h5py; an entry of ours that is damaged looks like one of others
         _warn_unreadable(path, error)
         return None
@@ -364,7 +397,7 @@ def input_of(path: str) -> str:
     return path.removesuffix(OUTPUT) + INPUT
 
 
-def take_over(path: str, name: str, batch: str | None = None) -> None:
+def take_over(path: str, name: str, batch: str | None = None, root: str | None = None) -> None:
     """Free an entry whose job is dead, so that it can be claimed again.
 
     Several may find it dead at the same time, and the second must not remove what the first has claimed anew. So only
@@ -374,21 +407,22 @@ def take_over(path: str, name: str, batch: str | None = None) -> None:
         path: The entry's file.
         name: Names the job that is dead, unique for all times.
         batch: The dead job's batch directory; an entry of another one stays. None where that cannot be read.
+        root: The cache directory; by default the file's folder.
     """
     marker = os.path.join(os.path.dirname(path), BATCHES_FOLDER, f"dead-{name}")
-    os.makedirs(os.path.dirname(marker), exist_ok=True)
+    os.makedirs(os.path.dirname(marker), _FOLDER_MODE, exist_ok=True)
     try:
-        os.close(os.open(marker, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        os.close(_create(marker, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
     except FileExistsError:
         if not is_older(marker, _MARKER_SECONDS):
             return
-    if batch is None or claimed_for(path) in (None, batch):
+    if batch is None or claimed_for(path, root) in (None, batch):
         remove_input(path)
 
 
-def claimed_for(path: str) -> str | None:
+def claimed_for(path: str, root: str | None = None) -> str | None:
     """The batch directory that an entry which waits or runs is claimed for; None where that cannot be read."""
-    entry = read_input(path)
+    entry = read_input(path, root)
     return None if entry is None else entry["batch"]
 
 
@@ -400,21 +434,71 @@ def is_older(path: str, seconds: float) -> bool:
         return False
 
 
-def read_text(path: str) -> str | None:
-    """Read a small text file; None where there is none, or an empty one."""
+def batch_directory(root: str, name: str) -> str:
+    """Make a batch directory, in which only this user and those whom the cache directory trusts can write.
+
+    Jobs run programs that are in it, so nobody else may be able to put others in their place.
+
+    Args:
+        root: The cache directory.
+        name: The batch's name.
+
+    Raises:
+        UntrustedFile: Others could replace it.
+        OSError: It cannot be made.
+    """
+    folder = os.path.join(root, BATCHES_FOLDER)
+    directory = os.path.join(folder, name)
+    os.makedirs(folder, _FOLDER_MODE, exist_ok=True)
+    os.mkdir(directory, _FOLDER_MODE)
+    for above, below in ((root, folder), (folder, directory)):
+        mode = os.stat(above).st_mode
+        if not mode & stat.S_IWOTH:
+            continue
+        owner = os.lstat(below).st_uid
+        if mode & stat.S_ISVTX and _is_trusted(owner):
+            continue
+        with contextlib.suppress(OSError):
+            os.rmdir(directory)
+        raise UntrustedFile(
+            f"jobs are not run from {below}, which is {_name_of(owner)}'s: everybody may write to {above}, so anybody "
+            f"could put other programs in the place of those that jobs run. {_advice(above)}"
+        )
+    return directory
+
+
+def root_of_batch(directory: str) -> str:
+    """The cache directory of a batch directory."""
+    return os.path.dirname(os.path.dirname(directory))
+
+
+def read_text(directory: str, name: str) -> str | None:
+    """Read a small text file of a batch directory; None where there is none, or an empty one.
+
+    Raises:
+        UntrustedFile: Anybody could have put it there.
+    """
     try:
-        with open(path, encoding="utf-8") as file:
-            return file.read() or None
+        with open_trusted(os.path.join(directory, name), root_of_batch(directory)) as file:
+            return file.read().decode() or None
+    except UntrustedFile:
+        raise
     except OSError:
         return None
 
 
 def batch_entries(directory: str) -> dict[int, str]:
-    """Read which entries a batch directory's jobs run: index in the job array → file."""
+    """Read which entries a batch directory's jobs run: index in the job array → file.
+
+    Raises:
+        UntrustedFile: Anybody could have put it there.
+        OSError: It cannot be read.
+        ValueError: It is damaged.
+    """
     entries = {}
-    with open(os.path.join(directory, ENTRIES_FILE), encoding="utf-8") as file:
-        for line in file:
-            index, _, path = line.rstrip("\n").partition(" ")
+    with open_trusted(os.path.join(directory, ENTRIES_FILE), root_of_batch(directory)) as file:
+        for line in file.read().decode().splitlines():
+            index, _, path = line.partition(" ")
             entries[int(index)] = path
     return entries
 
@@ -449,13 +533,17 @@ def _pack(values: dict[str, Any]) -> memoryview:
 def _write(path: str, data: memoryview) -> None:
     temporary = _temporary(path)
     try:
-        with open(temporary, "xb") as file:
+        with open(temporary, "xb", opener=_create) as file:
             file.write(data)
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
+
+
+def _create(path: str, flags: int) -> int:
+    return os.open(path, flags, _FILE_MODE)
 
 
 def _temporary(path: str) -> str:
@@ -466,11 +554,12 @@ def _temporary(path: str) -> str:
     return os.path.join(folder, f".{os.getpid()}-{os.urandom(8).hex()}.tmp")
 
 
-def read_output(path: str | os.PathLike[str]) -> Output | None:
+def read_output(path: str | os.PathLike[str], root: str | os.PathLike[str] | None = None) -> Output | None:
     """Read the result of a call that is done.
 
     Args:
         path: Its file, from `entry_path`.
+        root: The cache directory; by default the file's folder.
 
     Returns:
         The result; None where there is no such file or it cannot be read, of which the latter is logged
@@ -478,8 +567,9 @@ def read_output(path: str | os.PathLike[str]) -> Output | None:
 
     Raises:
         ImportError: If h5py is missing.
+        UntrustedFile: Anybody could have put it there.
     """
-    values = read_values(path, ("output", "error", "runtime", "traceback", NOT_KEPT))
+    values = read_values(path, ("output", "error", "runtime", "traceback", NOT_KEPT), root)
     if values is None or NOT_KEPT in values:
         return None
     if "error" in values:
@@ -496,11 +586,12 @@ def read_output(path: str | os.PathLike[str]) -> Output | None:
     return None
 
 
-def read_entry(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+def read_entry(path: str | os.PathLike[str], root: str | os.PathLike[str] | None = None) -> dict[str, Any] | None:
     """Read all that the file of an entry holds.
 
     Args:
         path: Its file, from `entry_path`.
+        root: The cache directory; by default the file's folder.
 
     Returns:
         Its datasets, unpickled, by name, with `traceback`, where it raised, as text; None where there is no
@@ -508,8 +599,9 @@ def read_entry(path: str | os.PathLike[str]) -> dict[str, Any] | None:
 
     Raises:
         ImportError: If h5py is missing.
+        UntrustedFile: Anybody could have put it there.
     """
-    return read_values(path, (*DATASETS, "traceback"))
+    return read_values(path, (*DATASETS, "traceback"), root)
 
 
 def datasets_of(path: str | os.PathLike[str]) -> set[str]:
@@ -525,16 +617,24 @@ def datasets_of(path: str | os.PathLike[str]) -> set[str]:
         ImportError: If h5py is missing.
     """
     try:
-        return set(_datasets(path, None))
+        with open(path, "rb", opener=_open) as file:
+            return set(_datasets(file, None))
     except ImportError:
         raise
     except Exception:  # damaged files raise nearly everything
         return set()
 
 
-def read_values(path: str | os.PathLike[str], names: Iterable[str]) -> dict[str, Any] | None:
-    """Unpickle these datasets of an entry, as far as it has them; None where there is no file, or a damaged one."""
-    pickles = _read_pickles(path, names)
+def read_values(
+    path: str | os.PathLike[str], names: Iterable[str], root: str | os.PathLike[str] | None = None
+) -> dict[str, Any] | None:
+    """Unpickle these datasets of an entry, as far as it has them; None where there is no file, or a damaged one.
+
+    Raises:
+        ImportError: If h5py is missing.
+        UntrustedFile: Anybody could have put it there.
+    """
+    pickles = _read_pickles(path, names, root)
     if pickles is None:
         return None
     try:
@@ -544,31 +644,33 @@ def read_values(path: str | os.PathLike[str], names: Iterable[str]) -> dict[str,
         return None
 
 
-def _read_pickles(path: str | os.PathLike[str], names: Iterable[str]) -> dict[str, bytes] | None:
+def _read_pickles(
+    path: str | os.PathLike[str], names: Iterable[str], root: str | os.PathLike[str] | None
+) -> dict[str, bytes] | None:
     try:
-        return _datasets(path, set(names))
+        with open_trusted(path, root) as file:
+            return _datasets(file, set(names))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except ImportError:
+    except (ImportError, UntrustedFile):
         raise
     except Exception as error:  # damaged files raise nearly everything
         _warn_unreadable(path, error)
         return None
 
 
-def _datasets(path: str | os.PathLike[str], names: set[str] | None) -> dict[str, bytes]:
-    with open(path, "rb") as raw:
-        found = hdf5.unpack(raw.read(), names)
-        if found is not None:
-            return found
-        # Written by executorlib 1.x, or damaged, or too large for us. By its path h5py would lock it.
-        raw.seek(0)
-        if raw.read(len(hdf5.SIGNATURE)) != hdf5.SIGNATURE:
-            raise ValueError("it is no HDF5 file")
-        raw.seek(0)
-        h5py = _h5py()
-        with h5py.File(raw, "r") as file:
-            return {name: _bytes_of(h5py, file.id, name.encode()) for name in file if names is None or name in names}
+def _datasets(raw: BinaryIO, names: set[str] | None) -> dict[str, bytes]:
+    found = hdf5.unpack(raw.read(), names)
+    if found is not None:
+        return found
+    # Written by executorlib 1.x, or damaged, or too large for us. By its path h5py would lock it.
+    raw.seek(0)
+    if raw.read(len(hdf5.SIGNATURE)) != hdf5.SIGNATURE:
+        raise ValueError("it is no HDF5 file")
+    raw.seek(0)
+    h5py = _h5py()
+    with h5py.File(raw, "r") as file:
+        return {name: _bytes_of(h5py, file.id, name.encode()) for name in file if names is None or name in names}
 
 
 def _bytes_of(h5py: ModuleType, file: Any, name: bytes) -> bytes:
@@ -604,3 +706,85 @@ def _h5py() -> ModuleType:
         ) from error
     module: ModuleType = h5py
     return module
+
+
+# -- whose files are read ---------------------------------------------------------------------------------------------
+
+# The folders that were looked at: when, and the first folder on the way up to the cache directory that everybody may
+# write to, if any.
+_modes: dict[tuple[str, str | None], tuple[float, str | None]] = {}
+
+
+def open_trusted(path: str | os.PathLike[str], root: str | os.PathLike[str] | None = None) -> BinaryIO:
+    """Open a file whose writer is to be trusted, for reading.
+
+    Args:
+        path: The file.
+        root: The cache directory that it is in; by default its folder.
+
+    Raises:
+        UntrustedFile: Anybody could have put it there.
+        OSError: It cannot be opened.
+    """
+    file = open(path, "rb", opener=_open)  # noqa: SIM115  # it is the caller's
+    try:
+        folder = _open_to_all(os.path.dirname(path), None if root is None else os.fspath(root))
+        if folder is not None and not _is_trusted(owner := os.fstat(file.fileno()).st_uid):
+            raise UntrustedFile(
+                f"{os.fspath(path)} is not read: it is {_name_of(owner)}'s, and everybody may write to {folder}, so "
+                f"anybody could have put it there, with anything in it. Remove it. {_advice(folder)}"
+            )
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def _open(path: str, flags: int) -> int:
+    # A pipe in the place of a file would keep who reads it for ever.
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def _open_to_all(folder: str, root: str | None) -> str | None:
+    """The folder that everybody may write to, from this one up to the cache directory; None where there is none."""
+    now = time.monotonic()
+    known = _modes.get((folder, root))
+    if known is not None and now - known[0] < _MODE_SECONDS:
+        return known[1]
+    found = next((each for each in _way_up(folder, root) if os.stat(each).st_mode & stat.S_IWOTH), None)
+    if len(_modes) >= _MODES_KEPT:
+        _modes.clear()
+    _modes[folder, root] = now, found
+    return found
+
+
+def _way_up(folder: str, root: str | None) -> Iterator[str]:
+    each = os.path.abspath(folder)
+    if root is None:
+        yield each
+        return
+    tops = {os.path.abspath(root), os.path.realpath(root)}
+    # By the cache directory's other name it is another one, of which no folder between the two is known.
+    on_the_way = any(each == top or each.startswith(top.rstrip(os.sep) + os.sep) for top in tops)
+    yield each
+    while on_the_way and each not in tops:
+        each = os.path.dirname(each)
+        yield each
+    yield from tops
+
+
+def _is_trusted(owner: int) -> bool:
+    return owner in (0, os.geteuid())
+
+
+def _name_of(owner: int) -> str:
+    import pwd  # only for errors
+
+    try:
+        return pwd.getpwuid(owner).pw_name
+    except KeyError:
+        return f"user {owner}"
+
+
+def _advice(folder: str) -> str:
+    return f"Then take the right to write from others (chmod o-w {folder}), or use another cache_directory."

@@ -56,8 +56,8 @@ def describe_split_world(ranks: int, starter: str, size: int, library: str, advi
         advice: What to do.
     """
     return (
-        f"{ranks} ranks were started by {starter}, but mpi4py sees a world of size {size}: its MPI ({library}) does not "
-        f"find what started it. Results would be wrong. {advice}"
+        f"{ranks} ranks were started by {starter}, but mpi4py sees a world of size {size}: its MPI ({library}) does "
+        f"not find what started it. Results would be wrong. {advice}"
     )
 
 

@@ -589,7 +589,7 @@ class Loop(Poller, Events):
             task.cache_path = str(entries.entry_path(directory, key, "o"))
             if self._jobs:
                 self._refer_to_results(task, key)
-            output = entries.read_output(task.cache_path)
+            output = entries.read_output(task.cache_path, directory)
         except BaseException as error:
             self._fail(task, error)
             return
@@ -614,7 +614,7 @@ class Loop(Poller, Events):
 
     def _refer_to_results(self, task: Task, key: str) -> None:
         """Have a call that becomes a job read the results of other jobs itself, instead of sending them with it."""
-        from executorlib.entries import ResultOf
+        from executorlib.entries import ResultOf, root_of
 
         after: list[str] = []
 
@@ -623,7 +623,7 @@ class Loop(Poller, Events):
             if found is None:
                 return future.result()
             after.append(found.call.path)
-            return ResultOf(found.call.path, found.keys)
+            return ResultOf(found.call.path, found.keys, root_of(found.call.path, found.call.key))
 
         task.args, task.kwargs = fill_in(task.args, refer), fill_in(task.kwargs, refer)
         task.after = tuple(dict.fromkeys(after))

@@ -30,7 +30,7 @@ def terminate_tasks_in_cache(
         RuntimeError: The queuing system did not take the request; then nothing is removed.
         ImportError: There are such entries and h5py is missing.
     """
-    _terminate(cache.pending_entries(cache_directory), pysqa_config_directory, backend)
+    _terminate(cache_directory, cache.pending_entries(cache_directory), pysqa_config_directory, backend)
 
 
 def terminate_task_in_cache(
@@ -58,15 +58,15 @@ def terminate_task_in_cache(
         return
     if not os.path.exists(path):
         raise FileNotFoundError(f"the cache directory {os.fspath(cache_directory)} has no entry {cache_key!r}")
-    _terminate([path], pysqa_config_directory, backend)
+    _terminate(cache_directory, [path], pysqa_config_directory, backend)
 
 
-def _terminate(paths: list[str], configuration: str | None, backend: str | None) -> None:
+def _terminate(root: str | os.PathLike[str], paths: list[str], configuration: str | None, backend: str | None) -> None:
     if backend not in (None, "slurm"):
         raise ValueError(f"backend is {backend!r}, expected 'slurm', or None for what the entries say.")
     jobs = []
     for path in paths:
-        job_id, index, system = cache.job_of(path)
+        job_id, index, system = cache.job_of(path, root)
         if job_id is None or system == _LOCAL:
             continue
         if system not in (None, "Slurm") and configuration is None:

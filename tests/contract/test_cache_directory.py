@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -235,3 +236,21 @@ def _python_path() -> str:
     import os
 
     return os.environ.get("PYTHONPATH", "")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_results_of_strangers_are_not_read(make_executor: Callable[..., Any], tmp_path: Path) -> None:
+    """Where everybody may write, what another user left there is an error; the function is not run in its place."""
+    store, log = tmp_path / "store", str(tmp_path / "log")
+    store.mkdir()
+    store.chmod(0o1777)
+    with make_executor(cache_directory=str(store)) as executor:
+        executor.submit(record, log, 1).result(WAIT)
+        (path,) = store.glob("*_o.h5")
+        os.chown(path, 65534, 65534)
+    with make_executor(cache_directory=str(store)) as executor:
+        future = executor.submit(record, log, 1)
+        with pytest.raises(PermissionError, match=f"{path.name} is not read: .*chmod o-w {store}"):
+            future.result(WAIT)
+        assert executor.submit(record, log, 2).result(WAIT) == 2
+    assert lines(log) == ["1", "2"]

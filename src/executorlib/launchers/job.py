@@ -46,6 +46,7 @@ class Job:
         task: The call.
         path: The entry's file while it waits or runs.
         output: The entry's file once it is done.
+        root: The cache directory.
         batch: The batch that runs it, maybe another session's; None where that is not known.
         index: Its place in the batch.
         begun: Whether it is known to run.
@@ -63,6 +64,7 @@ class Job:
         self.task = task
         self.path = path
         self.output = entries.output_of(path)
+        self.root = task.resources.cache_directory
         self.batch: JobBatch | None = None
         self.index = 0
         self.begun = False
@@ -175,7 +177,7 @@ class JobBatch:
     def index_of(self, path: str) -> int | None:
         """The place of an entry in a batch of another session; None where that is not known."""
         if self._indices is None:
-            with contextlib.suppress(OSError, ValueError):  # not written yet, or removed
+            with contextlib.suppress(OSError, ValueError):  # not written yet, or removed, or not to be trusted
                 self._indices = {entry: index for index, entry in entries.batch_entries(self.directory).items()}
                 self.is_array = len(self._indices) > 1 or any(self._indices.values())
         return (self._indices or {}).get(path)
@@ -200,7 +202,7 @@ class JobBatch:
 def owner_of(directory: str) -> dict[str, Any]:
     """Who submits, or has submitted, a batch; empty where that is not known."""
     try:
-        owner: dict[str, Any] = json.loads(entries.read_text(os.path.join(directory, entries.OWNER_FILE)) or "{}")
+        owner: dict[str, Any] = json.loads(entries.read_text(directory, entries.OWNER_FILE) or "{}")
     except ValueError:
         return {}
     return owner

@@ -166,7 +166,8 @@ class JobWorkerLauncher:
             self._submissions.within(_LINGER)
         self._arrays += 1
         name = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-workers{self._arrays}-{os.urandom(3).hex()}"
-        array = _Array(os.path.join(self._folder, entries.BATCHES_FOLDER, name), len(wanted))
+        directory = os.path.join(self._folder, entries.BATCHES_FOLDER, name)
+        array = _Array(directory, len(wanted))
         for index, process in enumerate(wanted):
             identity = f"{self._arrays}-{index}"
             process.host = self._system.name
@@ -174,7 +175,7 @@ class JobWorkerLauncher:
             self._by_worker[process.worker.number] = identity
         resources = wanted[0].resources
         try:
-            os.makedirs(array.directory)
+            entries.batch_directory(self._folder, name)
             credentials = os.path.join(array.directory, "credentials")
             self._router.credentials(f"{self._arrays}-").write(credentials)
             module = "executorlib.worker.mpi" if resources.cores > 1 else "executorlib.worker.remote"

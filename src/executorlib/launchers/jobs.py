@@ -207,7 +207,7 @@ class JobLauncher:
                     if self._log_sizes:
                         size = os.path.getsize(job.path)
                         logger.warning("call %d of %s: sent %d bytes", task.number, task.name, size)
-                    ending = entries.read_ending(job.output)
+                    ending = entries.read_ending(job.output, job.root)
                     if ending is not None and not ending.kept:
                         os.unlink(job.output)  # others who waited for it have had their time
                     elif ending is not None:
@@ -220,6 +220,9 @@ class JobLauncher:
                     return
                 if self._follow_owner(job):
                     return
+        except entries.UntrustedFile as error:
+            self._end(job, Exit(None, "", error))
+            return
         except OSError as error:
             text = f"its entry {job.path} cannot be written: {error.strerror or error}"
             self._end(job, Exit(None, text))
@@ -234,7 +237,7 @@ class JobLauncher:
 
     def _follow_owner(self, job: Job) -> bool:
         """Follow the session that has claimed the call; False where the entry is ours to try again."""
-        entry = entries.read_input(job.path)
+        entry = entries.read_input(job.path, job.root)
         if entry is None:
             if os.path.exists(job.output):
                 self._follow(job, None, 0)
@@ -310,7 +313,7 @@ class JobLauncher:
     def _look_at(self, job: Job, now: float) -> None:
         seen = _identity(job.output)
         if seen is not None and seen != job.damaged:
-            job.ending = entries.read_ending(job.output)
+            job.ending = entries.read_ending(job.output, job.root)
             job.damaged = seen  # not read again until it is another one
             if job.ending is not None:
                 job.over = True
@@ -444,10 +447,10 @@ class JobLauncher:
             job.start_over()
             if batch is not None:
                 name = f"{os.path.basename(batch.directory)}-{os.path.basename(job.path)}"
-                entries.take_over(job.path, name, batch.directory)
+                entries.take_over(job.path, name, batch.directory, job.root)
             self._claim(job)
             return
-        if entries.claimed_for(job.path) not in (None, job.batch.directory):
+        if entries.claimed_for(job.path, job.root) not in (None, job.batch.directory):
             # Another session took this one for dead, and has claimed the call.
             number = job.process.worker.number
             self._forget(job)
@@ -466,7 +469,7 @@ class JobLauncher:
             if not os.path.exists(job.path) or entries.is_older(job.path, SUBMIT_SECONDS):
                 self._claim(job)
         for batch in [batch for batch in self._followed.values() if batch.job_id is None]:
-            batch.job_id = entries.read_text(os.path.join(batch.directory, entries.JOB_ID_FILE))
+            batch.job_id = entries.read_text(batch.directory, entries.JOB_ID_FILE)
             followers = [job for job in self._jobs.values() if job.batch is batch]
             if batch.job_id is not None:
                 # The list of its calls is complete by now.

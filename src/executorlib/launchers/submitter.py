@@ -107,11 +107,10 @@ class Submitter:
             del self._open[key]
         self._number += 1
         name = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{self._number}-{os.urandom(3).hex()}"
-        batch = JobBatch(os.path.join(folder, entries.BATCHES_FOLDER, name), True, key, first)
+        # Before any entry names it: who finds one wants to know whether the session that is to submit it is there.
+        batch = JobBatch(entries.batch_directory(folder, name), True, key, first)
         batch.corresponds = source
         batch.after = after
-        # Before any entry names it: who finds one wants to know whether the session that is to submit it is there.
-        os.makedirs(batch.directory)
         pid = os.getpid()
         owner = {"system": self._system.name, "host": socket.gethostname(), "pid": pid}
         owner["started"] = machine.process_start(pid)
@@ -249,7 +248,7 @@ class Submitter:
         now = time.monotonic()
         if batch in self._retries:
             # A system that did not answer in time may have taken the batch all the same, and its jobs may have begun.
-            noted = entries.read_text(os.path.join(batch.directory, entries.JOB_ID_FILE))
+            noted = entries.read_text(batch.directory, entries.JOB_ID_FILE)
             if noted is not None and noted != answer:
                 if not isinstance(answer, Refused):
                     self._system.cancel([(answer, None)])

@@ -59,7 +59,7 @@ def run(directory: str, index: int) -> int:
     Returns:
         The exit code.
     """
-    with open(os.path.join(directory, entries.SETUP_FILE), "rb") as file:
+    with entries.open_trusted(os.path.join(directory, entries.SETUP_FILE), entries.root_of_batch(directory)) as file:
         setup = pickle.load(file)
     call.set_up(setup)
     if setup.get("ranks", 1) > 1:
@@ -73,21 +73,21 @@ def run(directory: str, index: int) -> int:
 
 def _claimed(directory: str, index: int, setup: dict[str, Any]) -> dict[str, Any] | int:
     """What is to be run; the exit code where it is not ours (any more)."""
-    job_file = os.path.join(directory, entries.JOB_ID_FILE)
+    root = entries.root_of_batch(directory)
     job_id = next((os.environ[name] for name in JOB_VARIABLES if name in os.environ), "")
-    noted = entries.read_text(job_file)
+    noted = entries.read_text(directory, entries.JOB_ID_FILE)
     if noted is None:
         # The session may have ended before it could note it, and who looks for this job needs it.
         if job_id:
-            entries.write_text(job_file, job_id)
+            entries.write_text(os.path.join(directory, entries.JOB_ID_FILE), job_id)
     elif setup["system"] == "Slurm" and noted != job_id:
         # A controller that is too busy to answer may take a batch all the same; the session then submitted it again.
         return NOT_MINE
     path = entries.batch_entries(directory)[index]
-    entry = entries.read_input(path)
+    entry = entries.read_input(path, root)
     if entry is not None and entry["batch"] != directory:
         return NOT_MINE
-    ending = entries.read_ending(entries.output_of(path))
+    ending = entries.read_ending(entries.output_of(path), root)
     if ending is not None:
         return RAISED if ending.failed else RESULT
     if entry is None:
