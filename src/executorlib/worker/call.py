@@ -272,7 +272,8 @@ def set_up(setup: dict[str, Any]) -> None:
     Args:
         setup: Optional keys ``env`` (changes; None removes), ``path`` (`sys.path`), ``argv``, ``cwd``, ``threads``,
             ``gpus`` (device names), ``cores`` (CPU numbers to pin to), ``node`` (a number of CPUs and a list of device
-            names: ``cores`` and ``gpus`` count among these, which may be called otherwise here).
+            names: ``cores`` and ``gpus`` count among these, which may be called otherwise here), ``shown_gpus``
+            (whether what started the process has set one of the variables that name devices).
     """
     for name, value in setup.get("env", {}).items():
         if value is None:
@@ -289,6 +290,10 @@ def set_up(setup: dict[str, Any]) -> None:
     if gpus:
         for name in GPU_VARIABLES:
             os.environ[name] = ",".join(gpus)
+    elif setup.get("shown_gpus"):
+        shown = next((devices for name in GPU_VARIABLES if (devices := os.environ.get(name, "-1")) != "-1"), None)
+        for name in GPU_VARIABLES if shown is not None else ():
+            os.environ[name] = str(shown)
     if "path" in setup:
         sys.path[:] = setup["path"]
     if "argv" in setup:
@@ -414,7 +419,7 @@ def _c_flush() -> Callable[[None], int]:
 
 
 # What queuing systems call the number of a job in its array; without one, the job is the only one.
-_ELEMENT_VARIABLES = ("SLURM_ARRAY_TASK_ID", "SGE_TASK_ID", "PBS_ARRAY_INDEX", "LSB_JOBINDEX")
+ELEMENT_VARIABLES = ("SLURM_ARRAY_TASK_ID", "SGE_TASK_ID", "PBS_ARRAY_INDEX", "LSB_JOBINDEX")
 
 
 def first_number(names: Sequence[str]) -> int | None:
@@ -428,7 +433,7 @@ def first_number(names: Sequence[str]) -> int | None:
 
 def element_number() -> int:
     """This job's number in its job array."""
-    return first_number(_ELEMENT_VARIABLES) or 0
+    return first_number(ELEMENT_VARIABLES) or 0
 
 
 def load(modules: Sequence[str]) -> None:
