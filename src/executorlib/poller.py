@@ -22,6 +22,16 @@ class Poller:
         self._callbacks: dict[int, tuple[Callable[[], None], Callable[[], None] | None]] = {}
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
         self._timer_numbers = itertools.count()
+        self._sleep: Callable[[float], None] | None = None
+
+    def sleep_in(self, sleep: Callable[[float], None] | None) -> None:
+        """See `Events.sleep_in`."""
+        self._sleep = sleep
+
+    def fileno(self) -> int:
+        """See `Events.fileno`."""
+        number: int = self._poll.fileno()
+        return number
 
     def watch(self, fileobj: Any, callback: Callable[[], None]) -> None:
         """See `Events.watch`."""
@@ -54,6 +64,9 @@ class Poller:
 
     def poll(self, timeout: float) -> list[tuple[int, int]]:
         """Sleep until a descriptor is ready, for so many seconds at most; below zero for ever."""
+        if self._sleep is not None:
+            self._sleep(timeout)
+            timeout = 0.0
         # epoll takes seconds, poll milliseconds.
         ready: list[tuple[int, int]] = self._poll.poll(timeout if _HAS_EPOLL or timeout <= 0 else timeout * 1000)
         return ready

@@ -103,6 +103,19 @@ class Events(Protocol):
         """Call ``callback`` once, after some time."""
         ...
 
+    def fileno(self) -> int:
+        """A descriptor that can be read when anything watched is ready, for `sleep_in`; of Linux only."""
+        ...
+
+    def sleep_in(self, sleep: Callable[[float], None] | None) -> None:
+        """Have the loop sleep in another library's event loop, which gets what it needs meanwhile.
+
+        Args:
+            sleep: Called instead of the loop's own sleep with the most seconds that it may take, below zero for any
+                time. It is to return when `fileno` can be read. None for the loop's own sleep again.
+        """
+        ...
+
     def call_soon(self, callback: Callable[[], None]) -> None:
         """Call ``callback`` once, as soon as all that is at hand was decided upon: to send together what was put."""
         ...

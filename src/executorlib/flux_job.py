@@ -1,0 +1,190 @@
+"""The executor for programs that run inside a Flux instance: each call, or each worker of a block, is a Flux job."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from executorlib.executors import BaseExecutor, check_init_function, graph_mode, positive
+from executorlib.launchers.base import Events, Launcher
+from executorlib.launchers.flux_instance import known_nodes
+from executorlib.launchers.flux_workers import FluxLauncher
+from executorlib.ledger import Ledger, Node, Unlimited
+from executorlib.resources import Demand, Resources, whole_number
+
+# Without max_workers and max_cores, Flux is handed calls for so many times the cores of its instance: so the next one is
+# always there when a core gets free, and the others wait here, where a call takes less memory than a job.
+_AHEAD = 2
+
+
+class FluxJobExecutor(BaseExecutor):
+    """Runs calls as jobs of the Flux instance that this program is in, each in a fresh process or a block.
+
+    Other arguments are those of `SingleNodeExecutor`. Jobs can be looked at, cancelled and attached to by Flux's own
+    commands while they run; what calls print is in Flux's store (`flux job attach`).
+
+    Args:
+        max_workers: Calls at once; in block mode the number of workers. By default what the instance holds.
+        cache_directory: Keep results here, seen by all nodes; the same as the key in ``resource_dict``.
+        max_cores: Cores in use at once, a call taking ``cores × threads_per_core``.
+        pmi_mode: What Flux offers to the MPI library of a call with several ranks, such as ``"pmix"``, which Open MPI
+            needs and Flux has by its plugin flux-pmix; None for PMI-1, which MPICH finds.
+        flux_executor: A `flux.job.FluxExecutor` for this instance, to submit by.
+        flux_executor_nesting: Give each call, or worker of a block, a Flux instance of its own, with all that it asked
+            for, which its function can use with another executor.
+        flux_log_files: Write what calls print to ``flux_<job id>.out`` and ``.err`` in their working directories.
+        hostname_localhost: Listen on the loopback interface only: for an instance of this one machine.
+
+    Raises:
+        RuntimeError: No Flux instance can be reached.
+        ImportError: Flux's Python bindings cannot be loaded.
+        ValueError: An argument that cannot be honoured; the text says why and what to do.
+    """
+
+    # Flux starts them.
+    _starts_ranks = False
+
+    def __init__(
+        self,
+        max_workers: int | None = None,
+        cache_directory: str | os.PathLike[str] | None = None,
+        max_cores: int | None = None,
+        resource_dict: Mapping[str, Any] | None = None,
+        pmi_mode: str | None = None,
+        flux_executor: Any = None,
+        flux_executor_nesting: bool = False,
+        flux_log_files: bool = False,
+        hostname_localhost: bool | None = None,
+        block_allocation: bool = False,
+        init_function: Callable[[], dict[str, Any]] | None = None,
+        disable_dependencies: bool = False,
+        refresh_rate: float = 0.01,
+        plot_dependency_graph: bool = False,
+        plot_dependency_graph_filename: str | None = None,
+        export_workflow_filename: str | None = None,
+        log_obj_size: bool = False,
+        wait: bool = True,
+        restart_limit: int = 0,
+        openmpi_oversubscribe: bool = False,
+    ) -> None:
+        max_workers = positive("max_workers", max_workers)
+        max_cores = positive("max_cores", max_cores)
+        whole_number(0)("restart_limit", restart_limit)
+        check_init_function(init_function, block_allocation)
+        if restart_limit and not block_allocation:
+            raise ValueError(
+                "restart_limit needs block_allocation=True: without it every call has a process of its own anyway."
+            )
+        if flux_executor is not None and not callable(getattr(flux_executor, "submit", None)):
+            raise TypeError(f"flux_executor is {flux_executor!r}, expected a flux.job.FluxExecutor.")
+        defaults = Resources(openmpi_oversubscribe=openmpi_oversubscribe).updated(
+            resource_dict or {}, "FluxJobExecutor"
+        )
+        if cache_directory is not None:
+            defaults = defaults.updated({"cache_directory": cache_directory}, "FluxJobExecutor")
+        graph, finish_graph = graph_mode(
+            plot_dependency_graph, plot_dependency_graph_filename, export_workflow_filename, disable_dependencies
+        )
+        shapes = [] if graph is not None else known_nodes()
+        self._nodes = [Node(each.name, range(each.cpus), each.gpus) for each in shapes]
+        self._max_cores = max_cores
+        total = sum(node.total_cores for node in self._nodes)
+        each_takes = defaults.demand.cores
+        max_calls = max_workers
+        if max_calls is None and max_cores is None and not block_allocation:
+            max_calls = max(1, _AHEAD * total // each_takes)
+
+        def make_launcher(events: Events) -> Launcher:
+            return FluxLauncher(
+                events,
+                pmi_mode=pmi_mode,
+                nested=flux_executor_nesting,
+                log_files=flux_log_files,
+                hostname_localhost=bool(hostname_localhost),
+                submit_by=flux_executor,
+            )
+
+        super().__init__(
+            make_launcher=make_launcher,
+            # Which cores they are is Flux's to say.
+            ledger=Unlimited("Flux") if max_cores is None else Ledger([Node("Flux", range(max_cores))]),
+            capacity=Ledger(self._nodes) if self._nodes else None,
+            count_cores=True,
+            max_workers=max_workers or max(1, (max_cores or total) // each_takes),
+            max_calls=max_calls,
+            resources=defaults,
+            block=block_allocation,
+            restart_limit=restart_limit,
+            init_function=init_function,
+            disable_dependencies=disable_dependencies,
+            wait=wait,
+            pin=False,
+            log_sizes=log_obj_size,
+            graph=graph,
+            finish_graph=finish_graph,
+            settings={
+                "max_cores": max_cores,
+                "block_allocation": block_allocation,
+                "init_function": init_function,
+                "restart_limit": restart_limit,
+                "pmi_mode": pmi_mode,
+                "flux_executor": flux_executor,
+                "flux_executor_nesting": flux_executor_nesting,
+                "flux_log_files": flux_log_files,
+                "hostname_localhost": hostname_localhost,
+                "disable_dependencies": disable_dependencies,
+                "refresh_rate": refresh_rate,
+                "log_obj_size": log_obj_size,
+                "wait": wait,
+            },
+        )
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """The executor's settings, and under ``nodes`` what the instance has."""
+        nodes = {node.name: {"cores": node.total_cores, "gpus": node.total_gpus} for node in self._nodes}
+        return {**super().info, "nodes": nodes}
+
+    def _check(self, resources: Resources, subject: str) -> None:
+        for key, why in (
+            ("slurm_cmd_args", "there is no Slurm in between"),
+            ("submission_template", "no script is submitted"),
+            ("openmpi_oversubscribe", "Flux starts no more ranks than there are cores"),
+        ):
+            if getattr(resources, key):
+                raise ValueError(f"{subject}: {key} cannot be honoured by FluxJobExecutor: {why}. Leave it out here.")
+
+    def _checked_demand(self, resources: Resources, subject: str) -> Demand:
+        self._check(resources, subject)
+        demand = resources.demand
+        capacity = self._capacity
+        if capacity is None:
+            return demand
+        spread = capacity.spread(resources)
+        most = self._max_cores
+        if spread is None or (most is not None and demand.cores > most):
+            cores, gpus = max((node.total_cores, node.total_gpus) for node in capacity.nodes)
+            on = "" if resources.num_nodes is None else f" on num_nodes={resources.num_nodes}"
+            limit = "" if most is None else f", and max_cores={most}"
+            raise ValueError(
+                f"{subject} needs {demand.cores} cores and {demand.gpus} GPUs{on} (cores={resources.cores}, "
+                f"threads_per_core={resources.threads_per_core}, gpus_per_core={resources.gpus_per_core}), but the Flux "
+                f"instance has {len(capacity.nodes)} nodes of at most {cores} cores and {gpus} GPUs{limit}. Ask for "
+                "less, or start a larger instance."
+            )
+        # Of nodes and GPUs only Flux knows which are free.
+        return Demand(demand.cores)
+
+    def _check_block(self, size: int) -> None:
+        if self._capacity is None:
+            return
+        demand = self._resources.demand
+        cores = sum(node.total_cores for node in self._nodes)
+        cores = cores if self._max_cores is None else min(cores, self._max_cores)
+        gpus = sum(node.total_gpus for node in self._nodes)
+        if demand.cores * size > cores or demand.gpus * size > gpus:
+            raise ValueError(
+                f"max_workers={size} workers of {demand.cores} cores and {demand.gpus} GPUs do not fit into {cores} cores "
+                f"and {gpus} GPUs (the Flux instance's, or max_cores). Ask for fewer workers."
+            )

@@ -1,0 +1,257 @@
+"""Flux's language: what a job is asked for with, and what its events mean. Nothing is run here, nothing of Flux loaded.
+
+Tried with flux-core 0.88. Sources of the words are Flux's RFCs (https://flux-framework.readthedocs.io/projects/flux-rfc):
+14 and 25 (jobspec), 19 (job ids), 20 (resource sets), 21 (events), 24 (output), 26 (dependencies); and what a real Flux
+said, which tests/unit/test_flux.py keeps.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import signal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from executorlib.allocation import NodeShape, expand_hosts, expand_ranges
+from executorlib.launchers.queue import Cause, JobState, Phase
+from executorlib.resources import Resources
+from executorlib.worker.call import ELEMENT_VARIABLES, THREAD_VARIABLES
+
+# Keys of resource_dict beyond ours that mean something to Flux, and where a jobspec has them.
+FURTHER_KEYS = {"queue": "queue", "partition": "queue", "bank": "bank", "account": "bank", "job_name": "job_name"}
+# Of what is not ours, an instance's default priority is in the middle, and 0 would hold the job.
+_URGENCY, _LOWEST, _HIGHEST = 16, 1, 31
+# Left by what started this process; a job must neither join its MPI world nor take its number in an array for its own.
+_FOREIGN_PREFIXES = ("PMI_", "PMIX_", "OMPI_COMM_WORLD_", "HYDI_")
+# Given to a job beyond the run_time_max of its call, in seconds: to start, and to say itself that time is up.
+_SPARE_SECONDS = 30.0
+_BASE58 = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
+
+
+def jobspec(
+    resources: Resources,
+    command: Sequence[str],
+    environ: Mapping[str, str],
+    *,
+    name: str,
+    cwd: str,
+    pmi_mode: str | None = None,
+    nested: bool = False,
+    output: str = "",
+    errors: str = "",
+    dependencies: Iterable[int] = (),
+) -> dict[str, Any]:
+    """What Flux is asked for: a job that runs a command once on each rank of a call.
+
+    Args:
+        resources: What the call needs.
+        command: Program and arguments.
+        environ: The environment to run it in.
+        name: Name of the job, where the user gave none as ``job_name``.
+        cwd: Directory in which it starts.
+        pmi_mode: What Flux's shell offers to MPI; None for its default, PMI-1.
+        nested: Whether the command runs once, in a Flux instance of its own that has all that the job has.
+        output: Path for what it prints, which may contain ``{{id}}``; Flux's own store if empty.
+        errors: Likewise for standard error; by default the same as `output`.
+        dependencies: Numbers of jobs that have to succeed first.
+    """
+    further = {FURTHER_KEYS[key]: str(value) for key, value in resources.further if key in FURTHER_KEYS}
+    options: dict[str, Any] = {}
+    if nested:
+        # A broker on each node; it starts what comes behind on the first.
+        command = ["flux", "broker", *command]
+        options = {"per-resource": {"type": "node"}, "mpi": "none", "exit-timeout": "none"}
+    elif resources.cores > 1:
+        options = {"cpu-affinity": "per-task"}
+        if resources.gpus_per_core:
+            options["gpu-affinity"] = "per-task"
+    if pmi_mode is not None:
+        options["pmi"] = pmi_mode
+    if output:
+        options["output"] = {"stdout": {"type": "file", "path": output}}
+        if errors:
+            options["output"]["stderr"] = {"type": "file", "path": errors}
+    system: dict[str, Any] = {
+        # 0 is for ever.
+        "duration": 0.0 if resources.run_time_max is None else resources.run_time_max + _SPARE_SECONDS,
+        "cwd": cwd,
+        "environment": _environment(environ, resources),
+        "job": {"name": further.pop("job_name", name)},
+        "shell": {"options": options},
+        **further,
+    }
+    afterok = [{"scheme": "afterok", "value": job_name(number)} for number in dependencies]
+    if afterok:
+        system["dependencies"] = afterok
+    requested, count = _requested(resources)
+    return {
+        "version": 1,
+        "resources": [requested],
+        "tasks": [{"command": list(command), "slot": "task", "count": count}],
+        "attributes": {"system": system},
+    }
+
+
+def _requested(resources: Resources) -> tuple[dict[str, Any], dict[str, int]]:
+    """The resources of a jobspec, and how many tasks they are for."""
+    each = [{"type": "core", "count": resources.threads_per_core}]
+    if resources.gpus_per_core:
+        each.append({"type": "gpu", "count": resources.gpus_per_core})
+    nodes = resources.num_nodes
+    if nodes is None and resources.exclusive:
+        nodes = 1  # Flux takes "exclusive" for nodes only
+    slots = resources.cores if nodes is None else -(-resources.cores // nodes)
+    slot = {"type": "slot", "count": slots, "label": "task", "with": each}
+    if nodes is None:
+        return slot, {"per_slot": 1}
+    node: dict[str, Any] = {"type": "node", "count": nodes, "with": [slot]}
+    if resources.exclusive:
+        node["exclusive"] = True
+    # Where the ranks cannot be spread evenly, some slots stay empty.
+    return node, {"per_slot": 1} if slots * nodes == resources.cores else {"total": resources.cores}
+
+
+def _environment(environ: Mapping[str, str], resources: Resources) -> dict[str, str]:
+    kept = {
+        name: value
+        for name, value in environ.items()
+        if name not in ELEMENT_VARIABLES and not name.startswith(_FOREIGN_PREFIXES)
+    }
+    return {**kept, **dict.fromkeys(THREAD_VARIABLES, str(resources.threads_per_core))}
+
+
+def urgency(priority: int, is_owner: bool) -> int:
+    """How urgent a job is for Flux, from a call's priority.
+
+    Args:
+        priority: 0 is as others are.
+        is_owner: Whether the instance is this user's; others may only lower it.
+    """
+    return min(max(_LOWEST, _URGENCY + priority), _HIGHEST if is_owner else _URGENCY)
+
+
+def nodes_of(resource_set: Mapping[str, Any]) -> list[NodeShape]:
+    """The nodes of a resource set (R, version 1)."""
+    execution = resource_set["execution"]
+    names = [name for hosts in execution.get("nodelist", ()) for name in expand_hosts(hosts)]
+    shapes: dict[int, NodeShape] = {}
+    for entry in execution["R_lite"]:
+        children = entry["children"]
+        cores = len(expand_ranges(str(children.get("core", ""))))
+        gpus = tuple(map(str, expand_ranges(str(children.get("gpu", "")))))
+        for rank in expand_ranges(str(entry["rank"])):
+            shapes[rank] = NodeShape("", cores, gpus)
+    # Host names come in the order of the ranks, of which some may be missing.
+    ranks = sorted(shapes)
+    if len(names) != len(ranks):
+        names = [f"rank {rank}" for rank in ranks]
+    return [shapes[rank]._replace(name=name) for rank, name in zip(ranks, names, strict=True)]
+
+
+def job_name(number: int) -> str:
+    """A job's id as Flux's commands print and take it (F58, RFC 19), in its form without letters beyond ASCII."""
+    digits = ""
+    while number or not digits:
+        number, digit = divmod(number, 58)
+        digits = _BASE58[digit] + digits
+    return f"f{digits}"
+
+
+def job_number(name: str) -> int:
+    """The number of a job, from its id in the form of `job_name`, that of Flux itself, or in decimal.
+
+    Raises:
+        ValueError: It is no job id.
+    """
+    if name.isdecimal():
+        return int(name)
+    number = 0
+    for letter in name.removeprefix("f").removeprefix("ƒ"):
+        number = number * 58 + _BASE58.index(letter)
+    return number
+
+
+# Types of Flux's exceptions that say why a job was ended; those of other types are failures of its own or of the request.
+_CAUSES = {"cancel": Cause.CANCELLED, "timeout": Cause.TIME_LIMIT, "node-failure": Cause.NODE_FAILED}
+_WORDS = {"cancel": "CANCELED", "timeout": "TIMEOUT"}
+
+
+class JobLog:
+    """What the events of a job have said so far.
+
+    Attributes:
+        state: How it is.
+        status: Wait status of its tasks, the worst of all, once they have ended.
+        started: Whether it has ever run.
+    """
+
+    def __init__(self) -> None:
+        self.state = JobState(Phase.PENDING, "PENDING")
+        self.status: int | None = None
+        self.started = False
+        self._type = ""
+        self._note = ""
+        self._node = ""
+
+    def add(self, event: str, context: Mapping[str, Any]) -> None:
+        """Take in the next event.
+
+        Args:
+            event: Its name.
+            context: What it says beside.
+        """
+        if event == "alloc":
+            self._node = _where(context)
+        elif event == "start":
+            self.started = True
+            self.state = JobState(Phase.RUNNING, "RUNNING", node=self._node)
+        elif event == "exception" and context.get("severity") == 0 and not self._type:
+            self._type, self._note = str(context.get("type", "")), str(context.get("note", ""))
+        elif event == "finish":
+            self.status = int(context["status"])
+            self._end()
+        elif event == "clean":
+            self._end()
+
+    def _end(self) -> None:
+        status = self.status
+        word = _WORDS.get(self._type) or ("COMPLETED" if status == 0 and not self._type else "FAILED")
+        reason = ": ".join(filter(None, (self._type, self._note)))
+        self.state = JobState(
+            Phase.ENDED,
+            word,
+            reason,
+            "" if status is None else _exit_code(status),
+            self._node,
+            cause=_cause(self._type, self._note),
+        )
+
+
+def _where(context: Mapping[str, Any]) -> str:
+    """Where a job was placed, in the scheduler's words such as ``rank0/core[0-1]``."""
+    scheduled = context.get("annotations", {}).get("sched", {})
+    return str(scheduled.get("resource_summary", ""))
+
+
+def _cause(kind: str, note: str) -> Cause:
+    # A broker that is gone takes its part of the job along; Flux tells so by the note alone.
+    if kind == "exec" and "lost" in note:
+        return Cause.NODE_FAILED
+    return _CAUSES.get(kind, Cause.NONE)
+
+
+def _exit_code(status: int) -> str:
+    """As `JobState.exit_code`. Flux's shell exits, as others do, with 128 and the number of a task's signal."""
+    if os.WIFSIGNALED(status):
+        return f"0:{os.WTERMSIG(status)}"
+    code = os.waitstatus_to_exitcode(status)
+    return f"0:{code - 128}" if code - 128 in {*signal.Signals} else f"{code}:0"
+
+
+def output_of(event: str, context: Mapping[str, Any]) -> bytes:
+    """What an event of a job's output log says that a task has printed."""
+    data = context.get("data")
+    if event != "data" or not isinstance(data, str):
+        return b""
+    return base64.b64decode(data) if context.get("encoding") == "base64" else data.encode(errors="surrogateescape")

@@ -1,0 +1,295 @@
+"""The connection of an executor to a Flux instance.
+
+Flux's library has an event loop of its own (its reactor) for one connection and its futures. The executor's loop sleeps
+in that one (`Events.sleep_in`), which watches the descriptor of ours: so both are driven by one thread, everything is
+an event, and nothing is asked for at intervals.
+
+Of Flux's Python bindings only those for connection, submission, events and signals are used; jobs are described by
+`launchers.flux`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from executorlib.allocation import NodeShape
+from executorlib.launchers.base import Events
+from executorlib.launchers.flux import nodes_of
+from executorlib.launchers.systems import Refused
+
+# An event of a job: its name and what it says beside.
+OnEvent = Callable[[str, Mapping[str, Any]], None]
+
+# For Flux to answer what it was told last, in seconds; without an answer the connection would stay open.
+_CLOSE_SECONDS = 2.0
+_INSTALL = (
+    "Flux's Python bindings are part of flux-core (conda install -c conda-forge flux-core) and belong to one version of "
+    "Python: install executorlib into the Python that `flux python` runs, or have another of the same version find them "
+    "(`flux python --get-path` prints where they are)."
+)
+
+
+def connect() -> Any:
+    """A connection to the nearest Flux instance, the one in ``FLUX_URI`` or the system's.
+
+    Raises:
+        ImportError: Flux's bindings cannot be loaded.
+        RuntimeError: There is no instance.
+    """
+    try:
+        import flux
+        import flux.job
+    except ImportError as error:
+        raise ImportError(f"Flux's Python bindings cannot be loaded ({error}). {_INSTALL}", name=error.name) from error
+    try:
+        return flux.Flux()
+    except OSError as error:
+        uri = os.environ.get("FLUX_URI")
+        where = f"at FLUX_URI={uri}" if uri else "and FLUX_URI is not set"
+        raise RuntimeError(
+            f"no Flux instance can be reached {where}: {error}. Start the program within one: `flux start python "
+            "script.py` on this machine, `srun flux start python script.py` in a Slurm job, or as a job of Flux "
+            "(`flux batch`, `flux alloc`)."
+        ) from error
+
+
+def known_nodes() -> list[NodeShape]:
+    """The nodes of the nearest Flux instance, those that are down included.
+
+    Raises:
+        ImportError: Flux's bindings cannot be loaded.
+        RuntimeError: There is no instance.
+    """
+    connection = connect()
+    return nodes_of(connection.rpc("resource.sched-status", nodeid=0).get()["all"])
+
+
+class FluxInstance:
+    """A connection that the loop drives. All callbacks come in the loop's thread.
+
+    Args:
+        events: The loop.
+        on_lost: Called once, with why, when the connection has ended; nothing else is called afterwards.
+        submit_by: A `flux.job.FluxExecutor` of the user's, for the same instance, that submits in our stead.
+    """
+
+    def __init__(self, events: Events, on_lost: Callable[[str], None], submit_by: Any = None) -> None:
+        self._events = events
+        self._on_lost = on_lost
+        self._submit_by = submit_by
+        self._submitted: deque[Callable[[], None]] = deque()  # by threads of that executor
+        self._wake_read, self._wake_write = -1, -1
+        self._wake_lock = threading.Lock()  # so that nobody writes to a descriptor that was closed, and opened by others
+        self._flux: Any = None
+        self._reactor: Any = None
+        self._watcher: Any = None
+        self._watched: dict[int, Any] = {}  # futures that tell events, by any number
+        self._number = 0
+        self._unanswered = 0  # futures of Flux's that will still call back, and keep the connection until then
+        self.lost = ""
+        self.is_owner = True
+
+    def open(self) -> None:
+        """Connect, in the loop's thread, to which a connection belongs.
+
+        Raises:
+            ImportError: Flux's bindings cannot be loaded.
+            RuntimeError: There is no instance.
+        """
+        if self._flux is not None or self.lost:
+            return
+        self._flux = connect()
+        from flux.constants import FLUX_POLLIN
+
+        self.is_owner = self._flux.attr_get("security.owner") == str(os.getuid())
+        self._reactor = self._flux.get_reactor()
+        self._watcher = self._flux.fd_watcher_create(self._events.fileno(), lambda *_: None, FLUX_POLLIN)
+        self._watcher.start()
+        self._events.sleep_in(self._sleep)
+        if self._submit_by is not None:
+            self._wake_read, self._wake_write = os.pipe()
+            os.set_blocking(self._wake_read, False)
+            os.set_blocking(self._wake_write, False)
+            self._events.watch(self._wake_read, self._on_wake)
+
+    def _sleep(self, seconds: float) -> None:
+        from flux.constants import FLUX_REACTOR_NOWAIT, FLUX_REACTOR_ONCE
+
+        timer = None
+        if seconds > 0:
+            timer = self._flux.timer_watcher_create(seconds, lambda *_: None)
+            timer.start()
+        try:
+            ended = self._flux.reactor_run(self._reactor, FLUX_REACTOR_NOWAIT if seconds == 0 else FLUX_REACTOR_ONCE)
+        finally:
+            if timer is not None:
+                timer.stop()
+        if ended < 0:
+            self._lose("its broker has ended, or the connection to it")
+
+    def _lose(self, why: str) -> None:
+        if not self.lost:
+            self.lost = f"the Flux instance was lost: {why}"
+            self._events.sleep_in(None)
+            self._events.call_later(0.0, lambda: self._on_lost(self.lost))
+
+    # -- jobs -----------------------------------------------------------------------------------------------------
+
+    def submit(self, spec: Mapping[str, Any], urgency: int, on_answer: Callable[[int | Refused], None]) -> None:
+        """Submit a job.
+
+        Args:
+            spec: Its jobspec.
+            urgency: How urgent it is.
+            on_answer: Called with its number, or why it was not taken.
+        """
+        if self._submit_by is not None:
+            self._have_submitted(spec, urgency, on_answer)
+            return
+        from flux.job import submit_async, submit_get_id
+
+        def answered(future: Any) -> None:
+            self._unanswered -= 1
+            try:
+                number = int(submit_get_id(future))
+            except OSError as error:
+                on_answer(Refused(future.error_string() or str(error)))
+            else:
+                on_answer(number)
+
+        self._ask(lambda flux: submit_async(flux, json.dumps(spec), urgency), answered, on_answer)
+
+    def _have_submitted(
+        self, spec: Mapping[str, Any], urgency: int, on_answer: Callable[[int | Refused], None]
+    ) -> None:
+        def find_out(future: Any) -> None:
+            try:
+                answer: int | Refused = int(future.jobid(0))
+            except Exception as error:
+                answer = Refused(str(error))
+            on_answer(answer)
+
+        def tell(future: Any) -> None:  # in another thread
+            self._submitted.append(lambda: find_out(future))
+            with self._wake_lock, contextlib.suppress(OSError):  # full: the loop is awake already; closed: it has ended
+                os.write(self._wake_write, b"\0")
+
+        try:
+            self._submit_by.submit(json.dumps(spec), urgency=urgency).add_jobid_callback(tell)
+        except RuntimeError as error:  # it was shut down
+            refused = Refused(f"the flux_executor says: {error}")
+            self._events.call_later(0.0, lambda: on_answer(refused))
+
+    def _on_wake(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._wake_read, 4096)
+        while self._submitted:
+            self._submitted.popleft()()
+
+    def watch(self, job: int, on_event: OnEvent, log: str = "eventlog") -> int:
+        """Tell all events of a job, past and to come; an empty name says that there are no more, or no such job.
+
+        Args:
+            job: Number of the job.
+            on_event: Called with each.
+            log: Which of its logs, ``eventlog`` or ``guest.output``.
+
+        Returns:
+            What `unwatch` takes.
+        """
+        from flux.job import event_watch_async
+
+        self._number += 1
+        key = self._number
+
+        def answered(future: Any) -> None:
+            try:
+                event = future.get_event()
+            except OSError:
+                event = None
+            wanted = key in self._watched
+            if event is None:
+                self._unanswered -= 1
+                self._watched.pop(key, None)
+            if wanted and event is None:
+                on_event("", {})
+            elif wanted:
+                on_event(event.name, event.context)
+
+        def begin(flux: Any) -> Any:
+            self._watched[key] = event_watch_async(flux, job, eventlog=log)
+            return self._watched[key]
+
+        self._ask(begin, answered, lambda refused: on_event("", {"error": str(refused)}))
+        return key
+
+    def unwatch(self, key: int) -> None:
+        """Tell no more events."""
+        future = self._watched.pop(key, None)
+        if future is not None and not self.lost:
+            with contextlib.suppress(OSError):
+                future.cancel()
+
+    def cancel(self, job: int, reason: str = "") -> None:
+        """Cancel a job, waiting or running; one that has ended does not matter."""
+        from flux.job import cancel_async
+
+        self._tell(lambda flux: cancel_async(flux, job, reason or None))
+
+    def kill(self, job: int, signal_number: int) -> None:
+        """Signal the tasks of a running job; one that does not run does not matter."""
+        from flux.job import kill_async
+
+        self._tell(lambda flux: kill_async(flux, job, signal_number))
+
+    def _tell(self, begin: Callable[[Any], Any]) -> None:
+        def answered(future: Any) -> None:
+            self._unanswered -= 1
+            with contextlib.suppress(OSError):
+                future.get()
+
+        self._ask(begin, answered, lambda refused: None)
+
+    def _ask(
+        self, begin: Callable[[Any], Any], answered: Callable[[Any], None], on_refused: Callable[[Refused], None]
+    ) -> None:
+        """Begin something that a future of Flux's will tell of."""
+        text = self.lost
+        if not text:
+            try:
+                begin(self._flux).then(answered)
+                self._unanswered += 1
+                return
+            except OSError as error:
+                text = str(error)
+        # Never from within: who asks has not noted yet that it did.
+        refused = Refused(text)
+        self._events.call_later(0.0, lambda: on_refused(refused))
+
+    def close(self) -> None:
+        """Let go of the connection; jobs go on."""
+        if self._flux is None:
+            return
+        for key in list(self._watched):
+            self.unwatch(key)
+        give_up = time.monotonic() + _CLOSE_SECONDS
+        while self._unanswered and not self.lost and time.monotonic() < give_up:
+            self._sleep(_CLOSE_SECONDS)
+        self._events.sleep_in(None)
+        self._watcher.stop()
+        if self._submit_by is not None:
+            self._events.unwatch(self._wake_read)
+            with self._wake_lock:
+                os.close(self._wake_read)
+                os.close(self._wake_write)
+                self._wake_read = self._wake_write = -1
+        self._watcher = self._reactor = self._flux = None
+        if not self.lost:
+            self.lost = "the executor has ended"

@@ -1,0 +1,356 @@
+"""Workers as Flux jobs, which connect back over the network: one job a call, or one for each worker of a block.
+
+    launch ─▶ jobspec ─▶ Flux ─▶ start ─▶ worker: hello ─▶ setup, calls ─▶ results ─▶ stop ─▶ finish
+
+Flux tells of each job by its events, and the worker's connection tells of the worker. A worker is over when both have
+said so, or one has and the other does not follow.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from executorlib.errors import ExecutorlibSocketError, describe_split_world
+from executorlib.launchers.base import STDERR_TAIL_BYTES, Events, Exit, Process, boot_code
+from executorlib.launchers.flux import JobLog, job_name, jobspec, output_of, urgency
+from executorlib.launchers.flux_instance import FluxInstance
+from executorlib.launchers.job import read_tail
+from executorlib.launchers.queue import Cause, Phase
+from executorlib.launchers.systems import Refused
+from executorlib.serialize import Frame
+from executorlib.transports.curve import CONNECTION_VARIABLE
+from executorlib.transports.router import Router, RouterTransport, worker_of
+
+# After one of a worker's ends, that of its job or of its connection, the other has to follow within so many seconds.
+_FOLLOW_SECONDS = 10.0
+# What a worker that has given its result may take for exit handlers and MPI_Finalize, in seconds.
+_FINALIZE_SECONDS = 10.0
+# From the cancelling of a job to giving it up, in seconds: Flux sends SIGTERM, after 5 s SIGKILL, and runs epilogs.
+_CANCEL_SECONDS = 60.0
+# For the output of a job that has died to be read from Flux's store, in seconds.
+_OUTPUT_SECONDS = 2.0
+# Ended by the system although it could have gone on: another worker takes its place.
+_REPLACED = {Cause.TIME_LIMIT, Cause.PREEMPTED}
+
+
+class _Member:
+    """A worker and its job.
+
+    Attributes:
+        process: The worker.
+        log: What Flux has said of the job.
+        job: Its number, once it was submitted.
+        watch: How its events are told.
+        peer: Its connection, once it has said hello.
+        gone: Whether that has ended.
+        unwanted: The last signal that it was sent, or was to be sent before it was there.
+        ending: Whether its end is being told.
+    """
+
+    def __init__(self, process: Process) -> None:
+        self.process = process
+        self.log = JobLog()
+        self.job: int | None = None
+        self.watch = 0
+        self.peer: bytes | None = None
+        self.gone = False
+        self.unwanted = 0
+        self.ending = False
+
+
+class FluxLauncher:
+    """Starts workers as jobs of the Flux instance that this process is in.
+
+    Args:
+        events: The loop.
+        pmi_mode: What Flux's shell offers to MPI; None for its default.
+        nested: Whether each worker gets a Flux instance of its own.
+        log_files: Whether what workers print goes to files in their working directories, not to Flux's store.
+        hostname_localhost: Whether to listen on the loopback interface only.
+        submit_by: See `FluxInstance`.
+    """
+
+    def __init__(
+        self,
+        events: Events,
+        *,
+        pmi_mode: str | None,
+        nested: bool,
+        log_files: bool,
+        hostname_localhost: bool,
+        submit_by: Any = None,
+    ) -> None:
+        self._events = events
+        self._pmi_mode = pmi_mode
+        self._nested = nested
+        self._log_files = log_files
+        self._instance = FluxInstance(events, self._on_instance_lost, submit_by)
+        self._router = Router(events, self._on_message, self._on_lost, tcp=True, hostname_localhost=hostname_localhost)
+        self._members: dict[str, _Member] = {}  # by identity, the worker's number
+
+    # -- Launcher -------------------------------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """See `Launcher.prepare`."""
+        self._instance.open()
+
+    def launch(self, process: Process) -> None:
+        """See `Launcher.launch`."""
+        self._instance.open()
+        identity = str(process.worker.number)
+        member = self._members[identity] = _Member(process)
+        process.host = "Flux"
+        resources = process.resources
+        files = ("flux_{{id.f58plain}}.out", "flux_{{id.f58plain}}.err") if self._log_files else ("", "")
+        spec = jobspec(
+            resources,
+            self._program(process),
+            {**os.environ, CONNECTION_VARIABLE: self._router.credentials(identity).dumps()},
+            name=self._name(process),
+            cwd=resources.cwd or os.getcwd(),
+            pmi_mode=self._pmi_mode,
+            nested=self._nested,
+            output=files[0],
+            errors=files[1],
+        )
+        self._instance.submit(
+            spec,
+            urgency(resources.priority, self._instance.is_owner),
+            lambda answer: self._on_submitted(identity, member, answer),
+        )
+
+    def _program(self, process: Process) -> list[str]:
+        ranks = process.resources.cores
+        module = "executorlib.worker.mpi" if ranks > 1 else "executorlib.worker.remote"
+        program = [sys.executable, "-c", boot_code(module, f"({process.single})" if ranks > 1 else "()")]
+        if self._nested and ranks > 1:
+            # In the instance of its own, which begins with one process.
+            options = ["-n", str(ranks), "-c", str(process.resources.threads_per_core)]
+            return [
+                "flux",
+                "run",
+                *options,
+                *([] if self._pmi_mode is None else ["-o", f"pmi={self._pmi_mode}"]),
+                *program,
+            ]
+        return program
+
+    @staticmethod
+    def _name(process: Process) -> str:
+        calls = process.worker.calls
+        return calls[0].name if process.single and calls else f"executorlib worker {process.worker.slot}"
+
+    def setup(self, process: Process) -> dict[str, Any]:
+        """See `Launcher.setup`; the job has the environment and the import path of its submission."""
+        return {"shown_gpus": True}
+
+    def kill(self, process: Process, signal_number: int) -> None:
+        """See `Launcher.kill`."""
+        member = self._members.get(str(process.worker.number))
+        if member is None or member.unwanted == signal.SIGKILL:
+            return
+        member.unwanted = signal_number
+        if member.job is None:
+            return  # it is on its way to Flux; see `_on_submitted`
+        if member.log.started:
+            self._instance.kill(member.job, signal_number)
+        if signal_number == signal.SIGKILL or not member.log.started:
+            self._instance.cancel(member.job)
+            self._later(_CANCEL_SECONDS, member, lambda: self._end(member, "Flux has not ended its job"))
+
+    @property
+    def busy(self) -> bool:
+        """See `Launcher.busy`."""
+        return False
+
+    def detach(self, on_taken: Callable[[], None]) -> None:
+        """See `Launcher.detach`; workers end with their executor."""
+        on_taken()
+
+    def close(self) -> None:
+        """See `Launcher.close`; what still runs loses its connection and ends, what waits is cancelled."""
+        for member in self._members.values():
+            if member.job is not None and member.log.state.phase is not Phase.ENDED:
+                self._instance.cancel(member.job)
+        self._members.clear()
+        self._instance.close()
+        self._router.close()
+
+    # -- Flux's word ----------------------------------------------------------------------------------------------
+
+    def _on_submitted(self, identity: str, member: _Member, answer: int | Refused) -> None:
+        if self._members.get(identity) is not member:  # the executor has ended
+            if not isinstance(answer, Refused):
+                self._instance.cancel(answer)
+            return
+        if isinstance(answer, Refused):
+            text = f"Flux did not take its job: {answer}"
+            self._end(member, text, ExecutorlibSocketError(f"{self._subject(member)} was not run: {text}"))
+            return
+        member.job = answer
+        member.watch = self._instance.watch(answer, lambda event, context: self._on_event(member, event, context))
+        if member.unwanted:
+            signal_number, member.unwanted = member.unwanted, 0
+            self.kill(member.process, signal_number)
+
+    def _on_event(self, member: _Member, event: str, context: Any) -> None:
+        before = member.log.state.phase
+        member.log.add(event, context)
+        if member.ending:
+            return
+        if event == "start" and member.unwanted:
+            self._instance.kill(member.job or 0, member.unwanted)
+        if member.log.state.phase is Phase.ENDED is not before:
+            if member.peer is None or member.gone:
+                self._end_as_told(member)
+            else:
+                # What it sent last may still be on its way.
+                self._later(_FOLLOW_SECONDS, member, lambda: self._end_as_told(member))
+        elif not event and member.log.state.phase is not Phase.ENDED:
+            self._end(member, f"Flux has lost sight of its job {self._job_text(member)}")
+
+    def _on_instance_lost(self, why: str) -> None:
+        for member in list(self._members.values()):
+            self._end(member, why)
+
+    # -- the worker's word ----------------------------------------------------------------------------------------
+
+    def _on_message(self, peer: bytes, header: list[Any], frames: list[Frame]) -> None:
+        member = self._members.get(worker_of(peer))
+        if member is None:
+            return  # one that was given up
+        process, kind = member.process, header[0]
+        if kind == "hello":
+            self._on_hello(member, peer, header[1])
+        elif kind == "ready" and process.single:
+            return
+        elif process.single and kind in ("result", "error"):
+            # Flux counts what the job holds until it has ended. Here another call may already take its place.
+            header[4]["leaving"] = not process.worker.allocation.gpus
+            self._events.on_message(process, header, frames)
+            self._finish(member, failed=kind == "error")
+        else:
+            self._events.on_message(process, header, frames)
+            if kind == "error" and process.resources.cores > 1:
+                self.kill(process, signal.SIGKILL)  # the other ranks may wait for the failed one for ever
+
+    def _on_hello(self, member: _Member, peer: bytes, about: dict[str, Any]) -> None:
+        process = member.process
+        ranks = process.resources.cores
+        if about["size"] != ranks:
+            advice = (
+                "MPICH finds Flux by itself; Open MPI needs Flux's pmix plugin (flux-pmix) and pmi_mode='pmix'. Use an "
+                "mpi4py that was built for one of them."
+            )
+            starter = "Flux" if self._pmi_mode is None else f"Flux with pmi_mode={self._pmi_mode!r}"
+            process.verdict = RuntimeError(
+                describe_split_world(ranks, starter, about["size"], about["library"], advice)
+            )
+            self.kill(process, signal.SIGKILL)
+            return
+        if member.peer is not None:
+            return
+        member.peer = peer
+        process.host, process.pid = about["host"], about["pid"]
+        process.transport = RouterTransport(self._router, peer)
+        self._events.on_connected(process)
+
+    def _finish(self, member: _Member, failed: bool) -> None:
+        """Its one call is over: let it go."""
+        if failed and member.process.resources.cores > 1:
+            self.kill(member.process, signal.SIGKILL)
+        elif member.process.transport is not None:
+            # It waits for this: an end that came before the result was read would count as a death.
+            member.process.transport.put(["stop"])
+            self._later(_FINALIZE_SECONDS, member, lambda: self.kill(member.process, signal.SIGKILL))
+
+    def _on_lost(self, peer: bytes) -> None:
+        member = self._members.get(worker_of(peer))
+        if member is None or member.peer != peer:
+            return
+        member.gone = True
+        if member.log.state.phase is Phase.ENDED:
+            self._end_as_told(member)
+        else:
+            self._later(_FOLLOW_SECONDS, member, lambda: self._end_without_word(member))
+
+    # -- ending ---------------------------------------------------------------------------------------------------
+
+    def _later(self, seconds: float, member: _Member, callback: Callable[[], None]) -> None:
+        """Call back unless the worker's end is known by then."""
+        identity = str(member.process.worker.number)
+
+        def call() -> None:
+            if self._members.get(identity) is member and not member.ending:
+                callback()
+
+        self._events.call_later(seconds, call)
+
+    def _end_without_word(self, member: _Member) -> None:
+        """Its connection has ended and its job has not."""
+        if member.job is not None:
+            self._instance.cancel(member.job)
+        self._end(member, f"the connection to it was lost; its job {self._job_text(member)} was cancelled")
+
+    def _end_as_told(self, member: _Member) -> None:
+        if member.ending:
+            return
+        member.ending = True
+        state = member.log.state
+        if state.state == "COMPLETED" or member.job is None or self._log_files:
+            if self._log_files and member.job is not None:
+                folder = member.process.resources.cwd or os.getcwd()
+                member.process.stderr += read_tail(os.path.join(folder, f"flux_{job_name(member.job)}.err"))
+            self._conclude(member)
+            return
+        # What it printed last is in Flux's store.
+        give_up = time.monotonic() + _OUTPUT_SECONDS
+
+        def hear(event: str, context: Any) -> None:
+            stderr = member.process.stderr
+            stderr += output_of(event, context)
+            del stderr[:-STDERR_TAIL_BYTES]
+            if not event or time.monotonic() > give_up:
+                self._conclude(member)
+
+        if member.log.started:
+            member.watch = self._instance.watch(member.job, hear, "guest.output")
+            self._events.call_later(_OUTPUT_SECONDS, lambda: self._conclude(member))
+        else:
+            self._conclude(member)
+
+    def _conclude(self, member: _Member) -> None:
+        state, log = member.log.state, member.log
+        text = f"its Flux job {self._job_text(member)} ended as {state.state}{state.facts()}"
+        error: BaseException | None = None
+        limit = member.process.resources.run_time_max
+        if state.cause is Cause.TIME_LIMIT and limit is not None:
+            error = TimeoutError(
+                f"{self._subject(member)} ran longer than its run_time_max of {limit:g} s and was ended; give it more time "
+                "with resource_dict={'run_time_max': seconds}."
+            )
+        self._tell_end(member, Exit(log.status, text, error, planned=state.cause in _REPLACED))
+
+    def _end(self, member: _Member, text: str, error: BaseException | None = None) -> None:
+        if not member.ending:
+            member.ending = True
+            self._tell_end(member, Exit(None, text, error))
+
+    def _tell_end(self, member: _Member, end: Exit) -> None:
+        if self._members.pop(str(member.process.worker.number), None) is member:
+            self._instance.unwatch(member.watch)
+            self._events.on_exit(member.process, end)
+
+    @staticmethod
+    def _job_text(member: _Member) -> str:
+        return "" if member.job is None else job_name(member.job)
+
+    @staticmethod
+    def _subject(member: _Member) -> str:
+        calls: Sequence[Any] = member.process.worker.calls
+        return f"Call {calls[0].number} of {calls[0].name}" if calls else "A worker"
