@@ -601,7 +601,7 @@ def _turn(task: Task) -> tuple[int, int]:
 # that a worker is never idle while the next call travels, yet little is tied to a worker; MAX_LOOKAHEAD bounds what
 # has to be taken back when a call turns out long.
 LOOKAHEAD_SECONDS = 0.005
-MAX_LOOKAHEAD = 64
+MAX_LOOKAHEAD = 128
 # Weight of the newest call in the moving average of call times.
 _NEWEST = 0.2
 

@@ -19,7 +19,7 @@ from executorlib import SingleNodeExecutor, serialize
 from executorlib.errors import ExecutorlibSocketError
 from executorlib.serialize import Frame
 from executorlib.transports import messages
-from executorlib.transports.messages import Channel, Connection, Decoder, Message, encode
+from executorlib.transports.messages import Channel, Connection, Decoder, Message, Undecoded, encode
 from unit import repeatable
 
 LARGE = messages.MAPPED_BYTES
@@ -102,8 +102,11 @@ def test_round_trip_however_the_stream_is_cut(sent: list[tuple[Any, list[bytes]]
     sent=st.lists(st.tuples(headers, st.lists(st.binary(max_size=200), max_size=4)), max_size=4),
     limit=st.integers(1, 300),
     step=st.integers(1, 300),
+    relayed=st.booleans(),
 )
-def test_round_trip_through_memory_files(sent: list[tuple[Any, list[bytes]]], limit: int, step: int) -> None:
+def test_round_trip_through_memory_files(
+    sent: list[tuple[Any, list[bytes]]], limit: int, step: int, relayed: bool
+) -> None:
     """Of some messages, from a size on; the descriptors travel ahead of the bytes that they belong to."""
     stream, fds = b"", []
     with mapped_from(limit):
@@ -113,10 +116,17 @@ def test_round_trip_through_memory_files(sent: list[tuple[Any, list[bytes]]], li
             assert len(close) == (sum(map(len, frames)) >= limit)
             stream += wire(pieces)
             fds += with_it
-    decoder = Decoder()
-    received = decoder.feed(b"", passed(fds))
+    decoder, relay = Decoder(), Undecoded()
+
+    def feed(data: bytes, ancillary: list[tuple[int, int, bytes]]) -> list[Message]:
+        if not relayed:
+            return decoder.feed(data, ancillary)
+        [piece] = relay.feed(data, ancillary)
+        return decoder.feed_passed(piece.header[1], piece.frames)
+
+    received = feed(b"", passed(fds))
     for position in range(0, len(stream), step):
-        received += decoder.feed(stream[position : position + step], [])
+        received += feed(stream[position : position + step], [])
     assert [contents(message) for message in received] == sent
     assert [message.fds for message in received] == [[]] * len(sent)
 

@@ -1,10 +1,18 @@
-"""What needs no Slurm of the executor for allocations: commands, environments, and what is said outside of one."""
+"""What needs no Slurm of the executor for allocations: commands, environments, what is said outside of one, and agents
+that a program of ours starts in place of `srun`."""
 
 from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from executorlib import SlurmJobExecutor
+from executorlib.errors import ExecutorlibSocketError
 from executorlib.launchers.nodes import parse_time_left, ranks_command, relays_command, step_environment
 from executorlib.resources import Resources
 
@@ -49,3 +57,135 @@ def test_ranks_command() -> None:
 )
 def test_time_left(output: str, seconds: float | None) -> None:
     assert parse_time_left(output) == seconds
+
+
+# -- agents -----------------------------------------------------------------------------------------------------------
+
+pytestmark = [pytest.mark.linux]
+
+SECONDS = 30.0
+
+SRUN = """\
+#!/bin/sh
+# Runs the program once for each node of --nodelist, all on this machine.
+while [ "${1#--}" != "$1" ]; do
+    case "$1" in --nodelist=*) nodes=$(echo "${1#*=}" | tr , " ");; esac
+    shift
+done
+for node in $nodes; do SLURMD_NODENAME=$node "$@" & done
+wait
+"""
+
+
+@pytest.fixture
+def allocation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
+    """Makes executors that find themselves in a job of two nodes with two CPUs each."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, text in {"srun": SRUN, "scontrol": "#!/bin/sh\nexit 1\n", "squeue": "#!/bin/sh\nexit 1\n"}.items():
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(programs), prepend=os.pathsep)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "a,b")
+    monkeypatch.setenv("SLURM_JOB_CPUS_PER_NODE", "2(x2)")
+    made: list[Any] = []
+
+    def make(**options: Any) -> Any:
+        made.append(SlurmJobExecutor(hostname_localhost=True, **options))
+        return made[-1]
+
+    yield make
+    for executor in made:
+        executor.shutdown(cancel_futures=True)
+
+
+def node() -> str:
+    return os.environ["SLURMD_NODENAME"]
+
+
+def same(value: Any) -> Any:
+    return value
+
+
+def append(path: str, number: int) -> int:
+    with open(path, "a") as file:
+        file.write(f"{number}\n")
+    return number
+
+
+def append_and_die(path: str, number: int) -> None:
+    append(path, number)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def write_to_sockets(data: bytes) -> None:
+    import contextlib
+    import stat
+
+    for fd in range(3, 64):
+        with contextlib.suppress(OSError):
+            if stat.S_ISSOCK(os.fstat(fd).st_mode):
+                os.write(fd, data)
+
+
+@pytest.mark.parametrize("block", [False, True], ids=["default", "block"])
+def test_large_and_small_values(allocation: Callable[..., Any], block: bool) -> None:
+    """Large ones travel otherwise than small ones between a relay and a worker, and the order is kept."""
+    executor = allocation(block_allocation=block, max_workers=2 if block else None)
+    values = [bytes([index]) * (10, 100_000, 300_000, 1_000_000)[index % 4] for index in range(24)]
+    assert list(executor.map(same, values, timeout=SECONDS)) == values
+
+
+def test_nodes_are_told_apart(allocation: Callable[..., Any]) -> None:
+    executor = allocation()
+    needs = {"threads_per_core": 2}
+    assert {executor.submit(node, resource_dict=needs).result(SECONDS) for _ in range(2)} <= {"a", "b"}
+    assert set(executor.info["nodes"]) == {"a", "b"}
+
+
+def test_death_in_a_block_takes_one_call(allocation: Callable[..., Any], tmp_path: Path) -> None:
+    """All others that the worker held run, and run once, wherever they were on their way."""
+    executor = allocation(block_allocation=True, max_workers=2, restart_limit=20)
+    log = str(tmp_path / "log")
+    # Short ones first, so that workers are handed many at once.
+    assert len(list(executor.map(same, range(1000), timeout=SECONDS))) == 1000
+    futures = [executor.submit(append_and_die if number % 100 == 50 else append, log, number) for number in range(1000)]
+    failed = [number for number, future in enumerate(futures) if future.exception(SECONDS) is not None]
+    assert failed == list(range(50, 1000, 100))
+    assert isinstance(futures[50].exception(), ExecutorlibSocketError)
+    with open(log) as file:
+        assert sorted(map(int, file)) == list(range(1000))
+
+
+@pytest.mark.parametrize("data", [b"garbage" * 10, b"\xff" * 100], ids=["text", "bytes"])
+def test_worker_that_writes_garbage(allocation: Callable[..., Any], data: bytes) -> None:
+    """Only its own call fails, although what it wrote is not read before it is here."""
+    executor = allocation(block_allocation=True, max_workers=2, restart_limit=1)
+    bad, good = executor.submit(write_to_sockets, data), executor.submit(abs, -1)
+    assert good.result(SECONDS) == 1
+    assert "file descriptor" in str(bad.exception(SECONDS))
+    assert executor.submit(abs, -2).result(SECONDS) == 2
+
+
+def test_what_cannot_be_received_on_the_node(allocation: Callable[..., Any]) -> None:
+    """A large result whose memory file is not one."""
+    executor = allocation(block_allocation=True, max_workers=1)
+    assert executor.submit(same, 1).result(SECONDS) == 1
+    resource_limit = executor.submit(_limit_files_of_relay)
+    assert resource_limit.result(SECONDS) is True
+    large = executor.submit(bytes, 1 << 20)
+    assert "too many open files" in str(large.exception(SECONDS))
+    assert executor.submit(same, 2).result(SECONDS) == 2
+
+
+def _limit_files_of_relay() -> bool:
+    """The relay, which is the parent of the node agent, can open no more files from now on."""
+    import resource
+
+    with open(f"/proc/{os.getppid()}/stat") as stat:
+        relay = int(stat.read().rpartition(")")[2].split()[1])
+    used = {int(fd) for fd in os.listdir(f"/proc/{relay}/fd")}
+    lowest = next(fd for fd in range(len(used) + 1) if fd not in used)
+    resource.prlimit(relay, resource.RLIMIT_NOFILE, (lowest, lowest))
+    return True

@@ -31,8 +31,9 @@ from executorlib.launchers.slurm import command_environment
 from executorlib.resources import Resources
 from executorlib.serialize import Frame, nbytes
 from executorlib.transports.curve import CONNECTION_VARIABLE
+from executorlib.transports.messages import MAPPED_BYTES, Decoder, Message, encode
 from executorlib.transports.router import Router, RouterTransport, worker_of
-from executorlib.worker.call import THREAD_VARIABLES
+from executorlib.worker.call import PERMIT, THREAD_VARIABLES
 
 if TYPE_CHECKING:
     from executorlib.ledger import Node
@@ -166,20 +167,72 @@ class _Relay:
 
 
 class _NodeTransport:
-    """The way to one worker of a node."""
+    """The way to one worker of a node.
+
+    Attributes:
+        calls: How many were put.
+    """
 
     def __init__(self, launcher: NodesLauncher, relay: _Relay, number: int) -> None:
         self._launcher = launcher
         self._relay = relay
         self._number = number
+        self.calls = 0
 
     def put(self, header: Any, frames: Sequence[Frame] = ()) -> int:
         """See `Transport.put`."""
+        self.calls += header[0] == "call"
         self._launcher.put(self._relay, self._number, header, frames)
         return sum(map(nbytes, frames))
 
     def flush(self) -> None:
         """See `Transport.flush`; what is for workers of the same node goes together, a little later."""
+
+
+class _StreamTransport(_NodeTransport):
+    """The way to a worker that takes many calls: made here are the bytes for its connection, which the relay passes on.
+
+    Its answers come likewise. So a call costs the relay next to nothing, and this process what it costs on one node.
+
+    Attributes:
+        broken: Whether what it sent cannot be told apart any more.
+    """
+
+    def __init__(self, launcher: NodesLauncher, relay: _Relay, number: int) -> None:
+        super().__init__(launcher, relay, number)
+        self.broken = False
+        self._decoder = Decoder()
+        self._put: list[Frame] = []
+        self._put_calls = 0
+        self._held: list[int] = []  # calls that need a permit
+
+    def put(self, header: Any, frames: Sequence[Frame] = ()) -> int:
+        """See `Transport.put`."""
+        size = sum(map(nbytes, frames))
+        if header[0] == "setup" or size >= MAPPED_BYTES:
+            self.flush()
+            return super().put(header, frames)
+        pieces, _, _ = encode(header, frames)
+        self._put += pieces
+        if header[0] == "call":
+            self.calls += 1
+            self._put_calls += 1
+            if not header[3].get("now"):
+                self._held.append(header[1])
+        return size
+
+    def flush(self) -> None:
+        """See `Transport.flush`."""
+        if self._put:
+            frames: list[Frame] = [b"".join(map(PERMIT.pack, self._held)), b"".join(self._put)]
+            self._launcher.put(self._relay, self._number, ["stream", self._put_calls], frames)
+            self._put.clear()
+            self._put_calls = 0
+            self._held.clear()
+
+    def received(self, errors: Sequence[str], frames: Sequence[Frame]) -> list[Message]:
+        """Take a piece of what the worker sent; the messages that are complete."""
+        return self._decoder.feed_passed(errors, frames)
 
 
 class NodesLauncher:
@@ -340,10 +393,11 @@ class NodesLauncher:
         }
         relay.processes[number] = process
         process.host = relay.node.name
-        process.transport = _NodeTransport(self, relay, number)
-        process.recall = (
-            (lambda count: self._recall(relay, number, count)) if self._pooled and resources.cores == 1 else None
-        )
+        if self._pooled and resources.cores == 1:
+            process.transport = _StreamTransport(self, relay, number)
+            process.recall = lambda count: self._recall(relay, number, count)
+        else:
+            process.transport = _NodeTransport(self, relay, number)
         self.put(relay, number, ["start", {"resources": needs, "single": process.single}])
         self._events.on_connected(process)
 
@@ -392,7 +446,9 @@ class NodesLauncher:
         process = relay.processes.get(number)
         if process is None:
             return
-        if header[0] == "recalled":
+        if header[0] == "stream":
+            self._on_stream(process, header[1], frames)
+        elif header[0] == "recalled":
             relay.recalling.discard(number)
             self._events.on_recalled(process, header[1])
         elif header[0] == "exit":
@@ -401,12 +457,37 @@ class NodesLauncher:
             about = header[1]
             process.pid = about["pid"]
             process.stderr += about["stderr"].encode()
-            started = set(about["started"])
-            unstarted = [task.number for task in process.worker.calls if task.number not in started]
+            # Calls that were still on their way come last.
+            calls = process.worker.calls
+            on_the_way = cast(_NodeTransport, process.transport).calls - about["handed"]
+            unstarted = [*about["unstarted"], *(task.number for task in calls[len(calls) - on_the_way :])]
             error = serialize.loads(frames) if frames else None
             self._events.on_exit(process, Exit(about["status"], about["text"], error, unstarted=unstarted))
         else:
             self._events.on_message(process, header, frames)
+
+    def _on_stream(self, process: Process, errors: list[str], frames: list[Frame]) -> None:
+        transport = cast(_StreamTransport, process.transport)
+        if transport.broken:
+            return
+        try:
+            messages = transport.received(errors, frames)
+        except (ValueError, IndexError):
+            transport.broken = True
+            process.verdict = process.verdict or ExecutorlibSocketError(
+                f"What came from a worker process on {process.host} cannot be read, so it was killed: what it ran "
+                "wrote into the file descriptor of its connection."
+            )
+            self.kill(process, signal.SIGKILL)
+            return
+        for message in messages:
+            if message.error is not None:
+                _, number, seconds, text, more = message.header
+                text += "what the call gave could not be received on its node"
+                header = ["error", number, seconds, text, more]
+                self._events.on_message(process, header, serialize.dumps(message.error))
+            else:
+                self._events.on_message(process, message.header, message.frames)
 
     # -- nodes that are lost --------------------------------------------------------------------------------------
 

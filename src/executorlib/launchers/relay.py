@@ -6,8 +6,14 @@ starts, and theirs to the executor, many at once where many come at once.
 From the executor comes ``["do", [[worker number, header, number of frames], ...]]`` with the frames of all behind,
 where a header is a message for the worker or one of ``["start", {...}]``, ``["kill", signal]`` and ``["recall",
 count]``. The relay answers by ``["done", [...]]`` of the same form: messages of workers, ``["recalled", call numbers]``
-and ``["exit", {...}]``. Further ones are ``["hello", {...}]`` and ``["bye", reason]`` from the relay, and ``["end"]``
-to it.
+and ``["exit", {...}]``.
+
+Calls and results of workers that take call after call come in numbers and are not decoded here, so that they cost the
+relay something for each turn and not for each call: ``["stream", number of calls]`` with two frames, their permits and
+the bytes for the worker's connection, and from the worker what `messages.Undecoded` makes. Only large calls come as
+messages, because they need a memory file.
+
+Further ones are ``["hello", {...}]`` and ``["bye", reason]`` from the relay, and ``["end"]`` to it.
 
 The relay ends with its executor and takes all workers of its node along.
 """
@@ -20,12 +26,13 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from executorlib import machine, serialize
 from executorlib.launchers.base import Exit, Process
-from executorlib.launchers.local import LocalLauncher
+from executorlib.launchers.local import LocalLauncher, PipeTransport
 from executorlib.poller import Poller
 from executorlib.resources import Resources
 from executorlib.serialize import Frame
@@ -39,6 +46,11 @@ if TYPE_CHECKING:
 
 # What Slurm tells a program about the node that it runs on; all else it tells is about the step of the relays.
 _KEPT = ("SLURMD_NODENAME", "SLURM_NODEID", "SLURM_TOPOLOGY_ADDR", "SLURM_TOPOLOGY_ADDR_PATTERN", "SLURM_JWT")
+# Where workers are handed several calls at a time they give many answers. These are sent together every so many
+# seconds, as each message costs both ends about as much as ten calls do, and workers have calls for longer than that.
+_GATHER_SECONDS = 0.0005
+# A worker holds fewer calls than this.
+_MOST_PERMITS = 4096
 
 
 class _Call:
@@ -52,7 +64,8 @@ class _Worker:
 
     Attributes:
         number: The executor's number for it.
-        running: Numbers of calls that it may have started and that are not over.
+        handed: How many calls it was handed, those that were taken back included.
+        answered: Of how many of them the answers were seen here, which those in a stream are not.
         process: Its process.
         waiting: Messages that came before it could take any.
         signal: What it was sent before it was there.
@@ -60,7 +73,8 @@ class _Worker:
 
     def __init__(self, number: int, resources: Resources, single: bool) -> None:
         self.number = number
-        self.running: dict[int, None] = {}
+        self.handed = 0
+        self.answered = 0
         self.process = Process(cast("Worker", self), resources, single=single)
         self.waiting: list[tuple[list[Any], list[Frame]]] = []
         self.signal = 0
@@ -68,7 +82,7 @@ class _Worker:
     @property
     def calls(self) -> list[_Call]:
         """What of `scheduler.Worker.calls` the launchers want to know."""
-        return [_Call()] * len(self.running)
+        return [_Call()] * (self.handed - self.answered)
 
 
 class Relay(Poller):
@@ -88,6 +102,7 @@ class Relay(Poller):
         self._parts: list[list[Any]] = []  # to be sent
         self._frames: list[Frame] = []
         self._ended_by = ""
+        self._many = False  # whether workers were handed several calls at a time
         for descriptor in dealer.descriptors:
             self.watch(descriptor, lambda: None)  # `_take_messages` is called in every turn
         self._wake_read, self._wake_write = socket.socketpair()
@@ -120,6 +135,8 @@ class Relay(Poller):
                 self._take_messages()
                 if not self._send():
                     self.call_back(self.poll(self.next_timer()))
+                elif self._many:
+                    time.sleep(_GATHER_SECONDS)
             self._dealer.send(["bye", self._ended_by])
         except EOFError:
             pass  # the executor is gone
@@ -133,6 +150,9 @@ class Relay(Poller):
                 raise EOFError
             each = iter(message.frames)
             touched: dict[_Worker, None] = {}
+            calls = [header[1] for _, header, _ in message.header[1] if header[0] == "stream"]
+            if calls:
+                self._many = max(calls) > 1
             for number, header, count in message.header[1]:
                 worker = self._obey(number, header, list(itertools.islice(each, count)))
                 if worker is not None:
@@ -184,12 +204,17 @@ class Relay(Poller):
         if transport is None or not worker.waiting:
             return
         waiting, worker.waiting = worker.waiting, []
-        held = [header[1] for header, _ in waiting if header[0] == "call" and not header[3].get("now")]
-        if held and permits is not None:
-            permits[0].send(b"".join(map(PERMIT.pack, held)))
         for header, frames in waiting:
+            if header[0] == "stream":
+                worker.handed += header[1]
+                if len(frames[0]) and permits is not None:
+                    permits[0].send(frames[0])
+                cast(PipeTransport, transport).channel.put_encoded(frames[1])
+                continue
             if header[0] == "call":
-                worker.running[header[1]] = None
+                worker.handed += 1
+                if permits is not None and not header[3].get("now"):
+                    permits[0].send(PERMIT.pack(header[1]))
             elif header[0] == "setup" and worker.process.resources.cores > 1:
                 # mpiexec was kept from seeing these.
                 header[1]["env"] = {**self._environ, **header[1].get("env", {})}
@@ -205,10 +230,7 @@ class Relay(Poller):
             data = permits[1].recv(count * PERMIT.size, socket.MSG_DONTWAIT)
         except OSError:
             return []
-        numbers = [number for (number,) in PERMIT.iter_unpack(data)]
-        for number in numbers:
-            worker.running.pop(number, None)
-        return numbers
+        return [number for (number,) in PERMIT.iter_unpack(data)]
 
     # -- Events ---------------------------------------------------------------------------------------------------
 
@@ -219,6 +241,8 @@ class Relay(Poller):
     def on_connected(self, process: Process) -> None:
         """See `Events.on_connected`."""
         worker = self._workers[process.worker.number]
+        if process.permits is not None:
+            cast(PipeTransport, process.transport).channel.pass_on()
         if worker.signal:
             self._launcher.kill(process, worker.signal)
         self._pass_on(worker)
@@ -226,8 +250,7 @@ class Relay(Poller):
     def on_message(self, process: Process, header: list[Any], frames: list[Frame]) -> None:
         """See `Events.on_message`."""
         worker = self._workers[process.worker.number]
-        if header[0] != "ready":
-            worker.running.pop(header[1], None)
+        worker.answered += header[0] in ("result", "error")
         self._put(worker.number, header, frames)
 
     def on_recalled(self, process: Process, numbers: Sequence[int]) -> None:
@@ -239,14 +262,15 @@ class Relay(Poller):
     def on_exit(self, process: Process, end: Exit) -> None:
         """See `Events.on_exit`."""
         worker = self._workers.pop(process.worker.number)
-        self._take_back(worker, len(worker.running))
         error = process.verdict or end.error
         about = {
             "pid": process.pid,
             "status": end.status,
             "text": end.text,
             "stderr": bytes(process.stderr).decode(errors="replace"),
-            "started": list(worker.running),
+            # What it was not handed, it has not started, either.
+            "handed": worker.handed,
+            "unstarted": self._take_back(worker, _MOST_PERMITS),
         }
         self._put(worker.number, ["exit", about], [] if error is None else serialize.dumps(error))
         if process.on_gone is not None:

@@ -10,7 +10,8 @@ the system has memory files (Linux), they are put into one memory file and its d
 in, and the receiver maps the pages, privately and writable, without another. Such a message has its last descriptor
 marked by the high bit of the descriptor count.
 
-Both ends are here: `Channel` never blocks and is for the executor's loop; `Connection` blocks and is for workers.
+Both ends are here: `Channel` never blocks and is for the executor's loop; `Connection` blocks and is for workers. A
+node's relay passes streams on without looking into them (`Channel.pass_on`); memory files end there.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from executorlib.serialize import nbytes
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from typing import Any
 
     from executorlib.serialize import Frame
@@ -55,6 +56,7 @@ _MOST_DESCRIPTORS = 253
 _ANCILLARY_BYTES = socket.CMSG_SPACE(_MOST_DESCRIPTORS * 4)
 # Stands for descriptors that the kernel could not give us.
 _LOST = -1
+_TOO_MANY_FILES = "too many open files in this process; raise its limit (`ulimit -n`), or close some"
 
 # Below this, one copy into one piece is cheaper than a longer list of pieces for the kernel.
 _JOINED_BYTES = 8192
@@ -132,7 +134,7 @@ def _store(frames: Sequence[Frame], lengths: Sequence[int]) -> int:
     return fd
 
 
-def _load(fd: int, lengths: Sequence[int]) -> list[Frame]:
+def _load(memory: int | memoryview, lengths: Sequence[int]) -> list[Frame]:
     total = 0
     starts = []
     for length in lengths:
@@ -140,7 +142,9 @@ def _load(fd: int, lengths: Sequence[int]) -> list[Frame]:
         total = _aligned(total + length)
     # Private and writable: the receiver may change its arrays, and nobody sees it. Not populated: on a private writable
     # mapping that copies every page (measured: 5 ms for 10 MB, where reading it costs 1.5 ms of page faults).
-    view = _map(fd, total)
+    view = _map(memory, total) if isinstance(memory, int) else memory
+    if view.nbytes < total:
+        raise ValueError("less memory was passed on than its message says")
     return [view[start : start + length] for start, length in zip(starts, lengths, strict=True)]
 
 
@@ -167,22 +171,70 @@ def _map(fd: int, length: int) -> memoryview:
     return memoryview(memory).cast("B")
 
 
+def _descriptors(ancillary: list[tuple[int, int, bytes]], flags: int) -> list[int]:
+    """The descriptors in what `socket.recvmsg` returned."""
+    fds: list[int] = []
+    for level, kind, content in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            received = array.array("i")
+            received.frombytes(content[: len(content) - len(content) % received.itemsize])
+            fds += received
+    if flags & socket.MSG_CTRUNC:
+        fds.append(_LOST)
+    return fds
+
+
+class Undecoded:
+    """In place of a `Decoder`: passes a stream on, in pieces as they come, to where it is decoded.
+
+    A piece is a message ``["stream", [error text or "", ...]]`` with the bytes and, for each descriptor, what is in
+    its memory file: nothing where there is an error.
+    """
+
+    def feed(self, data: bytes, ancillary: list[tuple[int, int, bytes]], flags: int = 0) -> list[Message]:
+        """Take what `socket.recvmsg` returned; return it as a message."""
+        errors: list[str] = []
+        frames: list[Frame] = [data]
+        for fd in _descriptors(ancillary, flags) if ancillary or flags else ():
+            error, contents = "", memoryview(b"")
+            if fd == _LOST:
+                error = _TOO_MANY_FILES
+            else:
+                try:
+                    contents = _map(fd, os.fstat(fd).st_size)
+                except (OSError, ValueError) as caught:
+                    error = str(caught)
+                finally:
+                    os.close(fd)
+            errors.append(error)
+            frames.append(contents)
+        return [Message(["stream", errors], frames, [])]
+
+    def close(self) -> None:
+        """See `Decoder.close`; nothing is held."""
+
+
 class Decoder:
     """Cuts a stream of bytes and descriptors into messages."""
 
     def __init__(self) -> None:
         self._buffer = bytearray()
-        self._fds: deque[int] = deque()
+        # Descriptors or, of a stream that was passed on, what was in their files, or why that is not known.
+        self._beside: deque[int | memoryview | str] = deque()
 
     def feed(self, data: bytes, ancillary: list[tuple[int, int, bytes]], flags: int = 0) -> list[Message]:
         """Take what `socket.recvmsg` returned; return the messages that are complete."""
-        for level, kind, content in ancillary:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                received = array.array("i")
-                received.frombytes(content[: len(content) - len(content) % received.itemsize])
-                self._fds.extend(received)
-        if flags & socket.MSG_CTRUNC:
-            self._fds.append(_LOST)
+        if ancillary or flags:
+            self._beside += _descriptors(ancillary, flags)
+        return self._cut(data)
+
+    def feed_passed(self, errors: Sequence[str], frames: Sequence[Frame]) -> list[Message]:
+        """Take a piece of a stream that was passed on; see `Undecoded`."""
+        for error, contents in zip(errors, frames[1:], strict=True):
+            self._beside.append(error or memoryview(contents))
+        return self._cut(frames[0])
+
+    def _cut(self, data: Frame) -> list[Message]:
         buffer = self._buffer
         buffer += data
         messages = []
@@ -203,46 +255,49 @@ class Decoder:
             if available < end:
                 break
             header = _from_json(buffer[lengths_end:cursor].decode())
-            fds, error = self._take(descriptors & ~_MAPPED)
+            taken, error = self._take(descriptors & ~_MAPPED) if descriptors else ([], None)
             frames: list[Frame] = []
             if mapped and error is None:
-                fd = fds.pop()
+                memory = taken.pop()
                 try:
-                    frames = _load(fd, lengths)
+                    frames = _load(memory, lengths)
                 except OSError as caught:
                     error = caught
                 finally:
-                    os.close(fd)
+                    if isinstance(memory, int):
+                        os.close(memory)
             elif not mapped:
                 for length in lengths:
                     # A bytearray: arrays rebuilt on it are writable, as the originals were.
                     frames.append(buffer[cursor : cursor + length])
                     cursor += length
-            messages.append(Message(header, frames, fds, error))
+            messages.append(Message(header, frames, [each for each in taken if isinstance(each, int)], error))
             position = end
         if position:
             del buffer[:position]
         return messages
 
-    def _take(self, count: int) -> tuple[list[int], OSError | None]:
-        """The descriptors of the next message, or why they are not there."""
-        fds: list[int] = []
+    def _take(self, count: int) -> tuple[list[int | memoryview], OSError | None]:
+        """What came beside the bytes of the next message, or why it is not there."""
+        taken: list[int | memoryview] = []
         for _ in range(count):
-            fd = self._fds.popleft()
-            if fd == _LOST:
-                for received in fds:
-                    os.close(received)
-                text = "too many open files in this process; raise its limit (`ulimit -n`), or close some"
-                return [], OSError(errno.EMFILE, text)
-            fds.append(fd)
-        return fds, None
+            each = self._beside.popleft()
+            if isinstance(each, str) or each == _LOST:
+                _close(taken)
+                return [], OSError(errno.EMFILE, each if isinstance(each, str) else _TOO_MANY_FILES)
+            taken.append(each)
+        return taken, None
 
     def close(self) -> None:
         """Close descriptors of messages that never became complete."""
-        while self._fds:
-            fd = self._fds.popleft()
-            if fd != _LOST:
-                os.close(fd)
+        _close(self._beside)
+        self._beside.clear()
+
+
+def _close(beside: Iterable[int | memoryview | str]) -> None:
+    for each in beside:
+        if isinstance(each, int) and each != _LOST:
+            os.close(each)
 
 
 class Channel:
@@ -255,7 +310,7 @@ class Channel:
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
         self._sock = sock
-        self._decoder = Decoder()
+        self._decoder: Decoder | Undecoded = Decoder()
         self._out: deque[memoryview] = deque()
         self._out_fds: list[int] = []
         self._close_after: list[int] = []
@@ -275,6 +330,14 @@ class Channel:
         self._out_fds += fds
         self._close_after += close
         return sum(map(nbytes, frames))
+
+    def put_encoded(self, data: Frame) -> None:
+        """Append messages that were encoded elsewhere, without descriptors."""
+        self._out.append(memoryview(data).cast("B"))
+
+    def pass_on(self) -> None:
+        """Leave what is received undecoded, from the beginning on; see `Undecoded`."""
+        self._decoder = Undecoded()
 
     def flush(self) -> bool:
         """Send as much as the system takes now.
