@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import os
+import socket
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from executorlib import entries
 from executorlib.launchers.base import Exit, Process
 from executorlib.launchers.jobs import JobLauncher
-from executorlib.launchers.queue import JobState, Phase
+from executorlib.launchers.queue import Cause, JobState, Phase
+from executorlib.launchers.systems import Refused
 from executorlib.ledger import Allocation
 from executorlib.resources import Resources
 from executorlib.scheduler import Worker
@@ -27,6 +32,7 @@ class Events:
     def __init__(self) -> None:
         self.told: list[str] = []
         self.timers: list[Callable[[], None]] = []
+        self.exits: dict[int, str] = {}  # by the worker's number: why it ended without a result
 
     def call_later(self, seconds: float, callback: Callable[[], None]) -> None:
         self.timers.append(callback)
@@ -44,6 +50,9 @@ class Events:
 
     def on_exit(self, process: Process, end: Exit) -> None:
         self.told.append("exit")
+        number = process.worker.number
+        assert number not in self.exits
+        self.exits[number] = "" if end.status == 0 else str(end.error or end.text)
 
 
 class System:
@@ -74,6 +83,8 @@ def events(monkeypatch: pytest.MonkeyPatch) -> Events:
     # All timers are due at once.
     monkeypatch.setattr("executorlib.launchers.submitter._LINGER", 0.0)
     monkeypatch.setattr("executorlib.launchers.jobs._LOOK_SECONDS", 0.0)
+    for name in ("_LOOK_SHARE", "_WAIT_SHARE"):
+        monkeypatch.setattr(f"executorlib.launchers.jobs.{name}", float("inf"))
     return Events()
 
 
@@ -108,3 +119,133 @@ def test_result_that_is_there_before_the_call_was_told_that_it_runs(events: Even
     task.move(RUNNING)
     process.transport.flush()
     assert events.told == ["connected", "result", "exit"]
+
+
+# Whatever happens to the files, at any moment.
+
+FILES = (
+    "batch_directory",
+    "batch_entries",
+    "claimed_for",
+    "read_ending",
+    "read_input",
+    "read_text",
+    "remove_input",
+    "take_over",
+    "write_input",
+    "write_text",
+)
+
+
+class Faults:
+    """Has the one call of a function of `entries` fail that comes after so many others."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+        self.count = 0
+        self._at = at
+        for name in FILES:
+            monkeypatch.setattr(entries, name, self._failing(getattr(entries, name)))
+
+    def _failing(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*arguments: Any) -> Any:
+            self.count += 1
+            if self.count == self._at:
+                raise OSError(errno.EIO, "the disk is gone")
+            return function(*arguments)
+
+        return called
+
+
+class Queue(System):
+    """Takes batches one after the other, the second only when asked again; one job dies, the others leave results."""
+
+    first_query = last_query = 0.0
+
+    def __init__(self, store: Path) -> None:
+        self.store = store
+        self.submitted = 0
+
+    def submit(self, batch: Any, on_done: Callable[[Any], None]) -> None:
+        self.submitted += 1
+        if self.submitted == 2:
+            on_done(Refused("not now", transient=True))
+            return
+        on_done(str(self.submitted))
+
+    def query(self, job_ids: Any, on_states: Callable[[Any], None]) -> None:
+        for key in ("works", "again"):
+            path = self.store / f"{key}_o.h5"
+            if (self.store / f"{key}_i.h5").exists() and not path.exists():
+                entries.write_output(path, function=abs, args=[-1], kwargs={}, resource_dict={}, runtime=0.1, output=1)
+        on_states({})
+
+    def detail(self, job: Any, on_state: Callable[[Any], None]) -> None:
+        on_state(JobState(Phase.ENDED, "FAILED", "", "9:0"))
+
+    def cause_in(self, output: str) -> Cause:
+        return Cause.NONE
+
+    def cancel(self, jobs: Any) -> None:
+        pass
+
+
+def ends(folder: Path, events: Events, monkeypatch: pytest.MonkeyPatch, fault: int) -> tuple[list[str], int]:
+    """Run calls of all kinds while one access to a file fails; how each ended, and the number of accesses."""
+    for name in ("_GRACE", "_RESULT_GRACE"):
+        monkeypatch.setattr(f"executorlib.launchers.jobs.{name}", -1.0)
+    monkeypatch.setattr("executorlib.launchers.submitter._FIRST_RETRY", 0.0)
+    # Of sessions that are gone: one had submitted its call, one had not, and one left nothing that can be read.
+    for key, note in (("submitted", "17"), ("again", None), ("unknown", None)):
+        batch = Path(entries.batch_directory(str(folder), f"of-{key}"))
+        path = folder / f"{key}_i.h5"
+        call = {"function": abs, "input_args": [-1], "input_kwargs": {}, "resource_dict": {}, "batch": str(batch)}
+        assert entries.write_input(str(path), call)
+        owner = {"system": System.name, "host": socket.gethostname(), "pid": 2**30}
+        (batch / entries.OWNER_FILE).write_text(json.dumps(owner) if key != "unknown" else "[1]")
+        (batch / entries.ENTRIES_FILE).write_text(f"0 {path}\n")
+        if note:
+            (batch / entries.JOB_ID_FILE).write_text(note)
+    os.utime(folder / entries.BATCHES_FOLDER / "of-unknown", (1, 1))
+    with monkeypatch.context() as patch:
+        faults = Faults(patch, fault)
+        launcher = JobLauncher(
+            cast("Any", events), cast("Any", Queue(folder)), lambda _resources, program: program, False
+        )
+        processes = []
+        for number, key in enumerate(("works", "dies", "submitted", "again", "unknown", "cancelled"), 1):
+            resources = Resources(cache_directory=str(folder), priority=number)
+            task = Task(number, abs, (-1,), {}, Future(), resources, resources.demand)
+            task.cache_path = str(folder / f"{key}_o.h5")
+            for state in (READY, LAUNCHING):
+                task.move(state)
+            worker = Worker(number, 0, Allocation.__new__(Allocation))
+            worker.calls.append(task)
+            processes.append(Process(worker, resources, single=True))
+            launcher.launch(processes[-1])
+        launcher.kill(processes[-1], 9)
+        for _ in range(60):
+            for process in processes:
+                (task,) = process.worker.calls
+                if process.transport is not None and task.state is LAUNCHING:
+                    task.move(RUNNING)
+                    process.transport.flush()
+            if len(events.exits) == len(processes):
+                break
+            events.run_timers()
+    assert sorted(events.exits) == list(range(1, len(processes) + 1)), "each ends once"
+    return [events.exits[number] for number in sorted(events.exits)], faults.count
+
+
+def test_one_failing_file_fails_one_call(events: Events, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each access to a file fails once; whatever comes of it, every call ends, and most of them well."""
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    expected, count = ends(whole, events, monkeypatch, 0)
+    assert "FAILED" in expected[1]
+    assert count > 30
+    for fault in range(1, count + 1):
+        folder = tmp_path / str(fault)
+        folder.mkdir()
+        outcome, _ = ends(folder, Events(), monkeypatch, fault)
+        differs = [now for now, before in zip(outcome, expected, strict=True) if bool(now) != bool(before)]
+        assert len(differs) <= 1, (fault, outcome)

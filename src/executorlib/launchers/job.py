@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -174,12 +173,22 @@ class JobBatch:
         self.made = self.touched = time.monotonic()
         self._indices: dict[str, int] | None = None
 
+    def read_entries(self) -> bool:
+        """Find out which entries a batch of another session has; False where no file tells (yet), or a damaged one.
+
+        Raises:
+            OSError: The file cannot be read.
+        """
+        if self._indices is None:
+            try:
+                self._indices = {entry: index for index, entry in entries.batch_entries(self.directory).items()}
+            except (FileNotFoundError, ValueError):
+                return False
+            self.is_array = len(self._indices) > 1 or any(self._indices.values())
+        return True
+
     def index_of(self, path: str) -> int | None:
         """The place of an entry in a batch of another session; None where that is not known."""
-        if self._indices is None:
-            with contextlib.suppress(OSError, ValueError):  # not written yet, or removed, or not to be trusted
-                self._indices = {entry: index for index, entry in entries.batch_entries(self.directory).items()}
-                self.is_array = len(self._indices) > 1 or any(self._indices.values())
         return (self._indices or {}).get(path)
 
     def remove_files(self) -> None:
@@ -194,7 +203,7 @@ class JobBatch:
     def is_abandoned(self) -> bool:
         """Whether the session that made it ended before submitting it; a job that runs all the same will notice."""
         owner = owner_of(self.directory)
-        if owner.get("host") != socket.gethostname():
+        if owner.get("host") != socket.gethostname() or "pid" not in owner:
             return not os.path.isdir(self.directory) or entries.is_older(self.directory, SUBMIT_SECONDS)
         return not machine.is_running(owner["pid"], owner.get("started", ""))
 
@@ -202,10 +211,10 @@ class JobBatch:
 def owner_of(directory: str) -> dict[str, Any]:
     """Who submits, or has submitted, a batch; empty where that is not known."""
     try:
-        owner: dict[str, Any] = json.loads(entries.read_text(directory, entries.OWNER_FILE) or "{}")
+        owner = json.loads(entries.read_text(directory, entries.OWNER_FILE) or "{}")
     except ValueError:
         return {}
-    return owner
+    return owner if isinstance(owner, dict) else {}
 
 
 def exit_code(text: str) -> tuple[int, int]:

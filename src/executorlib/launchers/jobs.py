@@ -18,7 +18,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from executorlib import entries
@@ -156,7 +156,7 @@ class JobLauncher:
                 self._to_cancel.append(job.key)
             else:
                 batch.cancelled.add(job.index)  # it may be on its way to the system already
-            entries.remove_input(job.path)
+            _remove_input(job)
         self._end(job, Exit(None, "its job was cancelled"))
 
     @property
@@ -186,21 +186,31 @@ class JobLauncher:
 
     def _claim(self, job: Job) -> None:
         """Put the call's entry in place; where another session has, follow that."""
+        self._each([job], self._try_to_claim)
+
+    def _try_to_claim(self, job: Job) -> None:
         task = job.task
         batch = None
         try:
             if os.path.exists(job.path) and self._follow_owner(job):
                 return
+            try:
+                values = {
+                    name: entries.Snapshot.of(value)
+                    for name, value in (
+                        ("function", task.fn),
+                        ("input_args", list(task.args)),
+                        ("input_kwargs", task.kwargs),
+                        ("resource_dict", task.resources.as_dict()),
+                    )
+                }
+            except BaseException as error:  # whatever the user's objects raise
+                self._end(job, Exit(None, "", advise_unpicklable(error, task.number, task.name)))
+                return
             pending = [self._by_output[path] for path in task.after if path in self._by_output]
             after = [other for other in pending if not other.over and other.batch is not None]
             batch, index = self._submitter.place(job, after)
-            values = {
-                "function": task.fn,
-                "input_args": list(task.args),
-                "input_kwargs": task.kwargs,
-                "resource_dict": task.resources.as_dict(),
-                "batch": batch.directory,
-            }
+            values["batch"] = entries.Snapshot.of(batch.directory)
             # Two tries: the entry may be finished, or removed, between the first one and the look at who has it.
             for _ in range(2):
                 if entries.write_input(job.path, values):
@@ -220,16 +230,6 @@ class JobLauncher:
                     return
                 if self._follow_owner(job):
                     return
-        except entries.UntrustedFile as error:
-            self._end(job, Exit(None, "", error))
-            return
-        except OSError as error:
-            text = f"its entry {job.path} cannot be written: {error.strerror or error}"
-            self._end(job, Exit(None, text))
-            return
-        except BaseException as error:  # whatever the user's objects raise while they are pickled
-            self._end(job, Exit(None, "", advise_unpicklable(error, task.number, task.name)))
-            return
         finally:
             if batch is not None and not batch.size:
                 batch.remove_files()
@@ -288,7 +288,7 @@ class JobLauncher:
         if self._leaving:
             logger.error("%s did not take jobs of this session, which has left: %s", self._system.name, refusal)
         for job in [job for job in self._jobs.values() if job.batch is batch]:
-            entries.remove_input(job.path)
+            _remove_input(job)
             text = f"Call {job.task.number} of {job.task.name} was not run: {self._system.name} did not take its job: "
             self._end(job, Exit(None, "", ExecutorlibSocketError(f"{text}{refusal}")))
 
@@ -298,19 +298,15 @@ class JobLauncher:
         """Look for results."""
         self._ended_now.clear()
         cpu, began = time.thread_time(), time.monotonic()
-        for job in list(self._jobs.values()):
-            if job.ending is not None:
-                continue
-            try:
-                self._look_at(job, began)
-            except Exception as error:  # whatever is wrong with one entry is no reason to lose the others
-                self._end(job, Exit(None, "", error))
+        self._each(list(self._jobs.values()), lambda job: self._look_at(job, began))
         if self._jobs:
             # A slow file system makes the loop wait, which is no processor time.
             pause = max((time.thread_time() - cpu) / _LOOK_SHARE, (time.monotonic() - began) / _WAIT_SHARE)
             self._looks.within(max(_LOOK_SECONDS, pause))
 
     def _look_at(self, job: Job, now: float) -> None:
+        if job.over:
+            return
         seen = _identity(job.output)
         if seen is not None and seen != job.damaged:
             job.ending = entries.read_ending(job.output, job.root)
@@ -355,6 +351,23 @@ class JobLauncher:
         elif not batch.jobs and batch.job_id is not None and not self._leaving:
             batch.remove_files()
 
+    def _each(self, jobs: Iterable[Job], step: Callable[[Job], None]) -> None:
+        """Do something for each job. Whatever is wrong with its files is no reason to lose the others.
+
+        All that looks into files, or at what the system said, goes through here. What is raised once a call is over is
+        not about its files, and not contained.
+        """
+        for job in jobs:
+            try:
+                step(job)
+            except Exception as error:
+                if self._jobs.get(job.process.worker.number) is not job:
+                    raise
+                if isinstance(error, OSError) and not isinstance(error, entries.UntrustedFile):
+                    self._end(job, Exit(None, f"its entry {job.path} cannot be read or written: {error}"))
+                else:
+                    self._end(job, Exit(None, "", error))
+
     def _end(self, job: Job, end: Exit) -> None:
         job.over = True
         self._forget(job)
@@ -383,28 +396,29 @@ class JobLauncher:
     def _on_states(self, asked: list[Job], states: States | None) -> None:
         self._asking = False
         now = time.monotonic()
-        # Without an answer nothing is known.
-        states, asked = ({}, []) if states is None else (states, asked)
-        for job in asked:
-            if job.over or job.batch is None or job.batch.job_id is None:
-                continue
-            job_id = job.batch.job_id
-            state = states.get((job_id, job.index)) or states.get((job_id, None))
-            if state is not None:
-                job.last = state
-            if state is None or state.phase is Phase.ENDED:
-                if job.gone_since is None:
-                    job.gone_since = now
-            elif state.phase is Phase.RUNNING:
-                job.gone_since = None
-                if not job.begun:
-                    self._begin(job)
-            elif state.hopeless and job.batch.ours and not self._waits_for_inputs_end(job):
-                self._system.cancel([job.key])
-                self._give_up(job)
+        if states is not None:  # without an answer nothing is known
+            self._each(asked, lambda job: self._on_state(job, states, now))
         self._ask_after = min(1.5 * self._ask_after, self._system.last_query)
         if self._jobs:
             self._questions.within(self._ask_after)
+
+    def _on_state(self, job: Job, states: States, now: float) -> None:
+        if job.over or job.batch is None or job.batch.job_id is None:
+            return
+        job_id = job.batch.job_id
+        state = states.get((job_id, job.index)) or states.get((job_id, None))
+        if state is not None:
+            job.last = state
+        if state is None or state.phase is Phase.ENDED:
+            if job.gone_since is None:
+                job.gone_since = now
+        elif state.phase is Phase.RUNNING:
+            job.gone_since = None
+            if not job.begun:
+                self._begin(job)
+        elif state.hopeless and job.batch.ours and not self._waits_for_inputs_end(job):
+            self._system.cancel([job.key])
+            self._give_up(job)
 
     def _on_gone(self, job: Job, now: float) -> None:
         """The system no longer has the job, and there is no result."""
@@ -458,7 +472,7 @@ class JobLauncher:
             job.start_over()
             self._claim(job)
             return
-        entries.remove_input(job.path)
+        _remove_input(job)
         self._ended_now.add(job.output)
         self._end(job, Exit(None, "", job.error(self._system)))
 
@@ -469,25 +483,40 @@ class JobLauncher:
             if not os.path.exists(job.path) or entries.is_older(job.path, SUBMIT_SECONDS):
                 self._claim(job)
         for batch in [batch for batch in self._followed.values() if batch.job_id is None]:
-            batch.job_id = entries.read_text(batch.directory, entries.JOB_ID_FILE)
-            followers = [job for job in self._jobs.values() if job.batch is batch]
-            if batch.job_id is not None:
-                # The list of its calls is complete by now.
-                batch.jobs.clear()
-                for job in followers:
-                    index = batch.index_of(job.path)
-                    if index is None:
-                        job.batch = None
-                    else:
-                        job.index = index
-                        batch.jobs.setdefault(index, job)
-            elif batch.is_abandoned():
-                for job in followers:
+            self._each([job for job in self._jobs.values() if job.batch is batch], self._find_job_id)
+
+    def _find_job_id(self, job: Job) -> None:
+        batch = job.batch
+        assert batch is not None
+        if batch.job_id is None:
+            job_id = entries.read_text(batch.directory, entries.JOB_ID_FILE)
+            if job_id is None:
+                if batch.is_abandoned():
                     self._give_up(job)
+                return
+            # The list of its calls is complete by now. Where it does not come, its jobs cannot read it either.
+            if not batch.read_entries():
+                if entries.is_older(job.path, SUBMIT_SECONDS):
+                    self._give_up(job)
+                return
+            batch.job_id = job_id
+            batch.jobs.clear()
+        index = batch.index_of(job.path)
+        if index is None:
+            job.batch = None
+        else:
+            job.index = index
+            batch.jobs.setdefault(index, job)
 
     def _cancel(self) -> None:
         jobs, self._to_cancel = self._to_cancel, []
         self._system.cancel(jobs)
+
+
+def _remove_input(job: Job) -> None:
+    """Remove the entry of a job that is over. Where that fails, who finds it sees that its job is dead."""
+    with contextlib.suppress(OSError):
+        entries.remove_input(job.path)
 
 
 def _identity(path: str) -> tuple[int, int, int] | None:

@@ -82,11 +82,12 @@ class LocalSystem:
                     start_new_session=True,
                     check=True,
                 ).stdout
-            except (OSError, subprocess.CalledProcessError):
+                # Whoever reads the id can tell whether the process is still there; the start time tells it from a
+                # later one.
+                self._id = f"{socket.gethostname()}:{int(pid)}:{machine.process_start(int(pid))}"
+            except (OSError, ValueError, subprocess.CalledProcessError):
                 ours.close()
                 raise
-        # Whoever reads the id can tell whether the process is still there; the start time tells it from a later one.
-        self._id = f"{socket.gethostname()}:{int(pid)}:{machine.process_start(int(pid))}"
         ours.setblocking(False)
         self._socket = ours
         self._events.watch(ours, self._on_readable)
@@ -95,7 +96,7 @@ class LocalSystem:
         """See `JobSystem.submit`."""
         try:
             self._start()
-        except (OSError, subprocess.CalledProcessError) as error:
+        except (OSError, ValueError, subprocess.CalledProcessError) as error:
             on_done(Refused(f"it could not be started: {error}"))
             return
         self._submitted += 1

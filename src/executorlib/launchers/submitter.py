@@ -179,18 +179,25 @@ class Submitter:
             if self._leaving and not any(job.batch in self._waiting for job in batch.after):
                 self._waiting.remove(batch)
                 for job in batch.jobs.values():
-                    entries.remove_input(job.path)
+                    with contextlib.suppress(OSError):
+                        entries.remove_input(job.path)
             return
+        try:
+            submission = self._made_ready(batch, tuple(dependencies))
+        except Exception as error:  # of the file system, mostly
+            self._answered(batch, Refused(f"its batch directory {batch.directory} cannot be written: {error}"))
+            return
+        self._submitting.add(batch)
+        self._system.submit(submission, lambda answer: self._answered(batch, answer))
+
+    def _made_ready(self, batch: JobBatch, dependencies: tuple[Dependency, ...]) -> Batch:
+        """Write a batch's files and describe it to the system."""
         batch.is_array = batch.size > 1 or batch.first > 0
         task = next(iter(batch.jobs.values())).task
         resources = task.resources
-        try:
-            program = self._write_files(batch, resources)
-        except OSError as error:
-            self._answered(batch, Refused(f"its batch directory {batch.directory} cannot be written: {error}"))
-            return
+        program = self._write_files(batch, resources)
         name = batch.name if batch.size == 1 else f"{batch.name} and {batch.size - 1} more"
-        submission = Batch(
+        return Batch(
             name=name,
             directory=batch.directory,
             command=shlex.join(self._command(resources, program)),
@@ -199,10 +206,8 @@ class Submitter:
             resources=resources,
             template_values=resources.template_values,
             cwd=resources.cwd or os.path.expanduser("~"),
-            dependencies=tuple(dependencies),
+            dependencies=dependencies,
         )
-        self._submitting.add(batch)
-        self._system.submit(submission, lambda answer: self._answered(batch, answer))
 
     def _dependencies(self, batch: JobBatch) -> list[Dependency] | None:
         """What a batch has to wait for in the system; None where it cannot be submitted yet."""
@@ -248,7 +253,9 @@ class Submitter:
         now = time.monotonic()
         if batch in self._retries:
             # A system that did not answer in time may have taken the batch all the same, and its jobs may have begun.
-            noted = entries.read_text(batch.directory, entries.JOB_ID_FILE)
+            noted = None
+            with contextlib.suppress(OSError, ValueError):
+                noted = entries.read_text(batch.directory, entries.JOB_ID_FILE)
             if noted is not None and noted != answer:
                 if not isinstance(answer, Refused):
                     self._system.cancel([(answer, None)])
@@ -271,7 +278,7 @@ class Submitter:
         batch.job_id = answer
         try:
             entries.write_text(os.path.join(batch.directory, entries.JOB_ID_FILE), answer)
-        except OSError as error:
+        except Exception as error:  # its jobs run all the same
             logger.warning("the id of job %s cannot be noted in %s: %s", answer, batch.directory, error)
         if batch.cancelled:
             self._system.cancel([(answer, index if batch.is_array else None) for index in sorted(batch.cancelled)])

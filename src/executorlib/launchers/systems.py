@@ -191,16 +191,21 @@ class CommandSystem:
         except (OSError, ValueError, ImportError) as error:
             on_done(Refused(str(error)))
             return
+        except Exception as error:  # pysqa's, or of a template's
+            on_done(Refused(f"{type(error).__name__}: {error}"))
+            return
 
         def answered(answer: Answer) -> None:
             if not answer.ok:
                 transient = answer.code is None or queue.is_transient(answer.text)
                 on_done(Refused(f"{argv[0]} refused it: {answer.text}", transient))
                 return
+            taken: str | Refused
             try:
-                on_done(queue.parse_job_id(answer.output))
-            except ValueError as error:
-                on_done(Refused(str(error)))
+                taken = queue.parse_job_id(answer.output)
+            except Exception as error:  # whatever it stumbles over, that is no job id
+                taken = Refused(f"{argv[0]} was not understood: {error}")
+            on_done(taken)
 
         # Some queues start a job where it was submitted.
         self._run(argv, answered, batch.cwd)
@@ -218,12 +223,14 @@ class CommandSystem:
     def query(self, job_ids: Sequence[str], on_states: Callable[[States | None], None]) -> None:
         """See `JobSystem.query`."""
         queue = self._queue
-        assert queue is not None
+        if queue is None:  # other sessions' jobs, in a system that cannot be used here
+            self._events.call_later(0.0, lambda: on_states(None))
+            return
 
         def answered(answer: Answer) -> None:
             states: States | None = None
             if answer.ok:
-                with contextlib.suppress(ValueError):
+                with contextlib.suppress(Exception):  # whatever it stumbles over, that is no answer
                     states = {
                         (job_id, index): state for (job_id, index), state in queue.parse_status(answer.output).items()
                     }
@@ -234,15 +241,17 @@ class CommandSystem:
     def detail(self, job: JobKey, on_state: Callable[[JobState | None], None]) -> None:
         """See `JobSystem.detail`."""
         queue = self._queue
-        assert queue is not None
-        argv = queue.detail_command(*job)
-        if not argv:
-            on_state(None)
+        argv = [] if queue is None else queue.detail_command(*job)
+        if queue is None or not argv:
+            self._events.call_later(0.0, lambda: on_state(None))
             return
         give_up = time.monotonic() + queue.history_delay
 
         def answered(answer: Answer) -> None:
-            state = queue.parse_detail(answer.output) if answer.ok else None
+            state = None
+            if answer.ok:
+                with contextlib.suppress(Exception):
+                    state = queue.parse_detail(answer.output)
             if state is None and time.monotonic() < give_up:
                 self._events.call_later(_HISTORY_SECONDS, lambda: self._run(argv, answered))
             else:
@@ -256,8 +265,8 @@ class CommandSystem:
 
     def cancel(self, jobs: Sequence[JobKey]) -> None:
         """See `JobSystem.cancel`."""
-        assert self._queue is not None
-        self._run(self._queue.cancel_command(jobs), lambda answer: None)
+        if self._queue is not None:
+            self._run(self._queue.cancel_command(jobs), lambda answer: None)
 
     def close(self) -> None:
         """See `JobSystem.close`."""

@@ -1,0 +1,125 @@
+"""A queue that is driven by commands, without commands: what becomes of their answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from executorlib.launchers.commands import Answer, Commands
+from executorlib.launchers.queue import Batch, JobState, Phase
+from executorlib.launchers.systems import CommandSystem, Refused
+from executorlib.resources import Resources
+
+
+class Events:
+    """Runs what is to be called later when the test says so."""
+
+    def __init__(self) -> None:
+        self.timers: list[Callable[[], None]] = []
+
+    def call_later(self, seconds: float, callback: Callable[[], None]) -> None:
+        self.timers.append(callback)
+
+    def run_timers(self) -> None:
+        timers, self.timers = self.timers, []
+        for timer in timers:
+            timer()
+
+
+class Stumbles:
+    """A queue whose answers nobody understands."""
+
+    array_limit = 1
+    has_dependencies = False
+    history_delay = 0.0
+
+    def script(self, batch: Batch) -> str:
+        return "#!/bin/sh\n"
+
+    def unused(self, batch: Batch) -> list[str]:
+        return []
+
+    def submit_command(self, batch: Batch, script_path: str) -> list[str]:
+        return ["submit", script_path]
+
+    def status_command(self, job_ids: Any) -> list[str]:
+        return ["status"]
+
+    def detail_command(self, job_id: str, index: int | None) -> list[str]:
+        return ["detail"]
+
+    def parse_job_id(self, output: str) -> str:
+        raise IndexError("no word")
+
+    def parse_status(self, output: str) -> dict[tuple[str, int], JobState]:
+        raise KeyError("jobid")
+
+    def parse_detail(self, output: str) -> JobState | None:
+        raise TypeError("no text")
+
+
+class Understands(Stumbles):
+    def parse_status(self, output: str) -> dict[tuple[str, int], JobState]:
+        return {("7", 0): JobState(Phase.RUNNING, output)}
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[Answer]:
+    """What the commands say, one after the other; the last one again and again."""
+    answers: list[Answer] = []
+
+    def run(commands: Any, argv: list[str], on_answer: Callable[[Answer], None], **_: Any) -> None:
+        on_answer(answers.pop(0) if len(answers) > 1 else answers[0])
+
+    monkeypatch.setattr(Commands, "run", run)
+    return answers
+
+
+def system(queue: Any, events: Any = None) -> CommandSystem:
+    return CommandSystem(events or Events(), "a queue", lambda _settings: queue, [])
+
+
+def batch(folder: Path) -> Batch:
+    return Batch("a", str(folder), "true", 1, Resources(), {}, str(folder))
+
+
+def test_answers_that_nobody_understands(said: list[Answer], tmp_path: Path) -> None:
+    """They fail what was asked, and nothing else."""
+    said.append(Answer(0, "what?", ""))
+    queue, answers = system(Stumbles()), []
+    queue.query(["7"], answers.append)
+    queue.detail(("7", None), answers.append)
+    assert answers == [None, None]
+    queue.submit(batch(tmp_path), answers.append)
+    assert isinstance(answers[-1], Refused)
+    assert not answers[-1].transient
+    assert "no word" in str(answers[-1])
+
+
+def test_template_that_raises_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def script(queue: Any, batch: Batch) -> str:
+        raise RuntimeError("recursion")
+
+    monkeypatch.setattr(Stumbles, "script", script)
+    answers: list[Any] = []
+    system(Stumbles()).submit(batch(tmp_path), answers.append)
+    assert "RuntimeError: recursion" in str(answers[0])
+
+
+def test_system_that_cannot_be_used_here() -> None:
+    """Jobs of other sessions are asked for all the same."""
+
+    def broken(settings: str) -> Any:
+        raise ImportError("no pysqa")
+
+    events: Any = Events()
+    broken_system = CommandSystem(events, "a queue", broken, ["settings"])
+    answers: list[Any] = []
+    broken_system.query(["7"], answers.append)
+    broken_system.detail(("7", None), answers.append)
+    broken_system.cancel([("7", None)])
+    events.run_timers()
+    assert answers == [None, None]
