@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -57,6 +59,13 @@ def test_ranks_command() -> None:
 )
 def test_time_left(output: str, seconds: float | None) -> None:
     assert parse_time_left(output) == seconds
+
+
+@pytest.mark.parametrize(("module", "without"), [("worker.mpi", "zmq"), ("transports.dealer", "asyncio")])
+def test_what_a_rank_does_not_load(module: str, without: str) -> None:
+    """All ranks start at once and wait for each other, so what they load counts many times."""
+    code = f"import sys, executorlib.{module}; sys.exit({without!r} in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 # -- agents -----------------------------------------------------------------------------------------------------------

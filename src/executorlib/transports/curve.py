@@ -17,8 +17,7 @@ from typing import Any
 import zmq
 from zmq.utils import z85
 
-# Name of the environment variable through which a worker learns how to connect.
-CONNECTION_VARIABLE = "EXECUTORLIB_CONNECTION"
+from executorlib.transports import CONNECTION_VARIABLE as CONNECTION_VARIABLE
 
 _ZAP_ENDPOINT = "inproc://zeromq.zap.01"
 _DOMAIN = b"executorlib"

@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import zmq
-from zmq.utils.monitor import parse_monitor_message
 
 from executorlib.serialize import Frame
 from executorlib.transports import address
@@ -31,6 +30,7 @@ from executorlib.transports.zeromq import (
     milliseconds,
     monitor_of,
     pack,
+    read_event,
     unpack,
 )
 
@@ -94,7 +94,7 @@ class Dealer:
     def _watch(self) -> None:
         """Wait for the end of the connection; all other events are over, or are of no interest."""
         while True:
-            event = parse_monitor_message(self._monitor.recv_multipart())["event"]
+            event, _ = read_event(self._monitor)
             if event == zmq.EVENT_MONITOR_STOPPED:
                 return
             if event == zmq.EVENT_DISCONNECTED:
@@ -220,7 +220,7 @@ class _Attempt:
 
     def succeeded(self) -> bool:
         """Take in an event; return whether the executor has let us in."""
-        event = parse_monitor_message(self.monitor.recv_multipart())["event"]
+        event, _ = read_event(self.monitor)
         if event == zmq.EVENT_CONNECTED:
             if self.outcome in (_NO_ANSWER, _NOBODY):  # what an earlier connection came to says more
                 self.outcome = "connected, but it does not answer"

@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import zmq
-from zmq.utils.monitor import parse_monitor_message
 
 from executorlib.serialize import Frame, nbytes
 from executorlib.transports import address
@@ -30,6 +29,7 @@ from executorlib.transports.zeromq import (
     milliseconds,
     monitor_of,
     pack,
+    read_event,
     unpack,
 )
 
@@ -196,7 +196,7 @@ class Router:
 
     def _note_losses(self) -> None:
         while int(self._monitor.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
-            descriptor = parse_monitor_message(self._monitor.recv_multipart())["value"]
+            _, descriptor = read_event(self._monitor)
             peers = list(self._peers.get(descriptor, ()))
             for peer in peers:
                 if len(peers) == 1:

@@ -12,6 +12,7 @@ threads exchange these, however busy the process is.
 from __future__ import annotations
 
 import json
+import struct
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
@@ -38,6 +39,8 @@ _JOINED_BYTES = 8192
 UNCOPIED_BYTES = 4 * 1024 * 1024
 
 _to_json = json.JSONEncoder(separators=(",", ":")).encode
+
+_EVENT = struct.Struct("=Hi")
 
 # What the executor sends to learn whether a peer is there; no message.
 NOTHING = b""
@@ -105,3 +108,12 @@ def monitor_of(sock: zmq.Socket[Any], events: int) -> zmq.Socket[Any]:
     monitor.setsockopt(zmq.LINGER, 0)
     monitor.connect(where)
     return monitor
+
+
+def read_event(monitor: zmq.Socket[Any]) -> tuple[int, int]:
+    """Number and value of the next event from a socket that `monitor_of` made.
+
+    `zmq.utils.monitor` does it, too, and loads asyncio, which takes longer than all else that a worker loads.
+    """
+    event: tuple[int, int] = _EVENT.unpack(monitor.recv_multipart()[0])
+    return event

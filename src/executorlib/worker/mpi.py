@@ -2,24 +2,29 @@
 
 A rank that fails tells the executor itself, over a connection of its own: the others may be waiting for it inside the
 function, so it cannot rely on them. The executor then ends the world.
+
+Ranks start at once on cores that they may share, and the call waits for the last one. So what only one that connects
+needs is loaded when it does.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import socket
 import sys
 import time
-import traceback
-from typing import Any
 
 from executorlib import serialize
-from executorlib.serialize import Frame
-from executorlib.transports.curve import CONNECTION_VARIABLE, Credentials
-from executorlib.transports.dealer import Dealer
+from executorlib.transports import CONNECTION_VARIABLE
 from executorlib.worker import call
-from executorlib.worker.remote import end_by_force, hello
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from executorlib.serialize import Frame
+    from executorlib.transports.dealer import Dealer
 
 
 def main(single: bool, path: str = "", identity: str = "", numbered: bool = False) -> None:
@@ -32,21 +37,29 @@ def main(single: bool, path: str = "", identity: str = "", numbered: bool = Fals
         numbered: Whether the job's number in its array is to be appended to the name.
     """
     given = os.environ.pop(CONNECTION_VARIABLE, "")
-    credentials = Credentials.read(path) if path else Credentials.parse(given)
-    if identity or numbered:
+
+    def connect(rank: int) -> Dealer:
+        from executorlib.transports.curve import Credentials
+        from executorlib.transports.dealer import Dealer
+        from executorlib.worker.remote import end_by_force
+
+        credentials = Credentials.read(path) if path else Credentials.parse(given)
         name = (identity or credentials.identity) + (str(call.element_number()) if numbered else "")
-        credentials = dataclasses.replace(credentials, identity=name)
+        return Dealer(credentials, f"{name}.{rank}", on_lost=end_by_force)
+
     from mpi4py import MPI
 
     # Messages of ours must never meet those of the user's functions, which use COMM_WORLD.
     world = MPI.COMM_WORLD.Dup()
     try:
-        rank = Rank(world, credentials, MPI.Get_library_version().partition("\n")[0].strip("\0 "))
+        rank = Rank(world, connect, MPI.Get_library_version().partition("\n")[0].strip("\0 "))
         rank.serve(single)
     except BaseException as error:
         if isinstance(error, (EOFError, ConnectionError)):  # the executor is gone
             sys.stderr.write(f"executorlib: this world ends: {error}\n")
         else:
+            import traceback
+
             traceback.print_exc()
         sys.stderr.flush()
         world.Abort(1)
@@ -58,23 +71,24 @@ class Rank:
 
     Args:
         world: Communicator of all ranks, used by nobody else.
-        credentials: How to reach the executor.
+        connect: Makes a connection to the executor, given the number of the rank.
         library: The MPI library's name and version.
     """
 
-    def __init__(self, world: Any, credentials: Credentials, library: str) -> None:
+    def __init__(self, world: Any, connect: Callable[[int], Dealer], library: str) -> None:
         self._world = world
         self._rank = world.Get_rank()
-        self._credentials = credentials
+        self._connect = connect
         self._dealer: Dealer | None = None
         self._functions: dict[int, Frame] = {}
         if self._rank == 0:
+            from executorlib.worker.remote import hello
+
             self._connection().send(hello(world.Get_size(), library))
 
     def _connection(self) -> Dealer:
         if self._dealer is None:
-            name = f"{self._credentials.identity}.{self._rank}"
-            self._dealer = Dealer(self._credentials, name, on_lost=end_by_force)
+            self._dealer = self._connect(self._rank)
         return self._dealer
 
     def _receive(self) -> tuple[list[Any], list[Frame]]:
