@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from executorlib.launchers.commands import Answer, Commands
-from executorlib.launchers.queue import Batch, JobState, Phase
-from executorlib.launchers.systems import CommandSystem, Refused
+from executorlib.launchers.queue import Batch, JobState
+from executorlib.launchers.systems import CommandSystem, Refused, Silence
 from executorlib.resources import Resources
 
 
@@ -61,9 +61,11 @@ class Stumbles:
         raise TypeError("no text")
 
 
-class Understands(Stumbles):
+class UnderstandsFine(Stumbles):
+    """... but for one word."""
+
     def parse_status(self, output: str) -> dict[tuple[str, int], JobState]:
-        return {("7", 0): JobState(Phase.RUNNING, output)}
+        return {} if output == "fine" else super().parse_status(output)
 
 
 @pytest.fixture
@@ -97,6 +99,41 @@ def test_answers_that_nobody_understands(said: list[Answer], tmp_path: Path) -> 
     assert isinstance(answers[-1], Refused)
     assert not answers[-1].transient
     assert "no word" in str(answers[-1])
+
+
+def test_silence_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    silence = Silence("Slurm")
+    silence.failed(0.0, 20.0, "squeue: no controller")
+    silence.failed(25.0, 29.0, "squeue: no controller")
+    assert not caplog.records
+    silence.failed(35.0, 36.0, "squeue: still no controller")
+    silence.failed(46.0, 47.0, "squeue: no controller")
+    (record,) = caplog.records
+    assert (record.name, record.levelname) == ("executorlib", "WARNING")
+    assert "Slurm has not said for 36 s" in record.message
+    assert "squeue: still no controller" in record.message
+    caplog.clear()
+    silence.answered()
+    silence.answered()
+    silence.failed(100.0, 101.0, "squeue: no controller")
+    assert [each.message for each in caplog.records] == ["Slurm answers again"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "word"), [(Answer(1, "", "no controller"), "no controller"), (Answer(0, "half a line", ""), "'jobid'")]
+)
+def test_queries_that_fail_for_long(
+    said: list[Answer], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, answer: Answer, word: str
+) -> None:
+    monkeypatch.setattr("executorlib.launchers.systems._SILENT_SECONDS", 0.0)
+    said += [answer, answer, Answer(0, "fine", "")]
+    asked, answers = system(UnderstandsFine()), []
+    for _ in range(3):
+        asked.query(["7"], answers.append)
+    assert answers == [None, None, {}]
+    first, second = (record.message for record in caplog.records)
+    assert f"status: {word}" in first
+    assert second == "a queue answers again"
 
 
 def test_template_that_raises_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

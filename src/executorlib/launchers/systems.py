@@ -16,6 +16,8 @@ from executorlib.resources import listed
 
 logger = logging.getLogger("executorlib")
 
+# How long a system may not answer before the user is told, in seconds. Controllers are restarted now and then.
+_SILENT_SECONDS = 30.0
 # Seconds between two questions to a history that does not know of a job's end yet.
 _HISTORY_SECONDS = 2.0
 
@@ -99,6 +101,45 @@ class JobSystem(Protocol):
         ...
 
 
+class Silence:
+    """Tells the user, once, that a system does not answer, and once that it does again.
+
+    Args:
+        name: The system.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._since: float | None = None
+        self._told = False
+
+    def failed(self, asked: float, now: float, said: str) -> None:
+        """A query was not answered.
+
+        Args:
+            asked: When it was asked.
+            now: When that was known.
+            said: What came instead of an answer.
+        """
+        if self._since is None:
+            self._since = asked
+        if not self._told and now - self._since >= _SILENT_SECONDS:
+            self._told = True
+            logger.warning(
+                "%s has not said for %.0f s how its jobs are: %s. Jobs go on, and their results are found; only those "
+                "that end without one are not noticed until it answers. It is asked again and again.",
+                self._name,
+                now - self._since,
+                said,
+            )
+
+    def answered(self) -> None:
+        """A query was answered."""
+        if self._told:
+            logger.warning("%s answers again", self._name)
+        self._since, self._told = None, False
+
+
 class CommandSystem:
     """A batch queue that is driven by its commands.
 
@@ -132,6 +173,7 @@ class CommandSystem:
         self._waiting: list[Callable[[], None]] = []
         self._warned: set[str] = set()
         self._problem = ""
+        self._silence = Silence(name)
 
     @property
     def array_limit(self) -> int:
@@ -227,16 +269,25 @@ class CommandSystem:
             self._events.call_later(0.0, lambda: on_states(None))
             return
 
+        argv, asked = queue.status_command(job_ids), time.monotonic()
+
         def answered(answer: Answer) -> None:
             states: States | None = None
+            said = answer.text
             if answer.ok:
-                with contextlib.suppress(Exception):  # whatever it stumbles over, that is no answer
+                try:
                     states = {
                         (job_id, index): state for (job_id, index), state in queue.parse_status(answer.output).items()
                     }
+                except Exception as error:  # whatever it stumbles over, that is no answer
+                    said = str(error)
+            if states is None:
+                self._silence.failed(asked, time.monotonic(), f"{argv[0]}: {said}")
+            else:
+                self._silence.answered()
             on_states(states)
 
-        self._run(queue.status_command(job_ids), answered)
+        self._run(argv, answered)
 
     def detail(self, job: JobKey, on_state: Callable[[JobState | None], None]) -> None:
         """See `JobSystem.detail`."""
