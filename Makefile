@@ -28,7 +28,7 @@ help:
 	@echo "make test-slurm run the tests that need Slurm, on a throw-away cluster (Debian or Ubuntu, as root)"
 	@echo "make test-gridengine  likewise, Grid Engine"
 	@echo "make bench-slurm measure jobs on such a cluster, into docs/performance.md"
-	@echo "make test-flux  run the tests that need a Flux instance"
+	@echo "make test-flux  run the tests that need Flux, in an instance of pretended nodes (where flux is on the PATH)"
 	@echo "make clean      remove what the other targets made"
 
 demo: $(VENV)/installed-demo
@@ -67,10 +67,7 @@ test-gridengine: $(VENV)/installed-dev
 	@tests/gridengine/cluster run $(BIN)/python -m pytest -m gridengine $(ARGS)
 
 test-flux: $(VENV)/installed-dev
-	@command -v flux >/dev/null || { \
-		echo "test-flux: NOT RUN, there is no flux command on the PATH (see https://flux-framework.org)."; \
-		exit 1; }
-	@$(BIN)/python -m pytest -m flux $(ARGS)
+	@tests/flux/instance $(BIN)/python -m pytest -m flux $(ARGS)
 
 clean:
 	rm -rf .venv .venvs site dist build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -55,6 +55,7 @@ class Row:
         linux_only: Whether other systems do not have it.
         slurm: Whether it needs a Slurm; a call takes seconds there, so that it runs only tests marked ``essential``.
         allocation: Whether it is there only where the tests themselves run inside a Slurm job.
+        flux: Whether it needs a Flux instance around the tests.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Row:
     linux_only: bool = False
     slurm: bool = False
     allocation: bool = False
+    flux: bool = False
 
     @property
     def block(self) -> bool:
@@ -125,6 +127,10 @@ ROWS = [
     Row("slurm", "SlurmClusterExecutor", {"max_workers": None}, slurm=True),
     Row("slurm-job", "SlurmJobExecutor", allocation=True),
     Row("block-slurm-job", "SlurmJobExecutor", {"block_allocation": True}, allocation=True),
+    Row("flux", "FluxJobExecutor", flux=True),
+    Row("block-flux", "FluxJobExecutor", {"block_allocation": True}, flux=True),
+    Row("flux-cluster", "FluxClusterExecutor", flux=True),
+    Row("block-flux-cluster", "FluxClusterExecutor", {"block_allocation": True}, flux=True),
 ]
 
 
@@ -133,11 +139,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "row" not in metafunc.fixturenames:
         return
     essential = metafunc.definition.get_closest_marker("essential") is not None
-    inside = "SLURM_JOB_ID" in os.environ
+    inside, in_flux = "SLURM_JOB_ID" in os.environ, "FLUX_URI" in os.environ
     chosen = [
         row
         for row in ROWS
-        if (LINUX or not row.linux_only) and (essential or not row.slurm) and (inside or not row.allocation)
+        if (LINUX or not row.linux_only)
+        and (essential or not row.slurm)
+        and (inside or not row.allocation)
+        and (in_flux or not row.flux)
     ]
     for mark in metafunc.definition.iter_markers("rows"):
         unknown = set(mark.args) - {row.name for row in ROWS}
@@ -148,7 +157,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             if (not mark.args or row.name in mark.args)
             and all(getattr(row, key) == value for key, value in mark.kwargs.items())
         ]
-    params = [pytest.param(row, id=row.name, marks=[pytest.mark.slurm] if row.slurm else []) for row in chosen]
+    marks = {"slurm": pytest.mark.slurm, "flux": pytest.mark.flux}
+    params = [
+        pytest.param(row, id=row.name, marks=[mark for kind, mark in marks.items() if getattr(row, kind)])
+        for row in chosen
+    ]
     metafunc.parametrize("row", params, indirect=True, scope="module")
 
 
@@ -373,6 +386,20 @@ def missing_for_gridengine() -> list[str]:
     return missing
 
 
+def missing_for_flux() -> list[str]:
+    if not shutil.which("flux"):
+        return ["Flux: there is no flux command on PATH (conda install -c conda-forge flux-core)"]
+    if "FLUX_URI" not in os.environ:
+        return ["a Flux instance around the tests (make test-flux starts one)"]
+    try:
+        import flux
+
+        flux.Flux()
+    except (ImportError, OSError) as error:
+        return [f"a Flux instance that can be reached from this Python: {error}"]
+    return []
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run also what takes longer than 10 s")
 
@@ -408,6 +435,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         "slow": [] if config.getoption("--slow") else ["--slow"],
         # Asked for only where it matters: sinfo waits for a cluster that does not answer.
         "slurm": missing_for_slurm() if any(item.get_closest_marker("slurm") for item in items) else [],
+        "flux": missing_for_flux(),
         "gridengine": missing_for_gridengine() if any(item.get_closest_marker("gridengine") for item in items) else [],
     }
     for item in items:

@@ -8,13 +8,14 @@ if TYPE_CHECKING:
     from executorlib.cache import get_cache_data, get_future_from_cache
     from executorlib.clusters import SlurmClusterExecutor
     from executorlib.executors import BaseExecutor, SingleNodeExecutor
-    from executorlib.flux_job import FluxJobExecutor
+    from executorlib.flux_executors import FluxClusterExecutor, FluxJobExecutor
     from executorlib.futures import get_item_from_future, split_future
     from executorlib.slurm_job import SlurmJobExecutor
     from executorlib.terminate import terminate_task_in_cache, terminate_tasks_in_cache
 
 __all__ = [
     "BaseExecutor",
+    "FluxClusterExecutor",
     "FluxJobExecutor",
     "SingleNodeExecutor",
     "SlurmClusterExecutor",
@@ -31,7 +32,8 @@ __all__ = [
 # Names are loaded when they are used, so that importing the package, and starting a worker, costs next to nothing.
 _MODULES = {
     "BaseExecutor": "executors",
-    "FluxJobExecutor": "flux_job",
+    "FluxClusterExecutor": "flux_executors",
+    "FluxJobExecutor": "flux_executors",
     "SingleNodeExecutor": "executors",
     "SlurmClusterExecutor": "clusters",
     "SlurmJobExecutor": "slurm_job",

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from executorlib import machine
@@ -218,20 +219,13 @@ class TestClusterExecutor(ClusterExecutor):
         )
 
 
-class SlurmClusterExecutor(ClusterExecutor):
-    """Submits each call to Slurm as a job, by `sbatch`; calls with the same needs that come together as one job array.
-
-    Other arguments are those of `ClusterExecutor`.
+class QueueExecutor(ClusterExecutor):
+    """What the rows of real queuing systems have in common. Other arguments are those of `ClusterExecutor`.
 
     Args:
         pysqa_config_directory: A pysqa configuration (``queue.yaml`` and templates) to choose the script from, by
-            ``resource_dict["queue"]``. It may name another queuing system that pysqa drives, instead of Slurm.
-        pmi_mode: How `srun` and the MPI library of a call with several ranks find each other, such as ``"pmix"`` or
-            ``"pmi2"``; None starts the ranks with the MPI library's own `mpiexec`.
-
-    Raises:
-        RuntimeError: The queuing system's commands are not on this machine.
-        ImportError: pysqa is not installed.
+            ``resource_dict["queue"]``.
+        pmi_mode: How the ranks of a call find each other, such as ``"pmix"`` or ``"pmi2"``; see the row.
     """
 
     def __init__(
@@ -259,19 +253,14 @@ class SlurmClusterExecutor(ClusterExecutor):
         only_drawn = bool(plot_dependency_graph or plot_dependency_graph_filename or export_workflow_filename)
         configuration = None if pysqa_config_directory is None else os.fspath(pysqa_config_directory)
         if not only_drawn:
-            check_queue(configuration)
+            self._check_system(configuration)
         limited = None if max_cores is None else Ledger([Node("cluster", range(max_cores))])
 
         def make_launcher(events: Events, defaults: Resources) -> Launcher:
-            system = queue_system(events, configuration)
-
-            def command(resources: Resources, program: list[str]) -> list[str]:
-                return job_command(resources, pmi_mode, program)
-
             if not block_allocation:
-                return JobLauncher(events, system, command, log_obj_size)
+                return self._job_launcher(events, configuration, pmi_mode, log_obj_size)
             folder = defaults.cache_directory or os.path.abspath(_CACHE_DIRECTORY)
-            return JobWorkerLauncher(events, system, command, folder, bool(hostname_localhost))
+            return self._worker_launcher(events, configuration, pmi_mode, folder, bool(hostname_localhost))
 
         super().__init__(
             make_launcher=make_launcher,
@@ -297,9 +286,57 @@ class SlurmClusterExecutor(ClusterExecutor):
             settings={"pysqa_config_directory": configuration, "pmi_mode": pmi_mode},
         )
 
+    def _check_system(self, configuration: str | None) -> None:
+        """Raise an error where no jobs can be submitted from here."""
+        raise NotImplementedError
+
+    def _job_launcher(
+        self, events: Events, configuration: str | None, pmi_mode: str | None, log_sizes: bool
+    ) -> Launcher:
+        """What makes each call a job."""
+        raise NotImplementedError
+
+    def _worker_launcher(
+        self, events: Events, configuration: str | None, pmi_mode: str | None, folder: str, hostname_localhost: bool
+    ) -> Launcher:
+        """What makes each worker of a block a job."""
+        raise NotImplementedError
+
     def _checked_demand(self, resources: Resources, subject: str) -> Demand:
-        # Of GPUs and nodes only Slurm knows; max_cores is about cores.
+        # Of GPUs and nodes only the system knows; max_cores is about cores.
         return super()._checked_demand(replace(resources, gpus_per_core=0, exclusive=False), subject)
+
+
+class SlurmClusterExecutor(QueueExecutor):
+    """Submits each call to Slurm as a job, by `sbatch`; calls with the same needs that come together as one job array.
+
+    Other arguments are those of `ClusterExecutor`.
+
+    Args:
+        pysqa_config_directory: A pysqa configuration (``queue.yaml`` and templates) to choose the script from, by
+            ``resource_dict["queue"]``. It may name another queuing system that pysqa drives, instead of Slurm.
+        pmi_mode: How `srun` and the MPI library of a call with several ranks find each other, such as ``"pmix"`` or
+            ``"pmi2"``; None starts the ranks with the MPI library's own `mpiexec`.
+
+    Raises:
+        RuntimeError: The queuing system's commands are not on this machine.
+        ImportError: pysqa is not installed.
+    """
+
+    def _check_system(self, configuration: str | None) -> None:
+        check_queue(configuration)
+
+    def _job_launcher(
+        self, events: Events, configuration: str | None, pmi_mode: str | None, log_sizes: bool
+    ) -> Launcher:
+        system = queue_system(events, configuration)
+        return JobLauncher(events, system, partial(job_command, pmi_mode), log_sizes)
+
+    def _worker_launcher(
+        self, events: Events, configuration: str | None, pmi_mode: str | None, folder: str, hostname_localhost: bool
+    ) -> Launcher:
+        system = queue_system(events, configuration)
+        return JobWorkerLauncher(events, system, partial(job_command, pmi_mode), folder, hostname_localhost)
 
 
 def check_queue(configuration: str | None) -> None:
@@ -338,7 +375,7 @@ def queue_system(events: Events, configuration: str | None) -> CommandSystem:
     return CommandSystem(events, "the queue", lambda answer: open_queue(configuration), [])
 
 
-def job_command(resources: Resources, pmi_mode: str | None, program: list[str]) -> list[str]:
+def job_command(pmi_mode: str | None, resources: Resources, program: list[str]) -> list[str]:
     """The command, in a job, that runs a call's program, on all of its ranks."""
     if resources.cores == 1 or pmi_mode is not None:
         return rank_command(resources, pmi_mode, program)

@@ -76,7 +76,10 @@ def jobspec(
         # 0 is for ever.
         "duration": 0.0 if resources.run_time_max is None else resources.run_time_max + _SPARE_SECONDS,
         "cwd": cwd,
-        "environment": _environment(environ, resources),
+        "environment": {
+            **job_environment(environ),
+            **dict.fromkeys(THREAD_VARIABLES, str(resources.threads_per_core)),
+        },
         "job": {"name": further.pop("job_name", name)},
         "shell": {"options": options},
         **further,
@@ -112,13 +115,13 @@ def _requested(resources: Resources) -> tuple[dict[str, Any], dict[str, int]]:
     return node, {"per_slot": 1} if slots * nodes == resources.cores else {"total": resources.cores}
 
 
-def _environment(environ: Mapping[str, str], resources: Resources) -> dict[str, str]:
-    kept = {
+def job_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment for a job, from that of this process."""
+    return {
         name: value
         for name, value in environ.items()
         if name not in ELEMENT_VARIABLES and not name.startswith(_FOREIGN_PREFIXES)
     }
-    return {**kept, **dict.fromkeys(THREAD_VARIABLES, str(resources.threads_per_core))}
 
 
 def urgency(priority: int, is_owner: bool) -> int:
@@ -172,7 +175,7 @@ def job_number(name: str) -> int:
     return number
 
 
-# Types of Flux's exceptions that say why a job was ended; those of other types are failures of its own or of the request.
+# Types of Flux's exceptions that say why a job was ended; others are failures of its own, or of the request.
 _CAUSES = {"cancel": Cause.CANCELLED, "timeout": Cause.TIME_LIMIT, "node-failure": Cause.NODE_FAILED}
 _WORDS = {"cancel": "CANCELED", "timeout": "TIMEOUT"}
 

@@ -30,9 +30,9 @@ OnEvent = Callable[[str, Mapping[str, Any]], None]
 # For Flux to answer what it was told last, in seconds; without an answer the connection would stay open.
 _CLOSE_SECONDS = 2.0
 _INSTALL = (
-    "Flux's Python bindings are part of flux-core (conda install -c conda-forge flux-core) and belong to one version of "
-    "Python: install executorlib into the Python that `flux python` runs, or have another of the same version find them "
-    "(`flux python --get-path` prints where they are)."
+    "Flux's Python bindings are part of flux-core (conda install -c conda-forge flux-core) and belong to one version "
+    "of Python. Install executorlib[flux] into the Python that `flux python` runs, or into another of the same "
+    "version, and add to PYTHONPATH what `flux python --get-path` prints."
 )
 
 
@@ -44,8 +44,9 @@ def connect() -> Any:
         RuntimeError: There is no instance.
     """
     try:
-        import flux
         import flux.job
+
+        import flux
     except ImportError as error:
         raise ImportError(f"Flux's Python bindings cannot be loaded ({error}). {_INSTALL}", name=error.name) from error
     try:
@@ -86,7 +87,7 @@ class FluxInstance:
         self._submit_by = submit_by
         self._submitted: deque[Callable[[], None]] = deque()  # by threads of that executor
         self._wake_read, self._wake_write = -1, -1
-        self._wake_lock = threading.Lock()  # so that nobody writes to a descriptor that was closed, and opened by others
+        self._wake_lock = threading.Lock()  # nobody writes to a descriptor that was closed and is another's
         self._flux: Any = None
         self._reactor: Any = None
         self._watcher: Any = None
@@ -94,7 +95,8 @@ class FluxInstance:
         self._number = 0
         self._unanswered = 0  # futures of Flux's that will still call back, and keep the connection until then
         self.lost = ""
-        self.is_owner = True
+        self.is_owner = True  # otherwise some urgencies are not for us
+        self.uuid = ""  # of the instance
 
     def open(self) -> None:
         """Connect, in the loop's thread, to which a connection belongs.
@@ -109,6 +111,9 @@ class FluxInstance:
         from flux.constants import FLUX_POLLIN
 
         self.is_owner = self._flux.attr_get("security.owner") == str(os.getuid())
+        self.uuid = self._attribute_of_first_broker("broker.uuid") or self._attribute_of_first_broker(
+            "broker.starttime"
+        )
         self._reactor = self._flux.get_reactor()
         self._watcher = self._flux.fd_watcher_create(self._events.fileno(), lambda *_: None, FLUX_POLLIN)
         self._watcher.start()
@@ -118,6 +123,13 @@ class FluxInstance:
             os.set_blocking(self._wake_read, False)
             os.set_blocking(self._wake_write, False)
             self._events.watch(self._wake_read, self._on_wake)
+
+    def _attribute_of_first_broker(self, name: str) -> str:
+        """An attribute of the instance's first broker, which all of its sessions agree on; empty if it has none."""
+        try:
+            return str(self._flux.rpc("attr.get", {"name": name}, nodeid=0).get()["value"])
+        except OSError:
+            return ""
 
     def _sleep(self, seconds: float) -> None:
         from flux.constants import FLUX_REACTOR_NOWAIT, FLUX_REACTOR_ONCE

@@ -331,8 +331,8 @@ class FluxLauncher:
         limit = member.process.resources.run_time_max
         if state.cause is Cause.TIME_LIMIT and limit is not None:
             error = TimeoutError(
-                f"{self._subject(member)} ran longer than its run_time_max of {limit:g} s and was ended; give it more time "
-                "with resource_dict={'run_time_max': seconds}."
+                f"{self._subject(member)} ran longer than its run_time_max of {limit:g} s and was ended; give it more "
+                "time with resource_dict={'run_time_max': seconds}."
             )
         self._tell_end(member, Exit(log.status, text, error, planned=state.cause in _REPLACED))
 

@@ -6,18 +6,28 @@ pysqa is loaded when it is first needed, not before: it takes half a second.
 from __future__ import annotations
 
 import functools
+import logging
 import math
 import os
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
+
+from executorlib.resources import listed
 
 if TYPE_CHECKING:
     from executorlib.launchers.queue import Batch
+
+logger = logging.getLogger("executorlib")
 
 # What every template can count on; a key of the same name in resource_dict has no effect.
 _OURS = ("command", "working_directory", "dependency_list")
 # The resources that only the template can see to. Ranks, threads and time are also seen to elsewhere.
 _NEEDS_TEMPLATE = ("gpus_per_core", "num_nodes", "exclusive", "priority")
 _INSTALL = 'Install it with `pip install "executorlib[cluster]"`.'
+# Types of queues, in pysqa's words. It can neither read job numbers nor states of MOAB, logs in elsewhere for REMOTE
+# and needs a shell for GENT.
+_BY_COMMANDS = ("SLURM", "SGE", "TORQUE", "LSF")
+FLUX = ("FLUX",)
 
 
 class Templates:
@@ -26,19 +36,20 @@ class Templates:
     Args:
         default: Template for calls without one of their own; None where there is none.
         directory: pysqa's configuration: a directory with a ``queue.yaml`` and the templates that it names.
+        types: Types of queues that it may be for.
 
     Raises:
         ValueError: The directory holds no configuration that can be used.
         ImportError: The directory is given and pysqa is not installed.
     """
 
-    def __init__(self, default: str | None, directory: str | None = None) -> None:
+    def __init__(self, default: str | None, directory: str | None = None, types: Sequence[str] = _BY_COMMANDS) -> None:
         self._default = default
         self._directory = None if directory is None else os.path.abspath(os.path.expanduser(directory))
         self._adapter: Any = None
-        self.queue_type = "SLURM"
+        self.queue_type = types[0]
         if self._directory is not None:
-            self._adapter = _read_configuration(self._directory)
+            self._adapter = _read_configuration(self._directory, types)
             self.queue_type = str(self._adapter.config["queue_type"])
 
     def is_default(self, batch: Batch) -> bool:
@@ -156,6 +167,23 @@ class Templates:
         values["queue"] = values.get("queue") or adapter.config.get("queue_primary")
 
 
+def warn_of_unused(keys: Iterable[str], warned: set[str]) -> None:
+    """Tell the user, once, of keys that have no effect.
+
+    Args:
+        keys: The keys.
+        warned: Those that the user was told of before; the others are added.
+    """
+    new = [key for key in keys if key not in warned]
+    if new:
+        warned.update(new)
+        logger.warning(
+            "the submission template does not use these keys of resource_dict: %s; leave them out, or use a template "
+            "that has them",
+            listed(new),
+        )
+
+
 def minutes(seconds: float) -> int:
     """A time limit in whole minutes that leaves the job's worker the time to end the call itself, and to say so."""
     return math.ceil(seconds / 60) + 1
@@ -181,7 +209,7 @@ def load_commands(queue_type: str) -> Any:
         ) from error
 
 
-def _read_configuration(directory: str) -> Any:
+def _read_configuration(directory: str, types: Sequence[str]) -> Any:
     """Load a directory with a configuration into pysqa's adapter."""
     load_commands("SLURM")
     from jinja2 import TemplateError
@@ -192,8 +220,13 @@ def _read_configuration(directory: str) -> Any:
         config = read_config(file_name=path)
         if not isinstance(config, dict) or not {"queue_type", "queues"} <= config.keys():
             raise ValueError("it needs the keys queue_type and queues")
-        if config["queue_type"] not in _DRIVEN:
-            raise ValueError(f"queues of type {config['queue_type']!r} cannot be driven, only {', '.join(_DRIVEN)}")
+        if config["queue_type"] not in types:
+            other = "FluxClusterExecutor" if config["queue_type"] in FLUX else "SlurmClusterExecutor"
+            known = config["queue_type"] in (*FLUX, *_BY_COMMANDS)
+            hint = f"; use {other}" if known else ""
+            raise ValueError(
+                f"queues of type {config['queue_type']!r} cannot be driven here, only {', '.join(types)}{hint}"
+            )
         return QueueAdapterWithConfig(config=config, directory=directory)
     except ImportError:
         raise
@@ -201,10 +234,6 @@ def _read_configuration(directory: str) -> Any:
         raise ValueError(f"pysqa_config_directory={directory!r} cannot be used: {error}") from error
     except Exception as error:  # YAML's and pydantic's own
         raise ValueError(f"pysqa_config_directory={directory!r}: {path} cannot be used: {error}") from error
-
-
-# pysqa can neither read job numbers nor states of MOAB, logs in elsewhere for REMOTE and needs a shell for GENT.
-_DRIVEN = ("SLURM", "SGE", "TORQUE", "LSF")
 
 
 @functools.lru_cache

@@ -1,4 +1,4 @@
-"""The executor for programs that run inside a Flux instance: each call, or each worker of a block, is a Flux job."""
+"""The executors of Flux: each call, or each worker of a block, is a job of the instance that this program is in."""
 
 from __future__ import annotations
 
@@ -6,15 +6,19 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from executorlib.clusters import QueueExecutor
 from executorlib.executors import BaseExecutor, check_init_function, graph_mode, positive
 from executorlib.launchers.base import Events, Launcher
 from executorlib.launchers.flux_instance import known_nodes
+from executorlib.launchers.flux_system import FluxSystem
 from executorlib.launchers.flux_workers import FluxLauncher
+from executorlib.launchers.jobs import JobLauncher
+from executorlib.launchers.templates import FLUX, Templates
 from executorlib.ledger import Ledger, Node, Unlimited
 from executorlib.resources import Demand, Resources, whole_number
 
-# Without max_workers and max_cores, Flux is handed calls for so many times the cores of its instance: so the next one is
-# always there when a core gets free, and the others wait here, where a call takes less memory than a job.
+# Without max_workers and max_cores, Flux is handed calls for so many times the cores of its instance: so the next one
+# is there when a core gets free, and the others wait here, where a call takes less memory than a job.
 _AHEAD = 2
 
 
@@ -158,20 +162,13 @@ class FluxJobExecutor(BaseExecutor):
     def _checked_demand(self, resources: Resources, subject: str) -> Demand:
         self._check(resources, subject)
         demand = resources.demand
-        capacity = self._capacity
-        if capacity is None:
+        if self._capacity is None:
             return demand
-        spread = capacity.spread(resources)
-        most = self._max_cores
-        if spread is None or (most is not None and demand.cores > most):
-            cores, gpus = max((node.total_cores, node.total_gpus) for node in capacity.nodes)
-            on = "" if resources.num_nodes is None else f" on num_nodes={resources.num_nodes}"
-            limit = "" if most is None else f", and max_cores={most}"
+        check_fits(self._capacity, resources, subject)
+        if self._max_cores is not None and demand.cores > self._max_cores:
             raise ValueError(
-                f"{subject} needs {demand.cores} cores and {demand.gpus} GPUs{on} (cores={resources.cores}, "
-                f"threads_per_core={resources.threads_per_core}, gpus_per_core={resources.gpus_per_core}), but the Flux "
-                f"instance has {len(capacity.nodes)} nodes of at most {cores} cores and {gpus} GPUs{limit}. Ask for "
-                "less, or start a larger instance."
+                f"{subject} needs {demand.cores} cores (cores={resources.cores} × threads_per_core="
+                f"{resources.threads_per_core}), but max_cores is {self._max_cores}. Ask for fewer, or raise it."
             )
         # Of nodes and GPUs only Flux knows which are free.
         return Demand(demand.cores)
@@ -185,6 +182,74 @@ class FluxJobExecutor(BaseExecutor):
         gpus = sum(node.total_gpus for node in self._nodes)
         if demand.cores * size > cores or demand.gpus * size > gpus:
             raise ValueError(
-                f"max_workers={size} workers of {demand.cores} cores and {demand.gpus} GPUs do not fit into {cores} cores "
-                f"and {gpus} GPUs (the Flux instance's, or max_cores). Ask for fewer workers."
+                f"max_workers={size} workers of {demand.cores} cores and {demand.gpus} GPUs do not fit into {cores} "
+                f"cores and {gpus} GPUs (the Flux instance's, or max_cores). Ask for fewer workers."
             )
+
+
+class FluxClusterExecutor(QueueExecutor):
+    """Submits each call to Flux as a job, by way of a cache directory, so that the session may end before its calls do.
+
+    The jobs are the instance's that this program is in, and end with it: of use where that lasts, such as the system's
+    own. Other arguments are those of `ClusterExecutor`.
+
+    Args:
+        pysqa_config_directory: A pysqa configuration of type FLUX (``queue.yaml`` and templates) to choose a script
+            from, by ``resource_dict["queue"]``. A call with a script, also one of its own (``submission_template``), is
+            submitted by `flux batch`: it runs in a Flux instance of its own, which its function can use.
+        pmi_mode: What Flux offers to the MPI library of a call with several ranks, such as ``"pmix"``, which Open MPI
+            needs and Flux has by its plugin flux-pmix; None for PMI-1, which MPICH finds.
+
+    Raises:
+        RuntimeError: No Flux instance can be reached.
+        ImportError: Flux's Python bindings cannot be loaded, or pysqa for a script.
+    """
+
+    _instance: Ledger | None = None
+
+    def _check_system(self, configuration: str | None) -> None:
+        self._instance = Ledger([Node(each.name, range(each.cpus), each.gpus) for each in known_nodes()])
+        if configuration is not None:
+            Templates(None, configuration, FLUX)
+
+    def _job_launcher(
+        self, events: Events, configuration: str | None, pmi_mode: str | None, log_sizes: bool
+    ) -> Launcher:
+        system = FluxSystem(events, pmi_mode, configuration)
+        return JobLauncher(events, system, system.command, log_sizes)
+
+    def _worker_launcher(
+        self, events: Events, configuration: str | None, pmi_mode: str | None, folder: str, hostname_localhost: bool
+    ) -> Launcher:
+        return FluxLauncher(
+            events, pmi_mode=pmi_mode, nested=False, log_files=False, hostname_localhost=hostname_localhost
+        )
+
+    def _check(self, resources: Resources, subject: str) -> None:
+        for key, why in (
+            ("slurm_cmd_args", "there is no Slurm in between"),
+            ("openmpi_oversubscribe", "Flux starts no more ranks than there are cores"),
+        ):
+            if getattr(resources, key):
+                raise ValueError(
+                    f"{subject}: {key} cannot be honoured by FluxClusterExecutor: {why}. Leave it out here."
+                )
+
+    def _checked_demand(self, resources: Resources, subject: str) -> Demand:
+        if self._instance is not None:
+            check_fits(self._instance, resources, subject)
+        return super()._checked_demand(resources, subject)
+
+
+def check_fits(instance: Ledger, resources: Resources, subject: str) -> None:
+    """Raise ValueError for what a Flux instance can never hold."""
+    if instance.spread(resources) is None:
+        demand = resources.demand
+        cores, gpus = max((node.total_cores, node.total_gpus) for node in instance.nodes)
+        on = "" if resources.num_nodes is None else f" on num_nodes={resources.num_nodes}"
+        raise ValueError(
+            f"{subject} needs {demand.cores} cores and {demand.gpus} GPUs{on} (cores={resources.cores}, "
+            f"threads_per_core={resources.threads_per_core}, gpus_per_core={resources.gpus_per_core}), but the Flux "
+            f"instance has {len(instance.nodes)} nodes of at most {cores} cores and {gpus} GPUs. Ask for less, or "
+            "start a larger instance."
+        )
