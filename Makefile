@@ -67,7 +67,7 @@ test-gridengine: $(VENV)/installed-dev
 	@tests/gridengine/cluster run $(BIN)/python -m pytest -m gridengine $(ARGS)
 
 test-flux: $(VENV)/installed-dev
-	@tests/flux/instance $(BIN)/python -m pytest -m flux $(ARGS)
+	@tests/on_flux/instance $(BIN)/python -m pytest -m flux $(ARGS)
 
 clean:
 	rm -rf .venv .venvs site dist build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
