@@ -348,6 +348,25 @@ def test_inputs_that_another_session_runs(make: Callable[..., Any], gate: Callab
     assert runs(held) == 1
 
 
+def test_input_of_another_sessions_queue_is_waited_for(
+    make: Callable[..., Any], gate: Callable[..., Gate], tmp_path: Path
+) -> None:
+    """Each session has a queue of its own on one machine; a call does not start before an input in another one ends."""
+    held, log = gate(), str(tmp_path / "log")
+    with make() as one, make() as two:
+        one.submit(held, 1)
+        held.pid()
+        joined = two.submit(held, 1)
+        until(joined.running, WAIT)
+        across = two.submit(record, log, joined)
+        assert two.submit(add, 2, 3).result(WAIT) == 5  # later, and not kept waiting
+        assert not across.running()
+        assert not across.done()
+        held.open()
+        assert across.result(WAIT) == 1
+    assert runs(held) == 1
+
+
 # Cancelling.
 
 

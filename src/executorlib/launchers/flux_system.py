@@ -36,7 +36,6 @@ class FluxSystem:
         configuration: A configuration of pysqa for scripts; None where calls are plain jobs.
     """
 
-    has_dependencies = True
     # Its jobs tell by themselves: what is asked here is this object's memory.
     first_query = 0.1
     last_query = 0.5
@@ -56,6 +55,10 @@ class FluxSystem:
         self._questions: list[tuple[set[int], Callable[[], None]]] = []  # by jobs that were not heard of yet
         self._submitting = 0
         self._warned: set[str] = set()
+
+    def can_wait_for(self, job_id: str) -> bool:
+        """See `JobSystem.can_wait_for`."""
+        return True
 
     @property
     def busy(self) -> bool:

@@ -33,7 +33,6 @@ class LocalSystem:
     """
 
     name = "the local queue"
-    has_dependencies = True
     array_limit = 100_000
     # A question costs next to nothing here.
     first_query = 0.1
@@ -49,6 +48,10 @@ class LocalSystem:
         self._id = ""
         self._submitted = 0
         self._surroundings = Surroundings()
+
+    def can_wait_for(self, job_id: str) -> bool:
+        """See `JobSystem.can_wait_for`; another session's queue is another process."""
+        return bool(self._id) and job_id.startswith(f"{self._id}:")
 
     @property
     def busy(self) -> bool:
@@ -132,7 +135,7 @@ class LocalSystem:
         foreign: dict[JobKey, JobState] = {
             (job_id, None): JobState(Phase.RUNNING, "RUNNING")
             for job_id in job_ids
-            if not (self._id and job_id.startswith(f"{self._id}:")) and is_alive(job_id)
+            if not self.can_wait_for(job_id) and is_alive(job_id)
         }
         if self._socket is None:
             self._events.call_later(0.0, lambda: on_states(foreign))

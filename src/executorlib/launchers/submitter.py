@@ -214,8 +214,9 @@ class Submitter:
         pending = [job for job in batch.after if not job.over]
         if not pending:
             return []
-        if not self._system.has_dependencies or any(job.batch is None or job.batch.job_id is None for job in pending):
-            return None
+        for job in pending:
+            if job.batch is None or job.batch.job_id is None or not self._system.can_wait_for(job.batch.job_id):
+                return None
         source = batch.corresponds
         if source is not None and source.job_id is not None and source.is_array:
             if batch.size == 1:

@@ -58,9 +58,8 @@ class JobSystem(Protocol):
         """Most calls in one batch."""
         ...
 
-    @property
-    def has_dependencies(self) -> bool:
-        """Whether it takes care of a batch's dependencies."""
+    def can_wait_for(self, job_id: str) -> bool:
+        """Whether a batch may depend on this job; where not, it waits in this session for the job's result."""
         ...
 
     @property
@@ -180,9 +179,8 @@ class CommandSystem:
         """See `JobSystem`; known from the first answer on."""
         return self._queue.array_limit if self._queue is not None else 1
 
-    @property
-    def has_dependencies(self) -> bool:
-        """See `JobSystem`."""
+    def can_wait_for(self, job_id: str) -> bool:
+        """See `JobSystem.can_wait_for`."""
         return self._queue is not None and self._queue.has_dependencies
 
     @property
@@ -191,7 +189,7 @@ class CommandSystem:
         return self._commands.busy
 
     def prepare(self, on_ready: Callable[[], None]) -> None:
-        """Ask for the settings; `on_ready` is called once `array_limit` and `has_dependencies` are known."""
+        """Ask for the settings; `on_ready` is called once `array_limit` is known."""
         if self._queue is not None:
             on_ready()
             return
