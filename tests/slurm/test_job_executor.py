@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from conftest import missing_for_mpi
+from executorlib import SlurmClusterExecutor
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(120)]
 
@@ -163,19 +164,65 @@ def test_lost_agent(tmp_path: Path, block: bool) -> None:
     assert out == "ExecutorlibSocketError\n"
 
 
+def throw_away() -> bool:
+    """Whether this is the cluster that tests/slurm/cluster starts, whose nodes may be set down."""
+    conf = Path(os.environ.get("SLURM_CONF", "/etc/slurm/slurm.conf"))
+    return conf.is_file() and "ClusterName=virtual\n" in conf.read_text()
+
+
+@pytest.mark.skipif(not throw_away(), reason="sets nodes down, of which only tests/slurm/cluster's may be")
+@pytest.mark.parametrize("block", [False, True])
+def test_node_that_fails(tmp_path: Path, block: bool) -> None:
+    """Slurm sets one of four down: what ran there fails, results that were there are kept, the rest goes on."""
+    out = inside(
+        tmp_path,
+        f"""
+        def power(number):
+            time.sleep(0.02)  # very short calls are handed to workers of a block before it is their turn
+            return 2**number
+
+        with SlurmJobExecutor(block_allocation={block}) as executor:
+            done = [executor.submit(power, number) for number in range(100)]
+            assert done[-1].result() == 2**99
+            gated = [executor.submit(wait_on, "open", index) for index in range(16)]
+            queued = [executor.submit(node) for _ in range(100)]
+            while not all(future.running() for future in gated):
+                time.sleep(0.01)
+            subprocess.run(["scontrol", "update", "nodename=node3", "state=down", "reason=test"], check=True)
+            while sum(future.done() for future in gated) < 4:
+                time.sleep(0.01)
+            open("open", "w").close()
+            assert [future.result() for future in done] == [2**number for number in range(100)]
+            assert {{future.result() for future in queued}} <= {{"node1", "node2", "node4"}}
+            errors = [error for error in (future.exception() for future in gated) if error]
+            assert all("node node3 was lost" in str(error) for error in errors), errors
+            print(len(errors), *executor.info["nodes"])
+        print(steps())
+        """,
+        "--nodes=4",
+        "--no-kill",
+    )
+    assert out == "4 node1 node2 node4\n[]\n"
+    # It may be up again by itself: its daemon lives.
+    subprocess.run(["scontrol", "update", "NodeName=node3", "State=RESUME"], capture_output=True, timeout=SECONDS)
+
+
 def test_cancelled_job(tmp_path: Path) -> None:
-    """No call hangs when the allocation is taken away."""
+    """No call hangs when the allocation is taken away, and no step is left of agents and ranks."""
     out = inside(
         tmp_path,
         """
         with SlurmJobExecutor() as executor:
             gated = [executor.submit(wait_on, "never") for _ in range(12)]
+            step = executor.submit(wait_on, "never", resource_dict={"slurm_cmd_args": ["--job-name=mine"]})
             while sum(future.running() for future in gated) < 8:
                 time.sleep(0.01)
             subprocess.run(["scancel", os.environ["SLURM_JOB_ID"]], check=True)
-            errors = [future.exception(60) for future in gated]
+            errors = [future.exception(60) for future in [*gated, step]]
             assert all(errors)
-            print("was lost" in str(errors[0]), "failed" in str(errors[-1]))
+            print("was lost" in str(errors[0]), "failed" in str(errors[11]))
+        while left := steps():
+            time.sleep(0.1)
         """,
         code=0,
     )
@@ -199,6 +246,45 @@ def test_ranks(tmp_path: Path) -> None:
         """,
     )
     assert out == "1 2\n"
+
+
+@pytest.mark.skipif(bool(missing_for_mpi()), reason=f"needs {', '.join(missing_for_mpi())}")
+def test_ranks_that_do_not_find_each_other(tmp_path: Path) -> None:
+    """An error that says why, not the results of worlds of one; and the others run."""
+    out = inside(
+        tmp_path,
+        """
+        with SlurmJobExecutor(pmi_mode="none") as executor:
+            for needs in ({"cores": 2}, {"cores": 2, "num_nodes": 2}):
+                error = executor.submit(node, resource_dict=needs).exception()
+                print(type(error).__name__, "world of size 1" in str(error), "pmi_mode='pmi2'" in str(error))
+            assert executor.submit(abs, -1).result() == 1
+        print(steps())
+        """,
+    )
+    assert out == "RuntimeError True True\nRuntimeError True True\n[]\n"
+
+
+def spread_here(count: int) -> tuple[dict[str, int], list[int]]:
+    """A call that has an allocation to itself, and spreads calls of its own over it."""
+    from executorlib import SlurmJobExecutor
+
+    with SlurmJobExecutor() as executor:
+        cores = {name: node["cores"] for name, node in executor.info["nodes"].items()}
+        return cores, list(executor.map(abs, range(-count, 0)))
+
+
+def test_in_a_call_that_is_a_job(tmp_path: Path) -> None:
+    over_two = {"slurm_cmd_args": ["--nodes=2", "--ntasks=8"]}
+    with SlurmClusterExecutor(cache_directory=tmp_path / "cache") as executor:
+        on_one = executor.submit(spread_here, 10, resource_dict={"threads_per_core": 3})
+        on_two = executor.submit(spread_here, 20, resource_dict=over_two)
+        cores, results = on_one.result(SECONDS)
+        assert list(cores.values()) == [3]
+        assert results == list(range(10, 0, -1))
+        cores, results = on_two.result(SECONDS)
+        assert list(cores.values()) == [4, 4]
+        assert results == list(range(20, 0, -1))
 
 
 def test_options_for_srun(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 _KEPT = ("SLURMD_NODENAME", "SLURM_NODEID", "SLURM_TOPOLOGY_ADDR", "SLURM_TOPOLOGY_ADDR_PATTERN", "SLURM_JWT")
 # Where workers are handed several calls at a time they give many answers. These are sent together every so many
 # seconds, as each message costs both ends about as much as ten calls do, and workers have calls for longer than that.
-_GATHER_SECONDS = 0.0005
+_GATHER_SECONDS = 0.001
 # A worker holds fewer calls than this.
 _MOST_PERMITS = 4096
 
