@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 from contract.functions import alive, wait_until_gone
 from executorlib import serialize
 from executorlib.transports.messages import Connection, Message
-from executorlib.worker.agent import _children_of, _descendants, _kill_group
+from executorlib.worker.agent import _kill_group
+from executorlib.worker.family import children_of, descendants
 from executorlib.worker.call import PERMIT, Permits
 from unit import repeatable
 
@@ -348,7 +349,7 @@ def test_many_one_after_the_other_leave_nothing(agent: Client) -> None:
         assert agent.start(number).run(abs, -number) == number
         assert agent.status(number) == 0
     assert open_files() == before
-    assert _children_of(agent.popen.pid) == []
+    assert children_of(agent.popen.pid) == []
 
 
 def test_kill(agent: Client) -> None:
@@ -497,7 +498,7 @@ def test_family_of_a_worker_that_is_killed(make_agent: Callable[..., Client], li
     worker.set_up()
     worker.call(of_main(leave_family), lifeline.writing, True)
     lifeline.hear(FAMILY + 1)
-    [in_group, session] = [pid for pid in _children_of(worker.pid) if alive(pid)]
+    [in_group, session] = [pid for pid in children_of(worker.pid) if alive(pid)]
     client.kill(1, signal.SIGKILL)
     assert client.status() == signal.SIGKILL
     wait_until_gone(in_group, session, worker.pid)
@@ -535,7 +536,7 @@ def test_family_of_a_worker_that_ends_well_lives_on(make_agent: Callable[..., Cl
     worker.run(of_main(leave_family), lifeline.writing, False)
     assert client.status() == 0
     lifeline.hear(FAMILY)
-    children = [pid for pid in _children_of(client.popen.pid) if alive(pid)]
+    children = [pid for pid in children_of(client.popen.pid) if alive(pid)]
     assert len(children) == FAMILY
     lifeline.let_go()
     assert client.end() == (0, "")
@@ -816,25 +817,25 @@ def test_no_permit_when_the_executor_is_gone() -> None:
 
 
 @linux
-def test_descendants() -> None:
+def testdescendants() -> None:
     """The shell waits for its child, which waits for its standard input to end."""
     process = subprocess.Popen(
         ["sh", "-c", "sh -c 'echo deep; cat; true'; true"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     assert process.stdout is not None
     assert process.stdout.readline() == b"deep\n"
-    assert process.pid in _children_of(os.getpid())
-    [child] = _children_of(process.pid)
+    assert process.pid in children_of(os.getpid())
+    [child] = children_of(process.pid)
     wait_for_children(child, 1)
-    [grandchild] = _children_of(child)
-    assert _descendants(process.pid) == [child, grandchild]
-    assert _descendants(grandchild) == []
+    [grandchild] = children_of(child)
+    assert descendants(process.pid) == [child, grandchild]
+    assert descendants(grandchild) == []
     process.communicate(timeout=WAIT)
 
 
 def wait_for_children(pid: int, count: int) -> None:
     give_up = time.monotonic() + WAIT
-    while len(_children_of(pid)) < count:
+    while len(children_of(pid)) < count:
         assert time.monotonic() < give_up
         time.sleep(0.002)
 
@@ -842,8 +843,8 @@ def wait_for_children(pid: int, count: int) -> None:
 def test_processes_that_are_gone() -> None:
     process = subprocess.Popen([sys.executable, "-S", "-c", ""])
     process.wait(WAIT)
-    assert _children_of(process.pid) == []
-    assert _descendants(process.pid) == []
+    assert children_of(process.pid) == []
+    assert descendants(process.pid) == []
     _kill_group(process.pid, signal.SIGKILL)
 
 

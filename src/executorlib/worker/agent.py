@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import ctypes
 import fcntl
 import gc
 import importlib.util
@@ -23,32 +22,17 @@ import select
 import signal
 import socket
 import sys
-import time
 
 from executorlib.transports.messages import Connection
-from executorlib.worker import call
+from executorlib.worker import call, family
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-# <linux/prctl.h>
-_PR_SET_PDEATHSIG = 1
-_PR_SET_CHILD_SUBREAPER = 36
-
 # Descriptors that an exec'ed worker finds its connection and its permits at.
 CONNECTION_FD = 3
 PERMITS_FD = 4
-
-# How long the agent looks for processes that are left when it ends; SIGKILL takes effect in far less.
-_REAP_SECONDS = 5.0
-
-_libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
-
-
-def _prctl(option: int, value: int) -> None:
-    if _libc is not None:
-        _libc.prctl(option, value, 0, 0, 0)
 
 
 class Agent:
@@ -71,7 +55,7 @@ class Agent:
         signal.signal(signal.SIGCHLD, lambda number, frame: None)
         # A terminal's Ctrl-C is for the user's process, which says what becomes of the calls.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+        family.adopt()
 
     def serve(self) -> None:
         """Work until the executor is gone."""
@@ -121,7 +105,7 @@ class Agent:
             pid = self._pids.get(number)
             if pid is not None:
                 # The ranks of a world are in groups of their own, and would outlive a killed mpiexec.
-                left = _descendants(pid) if signal_number == signal.SIGKILL else []
+                left = family.descendants(pid) if signal_number == signal.SIGKILL else []
                 _kill_group(pid, signal_number)
                 for descendant in left:
                     with contextlib.suppress(ProcessLookupError):
@@ -172,7 +156,7 @@ class Agent:
     def _become_child(self, error_write: int, ours: list[socket.socket], options: dict[str, Any]) -> None:
         """In the forked child: leave the agent behind, run as a worker or exec another program, never return."""
         try:
-            _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            family.prctl(family.PR_SET_PDEATHSIG, signal.SIGKILL)
             if os.getppid() != self._pid:
                 os._exit(0)  # the agent was gone before its death could be signalled
             os.setpgid(0, 0)
@@ -234,20 +218,9 @@ class Agent:
 
     def end(self) -> None:
         """Kill and reap all that descends from the agent."""
-        deadline = time.monotonic() + _REAP_SECONDS
-        while time.monotonic() < deadline:
-            for pid in self._children:
-                _kill_group(pid, signal.SIGKILL)
-            for pid in _children_of(self._pid):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            try:
-                # Grandchildren become our children as their parents go (PR_SET_CHILD_SUBREAPER), so go on until
-                # there are none.
-                pid, _ = os.waitpid(-1, 0)
-            except ChildProcessError:
-                return
-            self._children.pop(pid, None)
+        for pid in self._children:
+            _kill_group(pid, signal.SIGKILL)
+        family.end()
 
 
 def _kill_group(pid: int, signal_number: int) -> None:
@@ -256,23 +229,6 @@ def _kill_group(pid: int, signal_number: int) -> None:
     except (ProcessLookupError, PermissionError):  # no group yet, or only zombies in it (macOS)
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal_number)
-
-
-def _children_of(pid: int) -> list[int]:
-    """Children of a process; none where the system does not tell (it is Linux's `/proc` that does)."""
-    found = []
-    with contextlib.suppress(OSError):
-        for thread in os.listdir(f"/proc/{pid}/task"):
-            with open(f"/proc/{pid}/task/{thread}/children") as children:
-                found += [int(child) for child in children.read().split()]
-    return found
-
-
-def _descendants(pid: int) -> list[int]:
-    found = []
-    for child in _children_of(pid):
-        found += [child, *_descendants(child)]
-    return found
 
 
 def _freeze() -> None:

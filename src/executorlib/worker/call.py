@@ -442,11 +442,18 @@ def load(modules: Sequence[str]) -> None:
         importlib.import_module(name)
 
 
-def leave(code: int) -> None:
-    """End this process as the interpreter would: wait for threads, run exit handlers, flush; but nothing inherited."""
+def leave(code: int, last: Callable[[], None] | None = None) -> None:
+    """End this process as the interpreter would: wait for threads, run exit handlers, flush; but nothing inherited.
+
+    Args:
+        code: Exit code.
+        last: Called after all that.
+    """
     try:
         threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
         flush()
+        if last is not None:
+            last()
     finally:
         os._exit(code)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 from executorlib._version import __version__
 from executorlib.transports.curve import CONNECTION_VARIABLE, Credentials
 from executorlib.transports.dealer import Dealer
-from executorlib.worker import call
+from executorlib.worker import call, family
 
 if TYPE_CHECKING:
     from executorlib.transports.messages import Connection
@@ -74,6 +74,7 @@ def main(path: str = "", identity: str = "", numbered: bool = False) -> None:
     """
     with contextlib.suppress(PermissionError):  # it leads a session already
         os.setpgid(0, 0)  # so that what the calls start can be ended with it
+    family.adopt()
     try:
         given = os.environ.pop(CONNECTION_VARIABLE, "")
         credentials = Credentials.read(path) if path else Credentials.parse(given)
@@ -87,11 +88,11 @@ def main(path: str = "", identity: str = "", numbered: bool = False) -> None:
         dealer.close()
     except EOFError as error:
         sys.stderr.write(f"executorlib: this worker ends: {error}\n")
-        call.leave(1)
+        call.leave(1, family.end)
     except BaseException as error:
         sys.stderr.write(call.traceback_text(error))
-        call.leave(1)
-    call.leave(0)
+        call.leave(1, family.end)
+    call.leave(0, family.end)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,62 @@
+"""The processes that descend from this one, so that none of them is left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import time
+
+# <linux/prctl.h>
+PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
+
+# How long to look for processes that are left; SIGKILL takes effect in far less.
+_REAP_SECONDS = 5.0
+
+_libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+
+
+def prctl(option: int, value: int) -> None:
+    """The system call; does nothing where there is none."""
+    if _libc is not None:
+        _libc.prctl(option, value, 0, 0, 0)
+
+
+def adopt() -> None:
+    """Become the parent of descendants that lose their own, so that they can be found."""
+    prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+
+def end() -> None:
+    """Kill and reap all descendants, as far as the system tells of them."""
+    give_up = time.monotonic() + _REAP_SECONDS
+    # Grandchildren become our children as their parents go (see `adopt`), so go on until there are none.
+    while (pids := children_of(os.getpid())) and time.monotonic() < give_up:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        try:
+            os.waitpid(-1, 0)
+        except ChildProcessError:
+            return
+
+
+def children_of(pid: int) -> list[int]:
+    """Children of a process; none where the system does not tell (it is Linux's `/proc` that does)."""
+    found = []
+    with contextlib.suppress(OSError):
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{thread}/children") as children:
+                found += [int(child) for child in children.read().split()]
+    return found
+
+
+def descendants(pid: int) -> list[int]:
+    """Children of a process, and theirs."""
+    found = []
+    for child in children_of(pid):
+        found += [child, *descendants(child)]
+    return found
