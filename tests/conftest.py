@@ -85,6 +85,11 @@ class Row:
         return self.executor.endswith("ClusterExecutor") and not self.block
 
     @property
+    def prints_here(self) -> bool:
+        """Whether what calls print is what the program prints; otherwise the system keeps it."""
+        return not self.jobs and not self.flux
+
+    @property
     def start(self) -> str:
         return str(self.options.get("start_method", ""))
 

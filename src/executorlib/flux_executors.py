@@ -164,12 +164,12 @@ class FluxJobExecutor(BaseExecutor):
         demand = resources.demand
         if self._capacity is None:
             return demand
-        check_fits(self._capacity, resources, subject)
         if self._max_cores is not None and demand.cores > self._max_cores:
             raise ValueError(
                 f"{subject} needs {demand.cores} cores (cores={resources.cores} × threads_per_core="
                 f"{resources.threads_per_core}), but max_cores is {self._max_cores}. Ask for fewer, or raise it."
             )
+        check_fits(self._capacity, resources, subject)
         # Of nodes and GPUs only Flux knows which are free.
         return Demand(demand.cores)
 

@@ -30,6 +30,8 @@ from executorlib.transports.router import Router, RouterTransport, worker_of
 _FOLLOW_SECONDS = 10.0
 # What a worker that has given its result may take for exit handlers and MPI_Finalize, in seconds.
 _FINALIZE_SECONDS = 10.0
+# How long a job may last after its worker has left, in seconds.
+_LEFT_SECONDS = 1.0
 # From the cancelling of a job to giving it up, in seconds: Flux sends SIGTERM, after 5 s SIGKILL, and runs epilogs.
 _CANCEL_SECONDS = 60.0
 # For the output of a job that has died to be read from Flux's store, in seconds.
@@ -43,23 +45,27 @@ class _Member:
 
     Attributes:
         process: The worker.
+        identity: Its number, by which its connection is known.
         log: What Flux has said of the job.
         job: Its number, once it was submitted.
         watch: How its events are told.
         peer: Its connection, once it has said hello.
         gone: Whether that has ended.
         unwanted: The last signal that it was sent, or was to be sent before it was there.
+        done: Whether its one call is over.
         ending: Whether its end is being told.
     """
 
     def __init__(self, process: Process) -> None:
         self.process = process
+        self.identity = str(process.worker.number)
         self.log = JobLog()
         self.job: int | None = None
         self.watch = 0
         self.peer: bytes | None = None
         self.gone = False
         self.unwanted = 0
+        self.done = False
         self.ending = False
 
 
@@ -102,8 +108,9 @@ class FluxLauncher:
     def launch(self, process: Process) -> None:
         """See `Launcher.launch`."""
         self._instance.open()
-        identity = str(process.worker.number)
-        member = self._members[identity] = _Member(process)
+        member = _Member(process)
+        identity = member.identity
+        self._members[identity] = member
         process.host = "Flux"
         resources = process.resources
         files = ("flux_{{id.f58plain}}.out", "flux_{{id.f58plain}}.err") if self._log_files else ("", "")
@@ -121,7 +128,7 @@ class FluxLauncher:
         self._instance.submit(
             spec,
             urgency(resources.priority, self._instance.is_owner),
-            lambda answer: self._on_submitted(identity, member, answer),
+            lambda answer: self._on_submitted(identity, answer),
         )
 
     def _program(self, process: Process) -> list[str]:
@@ -161,7 +168,7 @@ class FluxLauncher:
             self._instance.kill(member.job, signal_number)
         if signal_number == signal.SIGKILL or not member.log.started:
             self._instance.cancel(member.job)
-            self._later(_CANCEL_SECONDS, member, lambda: self._end(member, "Flux has not ended its job"))
+            self._later(_CANCEL_SECONDS, member.identity, lambda it: self._end(it, "Flux has not ended its job"))
 
     @property
     def busy(self) -> bool:
@@ -183,8 +190,9 @@ class FluxLauncher:
 
     # -- Flux's word ----------------------------------------------------------------------------------------------
 
-    def _on_submitted(self, identity: str, member: _Member, answer: int | Refused) -> None:
-        if self._members.get(identity) is not member:  # the executor has ended
+    def _on_submitted(self, identity: str, answer: int | Refused) -> None:
+        member = self._members.get(identity)
+        if member is None:  # the executor has ended
             if not isinstance(answer, Refused):
                 self._instance.cancel(answer)
             return
@@ -193,16 +201,17 @@ class FluxLauncher:
             self._end(member, text, ExecutorlibSocketError(f"{self._subject(member)} was not run: {text}"))
             return
         member.job = answer
-        member.watch = self._instance.watch(answer, lambda event, context: self._on_event(member, event, context))
+        member.watch = self._instance.watch(answer, lambda event, context: self._on_event(identity, event, context))
         if member.unwanted:
             signal_number, member.unwanted = member.unwanted, 0
             self.kill(member.process, signal_number)
 
-    def _on_event(self, member: _Member, event: str, context: Any) -> None:
+    def _on_event(self, identity: str, event: str, context: Any) -> None:
+        member = self._members.get(identity)
+        if member is None or member.ending:
+            return
         before = member.log.state.phase
         member.log.add(event, context)
-        if member.ending:
-            return
         if event == "start" and member.unwanted:
             self._instance.kill(member.job or 0, member.unwanted)
         if member.log.state.phase is Phase.ENDED is not before:
@@ -210,7 +219,7 @@ class FluxLauncher:
                 self._end_as_told(member)
             else:
                 # What it sent last may still be on its way.
-                self._later(_FOLLOW_SECONDS, member, lambda: self._end_as_told(member))
+                self._later(_FOLLOW_SECONDS, identity, self._end_as_told)
         elif not event and member.log.state.phase is not Phase.ENDED:
             self._end(member, f"Flux has lost sight of its job {self._job_text(member)}")
 
@@ -262,12 +271,13 @@ class FluxLauncher:
 
     def _finish(self, member: _Member, failed: bool) -> None:
         """Its one call is over: let it go."""
+        member.done = True
         if failed and member.process.resources.cores > 1:
             self.kill(member.process, signal.SIGKILL)
         elif member.process.transport is not None:
             # It waits for this: an end that came before the result was read would count as a death.
             member.process.transport.put(["stop"])
-            self._later(_FINALIZE_SECONDS, member, lambda: self.kill(member.process, signal.SIGKILL))
+            self._later(_FINALIZE_SECONDS, member.identity, lambda it: self.kill(it.process, signal.SIGKILL))
 
     def _on_lost(self, peer: bytes) -> None:
         member = self._members.get(worker_of(peer))
@@ -276,18 +286,24 @@ class FluxLauncher:
         member.gone = True
         if member.log.state.phase is Phase.ENDED:
             self._end_as_told(member)
+        elif member.done:
+            # It has left; what its call has started and left behind is what keeps the job.
+            self._later(_LEFT_SECONDS, member.identity, lambda it: self.kill(it.process, signal.SIGKILL))
         else:
-            self._later(_FOLLOW_SECONDS, member, lambda: self._end_without_word(member))
+            self._later(_FOLLOW_SECONDS, member.identity, self._end_without_word)
 
     # -- ending ---------------------------------------------------------------------------------------------------
 
-    def _later(self, seconds: float, member: _Member, callback: Callable[[], None]) -> None:
-        """Call back unless the worker's end is known by then."""
-        identity = str(member.process.worker.number)
+    def _later(self, seconds: float, identity: str, callback: Callable[[_Member], None]) -> None:
+        """Call back unless the worker's end is known by then.
+
+        By its identity: what waits must keep neither the worker, nor by that a call and its result.
+        """
 
         def call() -> None:
-            if self._members.get(identity) is member and not member.ending:
-                callback()
+            member = self._members.get(identity)
+            if member is not None and not member.ending:
+                callback(member)
 
         self._events.call_later(seconds, call)
 
@@ -312,11 +328,12 @@ class FluxLauncher:
         give_up = time.monotonic() + _OUTPUT_SECONDS
 
         def hear(event: str, context: Any) -> None:
-            stderr = member.process.stderr
-            stderr += output_of(event, context)
-            del stderr[:-STDERR_TAIL_BYTES]
-            if not event or time.monotonic() > give_up:
-                self._conclude(member)
+            if self._members.get(member.identity) is member:
+                stderr = member.process.stderr
+                stderr += output_of(event, context)
+                del stderr[:-STDERR_TAIL_BYTES]
+                if not event or time.monotonic() > give_up:
+                    self._conclude(member)
 
         if member.log.started:
             member.watch = self._instance.watch(member.job, hear, "guest.output")
@@ -342,7 +359,7 @@ class FluxLauncher:
             self._tell_end(member, Exit(None, text, error))
 
     def _tell_end(self, member: _Member, end: Exit) -> None:
-        if self._members.pop(str(member.process.worker.number), None) is member:
+        if self._members.pop(member.identity, None) is member:
             self._instance.unwatch(member.watch)
             self._events.on_exit(member.process, end)
 
