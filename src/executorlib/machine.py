@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
+import re
 import resource
 from collections.abc import Mapping
 from pathlib import Path
+
+# File systems of one machine, which show at once what another process has written.
+_LOCAL_DISKS = re.compile(r"ext[234]|xfs|btrfs|zfs|bcachefs|f2fs|jfs|reiserfs|tmpfs|ramfs|overlay|vfat|exfat|ntfs3?")
 
 
 def usable_cpus() -> list[int]:
@@ -140,3 +145,27 @@ def is_running(pid: int, started: str) -> bool:
     except PermissionError:
         return not started or process_start(pid) == started
     return not started or process_start(pid) == started
+
+
+@functools.lru_cache(maxsize=64)
+def is_local_disk(folder: str) -> bool:
+    """Whether a folder is known to be on a file system that no other machine writes to; False elsewhere than on Linux.
+
+    Args:
+        folder: Its path.
+    """
+    try:
+        return _mounted_on(os.path.realpath(folder), Path("/proc/self/mountinfo").read_text(errors="replace"))
+    except OSError:
+        return False
+
+
+def _mounted_on(path: str, mounts: str) -> bool:
+    """Whether a path is on a local disk, by ``/proc/self/mountinfo``; of mounts over each other the last counts."""
+    longest, kind = -1, ""
+    for line in mounts.splitlines():
+        fields, _, source = line.partition(" - ")
+        point = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), fields.split(" ")[4])
+        if len(point) >= longest and (path == point or path.startswith(point.rstrip("/") + "/")):
+            longest, kind = len(point), source.partition(" ")[0]
+    return _LOCAL_DISKS.fullmatch(kind) is not None

@@ -123,6 +123,60 @@ def test_result_that_is_there_before_the_call_was_told_that_it_runs(events: Even
     assert events.told == ["connected", "result", "exit"]
 
 
+# How long a result may take to show.
+
+
+class Vanishing(System):
+    """Has had a job, and has forgotten it, or says how it ended."""
+
+    end: JobState | None = None
+
+    def detail(self, job: Any, on_state: Callable[[Any], None]) -> None:
+        on_state(self.end)
+
+    def cause_in(self, output: str) -> Cause:
+        return Cause.NONE
+
+
+DIED = JobState(Phase.ENDED, "FAILED", "", "9:0")
+
+
+@pytest.mark.parametrize(
+    ("end", "local", "waits"),
+    [
+        (None, False, True),
+        (None, True, False),
+        (JobState(Phase.ENDED, "DONE"), False, True),
+        (JobState(Phase.ENDED, "DONE"), True, False),
+        (JobState(Phase.ENDED, "COMPLETED", "", "0:0"), True, True),
+        (JobState(Phase.ENDED, "FAILED", "", "83:0"), True, True),
+        (DIED, False, False),
+        (JobState(Phase.ENDED, "CANCELLED", cause=Cause.CANCELLED), False, False),
+    ],
+    ids=str,
+)
+def test_how_long_a_result_may_take_to_show(
+    events: Events, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: JobState | None, local: bool, waits: bool
+) -> None:
+    """Long where there may be one: where the job says so, or nobody says anything and the disk is not a local one."""
+    monkeypatch.setattr("executorlib.launchers.jobs._GRACE", -1.0)
+    monkeypatch.setattr("executorlib.machine.is_local_disk", lambda folder: local)
+    system = Vanishing()
+    system.end = end
+    _launcher, task, _process = launched(events, system, tmp_path)
+    while system.answer is None:
+        events.run_timers()
+    system.answer({})
+    for _ in range(5):
+        events.run_timers()
+    assert (events.told == ["exit"]) is not waits
+    if waits:
+        assert task.cache_path is not None
+        entries.write_output(task.cache_path, function=abs, args=[], kwargs={}, resource_dict={}, runtime=0.1, output=1)
+        events.run_timers()
+        assert events.told == ["connected"]
+
+
 # Whatever happens to the files, at any moment.
 
 FILES = (

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from executorlib import machine
-from executorlib.machine import _cgroup_cpus, usable_cpus, visible_gpus
+from executorlib.machine import _cgroup_cpus, _mounted_on, is_local_disk, usable_cpus, visible_gpus
 
 
 def tree(root: Path, files: dict[str, str]) -> None:
@@ -191,3 +191,35 @@ def test_gpus_by_this_process_environment(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
     found: Any = visible_gpus()
     assert found == ["5"]
+
+
+# Disks. A folder for NFS below a local one, with another local one in it; one that was mounted over; one with a space.
+MOUNTS = """\
+21 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw
+22 21 0:40 / /home rw,relatime - nfs4 server:/home rw
+23 22 8:2 / /home/me/disk rw - xfs /dev/sdb rw
+24 21 8:3 / /data rw - ext4 /dev/sdc rw
+25 24 0:41 / /data rw master:5 - lustre server:/data rw
+26 21 8:4 / /with\\040space rw - btrfs /dev/sdd rw
+"""
+
+
+@pytest.mark.parametrize(
+    ("path", "local"),
+    [
+        ("/", True),
+        ("/homes/me", True),
+        ("/home", False),
+        ("/home/me/cache", False),
+        ("/home/me/disk/cache", True),
+        ("/data/cache", False),
+        ("/with space/cache", True),
+    ],
+)
+def test_local_disks(path: str, local: bool) -> None:
+    assert _mounted_on(path, MOUNTS) is local
+
+
+def test_disk_of_this_machine() -> None:
+    assert isinstance(is_local_disk("/no/such/folder"), bool)
+    assert not _mounted_on("/", "")

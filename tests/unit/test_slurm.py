@@ -194,7 +194,7 @@ def test_configuration(configuration: Path) -> None:
         (None, "No such file"),
         ("queues: [", "queue.yaml cannot be used"),
         ("queue_type: SLURM", "it needs the keys queue_type and queues"),
-        ("queue_type: MOAB\nqueues: {}", "queues of type 'MOAB' cannot be driven, only SLURM, SGE, TORQUE, LSF"),
+        ("queue_type: MOAB\nqueues: {}", "queues of type 'MOAB' cannot be driven here, only SLURM, SGE, TORQUE, LSF"),
         ("queue_type: SLURM\nqueues: {a: {script: missing.sh}}", "missing.sh"),
         ("queue_type: SLURM\nqueues: {a: {script: queue.yaml}} # {% if %}", "Expected an expression"),
     ],
@@ -613,6 +613,29 @@ def test_torque_and_lsf(
         queue.parse_job_id("thanks\n")
     with pytest.raises(ValueError, match="one by one"):
         queue.submit_command(batch(2), "/s")
+
+
+TORQUE_JOB = (
+    "Job Id: {}.server\n    Job_Name = a\n    Job_Owner = me@h\n    job_state = {}\n    queue = q\n{}"
+    "    Variable_List = PBS_O_WORKDIR=/x,PBS_O_HOST=h\n\n"
+)
+
+
+@needs_pysqa
+def test_completed_jobs_of_torque(tmp_path: Path) -> None:
+    """They are listed for some minutes."""
+    queue = other_queue(tmp_path, "TORQUE")
+    ends = {"40": "0", "41": "83", "42": "271", "43": "-3"}
+    listing = "".join(
+        TORQUE_JOB.format(job, "C", f"    exec_host = node1/0+node1/1\n    exit_status = {code}\n")
+        for job, code in ends.items()
+    )
+    states = queue.parse_status(listing + TORQUE_JOB.format("44", "Q", "") + TORQUE_JOB.format("45", "C", ""))
+    ended = {job: states[job, 0] for job in [*ends, "45"]}
+    assert {state.phase for state in ended.values()} == {Phase.ENDED}
+    assert [state.exit_code for state in ended.values()] == ["0", "83", "0:15", "-3", ""]
+    assert [state.node for state in ended.values()] == [*["node1"] * 4, ""]
+    assert states["44", 0].phase is Phase.PENDING
 
 
 @needs_pysqa

@@ -49,6 +49,7 @@ class Job:
         batch: The batch that runs it, maybe another session's; None where that is not known.
         index: Its place in the batch.
         begun: Whether it is known to run.
+        seen: Whether the system was seen to have it.
         over: Whether its end is known, with or without a result.
         gone_since: When the system was first seen without it, or with it ended.
         last: What the system said of it last.
@@ -67,6 +68,7 @@ class Job:
         self.batch: JobBatch | None = None
         self.index = 0
         self.begun = False
+        self.seen = False
         self.over = False
         self.gone_since: float | None = None
         self.last: JobState | None = None
@@ -90,7 +92,7 @@ class Job:
 
     def start_over(self) -> None:
         """Forget what was known of a job that another session submitted, and that is dead."""
-        self.batch, self.gone_since, self.asked, self.last = None, None, False, None
+        self.batch, self.gone_since, self.asked, self.last, self.seen = None, None, False, None, False
 
     def ended_well(self, codes: tuple[int, ...]) -> bool:
         """Whether it ended, by itself, with one of these exit codes, by which a job says that it left a result."""
@@ -98,6 +100,12 @@ class Job:
         if state is None or state.cause is not Cause.NONE:
             return False  # whatever exit code the system makes up for it
         return exit_code(state.exit_code) in [(code, 0) for code in codes]
+
+    def ended_unseen(self) -> bool:
+        """Whether it has ended just now, and nobody knows how, so that it may have left a result."""
+        state, batch = self.last, self.batch
+        is_unknown = state is None or (state.cause is Cause.NONE and not state.exit_code)
+        return is_unknown and (self.seen or (batch is not None and batch.ours))
 
     def error(self, system: JobSystem) -> BaseException:
         """Why there is no result.

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from executorlib import entries
+from executorlib import entries, machine
 from executorlib.errors import ExecutorlibSocketError, advise_unpicklable
 from executorlib.launchers.base import Events, Exit, Process, Timer
 from executorlib.launchers.job import SUBMIT_SECONDS, Job, JobBatch, owner_of
@@ -41,8 +41,13 @@ logger = logging.getLogger("executorlib")
 _LOOK_SHARE, _LOOK_SECONDS = 0.01, 0.05
 # ... and this share of the loop's time.
 _WAIT_SHARE = 0.1
-# How long a result may take to show on a slow file system after its job has ended, in seconds: when the exit code says
-# that there is one (NFS shows others' files after up to a minute), and otherwise.
+# How long a result may take to show on a slow file system after its job has ended, in seconds: when there may well be
+# one (NFS shows others' files after up to a minute), and otherwise. There may be one
+# - when the exit code says so;
+# - when nothing says how the job ended, as of queues that forget their jobs at once and keep no history: unless the
+#   directory is on a local disk, where what is not there does not come, and unless the job had ended before this
+#   session looked, which is mostly long ago. So with such a queue and a network file system the error about a job that
+#   died takes this long. To give up a result that comes would be worse: its call would run again.
 _RESULT_GRACE, _GRACE = 75.0, 3.0
 
 
@@ -408,7 +413,7 @@ class JobLauncher:
         job_id = job.batch.job_id
         state = states.get((job_id, job.index)) or states.get((job_id, None))
         if state is not None:
-            job.last = state
+            job.last, job.seen = state, True
         if state is None or state.phase is Phase.ENDED:
             if job.gone_since is None:
                 job.gone_since = now
@@ -440,9 +445,19 @@ class JobLauncher:
             return
         if self._waits_for_inputs_end(job):
             return
-        shows_late = job.ended_well((RESULT, RAISED)) and job.damaged is None
-        if now - job.gone_since > (_RESULT_GRACE if shows_late else _GRACE):
+        if now - job.gone_since <= self._grace(job):
+            _refresh(os.path.dirname(job.output))
+        else:
             self._give_up(job)
+
+    @staticmethod
+    def _grace(job: Job) -> float:
+        """How long the result of a job that has ended may take to show."""
+        if job.damaged is not None:
+            return _GRACE
+        if job.ended_well((RESULT, RAISED)):
+            return _RESULT_GRACE
+        return _RESULT_GRACE if job.ended_unseen() and not machine.is_local_disk(job.root or "/") else _GRACE
 
     def _waits_for_inputs_end(self, job: Job) -> bool:
         """Whether an input's job has ended, too, of which the call is to tell, and that is being looked into."""
@@ -517,6 +532,12 @@ def _remove_input(job: Job) -> None:
     """Remove the entry of a job that is over. Where that fails, who finds it sees that its job is dead."""
     with contextlib.suppress(OSError):
         entries.remove_input(job.path)
+
+
+def _refresh(folder: str) -> None:
+    """Have a network file system look for new files: NFS asks its server about each folder that is opened."""
+    with contextlib.suppress(OSError):
+        os.close(os.open(folder, os.O_RDONLY | os.O_DIRECTORY))
 
 
 def _identity(path: str) -> tuple[int, int, int] | None:

@@ -144,8 +144,9 @@ class LocalSystem:
         self._send({"query": True})
 
     def detail(self, job: tuple[str, int | None], on_state: Callable[[JobState | None], None]) -> None:
-        """See `JobSystem.detail`; all that is known was said."""
-        self._events.call_later(0.0, lambda: on_state(None))
+        """See `JobSystem.detail`; all that is known was said, so what is gone went with its queue."""
+        lost = JobState(Phase.ENDED, "LOST", "its queue's process has ended", cause=Cause.NODE_FAILED)
+        self._events.call_later(0.0, lambda: on_state(lost))
 
     def cause_in(self, output: str) -> Cause:
         """See `JobSystem.cause_in`."""

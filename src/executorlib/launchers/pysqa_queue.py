@@ -118,6 +118,8 @@ class PysqaQueue:
         states = {}
         for job_id, word in zip(frame["jobid"], frame["status"], strict=True):
             states[str(job_id), 0] = _state(str(word))
+        if self._templates.queue_type == "TORQUE":
+            states.update(_completed(output))
         return states
 
     def detail_command(self, job_id: str, index: int | None) -> list[str]:
@@ -142,6 +144,20 @@ class PysqaQueue:
     def cancel_command(self, jobs: Sequence[tuple[str, int | None]]) -> list[str]:
         """See `queue.Queue.cancel_command`."""
         return [*self._commands.delete_job_command, *dict.fromkeys(job_id for job_id, _ in jobs)]
+
+
+def _completed(output: str) -> dict[tuple[str, int], JobState]:
+    """The jobs that Torque still lists for some minutes, completed; pysqa takes them for waiting."""
+    states = {}
+    for job in output.split("Job Id:")[1:]:
+        found = dict(re.findall(r"^\s*(job_state|exit_status|exec_host) = (\S+)", job, re.MULTILINE))
+        if found.get("job_state") == "C":
+            code = found.get("exit_status", "")
+            # Above 256 it is that and a signal's number.
+            text = f"0:{int(code) - 256}" if code.isdigit() and int(code) > 256 else code
+            node = found.get("exec_host", "").partition("/")[0]
+            states[job.split(".")[0].strip(), 0] = JobState(Phase.ENDED, "completed", "", text, node)
+    return states
 
 
 def _state(word: str) -> JobState:
