@@ -132,7 +132,7 @@ def test_queries_that_fail_for_long(
         asked.query(["7"], answers.append)
     assert answers == [None, None, {}]
     first, second = (record.message for record in caplog.records)
-    assert f"status: {word}" in first
+    assert f": {word}. " in first
     assert second == "a queue answers again"
 
 

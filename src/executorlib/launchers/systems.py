@@ -267,7 +267,7 @@ class CommandSystem:
             self._events.call_later(0.0, lambda: on_states(None))
             return
 
-        argv, asked = queue.status_command(job_ids), time.monotonic()
+        asked = time.monotonic()
 
         def answered(answer: Answer) -> None:
             states: States | None = None
@@ -280,12 +280,12 @@ class CommandSystem:
                 except Exception as error:  # whatever it stumbles over, that is no answer
                     said = str(error)
             if states is None:
-                self._silence.failed(asked, time.monotonic(), f"{argv[0]}: {said}")
+                self._silence.failed(asked, time.monotonic(), said)
             else:
                 self._silence.answered()
             on_states(states)
 
-        self._run(argv, answered)
+        self._run(queue.status_command(job_ids), answered)
 
     def detail(self, job: JobKey, on_state: Callable[[JobState | None], None]) -> None:
         """See `JobSystem.detail`."""
