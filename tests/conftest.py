@@ -85,6 +85,11 @@ class Row:
         return self.executor.endswith("ClusterExecutor") and not self.block
 
     @property
+    def live(self) -> bool:
+        """Whether each call has a connection to its worker, of whose death the future tells by its own words."""
+        return self.single_node or (self.flux and not self.jobs)
+
+    @property
     def prints_here(self) -> bool:
         """Whether what calls print is what the program prints; otherwise the system keeps it."""
         return not self.jobs and not self.flux

@@ -6,6 +6,7 @@ import os
 import subprocess
 
 from executorlib import cache, entries
+from executorlib.launchers.flux_instance import FLUX_NAME, cancel_jobs
 from executorlib.launchers.pysqa_queue import open_queue
 from executorlib.launchers.slurm import SlurmQueue, command_environment
 
@@ -22,8 +23,8 @@ def terminate_tasks_in_cache(
     Args:
         cache_directory: The cache directory, searched with its sub-folders.
         pysqa_config_directory: Configuration of the queuing system they were submitted with, or None.
-        backend: Queuing system that holds their jobs: ``"slurm"``, or None for what the entries say. A job of
-            `TestClusterExecutor` that runs already is not ended, only forgotten.
+        backend: Queuing system that holds their jobs: ``"slurm"``, ``"flux"``, or None for what the entries say. A
+            job of `TestClusterExecutor` that runs already is not ended, only forgotten.
 
     Raises:
         ValueError: ``backend`` is not known.
@@ -45,7 +46,7 @@ def terminate_task_in_cache(
         cache_directory: The cache directory.
         cache_key: Key of the entry.
         pysqa_config_directory: Configuration of the queuing system it was submitted with, or None.
-        backend: Queuing system that holds its job: ``"slurm"``, or None for what the entry says.
+        backend: Queuing system that holds its job: ``"slurm"``, ``"flux"``, or None for what the entry says.
 
     Raises:
         FileNotFoundError: There is no entry of that key.
@@ -62,12 +63,16 @@ def terminate_task_in_cache(
 
 
 def _terminate(root: str | os.PathLike[str], paths: list[str], configuration: str | None, backend: str | None) -> None:
-    if backend not in (None, "slurm"):
-        raise ValueError(f"backend is {backend!r}, expected 'slurm', or None for what the entries say.")
+    if backend not in (None, "slurm", "flux"):
+        raise ValueError(f"backend is {backend!r}, expected 'slurm', 'flux', or None for what the entries say.")
     jobs = []
+    flux_jobs: dict[str, list[str]] = {}  # by instance
     for path in paths:
         job_id, index, system = cache.job_of(path, root)
         if job_id is None or system == _LOCAL:
+            continue
+        if (system or "").startswith(FLUX_NAME) or (system is None and backend == "flux"):
+            flux_jobs.setdefault(system or "", []).append(job_id)
             continue
         if system not in (None, "Slurm") and configuration is None:
             raise ValueError(
@@ -83,6 +88,8 @@ def _terminate(root: str | os.PathLike[str], paths: list[str], configuration: st
             jobs = [job for job in jobs if (job[0], 0) in known]
     if jobs:
         _run(queue.cancel_command(jobs))
+    for instance, names in flux_jobs.items():
+        cancel_jobs(instance, names)
     # A job that starts all the same finds its entry gone, and ends.
     for path in paths:
         entries.remove_input(path)

@@ -16,7 +16,7 @@ from contract.functions import CustomError, Thing, add, fail, identity
 from faults.functions import HoldingError, PickyError, Unloadable, Unsavable
 
 WAIT = 30
-pytestmark = pytest.mark.rows(single_node=True)
+pytestmark = pytest.mark.rows(live=True)
 
 
 def deep_list() -> list[Any]:

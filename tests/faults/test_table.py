@@ -26,7 +26,7 @@ from faults.functions import (
 )
 
 WAIT = 30
-pytestmark = [pytest.mark.linux, pytest.mark.rows(single_node=True)]
+pytestmark = [pytest.mark.linux, pytest.mark.rows(live=True)]
 
 # For each fault: what the future may hold, what the text must name.
 DEATHS: dict[str, tuple[str, ...]] = {

@@ -23,8 +23,8 @@ from contract.functions import alive, wait_until_gone
 from executorlib import serialize
 from executorlib.transports.messages import Connection, Message
 from executorlib.worker.agent import _kill_group
-from executorlib.worker.family import children_of, descendants
 from executorlib.worker.call import PERMIT, Permits
+from executorlib.worker.family import children_of, descendants
 from unit import repeatable
 
 WAIT = 20.0

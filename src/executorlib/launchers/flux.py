@@ -185,7 +185,7 @@ class JobLog:
 
     Attributes:
         state: How it is.
-        status: Wait status of its tasks, the worst of all, once they have ended.
+        status: Wait status of its tasks, the worst of all, once they have ended; see `os.waitpid`.
         started: Whether it has ever run.
     """
 
@@ -212,7 +212,7 @@ class JobLog:
         elif event == "exception" and context.get("severity") == 0 and not self._type:
             self._type, self._note = str(context.get("type", "")), str(context.get("note", ""))
         elif event == "finish":
-            self.status = int(context["status"])
+            self.status = _wait_status(int(context["status"]))
             self._end()
         elif event == "clean":
             self._end()
@@ -244,12 +244,15 @@ def _cause(kind: str, note: str) -> Cause:
     return _CAUSES.get(kind, Cause.NONE)
 
 
+def _wait_status(status: int) -> int:
+    """Undo what Flux's shell does, as others do: it exits with 128 and the number of a task's signal."""
+    number = (status >> 8) - 128
+    return number if os.WIFEXITED(status) and number in {*signal.Signals} else status
+
+
 def _exit_code(status: int) -> str:
-    """As `JobState.exit_code`. Flux's shell exits, as others do, with 128 and the number of a task's signal."""
-    if os.WIFSIGNALED(status):
-        return f"0:{os.WTERMSIG(status)}"
-    code = os.waitstatus_to_exitcode(status)
-    return f"0:{code - 128}" if code - 128 in {*signal.Signals} else f"{code}:0"
+    """As `JobState.exit_code`."""
+    return f"0:{os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"{os.WEXITSTATUS(status)}:0"
 
 
 def output_of(event: str, context: Mapping[str, Any]) -> bytes:

@@ -16,17 +16,18 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from executorlib.allocation import NodeShape
 from executorlib.launchers.base import Events
-from executorlib.launchers.flux import nodes_of
+from executorlib.launchers.flux import job_number, nodes_of
 from executorlib.launchers.systems import Refused
 
 # An event of a job: its name and what it says beside.
 OnEvent = Callable[[str, Mapping[str, Any]], None]
 
+FLUX_NAME = "Flux instance "
 # For Flux to answer what it was told last, in seconds; without an answer the connection would stay open.
 _CLOSE_SECONDS = 2.0
 _INSTALL = (
@@ -44,9 +45,8 @@ def connect() -> Any:
         RuntimeError: There is no instance.
     """
     try:
-        import flux.job
-
         import flux
+        import flux.job
     except ImportError as error:
         raise ImportError(f"Flux's Python bindings cannot be loaded ({error}). {_INSTALL}", name=error.name) from error
     try:
@@ -70,6 +70,40 @@ def known_nodes() -> list[NodeShape]:
     """
     connection = connect()
     return nodes_of(connection.rpc("resource.sched-status", nodeid=0).get()["all"])
+
+
+def cancel_jobs(instance: str, names: Sequence[str]) -> None:
+    """Cancel jobs, waiting for the answers; those that have ended already do not matter.
+
+    Args:
+        instance: The instance's name as of `instance_name`; empty for the nearest.
+        names: Ids of jobs.
+
+    Raises:
+        ImportError: Flux's bindings cannot be loaded.
+        RuntimeError: There is no instance, or it is another one.
+    """
+    connection = connect()
+    nearest = instance_name(connection)
+    if instance not in ("", nearest):
+        raise RuntimeError(
+            f"the jobs belong to {instance}, but what can be reached from here is {nearest}. Set FLUX_URI to the "
+            "former; if it has ended, so have its jobs, and their entries can be removed (`executorlib cache rm`)."
+        )
+    from flux.job import cancel_async
+
+    for answer in [cancel_async(connection, job_number(name)) for name in names]:
+        with contextlib.suppress(OSError):
+            answer.get()
+
+
+def instance_name(connection: Any) -> str:
+    """What `JobSystem.name` is for an instance: job numbers mean nothing in another one."""
+    for attribute in ("broker.uuid", "broker.starttime"):  # the first is newer
+        with contextlib.suppress(OSError):
+            value = connection.rpc("attr.get", {"name": attribute}, nodeid=0).get()["value"]
+            return f"{FLUX_NAME}{value}"
+    return FLUX_NAME.rstrip()
 
 
 class FluxInstance:
@@ -96,7 +130,7 @@ class FluxInstance:
         self._unanswered = 0  # futures of Flux's that will still call back, and keep the connection until then
         self.lost = ""
         self.is_owner = True  # otherwise some urgencies are not for us
-        self.uuid = ""  # of the instance
+        self.name = FLUX_NAME.rstrip()
 
     def open(self) -> None:
         """Connect, in the loop's thread, to which a connection belongs.
@@ -111,9 +145,7 @@ class FluxInstance:
         from flux.constants import FLUX_POLLIN
 
         self.is_owner = self._flux.attr_get("security.owner") == str(os.getuid())
-        self.uuid = self._attribute_of_first_broker("broker.uuid") or self._attribute_of_first_broker(
-            "broker.starttime"
-        )
+        self.name = instance_name(self._flux)
         self._reactor = self._flux.get_reactor()
         self._watcher = self._flux.fd_watcher_create(self._events.fileno(), lambda *_: None, FLUX_POLLIN)
         self._watcher.start()
@@ -123,13 +155,6 @@ class FluxInstance:
             os.set_blocking(self._wake_read, False)
             os.set_blocking(self._wake_write, False)
             self._events.watch(self._wake_read, self._on_wake)
-
-    def _attribute_of_first_broker(self, name: str) -> str:
-        """An attribute of the instance's first broker, which all of its sessions agree on; empty if it has none."""
-        try:
-            return str(self._flux.rpc("attr.get", {"name": name}, nodeid=0).get()["value"])
-        except OSError:
-            return ""
 
     def _sleep(self, seconds: float) -> None:
         from flux.constants import FLUX_REACTOR_NOWAIT, FLUX_REACTOR_ONCE

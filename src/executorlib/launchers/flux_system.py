@@ -43,7 +43,7 @@ class FluxSystem:
     array_limit = 1
 
     def __init__(self, events: Events, pmi_mode: str | None, configuration: str | None) -> None:
-        self.name = "Flux"
+        self.name = ""  # known from `prepare` on
         self._events = events
         self._pmi_mode = pmi_mode
         self._instance = FluxInstance(events, self._on_lost)
@@ -68,8 +68,7 @@ class FluxSystem:
     def prepare(self, on_ready: Callable[[], None]) -> None:
         """See `JobSystem.prepare`."""
         self._instance.open()
-        # Job numbers mean nothing in another instance.
-        self.name = system_name(self._instance.uuid)
+        self.name = self._instance.name
         on_ready()
 
     def setup(self) -> dict[str, Any]:
@@ -231,11 +230,6 @@ class FluxSystem:
         """See `JobSystem.close`."""
         self._commands.close()
         self._instance.close()
-
-
-def system_name(uuid: str) -> str:
-    """What `JobSystem.name` is for an instance."""
-    return f"Flux instance {uuid}"
 
 
 def _tasks(resources: Resources) -> list[str]:

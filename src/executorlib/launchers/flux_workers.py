@@ -13,9 +13,10 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
-from executorlib.errors import ExecutorlibSocketError, describe_split_world
+from executorlib.errors import ExecutorlibSocketError, describe_exit, describe_split_world
 from executorlib.launchers.base import STDERR_TAIL_BYTES, Events, Exit, Process, boot_code
 from executorlib.launchers.flux import JobLog, job_name, jobspec, output_of, urgency
 from executorlib.launchers.flux_instance import FluxInstance
@@ -343,7 +344,9 @@ class FluxLauncher:
 
     def _conclude(self, member: _Member) -> None:
         state, log = member.log.state, member.log
-        text = f"its Flux job {self._job_text(member)} ended as {state.state}{state.facts()}"
+        text = f"its Flux job {self._job_text(member)} ended as {state.state}{replace(state, exit_code='').facts()}"
+        if log.status is not None:
+            text = f"it {describe_exit(log.status)}; {text}"
         error: BaseException | None = None
         limit = member.process.resources.run_time_max
         if state.cause is Cause.TIME_LIMIT and limit is not None:

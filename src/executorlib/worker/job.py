@@ -32,7 +32,7 @@ RAISED = 83  # the entry holds what the function raised; hardly any program ends
 NOT_MINE = 84  # somebody else has claimed the call since
 FAILED = 70  # EX_SOFTWARE of sysexits.h
 
-JOB_VARIABLES = ("SLURM_ARRAY_JOB_ID", "SLURM_JOB_ID", "FLUX_JOB_ID", "JOB_ID", "PBS_JOBID", "LSB_JOBID")
+_JOB_VARIABLES = ("SLURM_ARRAY_JOB_ID", "SLURM_JOB_ID", "JOB_ID", "PBS_JOBID", "LSB_JOBID")
 
 
 def main(directory: str) -> None:
@@ -74,7 +74,7 @@ def run(directory: str, index: int) -> int:
 def _claimed(directory: str, index: int, setup: dict[str, Any]) -> dict[str, Any] | int:
     """What is to be run; the exit code where it is not ours (any more)."""
     root = entries.root_of_batch(directory)
-    job_id = next((os.environ[name] for name in JOB_VARIABLES if name in os.environ), "")
+    job_id = _job_id(setup["system"])
     noted = entries.read_text(directory, entries.JOB_ID_FILE)
     if noted is None:
         # The session may have ended before it could note it, and who looks for this job needs it.
@@ -92,7 +92,14 @@ def _claimed(directory: str, index: int, setup: dict[str, Any]) -> dict[str, Any
         return RAISED if ending.failed else RESULT
     if entry is None:
         raise FileNotFoundError(f"the call {path} was removed, or is damaged; it can be submitted again")
-    return {**entry, "path": path, "index": index}
+    return {**entry, "path": path, "index": index, "queue_id": int(job_id) if job_id.isdecimal() else job_id or None}
+
+
+def _job_id(system: str) -> str:
+    """What the queuing system calls this job; empty where it does not say."""
+    # Flux may run within a job of another system, whose variables are there, too.
+    names = ("FLUX_JOB_ID",) if system.startswith("Flux") else _JOB_VARIABLES
+    return next((os.environ[name] for name in names if name in os.environ), "")
 
 
 class _Pickled:
@@ -154,7 +161,7 @@ def _store(job: dict[str, Any], answer: call.Answer, seconds: float) -> int:
             **({} if answer.loaded else {entries.NOT_KEPT: serialize.dumps_in_band(True)}),
             "traceback": serialize.dumps_in_band(answer.traceback),
             "runtime": serialize.dumps_in_band(seconds),
-            "queue_id": serialize.dumps_in_band(call.first_number(JOB_VARIABLES)),
+            "queue_id": serialize.dumps_in_band(job["queue_id"]),
         },
     )
     entries.remove_input(path)

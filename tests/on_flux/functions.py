@@ -1,0 +1,61 @@
+"""Functions that run in Flux jobs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from typing import Any
+
+GPU_VARIABLES = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+
+
+def variables(*names: str) -> list[str | None]:
+    return [os.environ.get(name) for name in names]
+
+
+def about_job(number: str, fields: str) -> list[str]:
+    """What Flux says of a job, in the words of `flux jobs`."""
+    command = ["flux", "jobs", "--no-header", f"--format={fields}", number]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+
+
+def my_job(fields: str) -> list[str]:
+    return about_job(os.environ["FLUX_JOB_ID"], fields)
+
+
+def rank_of_world(_argument: Any) -> tuple[int, int, list[str | None]]:
+    from mpi4py import MPI
+
+    return MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size, variables(*GPU_VARIABLES)
+
+
+def gather_nodes(_argument: Any) -> list[str]:
+    """The nodes of all ranks, by a message among them."""
+    from mpi4py import MPI
+
+    # All pretended nodes are one host: the broker's rank tells them apart.
+    done = subprocess.run(["flux", "getattr", "rank"], capture_output=True, text=True, check=True)
+    return sorted(MPI.COMM_WORLD.allgather(done.stdout.strip()))
+
+
+def calls_in_an_instance_of_its_own(number: int) -> tuple[int, int, str]:
+    """The result of a call in an executor of this one's instance, the cores of that instance, and what it is called."""
+    from executorlib import FluxJobExecutor
+
+    with FluxJobExecutor() as executor:
+        cores = sum(node["cores"] for node in executor.info["nodes"].values())
+        return executor.submit(abs, number).result(), cores, os.environ["FLUX_URI"]
+
+
+def say_and_die() -> None:
+    os.write(2, b"last words\n")
+    os.kill(os.getpid(), 9)
+
+
+def jobs_by_name() -> dict[str, int]:
+    """How many jobs of each name the instance has had."""
+    command = ["flux", "jobs", "--all", "--count=0", "--json"]
+    listed = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)["jobs"]
+    names = [job["name"] for job in listed]
+    return {name: names.count(name) for name in names}

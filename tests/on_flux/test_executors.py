@@ -1,0 +1,402 @@
+"""Both executors of Flux on a real instance: what a call asks for is what Flux gives it, and what ends it is told."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from contract.functions import Gate, add, append, lines, until, wait_for
+from executorlib import FluxClusterExecutor, FluxJobExecutor, get_future_from_cache, terminate_tasks_in_cache
+from executorlib.api import ExecutorlibSocketError
+from on_flux.functions import (
+    GPU_VARIABLES,
+    about_job,
+    calls_in_an_instance_of_its_own,
+    gather_nodes,
+    jobs_by_name,
+    my_job,
+    rank_of_world,
+    say_and_die,
+    variables,
+)
+
+WAIT = 40
+pytestmark = pytest.mark.flux
+both = pytest.mark.rows("flux", "flux-cluster")
+BATCH_TEMPLATE = "#!/bin/bash\n{{command}}\n"
+
+
+def job_of(held: Gate) -> str:
+    """The job in which a call waits at a gate."""
+    environ = Path(f"/proc/{held.pid()}/environ").read_bytes().split(b"\0")
+    (number,) = [entry.partition(b"=")[2] for entry in environ if entry.startswith(b"FLUX_JOB_ID=")]
+    return number.decode()
+
+
+# -- what a call asks for -----------------------------------------------------------------------------------------
+
+
+@both
+@pytest.mark.parametrize(
+    ("resource_dict", "fields", "expected"),
+    [
+        ({}, "{nnodes} {ncores} {ntasks} {urgency} {duration}", ["1", "1", "1", "16", "0.0"]),
+        ({"threads_per_core": 3}, "{ncores} {ntasks}", ["3", "1"]),
+        ({"gpus_per_core": 2}, "{ngpus}", ["2"]),
+        ({"exclusive": True}, "{nnodes} {ncores} {ngpus}", ["1", "4", "2"]),
+        ({"priority": 5}, "{urgency}", ["21"]),
+        ({"priority": -100}, "{urgency}", ["1"]),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_what_flux_gives_is_what_a_call_asks_for(
+    make_executor: Callable[..., Any], resource_dict: dict[str, Any], fields: str, expected: list[str]
+) -> None:
+    with make_executor() as executor:
+        assert executor.submit(my_job, fields, resource_dict=resource_dict).result(WAIT) == expected
+
+
+@both
+def test_a_time_limit_is_known_to_flux(make_executor: Callable[..., Any]) -> None:
+    with make_executor() as executor:
+        (duration,) = executor.submit(my_job, "{duration}", resource_dict={"run_time_max": 50}).result(WAIT)
+    assert float(duration) >= 50
+
+
+@both
+def test_the_gpus_that_a_call_sees_are_its_own(make_executor: Callable[..., Any], gate: Callable[..., Gate]) -> None:
+    with make_executor() as executor:
+        assert executor.submit(variables, "CUDA_VISIBLE_DEVICES").result(WAIT) == ["-1"]
+        one = executor.submit(variables, *GPU_VARIABLES, resource_dict={"gpus_per_core": 1}).result(WAIT)
+        two = executor.submit(variables, *GPU_VARIABLES, resource_dict={"gpus_per_core": 2}).result(WAIT)
+    assert one in [["0", "0"], ["1", "1"]]
+    assert two == ["0,1", "0,1"]
+
+
+@both
+@pytest.mark.mpi
+def test_ranks_are_one_world_with_gpus_of_their_own(make_executor: Callable[..., Any]) -> None:
+    with make_executor() as executor:
+        ranks = executor.submit(rank_of_world, 0, resource_dict={"cores": 2, "gpus_per_core": 1}).result(WAIT)
+    assert [(rank, size) for rank, size, _ in ranks] == [(0, 2), (1, 2)]
+    assert sorted(gpus[0] for _, _, gpus in ranks) == ["0", "1"]
+
+
+@both
+@pytest.mark.mpi
+def test_ranks_on_several_nodes(make_executor: Callable[..., Any]) -> None:
+    with make_executor() as executor:
+        found = executor.submit(gather_nodes, 0, resource_dict={"cores": 3, "num_nodes": 3}).result(WAIT)
+    assert found[0] == sorted(set(found[0]))
+    assert found == [found[0]] * 3
+
+
+@both
+@pytest.mark.mpi
+def test_ranks_that_do_not_find_each_other_are_named(make_executor: Callable[..., Any]) -> None:
+    """Without PMI each would be a world of its own, and the results wrong."""
+    with make_executor(pmi_mode="off") as executor:
+        error = executor.submit(rank_of_world, 0, resource_dict={"cores": 2}).exception(WAIT)
+        assert executor.submit(add, 1, 2).result(WAIT) == 3
+    assert "world of size 1" in str(error)
+    assert "pmi" in str(error)
+
+
+@both
+def test_what_the_instance_never_has_is_an_error_at_submit(make_executor: Callable[..., Any]) -> None:
+    with make_executor() as executor:
+        for resource_dict in (
+            {"threads_per_core": 5},
+            {"gpus_per_core": 3},
+            {"cores": 17},
+            {"cores": 5, "num_nodes": 5},
+        ):
+            with pytest.raises(ValueError, match="Flux instance has 4 nodes of at most 4 cores and 2 GPUs"):
+                executor.submit(add, 1, 2, resource_dict=resource_dict)
+
+
+@both
+@pytest.mark.parametrize("key", ["slurm_cmd_args", "openmpi_oversubscribe"])
+def test_keys_that_flux_cannot_honour(make_executor: Callable[..., Any], key: str) -> None:
+    value: Any = ["--exclusive"] if key == "slurm_cmd_args" else True
+    with make_executor() as executor, pytest.raises(ValueError, match=key):
+        executor.submit(add, 1, 2, resource_dict={key: value})
+
+
+# -- how calls end ------------------------------------------------------------------------------------------------
+
+
+@both
+def test_a_job_that_somebody_cancels(make_executor: Callable[..., Any], gate: Callable[..., Gate]) -> None:
+    held = gate()
+    with make_executor() as executor:
+        future = executor.submit(held, 1)
+        subprocess.run(["flux", "cancel", job_of(held)], check=True)
+        error = future.exception(WAIT)
+        assert executor.submit(add, 1, 2).result(WAIT) == 3
+    assert isinstance(error, ExecutorlibSocketError)
+    assert "CANCELED" in str(error)
+
+
+@pytest.mark.rows("flux")
+def test_a_process_that_dies_has_last_words(executor: Any) -> None:
+    error = executor.submit(say_and_die).exception(WAIT)
+    assert isinstance(error, ExecutorlibSocketError)
+    for part in ("SIGKILL", "last words", "Flux job f"):
+        assert part in str(error)
+
+
+@pytest.mark.rows("flux")
+def test_flux_ends_what_its_worker_cannot(make_executor: Callable[..., Any], gate: Callable[..., Gate]) -> None:
+    """A worker that is stopped answers nobody; Flux's own limit, somewhat later, is not even needed."""
+    with make_executor() as executor:
+        future = executor.submit(time.sleep, 60, resource_dict={"run_time_max": 0.5})
+        assert isinstance(future.exception(WAIT), TimeoutError)
+
+
+@pytest.mark.rows("flux")
+def test_a_queued_call_is_cancelled_in_flux(make_executor: Callable[..., Any], gate: Callable[..., Gate]) -> None:
+    held = gate()
+    with make_executor(max_workers=6) as executor:
+        whole = {"exclusive": True, "num_nodes": 4, "cores": 4}
+        # Not started as ranks: the function does not run before it is cancelled.
+        blockers = [executor.submit(held, i, resource_dict={"exclusive": True}) for i in range(4)]
+        held.pids(4)
+        queued = executor.submit(add, 1, 2, resource_dict={**whole, "cores": 4})
+        until(lambda: jobs_by_name().get("add", 0) > 0)
+        assert queued.cancel()
+        held.open()
+        assert [future.result(WAIT) for future in blockers] == [0, 1, 2, 3]
+
+
+def program(folder: Path, source: str) -> Path:
+    path = folder / "program.py"
+    path.write_text(
+        "import os, signal, subprocess, sys, time\n"
+        "from executorlib import FluxClusterExecutor, FluxJobExecutor\n" + textwrap.dedent(source)
+    )
+    return path
+
+
+@pytest.mark.parametrize("name", ["FluxJobExecutor", "FluxClusterExecutor"])
+def test_an_instance_that_goes_away(tmp_path: Path, name: str) -> None:
+    """Whatever is killed, every future resolves."""
+    path = program(
+        tmp_path,
+        f"""
+        def begin(seconds):
+            open("begun", "w").close()
+            time.sleep(seconds)
+
+        executor = {name}()
+        running = executor.submit(begin, 30)
+        waiting = executor.submit(abs, running)
+        while not os.path.exists("begun"):
+            time.sleep(0.01)
+        import flux
+        os.kill(int(flux.Flux().attr_get("broker.pid")), signal.SIGKILL)
+        errors = [future.exception(30) for future in (running, waiting)]
+        executor.shutdown()
+        with open("errors.draft", "w") as file:
+            file.write("\\n".join(f"{{type(error).__name__}} {{error}}" for error in errors))
+        os.rename("errors.draft", "errors")
+        """,
+    )
+    subprocess.run(
+        ["flux", "start", sys.executable, str(path)], cwd=tmp_path, capture_output=True, timeout=WAIT, check=False
+    )
+    first, *_ = wait_for(tmp_path / "errors", WAIT).splitlines()
+    assert first.startswith("ExecutorlibSocketError")
+    assert "Flux" in first
+
+
+@pytest.mark.parametrize("name", ["FluxJobExecutor", "FluxClusterExecutor"])
+def test_no_instance_is_an_error_at_construction(tmp_path: Path, name: str) -> None:
+    path = program(
+        tmp_path,
+        f"""
+        try:
+            {name}()
+        except RuntimeError as error:
+            print(error)
+        """,
+    )
+    environ = {**os.environ, "FLUX_URI": "local:///nowhere/local-0"}
+    done = subprocess.run(
+        [sys.executable, str(path)], cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=WAIT, check=True
+    )
+    assert "FLUX_URI=local:///nowhere/local-0" in done.stdout
+    assert "flux start" in done.stdout
+
+
+# -- FluxJobExecutor ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.rows("flux")
+def test_each_call_is_a_job_with_its_name(make_executor: Callable[..., Any], gate: Callable[..., Gate]) -> None:
+    held = gate()
+    with make_executor() as executor:
+        assert executor.info["nodes"]["node3"] == {"cores": 4, "gpus": 2}
+        futures = [executor.submit(held, i) for i in range(2)]
+        assert len({job_of(held) for _ in held.pids(2)}) >= 1
+        assert about_job(job_of(held), "{status} {name}")[0] == "RUN"
+        held.open()
+        assert [future.result(WAIT) for future in futures] == [0, 1]
+
+
+@pytest.mark.rows("flux", "block-flux")
+def test_an_instance_for_each_call(make_executor: Callable[..., Any], row: Any) -> None:
+    options = {"resource_dict": {"threads_per_core": 2}} if row.block else {}
+    with make_executor(flux_executor_nesting=True, **options) as executor:
+        more = {} if row.block else {"resource_dict": {"threads_per_core": 2}}
+        result, cores, uri = executor.submit(calls_in_an_instance_of_its_own, -3, **more).result(WAIT)
+    assert result == 3
+    assert uri != os.environ["FLUX_URI"]
+    assert cores == 2
+
+
+@pytest.mark.mpi
+@pytest.mark.rows("flux")
+def test_ranks_in_an_instance_of_their_own(make_executor: Callable[..., Any]) -> None:
+    with make_executor(flux_executor_nesting=True) as executor:
+        ranks = executor.submit(rank_of_world, 0, resource_dict={"cores": 2}).result(WAIT)
+    assert [(rank, size) for rank, size, _ in ranks] == [(0, 2), (1, 2)]
+
+
+@pytest.mark.rows("flux", "block-flux")
+def test_the_users_own_flux_executor_submits(make_executor: Callable[..., Any]) -> None:
+    import flux.job
+
+    submitted = []
+
+    class Counting(flux.job.FluxExecutor):
+        def submit(self, *args: Any, **kwargs: Any) -> Any:
+            submitted.append(args)
+            return super().submit(*args, **kwargs)
+
+    with Counting() as flux_executor:
+        with make_executor(flux_executor=flux_executor) as executor:
+            assert [future.result(WAIT) for future in [executor.submit(add, i, 1) for i in range(3)]] == [1, 2, 3]
+        assert submitted
+        flux_executor.shutdown()
+        with make_executor(flux_executor=flux_executor) as executor:
+            assert "shutdown" in str(executor.submit(add, 1, 2).exception(WAIT))
+
+
+def test_what_is_no_flux_executor() -> None:
+    with pytest.raises(TypeError, match="flux_executor"):
+        FluxJobExecutor(flux_executor=object())
+
+
+def test_log_files(tmp_path: Path) -> None:
+    with FluxJobExecutor(flux_log_files=True, resource_dict={"cwd": str(tmp_path)}) as executor:
+        executor.submit(print, "to a file").result(WAIT)
+        error = executor.submit(say_and_die).exception(WAIT)
+    assert "last words" in str(error)
+    texts = [path.read_text() for path in tmp_path.glob("flux_f*.out")]
+    assert "to a file\n" in texts
+
+
+# -- FluxClusterExecutor ------------------------------------------------------------------------------------------
+
+
+def note(path: str, line: str) -> str:
+    append(path, line)
+    return line
+
+
+def test_leaving_and_coming_back(tmp_path: Path, gate: Callable[..., Gate]) -> None:
+    """A call and one that depends on it go on without the session; another one finds both, and runs neither."""
+    held = gate()
+    store, notes = str(tmp_path / "store"), str(tmp_path / "notes")
+
+    def submit(executor: Any) -> Any:
+        first = executor.submit(held, "a", resource_dict={"cache_key": "first"})
+        return executor.submit(note, notes, first, resource_dict={"cache_key": "second"})
+
+    executor = FluxClusterExecutor(cache_directory=store)
+    left = submit(executor)
+    held.pid()
+    executor.shutdown(wait=False)
+    assert left.cancelled() or left.exception is not None
+    following = get_future_from_cache(store, "second")
+    assert not following.done()
+    with FluxClusterExecutor(cache_directory=store) as again:
+        joined = submit(again)
+        held.open()
+        assert joined.result(WAIT) == "a"
+    assert lines(notes) == ["a"]
+    assert get_future_from_cache(store, "second").result(WAIT) == "a"
+
+
+def test_jobs_of_a_cache_directory_are_cancelled(tmp_path: Path, gate: Callable[..., Gate]) -> None:
+    held = gate()
+    store = tmp_path / "store"
+    executor = FluxClusterExecutor(cache_directory=str(store))
+    executor.submit(held, 1)
+    number = job_of(held)
+    executor.shutdown(wait=False)
+    terminate_tasks_in_cache(str(store), backend="flux")
+    until(lambda: about_job(number, "{status}") == ["CANCELED"], WAIT)
+    assert list(store.glob("*_i.h5")) == []
+
+
+def test_a_script_of_the_calls_own_runs_in_an_instance_of_its_own(tmp_path: Path) -> None:
+    with FluxClusterExecutor(cache_directory=str(tmp_path)) as executor:
+        future = executor.submit(
+            calls_in_an_instance_of_its_own,
+            -3,
+            resource_dict={"submission_template": BATCH_TEMPLATE, "threads_per_core": 2},
+        )
+        result, cores, uri = future.result(WAIT)
+    assert (result, cores) == (3, 2)
+    assert uri != os.environ["FLUX_URI"]
+
+
+@pytest.mark.mpi
+def test_ranks_in_a_script(tmp_path: Path) -> None:
+    with FluxClusterExecutor(cache_directory=str(tmp_path)) as executor:
+        resource_dict = {"submission_template": BATCH_TEMPLATE, "cores": 2}
+        ranks = executor.submit(rank_of_world, 0, resource_dict=resource_dict).result(WAIT)
+    assert [(rank, size) for rank, size, _ in ranks] == [(0, 2), (1, 2)]
+
+
+def test_a_configuration_of_pysqa(tmp_path: Path) -> None:
+    folder = tmp_path / "queues"
+    folder.mkdir()
+    (folder / "queue.yaml").write_text(
+        "queue_type: FLUX\nqueue_primary: flux\nqueues:\n"
+        "  flux: {cores_max: 4, cores_min: 1, run_time_max: 3600, script: flux.sh}\n"
+    )
+    (folder / "flux.sh").write_text("#!/bin/bash\n# flux: --nslots={{cores}}\n# flux: --job-name=ours\n{{command}}\n")
+    with FluxClusterExecutor(cache_directory=str(tmp_path / "store"), pysqa_config_directory=str(folder)) as executor:
+        assert executor.submit(variables, "NOTHING_SUCH").result(WAIT) == [None]
+
+
+def test_a_template_that_cannot_be_rendered(tmp_path: Path) -> None:
+    with FluxClusterExecutor(cache_directory=str(tmp_path)) as executor:
+        error = executor.submit(add, 1, 2, resource_dict={"submission_template": "{{ 1 / 0 }}"}).exception(WAIT)
+    assert "submission_template" in str(error)
+
+
+def test_keys_that_nothing_uses_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with (
+        caplog.at_level(logging.WARNING, "executorlib"),
+        FluxClusterExecutor(cache_directory=str(tmp_path)) as executor,
+    ):
+        executor.submit(add, 1, 2, resource_dict={"memory_max": 4, "job_name": "mine"}).result(WAIT)
+    assert "memory_max" in caplog.text
+    assert "job_name" not in caplog.text
+    assert jobs_by_name().get("mine") == 1
+
+
+# -- Flux inside Slurm --------------------------------------------------------------------------------------------
