@@ -52,7 +52,7 @@ class BaseExecutor(Executor):
         max_calls: Calls handed out at once in the default mode; None for all.
         resources: Defaults for every call.
         block: Whether the workers are a block, whose resources are the executor's.
-        restart_limit: How often each worker of a block is replaced.
+        restart_limit: How often each worker of a block is replaced, or a call run again whose node was lost.
         init_function: Runs once in each worker of a block.
         disable_dependencies: Whether futures among the inputs are an error.
         wait: Whether leaving the `with` block waits for the calls.
@@ -116,7 +116,7 @@ class BaseExecutor(Executor):
             lookahead = resources.run_time_max is None
             scheduler = BlockScheduler(max_workers, restart_limit, ledger, self._demand, lookahead)
         else:
-            scheduler = FreshScheduler(ledger, max_calls)
+            scheduler = FreshScheduler(ledger, max_calls, restart_limit)
         self._loop = Loop(
             scheduler,
             make_launcher,

@@ -323,12 +323,15 @@ class FreshScheduler(Scheduler):
     Args:
         ledger: What there is.
         max_calls: Calls at once; None for as many as the ledger holds.
+        restart_limit: How often a call is run again when a node is lost that it ran on.
     """
 
-    def __init__(self, ledger: Ledger, max_calls: int | None = None) -> None:
+    def __init__(self, ledger: Ledger, max_calls: int | None = None, restart_limit: int = 0) -> None:
         super().__init__()
         self.ledger = ledger
         self.max_calls = max_calls
+        self.restart_limit = restart_limit
+        self._restarts: dict[Task, int] = {}  # of calls that run again or are about to
         self._queues: dict[Demand, DemandQueue] = {}
         self._open: dict[DemandQueue, None] = {}  # whose next call may fit
         self._shut: dict[DemandQueue, None] = {}  # whose next call does not
@@ -384,7 +387,7 @@ class FreshScheduler(Scheduler):
             self._effects.append(Kill(worker))
 
     def on_exit(self, worker: Worker, recalled: list[Task]) -> list[Task]:
-        """The worker's resources are free; a call that it still had is lost."""
+        """The worker's resources are free; a call that it still had is lost, or runs again if its node was lost."""
         self._started.pop(worker, None)
         if worker.number not in self.workers:
             return []
@@ -393,8 +396,31 @@ class FreshScheduler(Scheduler):
         self._launching.pop(task, None)
         if task.over:
             return []
+        if any(share.node.lost for share in worker.allocation.shares) and self._may_run_again(task):
+            task.move(READY)
+            self.not_started += 1
+            if self._blocked is not None and self._blocked.demand == task.demand:
+                self._unblock()  # it is not the first of its queue any more, and nodes must not be kept behind that
+            self._enqueue(task, first=True)
+            return []
         self._end(task, FAILED)
         return [task]
+
+    def _may_run_again(self, task: Task) -> bool:
+        """Whether a call whose node is lost is to run elsewhere, which is counted if it may have begun."""
+        if not self.ledger.could_hold(task.demand):
+            return False
+        if task.state is RUNNING:
+            count = self._restarts.get(task, 0) + 1
+            if count > self.restart_limit:
+                return False
+            self._restarts[task] = count
+        return True
+
+    def _end(self, task: Task, state: State) -> None:
+        super()._end(task, state)
+        if self._restarts:
+            self._restarts.pop(task, None)
 
     def on_node_lost(self, node: Node) -> list[Worker]:
         """See `Scheduler.on_node_lost`; calls that need more than what is left now fail."""
@@ -449,7 +475,7 @@ class FreshScheduler(Scheduler):
         del self._shut[queue]
         self._open[queue] = None
 
-    def _enqueue(self, task: Task) -> None:
+    def _enqueue(self, task: Task, first: bool = False) -> None:
         demand = task.demand
         queue = self._queues.get(demand)
         if queue is None:
@@ -457,7 +483,10 @@ class FreshScheduler(Scheduler):
                 self._fail_homeless(task)
                 return
             queue = self._queues[demand] = DemandQueue(demand)
-        queue.push(task)
+        if first:
+            queue.push_back(task)
+        else:
+            queue.push(task)
         if queue not in self._shut:
             self._open[queue] = None
         elif self._blocked is not None and _turn(task) < _turn(self._blocked):

@@ -28,6 +28,8 @@ class SlurmJobExecutor(BaseExecutor):
         pmi_mode: How `srun` and the MPI library of a call with several ranks find each other, such as ``"pmix"`` or
             ``"pmi2"``; None starts the ranks with the MPI library's own `mpiexec`.
         hostname_localhost: Listen on the loopback interface only: for an allocation of this one machine.
+        restart_limit: How often a call is run again when a node is lost that it ran on; a process that dies by itself
+            fails its call. In block mode, how often each worker is replaced when it dies.
 
     Raises:
         RuntimeError: This program is not inside a Slurm job.
@@ -58,10 +60,6 @@ class SlurmJobExecutor(BaseExecutor):
         max_cores = positive("max_cores", max_cores)
         whole_number(0)("restart_limit", restart_limit)
         check_init_function(init_function, block_allocation)
-        if restart_limit and not block_allocation:
-            raise ValueError(
-                "restart_limit needs block_allocation=True: without it every call has a process of its own anyway."
-            )
         defaults = Resources(openmpi_oversubscribe=openmpi_oversubscribe).updated(
             resource_dict or {}, "SlurmJobExecutor"
         )

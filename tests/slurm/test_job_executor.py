@@ -207,6 +207,41 @@ def test_node_that_fails(tmp_path: Path, block: bool) -> None:
     subprocess.run(["scontrol", "update", "NodeName=node3", "State=RESUME"], capture_output=True, timeout=SECONDS)
 
 
+@pytest.mark.skipif(not throw_away(), reason="sets nodes down, of which only tests/slurm/cluster's may be")
+def test_calls_of_a_node_that_fails_run_again(tmp_path: Path) -> None:
+    """Those that were alone on it, and one of several nodes that is a step of its own."""
+    out = inside(
+        tmp_path,
+        """
+        def place(name, *args):
+            open(f"{name} {node()}", "w").close()
+            return wait_on("open")
+
+        with SlurmJobExecutor(restart_limit=1) as executor:
+            assert executor.submit(abs, -1).result() == 1
+            calls = [executor.submit(place, str(index)) for index in range(12)]
+            options = {"slurm_cmd_args": ["--comment=mine"]}
+            step = executor.submit(place, "step", resource_dict=options)
+            while not (len([name for name in os.listdir() if " node" in name]) == 13):
+                time.sleep(0.01)
+            place_of_step, = [name.split()[1] for name in os.listdir() if name.startswith("step ")]
+            subprocess.run(["scontrol", "update", f"nodename={place_of_step}", "state=down", "reason=test"], check=True)
+            while place_of_step in executor.info["nodes"]:
+                time.sleep(0.01)
+            open("open", "w").close()
+            places = {future.result() for future in [*calls, step]}
+            assert len(executor.info["nodes"]) == 3
+            print(places <= set(executor.info["nodes"]))
+            open("lost", "w").write(place_of_step)
+        """,
+        "--nodes=4",
+        "--no-kill",
+    )
+    assert out == "True\n"
+    lost = (tmp_path / "lost").read_text()
+    subprocess.run(["scontrol", "update", f"NodeName={lost}", "State=RESUME"], capture_output=True, timeout=SECONDS)
+
+
 def test_cancelled_job(tmp_path: Path) -> None:
     """No call hangs when the allocation is taken away, and no step is left of agents and ranks."""
     out = inside(

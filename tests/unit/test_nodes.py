@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -188,13 +189,58 @@ def test_what_cannot_be_received_on_the_node(allocation: Callable[..., Any]) -> 
     assert executor.submit(same, 2).result(SECONDS) == 2
 
 
+def relay() -> int:
+    """The process id of the relay, which is the parent of the node agent."""
+    with open(f"/proc/{os.getppid()}/stat") as stat:
+        return int(stat.read().rpartition(")")[2].split()[1])
+
+
+def begin(folder: str, number: int) -> tuple[str, int]:
+    """Tell which relay this is below, and wait until the file ``end`` is there."""
+    path = os.path.join(folder, str(number))
+    first = not os.path.exists(path)
+    with open(path + ".new", "w") as file:
+        file.write(f"{relay()} {node()}")
+    os.rename(path + ".new", path)
+    while first and not os.path.exists(os.path.join(folder, "end")):
+        time.sleep(0.01)
+    return node(), number
+
+
+@pytest.mark.parametrize("limit", [0, 1])
+def test_call_of_a_lost_node_runs_again(allocation: Callable[..., Any], tmp_path: Path, limit: int) -> None:
+    """Where it may; a process that dies by itself is no node."""
+    executor = allocation(restart_limit=limit)
+    dying = executor.submit(append_and_die, str(tmp_path / "log"), 1)
+    assert isinstance(dying.exception(SECONDS), ExecutorlibSocketError)
+    futures = [executor.submit(begin, str(tmp_path), number) for number in range(4)]
+    paths = [tmp_path / str(number) for number in range(4)]
+    give_up = time.monotonic() + SECONDS
+    while not all(path.exists() for path in paths):
+        assert time.monotonic() < give_up
+        time.sleep(0.01)
+    pids, places = zip(*(path.read_text().split() for path in paths), strict=True)
+    os.kill(int(pids[0]), signal.SIGKILL)
+    there = [number for number in range(4) if places[number] == places[0]]
+    if limit:
+        for number in there:  # they run again when there is room
+            assert not futures[number].done()
+    else:
+        assert all(f"node {places[0]} was lost" in str(futures[number].exception(SECONDS)) for number in there)
+    (tmp_path / "end").touch()
+    left = ({"a", "b"} - {places[0]}).pop()
+    for number in range(4):
+        if limit or number not in there:
+            assert futures[number].result(SECONDS) == (left, number)
+    assert (tmp_path / "log").read_text() == "1\n"
+
+
 def _limit_files_of_relay() -> bool:
-    """The relay, which is the parent of the node agent, can open no more files from now on."""
+    """The relay can open no more files from now on."""
     import resource
 
-    with open(f"/proc/{os.getppid()}/stat") as stat:
-        relay = int(stat.read().rpartition(")")[2].split()[1])
-    used = {int(fd) for fd in os.listdir(f"/proc/{relay}/fd")}
+    pid = relay()
+    used = {int(fd) for fd in os.listdir(f"/proc/{pid}/fd")}
     lowest = next(fd for fd in range(len(used) + 1) if fd not in used)
-    resource.prlimit(relay, resource.RLIMIT_NOFILE, (lowest, lowest))
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (lowest, lowest))
     return True

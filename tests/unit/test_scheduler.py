@@ -328,14 +328,19 @@ class Driver:
             for number, each in self.workers.items()
         ] + [(call.task.number, call.task.state) for call in self.calls.values()]
 
+    @property
+    def most_starts(self) -> int:
+        """How often a call may be started."""
+        return 1
+
     def check_end(self) -> None:
-        """After `drain`: each call has ended once, was started once at most, and nothing is left of any."""
+        """After `drain`: each call has ended once, was started as often as it may at most, and nothing is left."""
         assert self.unfinished() == []
         for call in self.calls.values():
             assert len(call.ends) == 1, f"{call.task} ended as {call.ends}"
-            assert call.starts <= 1, f"{call.task} was started {call.starts} times"
+            assert call.starts <= self.most_starts, f"{call.task} was started {call.starts} times"
             if call.ends == ["done"]:
-                assert call.starts == 1 or call.cached
+                assert call.starts >= 1 or call.cached
             if call.ends == ["cancelled"]:
                 assert call.starts == 0
         assert self.scheduler.unfinished == self.scheduler.not_started == 0
@@ -352,14 +357,25 @@ class FreshDriver(Driver):
 
     scheduler: FreshScheduler
 
-    def __init__(self, nodes: list[Node], max_calls: int | None = None, overtaken: int = OVERTAKEN_PER_CORE) -> None:
+    def __init__(
+        self,
+        nodes: list[Node],
+        max_calls: int | None = None,
+        overtaken: int = OVERTAKEN_PER_CORE,
+        restart_limit: int = 0,
+    ) -> None:
         with mock.patch.object(module, "OVERTAKEN_PER_CORE", overtaken):
-            super().__init__(FreshScheduler(Ledger(nodes), max_calls))
+            super().__init__(FreshScheduler(Ledger(nodes), max_calls, restart_limit))
+        self.restarts: Counter[Task] = Counter()
         self.nodes = list(nodes)
         self.free = {node: [node.total_cores, node.total_gpus] for node in nodes}
         self.freed: set[Worker] = set()  # ahead of their exit
         self.ready: dict[int, int] = {}  # call number → when it became ready
         self.clock = itertools.count()
+
+    @property
+    def most_starts(self) -> int:
+        return 1 + self.scheduler.restart_limit
 
     def fits(self, demand: Demand, share: tuple[int, int], node: Node) -> bool:
         """Whether one share of a demand fits on a node."""
@@ -439,9 +455,24 @@ class FreshDriver(Driver):
         return task
 
     def exit(self, worker: Worker) -> list[Task]:
+        simulated = self.workers[worker.number]
+        [task] = worker.calls
+        over = task.over or bool(simulated.answers)
+        begun = task.state is RUNNING
         lost = super().exit(worker)
         if worker not in self.freed:
             self.give_back(worker)
+        again = (
+            not over
+            and any(share.node.lost for share in worker.allocation.shares)
+            and (not begun or self.restarts[task] < self.scheduler.restart_limit)
+            and self.scheduler.ledger.could_hold(task.demand)
+        )
+        assert lost == ([] if over or again else [task])
+        if again:
+            assert task.state is READY
+            self.restarts[task] += begun
+            self.ready[task.number] = -next(self.clock)  # before all of its like
         return lost
 
     def give_back(self, worker: Worker) -> None:
@@ -618,13 +649,14 @@ class FreshMachine(Machine):
         shapes=st.lists(st.tuples(st.integers(1, 4), st.integers(0, 2)), min_size=1, max_size=3),
         max_calls=st.none() | st.integers(1, 4),
         overtaken=st.integers(1, 2),
+        restart_limit=st.sampled_from([0, 1, 2]),
     )
-    def set_up(self, shapes: list[tuple[int, int]], max_calls: int | None, overtaken: int) -> None:
+    def set_up(self, shapes: list[tuple[int, int]], max_calls: int | None, overtaken: int, restart_limit: int) -> None:
         nodes = [
             Node(f"node{index}", range(cores), [str(gpu) for gpu in range(gpus)])
             for index, (cores, gpus) in enumerate(shapes)
         ]
-        self.driver = FreshDriver(nodes, max_calls, overtaken)
+        self.driver = FreshDriver(nodes, max_calls, overtaken, restart_limit)
 
     @rule(
         demand=st.one_of(
@@ -1132,13 +1164,15 @@ def test_only_calls_on_a_lost_node_are_hit() -> None:
     driver = FreshDriver([node(2, name=name) for name in "abc"])
     wide, *small = driver.submit(spread(2, 2, 1)), *driver.submit_many(2)
     driver.turn()
+    driver.start_all()
+    driver.turn()
     [worker] = [each for each in driver.launched if each.calls == [wide]]
     lost = worker.allocation.shares[-1].node
     driver.lose(lost)
     assert [each.worker for each in driver.workers.values() if each.ending] == [worker]
     assert driver.exit(worker) == [wide]
     driver.turn()
-    assert [task.state for task in small] == [LAUNCHING] * 2
+    assert [task.state for task in small] == [RUNNING] * 2
     more = driver.submit_many(4)
     driver.turn()
     assert lost not in [share.node for each in driver.launched[3:] for share in each.allocation.shares]
@@ -1174,6 +1208,92 @@ def test_reservation_ends_with_its_node() -> None:
     driver.turn()
     run_to_the_end(driver)
     assert driver.calls[task.number].ends == ["done"]
+
+
+def started_on(driver: FreshDriver, name: str) -> list[Worker]:
+    """Start all workers; those on a node."""
+    driver.start_all()
+    driver.turn()
+    return [worker for worker in driver.held if worker.allocation.node.name == name]
+
+
+def lose(driver: FreshDriver, name: str) -> None:
+    there = started_on(driver, name)
+    driver.lose(next(each for each in driver.nodes if each.name == name))
+    for worker in there:
+        driver.exit(worker)
+    driver.turn()
+
+
+def test_call_of_a_lost_node_runs_again_as_often_as_it_may() -> None:
+    driver = FreshDriver([node(2, name=name) for name in "abc"], restart_limit=1)
+    tasks = driver.submit_many(2) + driver.submit_many(1, Demand(2))
+    driver.turn()
+    where = {worker.calls[0].number: worker.allocation.node.name for worker in driver.held}
+    assert where[1] == where[2] != where[3]
+    lose(driver, where[1])
+    assert [task.state for task in tasks[:2]] == [LAUNCHING, LAUNCHING]
+    [again] = {worker.allocation.node.name for worker in driver.held} - {where[3]}
+    lose(driver, again)
+    assert [driver.calls[task.number].ends for task in tasks[:2]] == [["lost"], ["lost"]]
+    run_to_the_end(driver)
+    assert driver.calls[3].ends == ["done"]
+
+
+def test_call_of_a_lost_node_goes_first() -> None:
+    driver = FreshDriver([node(1, name="a"), node(1, name="b")], restart_limit=1)
+    first, second, *_ = driver.submit_many(4)
+    driver.turn()
+    lose(driver, "a")
+    [other] = driver.held
+    driver.run_one(other)
+    driver.turn()
+    [worker] = driver.held
+    assert {other.calls[0], worker.calls[0]} == {first, second}
+    run_to_the_end(driver)
+
+
+def test_call_that_was_not_handed_over_runs_elsewhere_in_any_case() -> None:
+    driver = FreshDriver([node(1, name="a"), node(1, name="b")])
+    task = driver.submit()
+    driver.turn()
+    [worker] = driver.held
+    driver.lose(worker.allocation.node)
+    driver.exit(worker)
+    driver.turn()
+    assert task.state is LAUNCHING
+    run_to_the_end(driver)
+    assert driver.calls[task.number].ends == ["done"]
+
+
+def test_death_of_a_process_alone_is_no_reason_to_run_again() -> None:
+    driver = FreshDriver([node(1, name="a"), node(1, name="b")], restart_limit=5)
+    driver.submit()
+    driver.turn()
+    driver.start_all()
+    driver.turn()
+    [worker] = driver.held
+    driver.read(worker)
+    assert driver.exit(worker) == worker.calls
+
+
+def test_nodes_are_not_kept_for_one_behind_a_call_that_runs_again() -> None:
+    """Both need most of a node, of which only one is left, and the other that waits was submitted before."""
+    driver = FreshDriver([node(4, name="a"), node(5, name="b")], overtaken=1, restart_limit=1)
+    waiting, large = driver.submit(Demand(4), missing=1), driver.submit(Demand(4))
+    driver.submit_many(2, Demand(2))
+    driver.turn()
+    driver.input_done(waiting)
+    driver.submit_many(10, Demand(2))
+    while not any(each.kept_for for each in driver.nodes):
+        driver.run_one(next(worker for worker in driver.held if worker.calls != [large]))
+        driver.turn()
+    [worker] = started_on(driver, "a")
+    assert worker.calls == [large]
+    assert worker.allocation.node.kept_for is None
+    lose(driver, "a")
+    run_to_the_end(driver)
+    assert driver.calls[large.number].ends == driver.calls[waiting.number].ends == ["done"]
 
 
 def test_block_goes_on_without_a_lost_node() -> None:

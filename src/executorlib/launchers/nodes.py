@@ -48,6 +48,9 @@ _RELAYS = "relays"
 _START_SECONDS = 180.0
 # After the loss of a connection srun may take this long, in seconds, to say what it knows of it.
 _WORDS_SECONDS = 0.5
+# When a node fails, Slurm kills all at once there, and its agent may have told of the end of a worker by then. So the
+# news of one that was killed waits this long, in seconds, for worse.
+_KILLED_SECONDS = 0.25
 # In the end, for the agents to end their workers, and for srun to pass on what these have printed, in seconds.
 _END_SECONDS = 10.0
 # Meanwhile, how often new connections are looked for, in seconds.
@@ -149,8 +152,10 @@ class _Relay:
     Attributes:
         node: The ledger's record of it.
         peer: The connection of its agent, once that has said hello.
-        processes: Workers there, by number; `None` of them is waited for without the connection.
+        processes: Workers there, by number.
         waiting: Those that are to be started once it is connected.
+        recalling: Numbers of those that were asked for calls and have not answered.
+        killing: Numbers of those that are killed by us.
         lost: Why it is, where it is.
     """
 
@@ -161,6 +166,7 @@ class _Relay:
         self.processes: dict[int, Process] = {}
         self.waiting: dict[int, Process] = {}
         self.recalling: set[int] = set()
+        self.killing: set[int] = set()
         self.lost = ""
         self.parts: list[list[Any]] = []
         self.frames: list[Frame] = []
@@ -334,6 +340,7 @@ class NodesLauncher:
             del relay.waiting[number]
             self._events.on_exit(process, Exit(None, "it was not needed any more"))
         elif number in relay.processes:
+            relay.killing.add(number)
             self.put(relay, number, ["kill", signal_number])
         elif str(number) in self._steps:
             self._end_step(process)
@@ -452,19 +459,27 @@ class NodesLauncher:
             relay.recalling.discard(number)
             self._events.on_recalled(process, header[1])
         elif header[0] == "exit":
-            del relay.processes[number]
-            relay.recalling.discard(number)
-            about = header[1]
-            process.pid = about["pid"]
-            process.stderr += about["stderr"].encode()
-            # Calls that were still on their way come last.
-            calls = process.worker.calls
-            on_the_way = cast(_NodeTransport, process.transport).calls - about["handed"]
-            unstarted = [*about["unstarted"], *(task.number for task in calls[len(calls) - on_the_way :])]
             error = serialize.loads(frames) if frames else None
-            self._events.on_exit(process, Exit(about["status"], about["text"], error, unstarted=unstarted))
+            if header[1]["status"] == signal.SIGKILL and number not in relay.killing:
+                self._events.call_later(_KILLED_SECONDS, lambda: self._on_worker_exit(relay, number, header[1], error))
+            else:
+                self._on_worker_exit(relay, number, header[1], error)
         else:
             self._events.on_message(process, header, frames)
+
+    def _on_worker_exit(self, relay: _Relay, number: int, about: dict[str, Any], error: BaseException | None) -> None:
+        if relay.lost:
+            return  # `_end_workers` tells of its end, or has told
+        process = relay.processes.pop(number)
+        relay.recalling.discard(number)
+        relay.killing.discard(number)
+        process.pid = about["pid"]
+        process.stderr += about["stderr"].encode()
+        # Calls that were still on their way come last.
+        calls = process.worker.calls
+        on_the_way = cast(_NodeTransport, process.transport).calls - about["handed"]
+        unstarted = [*about["unstarted"], *(task.number for task in calls[len(calls) - on_the_way :])]
+        self._events.on_exit(process, Exit(about["status"], about["text"], error, unstarted=unstarted))
 
     def _on_stream(self, process: Process, errors: list[str], frames: list[Frame]) -> None:
         transport = cast(_StreamTransport, process.transport)
@@ -615,11 +630,18 @@ class NodesLauncher:
     def on_step_exit(self, process: Process, end: Exit) -> None:
         """A step is over, that of the relays or of ranks."""
         if process is not self._step:
-            self._forget_step(str(process.worker.number))
-            self._events.on_exit(process, end)
+            if b"ode failure" in process.stderr and not self._closing:
+                # srun has seen it first; what it means for the node is known in a moment.
+                self._events.call_later(_WORDS_SECONDS, lambda: self._on_ranks_exit(process, end))
+            else:
+                self._on_ranks_exit(process, end)
             return
         for relay in self._relays.values():
             self._lose(relay, f"srun, which runs the agents, {end.text.removeprefix('it ')}")
+
+    def _on_ranks_exit(self, process: Process, end: Exit) -> None:
+        self._forget_step(str(process.worker.number))
+        self._events.on_exit(process, end)
 
     # -- the time limit -------------------------------------------------------------------------------------------
 
