@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import faulthandler
 import gc
 import importlib
@@ -30,6 +31,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 from contract.functions import Gate
+from executorlib import machine
 
 LINUX = sys.platform.startswith("linux")
 TEST_SECONDS = 60.0
@@ -396,6 +398,14 @@ def missing_for_gridengine() -> list[str]:
     return missing
 
 
+def missing_for_gpu() -> list[str]:
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return ["a GPU of NVIDIA's: its driver's library libcuda.so.1 cannot be loaded"]
+    return [] if machine.visible_gpus() else ["a GPU of NVIDIA's that this process may see"]
+
+
 def missing_for_flux() -> list[str]:
     if not shutil.which("flux"):
         return ["Flux: there is no flux command on PATH (conda install -c conda-forge flux-core)"]
@@ -441,6 +451,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     needs = {
         "mpi": missing_for_mpi(),
         "cache": [] if importlib.util.find_spec("h5py") else ["h5py (pip install h5py)"],
+        "gpu": missing_for_gpu(),
         "linux": [] if LINUX else ["Linux's /proc"],
         "slow": [] if config.getoption("--slow") else ["--slow"],
         # Asked for only where it matters: sinfo waits for a cluster that does not answer.
