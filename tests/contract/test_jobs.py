@@ -532,6 +532,20 @@ def test_what_kept_a_call_from_beginning_is_not_kept(make_executor: Callable[...
 
 
 @pytest.mark.rows("jobs")
+def test_session_in_a_job_of_another_system(
+    make: Callable[..., Any], store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The id of the job that all this is in is not taken for the calls' own."""
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    monkeypatch.setenv("JOB_ID", "4711")
+    with make() as executor:
+        executor.submit(add, 1, 2).result(WAIT)
+    (row,) = get_cache_data(store)
+    assert row["queue_id"] is None
+    assert "4711" not in [path.read_text() for path in store.rglob(entries.JOB_ID_FILE)]
+
+
+@pytest.mark.rows("jobs")
 def test_a_job_of_another_system_is_only_watched(make_executor: Callable[..., Any], tmp_path: Path) -> None:
     with make_executor(cache_directory=tmp_path / "other") as executor:
         executor.submit(add, 1, 2).result(WAIT)

@@ -73,7 +73,7 @@ class FluxSystem:
 
     def setup(self) -> dict[str, Any]:
         """See `JobSystem.setup`; jobs have the environment of their submission."""
-        return {"shown_gpus": True}
+        return {"shown_gpus": True, "id_variables": ("FLUX_JOB_ID",)}
 
     def submit(self, batch: Batch, on_done: Callable[[str | Refused], None]) -> None:
         """See `JobSystem.submit`."""

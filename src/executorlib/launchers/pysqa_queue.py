@@ -16,6 +16,7 @@ from executorlib.launchers.templates import Templates, load_commands
 # Options that hand on the environment, which LSF does by itself, and that send both output streams to the file that
 # follows, whatever the script says.
 _OPTIONS = {"SGE": ["-V", "-j", "y", "-o"], "TORQUE": ["-V", "-j", "oe", "-o"], "LSF": ["-o"]}
+_ID_VARIABLES = {"SGE": "JOB_ID", "TORQUE": "PBS_JOBID", "LSF": "LSB_JOBID"}
 # pysqa's words and what queues say beside them, among it Grid Engine's letters for what is held or starts again.
 # Whatever else a job may be, it is not over.
 _PENDING = re.compile("pending|h?R?qw|PSUSP")
@@ -62,6 +63,7 @@ class PysqaQueue:
     def __init__(self, templates: Templates) -> None:
         self._templates = templates
         self._commands = load_commands(templates.queue_type)
+        self.id_variables = (_ID_VARIABLES[templates.queue_type],)
         # Its history is written every 15 s, unless its administrator says otherwise (`flush_time`).
         self.history_delay = 16.0 if templates.queue_type == "SGE" else 0.0
 

@@ -120,6 +120,11 @@ class Queue(Protocol):
         ...
 
     @property
+    def id_variables(self) -> tuple[str, ...]:
+        """The environment variables by which a job is told its id, in the form of `parse_job_id`; the first counts."""
+        ...
+
+    @property
     def history_delay(self) -> float:
         """How long after a job's end `detail_command` may not know of it yet, in seconds."""
         ...

@@ -215,6 +215,7 @@ class SlurmQueue:
 
     has_dependencies = True
     history_delay = 0.0
+    id_variables = ("SLURM_ARRAY_JOB_ID", "SLURM_JOB_ID")
     submit_program = "sbatch"
 
     def __init__(

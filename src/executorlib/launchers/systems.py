@@ -72,7 +72,10 @@ class JobSystem(Protocol):
         ...
 
     def setup(self) -> dict[str, Any]:
-        """What jobs have to set up to see this process as it is now, beyond what the system does; see `set_up`."""
+        """What jobs have to set up to see this process as it is now, beyond what the system does; see `set_up`.
+
+        Also ``id_variables``, where jobs are told their ids; see `Queue.id_variables`.
+        """
         ...
 
     def submit(self, batch: Batch, on_done: Callable[[str | Refused], None]) -> None:
@@ -211,7 +214,7 @@ class CommandSystem:
 
     def setup(self) -> dict[str, Any]:
         """See `JobSystem.setup`; queues hand on the environment themselves."""
-        return {}
+        return {} if self._queue is None else {"id_variables": self._queue.id_variables}
 
     def _run(self, argv: list[str], on_answer: Callable[[Answer], None], cwd: str | None = None) -> None:
         self._commands.run(argv, on_answer, cwd=cwd, env=self._environment(os.environ))

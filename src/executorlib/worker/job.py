@@ -32,8 +32,6 @@ RAISED = 83  # the entry holds what the function raised; hardly any program ends
 NOT_MINE = 84  # somebody else has claimed the call since
 FAILED = 70  # EX_SOFTWARE of sysexits.h
 
-_JOB_VARIABLES = ("SLURM_ARRAY_JOB_ID", "SLURM_JOB_ID", "JOB_ID", "PBS_JOBID", "LSB_JOBID")
-
 
 def main(directory: str) -> None:
     """Run this job's call and exit.
@@ -74,13 +72,13 @@ def run(directory: str, index: int) -> int:
 def _claimed(directory: str, index: int, setup: dict[str, Any]) -> dict[str, Any] | int:
     """What is to be run; the exit code where it is not ours (any more)."""
     root = entries.root_of_batch(directory)
-    job_id = _job_id(setup["system"])
+    job_id = _job_id(setup)
     noted = entries.read_text(directory, entries.JOB_ID_FILE)
     if noted is None:
         # The session may have ended before it could note it, and who looks for this job needs it.
         if job_id:
             entries.write_text(os.path.join(directory, entries.JOB_ID_FILE), job_id)
-    elif setup["system"] == "Slurm" and noted != job_id:
+    elif noted.isdecimal() and job_id.isdecimal() and noted != job_id:
         # A controller that is too busy to answer may take a batch all the same; the session then submitted it again.
         return NOT_MINE
     path = entries.batch_entries(directory)[index]
@@ -95,11 +93,13 @@ def _claimed(directory: str, index: int, setup: dict[str, Any]) -> dict[str, Any
     return {**entry, "path": path, "index": index, "queue_id": int(job_id) if job_id.isdecimal() else job_id or None}
 
 
-def _job_id(system: str) -> str:
-    """What the queuing system calls this job; empty where it does not say."""
-    # Flux may run within a job of another system, whose variables are there, too.
-    names = ("FLUX_JOB_ID",) if system.startswith("Flux") else _JOB_VARIABLES
-    return next((os.environ[name] for name in names if name in os.environ), "")
+def _job_id(setup: dict[str, Any]) -> str:
+    """What the queuing system calls this job; empty where it does not say.
+
+    Only its own variables count: this may be within a job of another system. Behind a dot is Torque's server.
+    """
+    names = setup.get("id_variables", ())
+    return next((os.environ[name].partition(".")[0] for name in names if os.environ.get(name)), "")
 
 
 class _Pickled:
