@@ -93,6 +93,7 @@ class JobLauncher:
         self._followed: dict[str, JobBatch] = {}  # other sessions', by directory
         self._to_cancel: list[tuple[str, int | None]] = []
         self._ended_now: set[str] = set()  # outputs that do not come, of which dependents have not heard yet
+        self._refreshed: set[str] = set()  # folders that were looked into anew in this look
         self._prepared = False
         self._early: list[Callable[[], None]] = []  # what has to wait until the system is known
         self._leaving = False
@@ -302,6 +303,7 @@ class JobLauncher:
     def _look(self) -> None:
         """Look for results."""
         self._ended_now.clear()
+        self._refreshed.clear()
         cpu, began = time.thread_time(), time.monotonic()
         self._each(list(self._jobs.values()), lambda job: self._look_at(job, began))
         if self._jobs:
@@ -445,10 +447,13 @@ class JobLauncher:
             return
         if self._waits_for_inputs_end(job):
             return
-        if now - job.gone_since <= self._grace(job):
-            _refresh(os.path.dirname(job.output))
-        else:
+        if now - job.gone_since > self._grace(job):
             self._give_up(job)
+            return
+        folder = os.path.dirname(job.output)
+        if folder not in self._refreshed:
+            self._refreshed.add(folder)
+            _refresh(folder)
 
     @staticmethod
     def _grace(job: Job) -> float:
