@@ -17,6 +17,7 @@ from executorlib import entries
 from executorlib.launchers.base import Exit, Process
 from executorlib.launchers.jobs import JobLauncher
 from executorlib.launchers.queue import Cause, JobState, Phase
+from executorlib.launchers.submitter import Submitter
 from executorlib.launchers.systems import Refused
 from executorlib.ledger import Allocation
 from executorlib.resources import Resources
@@ -90,17 +91,21 @@ def events(monkeypatch: pytest.MonkeyPatch) -> Events:
     return Events()
 
 
-def launched(events: Any, system: Any, folder: Path, key: str = "a") -> tuple[JobLauncher, Task, Process]:
+def launched(
+    events: Any, system: Any, folder: Path, key: str = "a", launcher: JobLauncher | None = None
+) -> tuple[JobLauncher, Task, Process]:
+    number = 1 if launcher is None else 2
     resources = Resources(cache_directory=str(folder))
-    task = Task(1, abs, (-1,), {}, Future(), resources, resources.demand)
+    task = Task(number, abs, (-1,), {}, Future(), resources, resources.demand)
     task.cache_path = str(folder / f"{key}_o.h5")
     task.move(READY)
     task.move(LAUNCHING)
-    worker = Worker(1, 0, Allocation.__new__(Allocation))
+    worker = Worker(number, 0, Allocation.__new__(Allocation))
     worker.calls.append(task)
     process = Process(worker, resources, single=True)
-    launcher = JobLauncher(events, system, lambda _resources, program: program, False)
-    launcher.prepare()
+    if launcher is None:
+        launcher = JobLauncher(events, system, lambda _resources, program: program, False)
+        launcher.prepare()
     launcher.launch(process)
     return launcher, task, process
 
@@ -305,3 +310,29 @@ def test_one_failing_file_fails_one_call(events: Events, tmp_path: Path, monkeyp
         outcome, _ = ends(folder, Events(), monkeypatch, fault)
         differs = [now for now, before in zip(outcome, expected, strict=True) if bool(now) != bool(before)]
         assert len(differs) <= 1, (fault, outcome)
+
+
+@pytest.mark.parametrize("wrong", [OSError(errno.ENOSPC, "full"), RuntimeError("a template is wrong")], ids=repr)
+def test_batch_that_cannot_be_made_ready(
+    events: Events, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: Exception
+) -> None:
+    """Its calls fail with the reason, and leave nothing; the next batch is submitted."""
+    whole = Submitter._write_files
+
+    def write_files(submitter: Submitter, batch: Any, resources: Resources) -> list[str]:
+        if next(iter(batch.jobs.values())).path.endswith("a_i.h5"):
+            raise wrong
+        return whole(submitter, batch, resources)
+
+    monkeypatch.setattr(Submitter, "_write_files", write_files)
+    system = System()
+    launcher, _task, process = launched(events, system, tmp_path)
+    while not events.exits:
+        events.run_timers()
+    assert str(wrong) in events.exits[process.worker.number]
+    assert not list(tmp_path.glob("*_i.h5"))
+    assert not list((tmp_path / entries.BATCHES_FOLDER).iterdir())
+    launched(events, system, tmp_path, "b", launcher)
+    while system.answer is None:
+        events.run_timers()
+    assert [path.name for path in tmp_path.glob("*_i.h5")] == ["b_i.h5"]

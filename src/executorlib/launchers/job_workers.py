@@ -187,7 +187,7 @@ class JobWorkerLauncher:
                     else f"({credentials!r}, numbered=True)"
                 )
                 file.write(boot_code(module, arguments) + "\n")
-        except OSError as error:
+        except Exception as error:  # of the file system, mostly
             self._answered(array, Refused(f"{array.directory} cannot be written: {error}"))
             return
         batch = Batch(
