@@ -352,17 +352,33 @@ def test_what_does_not_fit(tmp_path: Path) -> None:
     )
 
 
-# What of the contract suite is quick, over this executor's rows.
-CONTRACT = ["test_inputs.py", "test_futures.py", "test_errors.py", "test_map.py", "test_workflow.py"]
+# The contract suite over this executor's rows, in parts.
+CONTRACT = {
+    "values": [
+        "contract/test_inputs.py",
+        "contract/test_futures.py",
+        "contract/test_errors.py",
+        "contract/test_map.py",
+    ],
+    "workers": [
+        "contract/test_block.py",
+        "contract/test_scheduling.py",
+        "contract/test_mpi.py",
+        "contract/test_submit.py",
+    ],
+    "ends": ["contract/test_lifecycle.py", "contract/test_workflow.py"],
+}
 
 
 @pytest.mark.timeout(200)
-def test_contract() -> None:
-    tests = Path(__file__).parent.parent / "contract"
+@pytest.mark.parametrize("part", CONTRACT)
+def test_contract(part: str) -> None:
+    tests = Path(__file__).parent.parent
     environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_JOB")}
     command = [sys.executable, "-m", "pytest", "-q", "-k", "slurm-job", "-p", "no:cacheprovider"]
+    files = [str(tests / each) for each in CONTRACT[part]]
     done = subprocess.run(
-        ["salloc", "--quiet", "--nodes=2", "--ntasks-per-node=4", *command, *(str(tests / each) for each in CONTRACT)],
+        ["salloc", "--quiet", "--nodes=2", "--ntasks-per-node=4", *command, *files],
         capture_output=True,
         text=True,
         timeout=180,
