@@ -168,6 +168,20 @@ def test_death_in_a_block_takes_one_call(allocation: Callable[..., Any], tmp_pat
         assert sorted(map(int, file)) == list(range(1000))
 
 
+def test_calls_behind_a_long_one_run_elsewhere_and_once(allocation: Callable[..., Any], tmp_path: Path) -> None:
+    executor = allocation(block_allocation=True, max_workers=2)
+    log = str(tmp_path / "log")
+    assert len(list(executor.map(same, range(1000), timeout=SECONDS))) == 1000
+    long = executor.submit(begin, str(tmp_path), 0)
+    futures = [executor.submit(append, log, number) for number in range(1000)]
+    assert [future.result(SECONDS) for future in futures] == list(range(1000))
+    assert not long.done()
+    (tmp_path / "end").touch()
+    assert long.result(SECONDS)[1] == 0
+    with open(log) as file:
+        assert sorted(map(int, file)) == list(range(1000))
+
+
 @pytest.mark.parametrize("data", [b"garbage" * 10, b"\xff" * 100], ids=["text", "bytes"])
 def test_worker_that_writes_garbage(allocation: Callable[..., Any], data: bytes) -> None:
     """Only its own call fails, although what it wrote is not read before it is here."""
