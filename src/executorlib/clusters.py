@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from executorlib import machine
-from executorlib.executors import BaseExecutor, check_init_function, graph_mode, positive
+from executorlib.executors import BaseExecutor, Common
 from executorlib.launchers.base import Events, Launcher
 from executorlib.launchers.job_workers import JobWorkerLauncher
 from executorlib.launchers.jobs import JobLauncher
@@ -68,68 +68,26 @@ class ClusterExecutor(BaseExecutor):
 
     def __init__(
         self,
+        common: Common,
         *,
-        make_launcher: Callable[[Events, Resources], Launcher],
+        make_launcher: Callable[[Events], Launcher],
         ledger: Ledger,
         capacity: Ledger | None,
-        live: bool,
         max_calls: int | None,
         max_workers: int | None,
-        cache_directory: str | os.PathLike[str] | None,
-        max_cores: int | None,
-        resource_dict: Mapping[str, Any] | None,
-        hostname_localhost: bool | None,
-        block_allocation: bool,
-        init_function: Callable[[], dict[str, Any]] | None,
-        disable_dependencies: bool,
-        refresh_rate: float,
-        plot_dependency_graph: bool,
-        plot_dependency_graph_filename: str | None,
-        export_workflow_filename: str | None,
-        log_obj_size: bool,
-        wait: bool,
-        openmpi_oversubscribe: bool,
         settings: dict[str, Any],
     ) -> None:
-        name = type(self).__name__
-        check_init_function(init_function, block_allocation)
-        defaults = Resources(openmpi_oversubscribe=openmpi_oversubscribe).updated(
-            resource_dict or {}, name, self._has_template
-        )
-        if cache_directory is not None or (defaults.cache_directory is None and not live):
-            defaults = defaults.updated({"cache_directory": cache_directory or _CACHE_DIRECTORY}, name)
-        graph, finish_graph = graph_mode(
-            plot_dependency_graph, plot_dependency_graph_filename, export_workflow_filename, disable_dependencies
-        )
         super().__init__(
-            make_launcher=lambda events: make_launcher(events, defaults),
+            common,
+            make_launcher=make_launcher,
             ledger=ledger,
             capacity=capacity,
-            count_cores=max_cores is not None,
-            max_workers=max_workers or (1 if block_allocation else _MANY),
+            count_cores=common.max_cores is not None,
+            max_workers=max_workers or (1 if common.block else _MANY),
             max_calls=max_calls,
-            resources=defaults,
-            block=block_allocation,
-            restart_limit=0,
-            init_function=init_function,
-            disable_dependencies=disable_dependencies,
-            wait=wait,
             pin=False,
-            log_sizes=log_obj_size,
-            graph=graph,
-            finish_graph=finish_graph,
-            settings={
-                "max_cores": max_cores,
-                "block_allocation": block_allocation,
-                "init_function": init_function,
-                "hostname_localhost": hostname_localhost,
-                "disable_dependencies": disable_dependencies,
-                "refresh_rate": refresh_rate,
-                "log_obj_size": log_obj_size,
-                "wait": wait,
-                **settings,
-            },
-            jobs=not live,
+            settings=settings,
+            jobs=not common.block,
         )
 
 
@@ -171,38 +129,11 @@ class TestClusterExecutor(ClusterExecutor):
         wait: bool = True,
         openmpi_oversubscribe: bool = False,
     ) -> None:
-        max_workers = positive("max_workers", max_workers)
-        max_cores = positive("max_cores", max_cores)
-        count_cores = max_cores is not None or max_workers is None
-        cores = max_cores or len(machine.usable_cpus())
-        gpus = machine.visible_gpus()
-        size = max_workers or cores
-        capacity = Ledger([Node("localhost", range(cores if count_cores else size), gpus)])
-
-        def make_launcher(events: Events, defaults: Resources) -> Launcher:
-            if block_allocation:
-                return LocalLauncher(
-                    events,
-                    spawn=False,
-                    pooled=True,
-                    stock=0,
-                    preload=["executorlib.entries"],
-                    default_threads=defaults.threads_per_core,
-                )
-            options = {"max_workers": max_workers, "max_cores": max_cores}
-            system = LocalSystem(events, {**options, "preload": ["executorlib.entries"]})
-            return JobLauncher(events, system, lambda resources, program: program, log_obj_size)
-
-        super().__init__(
-            make_launcher=make_launcher,
-            # In front of the local queue nothing is held back, so that it is not lost with this process.
-            ledger=capacity if block_allocation else Unlimited("localhost"),
-            capacity=capacity,
-            live=block_allocation,
-            max_calls=None,
-            max_workers=size,
+        common = Common(
+            type(self).__name__,
+            max_workers=max_workers,
             cache_directory=cache_directory,
-            max_cores=cores if count_cores else None,
+            max_cores=len(machine.usable_cpus()) if max_workers is None and max_cores is None else max_cores,
             resource_dict=resource_dict,
             hostname_localhost=hostname_localhost,
             block_allocation=block_allocation,
@@ -215,6 +146,37 @@ class TestClusterExecutor(ClusterExecutor):
             log_obj_size=log_obj_size,
             wait=wait,
             openmpi_oversubscribe=openmpi_oversubscribe,
+            has_template=True,
+            default_directory=None if block_allocation else _CACHE_DIRECTORY,
+        )
+        size = common.max_workers or common.max_cores or 1
+        capacity = Ledger([Node("localhost", range(common.max_cores or size), machine.visible_gpus())])
+
+        def make_launcher(events: Events) -> Launcher:
+            if block_allocation:
+                return LocalLauncher(
+                    events,
+                    spawn=False,
+                    pooled=True,
+                    stock=0,
+                    preload=["executorlib.entries"],
+                    default_threads=common.resources.threads_per_core,
+                )
+            options = {
+                "max_workers": common.max_workers,
+                "max_cores": None if max_cores is None else common.max_cores,
+                "preload": ["executorlib.entries"],
+            }
+            return JobLauncher(events, LocalSystem(events, options), lambda resources, program: program, log_obj_size)
+
+        super().__init__(
+            common,
+            make_launcher=make_launcher,
+            # In front of the local queue nothing is held back, so that it is not lost with this process.
+            ledger=capacity if block_allocation else Unlimited("localhost"),
+            capacity=capacity,
+            max_calls=None,
+            max_workers=size,
             settings={},
         )
 
@@ -248,26 +210,8 @@ class QueueExecutor(ClusterExecutor):
         wait: bool = True,
         openmpi_oversubscribe: bool = False,
     ) -> None:
-        max_workers = positive("max_workers", max_workers)
-        max_cores = positive("max_cores", max_cores)
-        only_drawn = bool(plot_dependency_graph or plot_dependency_graph_filename or export_workflow_filename)
-        configuration = None if pysqa_config_directory is None else os.fspath(pysqa_config_directory)
-        if not only_drawn:
-            self._check_system(configuration)
-        limited = None if max_cores is None else Ledger([Node("cluster", range(max_cores))])
-
-        def make_launcher(events: Events, defaults: Resources) -> Launcher:
-            if not block_allocation:
-                return self._job_launcher(events, configuration, pmi_mode, log_obj_size)
-            folder = defaults.cache_directory or os.path.abspath(_CACHE_DIRECTORY)
-            return self._worker_launcher(events, configuration, pmi_mode, folder, bool(hostname_localhost))
-
-        super().__init__(
-            make_launcher=make_launcher,
-            ledger=limited or Unlimited("cluster"),
-            capacity=limited,
-            live=block_allocation,
-            max_calls=max_workers,
+        common = Common(
+            type(self).__name__,
             max_workers=max_workers,
             cache_directory=cache_directory,
             max_cores=max_cores,
@@ -283,6 +227,27 @@ class QueueExecutor(ClusterExecutor):
             log_obj_size=log_obj_size,
             wait=wait,
             openmpi_oversubscribe=openmpi_oversubscribe,
+            has_template=True,
+            default_directory=None if block_allocation else _CACHE_DIRECTORY,
+        )
+        configuration = None if pysqa_config_directory is None else os.fspath(pysqa_config_directory)
+        if common.graph is None:
+            self._check_system(configuration)
+        limited = None if common.max_cores is None else Ledger([Node("cluster", range(common.max_cores))])
+
+        def make_launcher(events: Events) -> Launcher:
+            if not block_allocation:
+                return self._job_launcher(events, configuration, pmi_mode, log_obj_size)
+            folder = common.resources.cache_directory or os.path.abspath(_CACHE_DIRECTORY)
+            return self._worker_launcher(events, configuration, pmi_mode, folder, common.hostname_localhost)
+
+        super().__init__(
+            common,
+            make_launcher=make_launcher,
+            ledger=limited or Unlimited("cluster"),
+            capacity=limited,
+            max_calls=common.max_workers,
+            max_workers=common.max_workers,
             settings={"pysqa_config_directory": configuration, "pmi_mode": pmi_mode},
         )
 

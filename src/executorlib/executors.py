@@ -37,6 +37,96 @@ _executor_numbers = itertools.count()
 _first_cpu = itertools.count()
 
 
+class Common:
+    """What the constructors of all rows take alike: checked, and put into the form in which it is used.
+
+    Args:
+        name: The class, for error texts.
+        max_workers: See `SingleNodeExecutor`, as all others.
+        cache_directory: Likewise.
+        max_cores: Likewise.
+        resource_dict: Likewise.
+        hostname_localhost: Likewise.
+        block_allocation: Likewise.
+        init_function: Likewise.
+        disable_dependencies: Likewise.
+        refresh_rate: Likewise.
+        plot_dependency_graph: Likewise.
+        plot_dependency_graph_filename: Likewise.
+        export_workflow_filename: Likewise.
+        log_obj_size: Likewise.
+        wait: Likewise.
+        openmpi_oversubscribe: Likewise.
+        restart_limit: Likewise.
+        restarts_calls: Whether `restart_limit` means something without a block.
+        has_template: Whether unknown keys of ``resource_dict`` go to a submission template.
+        default_directory: Cache directory where none is named.
+
+    Attributes:
+        resources: Defaults for every call.
+        graph: Records calls instead of running them, where a graph was asked for.
+        finish_graph: Shows or writes it.
+        settings: What `BaseExecutor.info` shows.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        max_workers: int | None,
+        cache_directory: str | os.PathLike[str] | None,
+        max_cores: int | None,
+        resource_dict: Mapping[str, Any] | None,
+        hostname_localhost: bool | None,
+        block_allocation: bool,
+        init_function: Callable[[], dict[str, Any]] | None,
+        disable_dependencies: bool,
+        refresh_rate: float,
+        plot_dependency_graph: bool,
+        plot_dependency_graph_filename: str | None,
+        export_workflow_filename: str | None,
+        log_obj_size: bool,
+        wait: bool,
+        openmpi_oversubscribe: bool,
+        restart_limit: int = 0,
+        restarts_calls: bool = False,
+        has_template: bool = False,
+        default_directory: str | None = None,
+    ) -> None:
+        self.max_workers = positive("max_workers", max_workers)
+        self.max_cores = positive("max_cores", max_cores)
+        self.restart_limit = whole_number(0)("restart_limit", restart_limit)
+        self.block = block_allocation
+        self.init_function = init_function
+        self.disable_dependencies = disable_dependencies
+        self.wait = wait
+        self.log_sizes = log_obj_size
+        self.hostname_localhost = bool(hostname_localhost)
+        _check_init_function(init_function, block_allocation)
+        if restart_limit and not block_allocation and not restarts_calls:
+            raise ValueError(
+                "restart_limit needs block_allocation=True: without it every call has a process of its own anyway."
+            )
+        self.resources = Resources(openmpi_oversubscribe=openmpi_oversubscribe).updated(
+            resource_dict or {}, name, has_template
+        )
+        if cache_directory is not None or (default_directory is not None and self.resources.cache_directory is None):
+            self.resources = self.resources.updated({"cache_directory": cache_directory or default_directory}, name)
+        self.graph, self.finish_graph = _graph_mode(
+            plot_dependency_graph, plot_dependency_graph_filename, export_workflow_filename, disable_dependencies
+        )
+        self.settings = {
+            "max_cores": self.max_cores,
+            "block_allocation": block_allocation,
+            "init_function": init_function,
+            "hostname_localhost": hostname_localhost,
+            "disable_dependencies": disable_dependencies,
+            "refresh_rate": refresh_rate,
+            "log_obj_size": log_obj_size,
+            "wait": wait,
+        }
+
+
 class BaseExecutor(Executor):
     """What all executors have in common: the standard library's `Executor` interface with resources for each call.
 
@@ -44,23 +134,15 @@ class BaseExecutor(Executor):
     ``super().submit(fn, *args, **kwargs)``.
 
     Args:
+        common: What all rows take.
         make_launcher: Makes what starts workers, given the loop.
         ledger: What the executor may use.
         capacity: What a call can have at most, against which its needs are checked; None where only the system knows.
         count_cores: Whether the ledger counts cores; otherwise it counts calls.
         max_workers: Calls at once, or workers of the block.
         max_calls: Calls handed out at once in the default mode; None for all.
-        resources: Defaults for every call.
-        block: Whether the workers are a block, whose resources are the executor's.
-        restart_limit: How often each worker of a block is replaced, or a call run again whose node was lost.
-        init_function: Runs once in each worker of a block.
-        disable_dependencies: Whether futures among the inputs are an error.
-        wait: Whether leaving the `with` block waits for the calls.
         pin: Whether workers are pinned to the cores that they hold.
-        log_sizes: Whether the size of each message is logged.
-        graph: Records calls instead of running them.
-        finish_graph: Shows or writes the graph when the `with` block is left.
-        settings: What `info` shows beside these.
+        settings: What `info` shows beside what all rows take.
         jobs: Whether calls become jobs of a queuing system, which go on without the executor.
     """
 
@@ -73,6 +155,7 @@ class BaseExecutor(Executor):
 
     def __init__(
         self,
+        common: Common,
         *,
         make_launcher: Callable[[Events], Launcher],
         ledger: Ledger,
@@ -80,50 +163,42 @@ class BaseExecutor(Executor):
         count_cores: bool,
         max_workers: int,
         max_calls: int | None,
-        resources: Resources,
-        block: bool,
-        restart_limit: int,
-        init_function: Callable[[], dict[str, Any]] | None,
-        disable_dependencies: bool,
-        wait: bool,
         pin: bool,
-        log_sizes: bool,
-        graph: Graph | None,
-        finish_graph: Callable[[Graph], None] | None,
         settings: dict[str, Any],
         jobs: bool = False,
     ) -> None:
+        resources, block = common.resources, common.block
         self._capacity = capacity
         self._jobs = jobs
         self._count_cores = count_cores
         self._worker_count = max_workers
         self._resources = resources
         self._block = block
-        self._disable_dependencies = disable_dependencies
-        self._wait = wait
-        self._graph = graph
-        self._finish_graph = finish_graph
-        self._settings = settings
+        self._disable_dependencies = common.disable_dependencies
+        self._wait = common.wait
+        self._graph = common.graph
+        self._finish_graph = common.finish_graph
+        self._settings = {**common.settings, **settings}
         self._is_shut_down = False
         self._demand = self._checked_demand(resources, type(self).__name__)
         self._make_directories(resources, type(self).__name__)
-        if graph is not None:
+        if common.graph is not None:
             return
         scheduler: BlockScheduler | FreshScheduler
         if block:
             self._check_block(max_workers)
             # A deadline counts from when a call is handed over, so calls with one are not handed over ahead.
             lookahead = resources.run_time_max is None
-            scheduler = BlockScheduler(max_workers, restart_limit, ledger, self._demand, lookahead)
+            scheduler = BlockScheduler(max_workers, common.restart_limit, ledger, self._demand, lookahead)
         else:
-            scheduler = FreshScheduler(ledger, max_calls, restart_limit)
+            scheduler = FreshScheduler(ledger, max_calls, common.restart_limit)
         self._loop = Loop(
             scheduler,
             make_launcher,
             block_resources=resources if block else None,
-            init_function=init_function,
+            init_function=common.init_function,
             pin=pin,
-            log_sizes=log_sizes,
+            log_sizes=common.log_sizes,
             name=f"executorlib-{next(_executor_numbers)}",
             jobs=jobs,
         )
@@ -405,6 +480,32 @@ class BaseExecutor(Executor):
             )
 
 
+def spread_over(nodes: Ledger, resources: Resources, subject: str, what: str, advice: str) -> Demand:
+    """What a call takes of nodes, after making sure that they can ever hold it.
+
+    Args:
+        nodes: All there are.
+        resources: What the call needs.
+        subject: Whose that is, for the error text.
+        what: Whose the nodes are, likewise.
+        advice: What to do, likewise.
+
+    Raises:
+        ValueError: They cannot.
+    """
+    spread = nodes.spread(resources)
+    if spread is None:
+        demand = resources.demand
+        cores, gpus = max((node.total_cores, node.total_gpus) for node in nodes.nodes)
+        on = "" if resources.num_nodes is None else f" on num_nodes={resources.num_nodes}"
+        raise ValueError(
+            f"{subject} needs {demand.cores} cores and {demand.gpus} GPUs{on} (cores={resources.cores}, "
+            f"threads_per_core={resources.threads_per_core}, gpus_per_core={resources.gpus_per_core}), but {what} has "
+            f"{len(nodes.nodes)} nodes of at most {cores} cores and {gpus} GPUs. {advice}"
+        )
+    return spread
+
+
 class CallQueue:
     """A view of the calls that have not started, in the manner of `queue.Queue`.
 
@@ -482,21 +583,29 @@ class SingleNodeExecutor(BaseExecutor):
         start_method: str | None = None,
         pin_cores: bool | None = None,
     ) -> None:
-        max_workers = positive("max_workers", max_workers)
-        max_cores = positive("max_cores", max_cores)
-        whole_number(0)("restart_limit", restart_limit)
-        check_init_function(init_function, block_allocation)
-        if restart_limit and not block_allocation:
-            raise ValueError(
-                "restart_limit needs block_allocation=True: without it every call has a process of its own anyway."
-            )
+        common = Common(
+            type(self).__name__,
+            max_workers=max_workers,
+            cache_directory=cache_directory,
+            max_cores=max_cores,
+            resource_dict=resource_dict,
+            hostname_localhost=hostname_localhost,
+            block_allocation=block_allocation,
+            init_function=init_function,
+            disable_dependencies=disable_dependencies,
+            refresh_rate=refresh_rate,
+            plot_dependency_graph=plot_dependency_graph,
+            plot_dependency_graph_filename=plot_dependency_graph_filename,
+            export_workflow_filename=export_workflow_filename,
+            log_obj_size=log_obj_size,
+            wait=wait,
+            openmpi_oversubscribe=openmpi_oversubscribe,
+            restart_limit=restart_limit,
+        )
         spawn = _is_spawn(start_method)
         modules = _preload_modules(preload)
-        defaults = Resources(openmpi_oversubscribe=openmpi_oversubscribe).updated(
-            resource_dict or {}, "SingleNodeExecutor"
-        )
-        if cache_directory is not None:
-            defaults = defaults.updated({"cache_directory": cache_directory}, "SingleNodeExecutor")
+        defaults = common.resources
+        max_workers, max_cores = common.max_workers, common.max_cores
         devices = _devices(gpus)
         count_cores = max_cores is not None or max_workers is None
         cpus = machine.usable_cpus()
@@ -526,17 +635,12 @@ class SingleNodeExecutor(BaseExecutor):
         if defaults.cache_directory is not None:
             # Workers need it to write entries; imported once in the agent, it costs a call nothing.
             modules.append("executorlib.entries")
-        graph, finish_graph = graph_mode(
-            plot_dependency_graph,
-            plot_dependency_graph_filename,
-            export_workflow_filename,
-            disable_dependencies,
-        )
         # More than can run at once would only take memory.
         stock = min(size, len(cpus)) if defaults.cores == 1 else 0
-        if graph is None and not block_allocation:
+        if common.graph is None and not block_allocation:
             _check_files(size, stock)
         super().__init__(
+            common,
             make_launcher=lambda events: LocalLauncher(
                 events,
                 spawn=spawn,
@@ -550,26 +654,9 @@ class SingleNodeExecutor(BaseExecutor):
             count_cores=count_cores,
             max_workers=size,
             max_calls=size,
-            resources=defaults,
-            block=block_allocation,
-            restart_limit=restart_limit,
-            init_function=init_function,
-            disable_dependencies=disable_dependencies,
-            wait=wait,
             pin=can_pin and pin_cores is not False,
-            log_sizes=log_obj_size,
-            graph=graph,
-            finish_graph=finish_graph,
             settings={
-                "max_cores": max_cores,
-                "block_allocation": block_allocation,
-                "init_function": init_function,
                 "restart_limit": restart_limit,
-                "hostname_localhost": hostname_localhost,
-                "disable_dependencies": disable_dependencies,
-                "refresh_rate": refresh_rate,
-                "log_obj_size": log_obj_size,
-                "wait": wait,
                 "preload": tuple(preload),
                 "gpus": tuple(devices),
                 "start_method": "spawn" if spawn else "fork",
@@ -615,7 +702,7 @@ def _check_files(workers: int, stock: int) -> None:
         )
 
 
-def check_init_function(init_function: object, block_allocation: bool) -> None:
+def _check_init_function(init_function: object, block_allocation: bool) -> None:
     """Raise an error where the two arguments do not go together."""
     if init_function is not None and not block_allocation:
         raise ValueError(
@@ -669,7 +756,7 @@ def _devices(gpus: int | Sequence[str | int] | None) -> list[str]:
     return [str(index) for index in range(whole_number(0)("gpus", gpus))]
 
 
-def graph_mode(
+def _graph_mode(
     plot: bool, plot_filename: str | None, export_filename: str | None, disable_dependencies: bool
 ) -> tuple[Graph | None, Callable[[Graph], None] | None]:
     """The recorder and what to do with it in the end, where the constructor's arguments ask for a graph."""

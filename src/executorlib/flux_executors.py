@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from executorlib.clusters import QueueExecutor
-from executorlib.executors import BaseExecutor, check_init_function, graph_mode, positive
+from executorlib.executors import BaseExecutor, Common, spread_over
 from executorlib.launchers.base import Events, Launcher
 from executorlib.launchers.flux_instance import known_nodes
 from executorlib.launchers.flux_system import FluxSystem
@@ -15,11 +15,12 @@ from executorlib.launchers.flux_workers import FluxLauncher
 from executorlib.launchers.jobs import JobLauncher
 from executorlib.launchers.templates import FLUX, Templates
 from executorlib.ledger import Ledger, Node, Unlimited
-from executorlib.resources import Demand, Resources, whole_number
+from executorlib.resources import Demand, Resources
 
 # Without max_workers and max_cores, Flux is handed calls for so many times the cores of its instance: so the next one
 # is there when a core gets free, and the others wait here, where a call takes less memory than a job.
 _AHEAD = 2
+_INSTANCE, _ADVICE = "the Flux instance", "Ask for less, or start a larger instance."
 
 
 class FluxJobExecutor(BaseExecutor):
@@ -72,29 +73,33 @@ class FluxJobExecutor(BaseExecutor):
         restart_limit: int = 0,
         openmpi_oversubscribe: bool = False,
     ) -> None:
-        max_workers = positive("max_workers", max_workers)
-        max_cores = positive("max_cores", max_cores)
-        whole_number(0)("restart_limit", restart_limit)
-        check_init_function(init_function, block_allocation)
-        if restart_limit and not block_allocation:
-            raise ValueError(
-                "restart_limit needs block_allocation=True: without it every call has a process of its own anyway."
-            )
+        common = Common(
+            type(self).__name__,
+            max_workers=max_workers,
+            cache_directory=cache_directory,
+            max_cores=max_cores,
+            resource_dict=resource_dict,
+            hostname_localhost=hostname_localhost,
+            block_allocation=block_allocation,
+            init_function=init_function,
+            disable_dependencies=disable_dependencies,
+            refresh_rate=refresh_rate,
+            plot_dependency_graph=plot_dependency_graph,
+            plot_dependency_graph_filename=plot_dependency_graph_filename,
+            export_workflow_filename=export_workflow_filename,
+            log_obj_size=log_obj_size,
+            wait=wait,
+            openmpi_oversubscribe=openmpi_oversubscribe,
+            restart_limit=restart_limit,
+        )
+        max_workers, max_cores = common.max_workers, common.max_cores
         if flux_executor is not None and not callable(getattr(flux_executor, "submit", None)):
             raise TypeError(f"flux_executor is {flux_executor!r}, expected a flux.job.FluxExecutor.")
-        defaults = Resources(openmpi_oversubscribe=openmpi_oversubscribe).updated(
-            resource_dict or {}, "FluxJobExecutor"
-        )
-        if cache_directory is not None:
-            defaults = defaults.updated({"cache_directory": cache_directory}, "FluxJobExecutor")
-        graph, finish_graph = graph_mode(
-            plot_dependency_graph, plot_dependency_graph_filename, export_workflow_filename, disable_dependencies
-        )
-        shapes = [] if graph is not None else known_nodes()
+        shapes = [] if common.graph is not None else known_nodes()
         self._nodes = [Node(each.name, range(each.cpus), each.gpus) for each in shapes]
         self._max_cores = max_cores
         total = sum(node.total_cores for node in self._nodes)
-        each_takes = defaults.demand.cores
+        each_takes = common.resources.demand.cores
         max_calls = max_workers
         if max_calls is None and max_cores is None and not block_allocation:
             max_calls = max(1, _AHEAD * total // each_takes)
@@ -105,11 +110,12 @@ class FluxJobExecutor(BaseExecutor):
                 pmi_mode=pmi_mode,
                 nested=flux_executor_nesting,
                 log_files=flux_log_files,
-                hostname_localhost=bool(hostname_localhost),
+                hostname_localhost=common.hostname_localhost,
                 submit_by=flux_executor,
             )
 
         super().__init__(
+            common,
             make_launcher=make_launcher,
             # Which cores they are is Flux's to say.
             ledger=Unlimited("Flux") if max_cores is None else Ledger([Node("Flux", range(max_cores))]),
@@ -117,30 +123,13 @@ class FluxJobExecutor(BaseExecutor):
             count_cores=True,
             max_workers=max_workers or max(1, (max_cores or total) // each_takes),
             max_calls=max_calls,
-            resources=defaults,
-            block=block_allocation,
-            restart_limit=restart_limit,
-            init_function=init_function,
-            disable_dependencies=disable_dependencies,
-            wait=wait,
             pin=False,
-            log_sizes=log_obj_size,
-            graph=graph,
-            finish_graph=finish_graph,
             settings={
-                "max_cores": max_cores,
-                "block_allocation": block_allocation,
-                "init_function": init_function,
                 "restart_limit": restart_limit,
                 "pmi_mode": pmi_mode,
                 "flux_executor": flux_executor,
                 "flux_executor_nesting": flux_executor_nesting,
                 "flux_log_files": flux_log_files,
-                "hostname_localhost": hostname_localhost,
-                "disable_dependencies": disable_dependencies,
-                "refresh_rate": refresh_rate,
-                "log_obj_size": log_obj_size,
-                "wait": wait,
             },
         )
 
@@ -169,7 +158,7 @@ class FluxJobExecutor(BaseExecutor):
                 f"{subject} needs {demand.cores} cores (cores={resources.cores} × threads_per_core="
                 f"{resources.threads_per_core}), but max_cores is {self._max_cores}. Ask for fewer, or raise it."
             )
-        check_fits(self._capacity, resources, subject)
+        spread_over(self._capacity, resources, subject, _INSTANCE, _ADVICE)
         # Of nodes and GPUs only Flux knows which are free.
         return Demand(demand.cores)
 
@@ -237,19 +226,5 @@ class FluxClusterExecutor(QueueExecutor):
 
     def _checked_demand(self, resources: Resources, subject: str) -> Demand:
         if self._instance is not None:
-            check_fits(self._instance, resources, subject)
+            spread_over(self._instance, resources, subject, _INSTANCE, _ADVICE)
         return super()._checked_demand(resources, subject)
-
-
-def check_fits(instance: Ledger, resources: Resources, subject: str) -> None:
-    """Raise ValueError for what a Flux instance can never hold."""
-    if instance.spread(resources) is None:
-        demand = resources.demand
-        cores, gpus = max((node.total_cores, node.total_gpus) for node in instance.nodes)
-        on = "" if resources.num_nodes is None else f" on num_nodes={resources.num_nodes}"
-        raise ValueError(
-            f"{subject} needs {demand.cores} cores and {demand.gpus} GPUs{on} (cores={resources.cores}, "
-            f"threads_per_core={resources.threads_per_core}, gpus_per_core={resources.gpus_per_core}), but the Flux "
-            f"instance has {len(instance.nodes)} nodes of at most {cores} cores and {gpus} GPUs. Ask for less, or "
-            "start a larger instance."
-        )

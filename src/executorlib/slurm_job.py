@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from executorlib.allocation import NodeShape, slurm_allocation
-from executorlib.executors import BaseExecutor, check_init_function, graph_mode, positive
+from executorlib.executors import BaseExecutor, Common, spread_over
 from executorlib.launchers.base import Events, Launcher
 from executorlib.launchers.nodes import NodesLauncher
 from executorlib.ledger import Ledger, Node
-from executorlib.resources import Demand, Resources, whole_number
+from executorlib.resources import Demand, Resources
 
 
 class SlurmJobExecutor(BaseExecutor):
@@ -56,19 +56,28 @@ class SlurmJobExecutor(BaseExecutor):
         restart_limit: int = 0,
         openmpi_oversubscribe: bool = False,
     ) -> None:
-        max_workers = positive("max_workers", max_workers)
-        max_cores = positive("max_cores", max_cores)
-        whole_number(0)("restart_limit", restart_limit)
-        check_init_function(init_function, block_allocation)
-        defaults = Resources(openmpi_oversubscribe=openmpi_oversubscribe).updated(
-            resource_dict or {}, "SlurmJobExecutor"
+        common = Common(
+            type(self).__name__,
+            max_workers=max_workers,
+            cache_directory=cache_directory,
+            max_cores=max_cores,
+            resource_dict=resource_dict,
+            hostname_localhost=hostname_localhost,
+            block_allocation=block_allocation,
+            init_function=init_function,
+            disable_dependencies=disable_dependencies,
+            refresh_rate=refresh_rate,
+            plot_dependency_graph=plot_dependency_graph,
+            plot_dependency_graph_filename=plot_dependency_graph_filename,
+            export_workflow_filename=export_workflow_filename,
+            log_obj_size=log_obj_size,
+            wait=wait,
+            openmpi_oversubscribe=openmpi_oversubscribe,
+            restart_limit=restart_limit,
+            restarts_calls=True,
         )
-        if cache_directory is not None:
-            defaults = defaults.updated({"cache_directory": cache_directory}, "SlurmJobExecutor")
-        graph, finish_graph = graph_mode(
-            plot_dependency_graph, plot_dependency_graph_filename, export_workflow_filename, disable_dependencies
-        )
-        shapes = [] if graph is not None else allocated_nodes(max_cores)
+        defaults = common.resources
+        shapes = [] if common.graph is not None else allocated_nodes(common.max_cores)
         nodes = [Node(each.name, range(each.cpus), each.gpus) for each in shapes]
         ledger = Ledger(nodes)
         self._ledger = ledger
@@ -87,41 +96,22 @@ class SlurmJobExecutor(BaseExecutor):
                 preload=modules,
                 threads=defaults.threads_per_core,
                 pmi_mode=pmi_mode,
-                hostname_localhost=bool(hostname_localhost),
+                hostname_localhost=common.hostname_localhost,
             )
 
         super().__init__(
+            common,
             make_launcher=make_launcher,
             ledger=ledger,
             # All that there was: calls that fit only on nodes that are lost fail by their futures.
             capacity=None
-            if graph is not None
+            if common.graph is not None
             else Ledger([Node(each.name, range(each.cpus), each.gpus) for each in shapes]),
             count_cores=True,
-            max_workers=max_workers or max(1, fitting),
-            max_calls=max_workers,
-            resources=defaults,
-            block=block_allocation,
-            restart_limit=restart_limit,
-            init_function=init_function,
-            disable_dependencies=disable_dependencies,
-            wait=wait,
+            max_workers=common.max_workers or max(1, fitting),
+            max_calls=common.max_workers,
             pin=True,
-            log_sizes=log_obj_size,
-            graph=graph,
-            finish_graph=finish_graph,
-            settings={
-                "max_cores": max_cores,
-                "block_allocation": block_allocation,
-                "init_function": init_function,
-                "restart_limit": restart_limit,
-                "pmi_mode": pmi_mode,
-                "hostname_localhost": hostname_localhost,
-                "disable_dependencies": disable_dependencies,
-                "refresh_rate": refresh_rate,
-                "log_obj_size": log_obj_size,
-                "wait": wait,
-            },
+            settings={"restart_limit": restart_limit, "pmi_mode": pmi_mode},
         )
 
     @property
@@ -149,18 +139,13 @@ class SlurmJobExecutor(BaseExecutor):
         if self._capacity is None:
             return super()._checked_demand(resources, subject)
         self._check(resources, subject)
-        demand = self._capacity.spread(resources)
-        if demand is None:
-            nodes = self._capacity.nodes
-            cores, gpus = max((node.total_cores, node.total_gpus) for node in nodes)
-            spread = "" if resources.num_nodes is None else f" on num_nodes={resources.num_nodes}"
-            raise ValueError(
-                f"{subject} needs {resources.demand.cores} cores and {resources.demand.gpus} GPUs{spread} (cores="
-                f"{resources.cores}, threads_per_core={resources.threads_per_core}, gpus_per_core="
-                f"{resources.gpus_per_core}), which the {len(nodes)} nodes here, of at most {cores} cores and {gpus} "
-                "GPUs (the allocation's, or max_cores of them), never have. Ask for less, or for a larger allocation."
-            )
-        return demand
+        return spread_over(
+            self._capacity,
+            resources,
+            subject,
+            "the allocation, or max_cores of it,",
+            "Ask for less, or for a larger allocation.",
+        )
 
 
 def allocated_nodes(max_cores: int | None) -> list[NodeShape]:
