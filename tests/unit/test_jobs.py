@@ -68,6 +68,9 @@ class System:
     def can_wait_for(self, job_id: str) -> bool:
         return True
 
+    def listen(self, on_change: Callable[[], None]) -> None:
+        pass
+
     def prepare(self, on_ready: Callable[[], None]) -> None:
         on_ready()
 

@@ -219,6 +219,11 @@ def boot_code(module: str, call: str) -> str:
     )
 
 
+def boot_file(module: str, call: str) -> str:
+    """The same, for a file that is run: what `multiprocessing` starts from there reads that file again."""
+    return f"if __name__ == '__main__':\n    {boot_code(module, call)}\n"
+
+
 def import_path() -> list[str]:
     """This process's `sys.path`."""
     return [str(entry) for entry in sys.path]

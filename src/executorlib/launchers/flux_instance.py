@@ -11,6 +11,7 @@ Of Flux's Python bindings only those for connection, submission, events and sign
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import threading
@@ -125,6 +126,7 @@ class FluxInstance:
         self._flux: Any = None
         self._reactor: Any = None
         self._watcher: Any = None
+        self._timer: Any = None
         self._watched: dict[int, Any] = {}  # futures that tell events, by any number
         self._number = 0
         self._unanswered = 0  # futures of Flux's that will still call back, and keep the connection until then
@@ -148,6 +150,7 @@ class FluxInstance:
         self.name = instance_name(self._flux)
         self._reactor = self._flux.get_reactor()
         self._watcher = self._flux.fd_watcher_create(self._events.fileno(), lambda *_: None, FLUX_POLLIN)
+        self._timer = self._flux.timer_watcher_create(0.0, lambda *_: None)
         self._watcher.start()
         self._events.sleep_in(self._sleep)
         if self._submit_by is not None:
@@ -158,16 +161,14 @@ class FluxInstance:
 
     def _sleep(self, seconds: float) -> None:
         from flux.constants import FLUX_REACTOR_NOWAIT, FLUX_REACTOR_ONCE
+        from flux.core.inner import raw
 
-        timer = None
         if seconds > 0:
-            timer = self._flux.timer_watcher_create(seconds, lambda *_: None)
-            timer.start()
-        try:
-            ended = self._flux.reactor_run(self._reactor, FLUX_REACTOR_NOWAIT if seconds == 0 else FLUX_REACTOR_ONCE)
-        finally:
-            if timer is not None:
-                timer.stop()
+            raw.flux_timer_watcher_reset(self._timer.handle, seconds, 0.0)
+            self._timer.start()
+        ended = self._flux.reactor_run(self._reactor, FLUX_REACTOR_NOWAIT if seconds == 0 else FLUX_REACTOR_ONCE)
+        if seconds > 0 and not self.lost:
+            self._timer.stop()
         if ended < 0:
             self._lose("its broker has ended, or the connection to it")
 
@@ -274,11 +275,16 @@ class FluxInstance:
             with contextlib.suppress(OSError):
                 future.cancel()
 
-    def cancel(self, job: int, reason: str = "") -> None:
-        """Cancel a job, waiting or running; one that has ended does not matter."""
-        from flux.job import cancel_async
+    def end(self, job: int, kind: str, why: str = "") -> None:
+        """Raise an exception that ends a job, waiting or running; one that has ended does not matter.
 
-        self._tell(lambda flux: cancel_async(flux, job, reason or None))
+        Args:
+            job: Number of the job.
+            kind: Type of the exception: ``cancel``, or ``timeout``.
+            why: Is noted with it.
+        """
+        raised = {"id": job, "severity": 0, "type": kind, "note": why}
+        self._tell(lambda flux: flux.rpc("job-manager.raise", raised))
 
     def kill(self, job: int, signal_number: int) -> None:
         """Signal the tasks of a running job; one that does not run does not matter."""
@@ -320,13 +326,16 @@ class FluxInstance:
         while self._unanswered and not self.lost and time.monotonic() < give_up:
             self._sleep(_CLOSE_SECONDS)
         self._events.sleep_in(None)
-        self._watcher.stop()
+        self._watcher.destroy()
+        self._timer.destroy()
         if self._submit_by is not None:
             self._events.unwatch(self._wake_read)
             with self._wake_lock:
                 os.close(self._wake_read)
                 os.close(self._wake_write)
                 self._wake_read = self._wake_write = -1
-        self._watcher = self._reactor = self._flux = None
+        self._watcher = self._timer = self._reactor = self._flux = None
+        # Flux's futures and watchers refer to themselves, and so keep the connection until they are collected.
+        gc.collect()
         if not self.lost:
             self.lost = "the executor has ended"

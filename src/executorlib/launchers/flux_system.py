@@ -16,13 +16,15 @@ from executorlib.launchers.base import Events
 from executorlib.launchers.commands import Answer, Commands
 from executorlib.launchers.flux import FURTHER_KEYS, JobLog, job_environment, job_name, job_number, jobspec, urgency
 from executorlib.launchers.flux_instance import FluxInstance
-from executorlib.launchers.queue import Batch, Cause, JobState
+from executorlib.launchers.queue import Batch, Cause, JobState, Phase
 from executorlib.launchers.systems import JobKey, Refused, States
 from executorlib.launchers.templates import FLUX, Templates, warn_of_unused
 from executorlib.resources import Resources
 
 # A script says by directives what its instance has; where it does not, it is what the call asks for.
 _HAS_RESOURCES = re.compile(r"^#+\s*flux:.*?\s(-n|-N|--nslots|--num-slots|--nodes)\b", re.MULTILINE)
+# A call ends itself at its run_time_max, by a signal that it may ignore. So long after that, in seconds, Flux ends it.
+_LATE_SECONDS = 2.0
 # Given to an instance beyond the run_time_max of its call, in seconds, to start and to end.
 _BATCH_SPARE_SECONDS = 60.0
 
@@ -36,9 +38,9 @@ class FluxSystem:
         configuration: A configuration of pysqa for scripts; None where calls are plain jobs.
     """
 
-    # Its jobs tell by themselves: what is asked here is this object's memory.
+    # Its jobs tell by themselves (`listen`), and what is asked here is this object's memory.
     first_query = 0.1
-    last_query = 0.5
+    last_query = 10.0
     # A job has one number, and one is submitted as quickly as several.
     array_limit = 1
 
@@ -53,6 +55,7 @@ class FluxSystem:
         self._logs: dict[int, JobLog] = {}  # of all jobs that were ever asked for or submitted here
         self._heard: set[int] = set()  # of which at least one event, or that there is none, is known
         self._questions: list[tuple[set[int], Callable[[], None]]] = []  # by jobs that were not heard of yet
+        self._on_change: Callable[[], None] = lambda: None
         self._submitting = 0
         self._warned: set[str] = set()
 
@@ -64,6 +67,10 @@ class FluxSystem:
     def busy(self) -> bool:
         """See `JobSystem.busy`."""
         return self._submitting > 0 or self._commands.busy
+
+    def listen(self, on_change: Callable[[], None]) -> None:
+        """See `JobSystem.listen`."""
+        self._on_change = on_change
 
     def prepare(self, on_ready: Callable[[], None]) -> None:
         """See `JobSystem.prepare`."""
@@ -84,7 +91,7 @@ class FluxSystem:
             if isinstance(answer, Refused):
                 on_done(answer)
                 return
-            self._follow(answer)
+            self._follow(answer, batch.resources.run_time_max)
             on_done(job_name(answer))
 
         if self.has_script(batch.resources):
@@ -155,14 +162,24 @@ class FluxSystem:
 
     # -- states ---------------------------------------------------------------------------------------------------
 
-    def _follow(self, job: int) -> None:
+    def _follow(self, job: int, limit: float | None = None) -> None:
+        """Know the state of a job from now on, and end it when it should have ended itself."""
         if job in self._logs:
             return
         log = self._logs[job] = JobLog()
 
+        def end() -> None:
+            if log.state.phase is not Phase.ENDED:
+                self._instance.end(job, "timeout", f"it ran longer than {limit:g} s")
+
         def on_event(event: str, context: Any) -> None:
+            before = log.state.phase
             if event:
                 log.add(event, context)
+                if event == "start" and limit is not None:
+                    self._events.call_later(limit + _LATE_SECONDS, end)
+                if log.state.phase is not before:
+                    self._on_change()
             elif job not in self._heard:
                 del self._logs[job]  # the instance does not know it
             self._hear(job)
@@ -219,7 +236,7 @@ class FluxSystem:
     def cancel(self, jobs: Sequence[JobKey]) -> None:
         """See `JobSystem.cancel`."""
         for job_id, _ in jobs:
-            self._instance.cancel(job_number(job_id))
+            self._instance.end(job_number(job_id), "cancel")
 
     def _on_lost(self, why: str) -> None:
         questions, self._questions = self._questions, []

@@ -168,7 +168,7 @@ class FluxLauncher:
         if member.log.started:
             self._instance.kill(member.job, signal_number)
         if signal_number == signal.SIGKILL or not member.log.started:
-            self._instance.cancel(member.job)
+            self._instance.end(member.job, "cancel")
             self._later(_CANCEL_SECONDS, member.identity, lambda it: self._end(it, "Flux has not ended its job"))
 
     @property
@@ -184,7 +184,7 @@ class FluxLauncher:
         """See `Launcher.close`; what still runs loses its connection and ends, what waits is cancelled."""
         for member in self._members.values():
             if member.job is not None and member.log.state.phase is not Phase.ENDED:
-                self._instance.cancel(member.job)
+                self._instance.end(member.job, "cancel")
         self._members.clear()
         self._instance.close()
         self._router.close()
@@ -195,7 +195,7 @@ class FluxLauncher:
         member = self._members.get(identity)
         if member is None:  # the executor has ended
             if not isinstance(answer, Refused):
-                self._instance.cancel(answer)
+                self._instance.end(answer, "cancel")
             return
         if isinstance(answer, Refused):
             text = f"Flux did not take its job: {answer}"
@@ -311,7 +311,7 @@ class FluxLauncher:
     def _end_without_word(self, member: _Member) -> None:
         """Its connection has ended and its job has not."""
         if member.job is not None:
-            self._instance.cancel(member.job)
+            self._instance.end(member.job, "cancel")
         self._end(member, f"the connection to it was lost; its job {self._job_text(member)} was cancelled")
 
     def _end_as_told(self, member: _Member) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from executorlib import entries
 from executorlib.errors import describe_split_world
-from executorlib.launchers.base import Events, Exit, Process, Timer, boot_code
+from executorlib.launchers.base import Events, Exit, Process, Timer, boot_file
 from executorlib.launchers.job import read_tail
 from executorlib.launchers.queue import Batch, Cause, JobState, Phase
 from executorlib.launchers.systems import JobSystem, Refused, States
@@ -186,7 +186,7 @@ class JobWorkerLauncher:
                     if resources.cores > 1
                     else f"({credentials!r}, numbered=True)"
                 )
-                file.write(boot_code(module, arguments) + "\n")
+                file.write(boot_file(module, arguments))
         except Exception as error:  # of the file system, mostly
             self._answered(array, Refused(f"{array.directory} cannot be written: {error}"))
             return

@@ -101,6 +101,7 @@ class JobLauncher:
         self._questions = Timer(events, self._ask)
         self._ask_after = system.first_query
         self._asking = False
+        system.listen(lambda: self._questions.within(_LOOK_SECONDS))
 
     # -- Launcher -------------------------------------------------------------------------------------------------
 

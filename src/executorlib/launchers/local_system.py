@@ -58,6 +58,9 @@ class LocalSystem:
         """See `JobSystem.busy`."""
         return bool(self._unsent)
 
+    def listen(self, on_change: Callable[[], None]) -> None:
+        """See `JobSystem.listen`; it tells nothing by itself."""
+
     def prepare(self, on_ready: Callable[[], None]) -> None:
         """See `JobSystem.prepare`."""
         on_ready()

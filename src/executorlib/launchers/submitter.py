@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 from executorlib import entries, machine
-from executorlib.launchers.base import Events, Timer, boot_code
+from executorlib.launchers.base import Events, Timer, boot_file
 from executorlib.launchers.job import Job, JobBatch
 from executorlib.launchers.queue import Batch, Dependency
 from executorlib.launchers.systems import JobSystem, Refused
@@ -243,7 +243,7 @@ class Submitter:
             pickle.dump(setup, setup_file)
         for name, text in (
             (entries.ENTRIES_FILE, "".join(f"{index} {job.path}\n" for index, job in batch.jobs.items())),
-            ("run.py", boot_code("executorlib.worker.job", f"({batch.directory!r})") + "\n"),
+            ("run.py", boot_file("executorlib.worker.job", f"({batch.directory!r})")),
         ):
             with open(os.path.join(batch.directory, name), "w", encoding="utf-8") as file:
                 file.write(text)

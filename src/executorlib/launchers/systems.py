@@ -67,6 +67,10 @@ class JobSystem(Protocol):
         """Whether it waits for an answer."""
         ...
 
+    def listen(self, on_change: Callable[[], None]) -> None:
+        """Call back whenever the states of jobs have changed, where the system tells of that by itself."""
+        ...
+
     def prepare(self, on_ready: Callable[[], None]) -> None:
         """Find out what there is to know of the system; the attributes hold from ``on_ready`` on."""
         ...
@@ -190,6 +194,9 @@ class CommandSystem:
     def busy(self) -> bool:
         """See `JobSystem.busy`."""
         return self._commands.busy
+
+    def listen(self, on_change: Callable[[], None]) -> None:
+        """See `JobSystem.listen`; queues tell nothing by themselves."""
 
     def prepare(self, on_ready: Callable[[], None]) -> None:
         """Ask for the settings; `on_ready` is called once `array_limit` is known."""

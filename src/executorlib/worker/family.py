@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import select
 import signal
 import sys
 import time
@@ -28,6 +29,38 @@ def prctl(option: int, value: int) -> None:
 def adopt() -> None:
     """Become the parent of descendants that lose their own, so that they can be found."""
     prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+
+def guard() -> None:
+    """Have what this process starts end with it also where it dies; to be called before it has threads.
+
+    Only in a Flux job: other systems, and the node agent, see to that themselves, but Flux waits for whatever has a
+    job's output open. Another process, no child of this one, waits for the end of this one and kills its process group.
+    """
+    if "FLUX_JOB_ID" not in os.environ or not hasattr(os, "pidfd_open"):
+        return
+    with contextlib.suppress(OSError):  # it leads a session already
+        os.setpgid(0, 0)
+    worker = os.getpid()
+    if os.getpgrp() != worker:
+        return
+    child = os.fork()
+    if child:
+        os.waitpid(child, 0)
+        return
+    try:
+        if os.fork() == 0:
+            watched = os.pidfd_open(worker)
+            os.setpgid(0, 0)
+            nothing = os.open(os.devnull, os.O_RDWR)
+            for stream in range(3):
+                os.dup2(nothing, stream)
+            os.closerange(3, watched)
+            os.closerange(watched + 1, os.sysconf("SC_OPEN_MAX"))
+            select.select([watched], [], [])
+            os.killpg(worker, signal.SIGKILL)
+    finally:
+        os._exit(0)
 
 
 def end() -> None:

@@ -18,7 +18,7 @@ import sys
 import time
 
 from executorlib import entries, serialize
-from executorlib.worker import call
+from executorlib.worker import call, family
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -39,12 +39,14 @@ def main(directory: str) -> None:
     Args:
         directory: The batch directory.
     """
+    family.guard()
+    family.adopt()
     code = FAILED
     try:
         code = run(directory, call.element_number())
     except BaseException as error:
         sys.stderr.write(call.traceback_text(error))
-    call.leave(code)
+    call.leave(code, family.end)
 
 
 def run(directory: str, index: int) -> int:

@@ -16,7 +16,7 @@ import time
 
 from executorlib import serialize
 from executorlib.transports import CONNECTION_VARIABLE
-from executorlib.worker import call
+from executorlib.worker import call, family
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def main(single: bool, path: str = "", identity: str = "", numbered: bool = Fals
         identity: The world's name, where the credentials are for several; by default the one in them.
         numbered: Whether the job's number in its array is to be appended to the name.
     """
+    family.guard()
     given = os.environ.pop(CONNECTION_VARIABLE, "")
 
     def connect(rank: int) -> Dealer:

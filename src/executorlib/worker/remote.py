@@ -74,6 +74,7 @@ def main(path: str = "", identity: str = "", numbered: bool = False) -> None:
     """
     with contextlib.suppress(PermissionError):  # it leads a session already
         os.setpgid(0, 0)  # so that what the calls start can be ended with it
+    family.guard()
     family.adopt()
     try:
         given = os.environ.pop(CONNECTION_VARIABLE, "")
