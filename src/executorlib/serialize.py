@@ -7,6 +7,7 @@ opaque to everything between the two processes that write and read them.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import pickle
 import sys
@@ -16,7 +17,7 @@ from types import BuiltinFunctionType, FunctionType, ModuleType
 TYPE_CHECKING = False  # typing's own would load typing, of which a starting worker needs nothing
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from typing import Any, TypeAlias
+    from typing import Any, ClassVar, TypeAlias
 
 Frame: TypeAlias = bytes | bytearray | memoryview
 
@@ -28,6 +29,30 @@ _OUT_OF_BAND_BYTES = 4096
 
 # Exactly these types pickle alike everywhere, so the much cheaper C pickler can take them.
 _PLAIN = frozenset({int, float, complex, bool, str, bytes, type(None)})
+
+
+@functools.cache
+def _pickler() -> Any:
+    """The class that pickles what plain pickle cannot, or by reference only; loaded when it is first needed."""
+    import types
+    from collections import ChainMap
+
+    import cloudpickle  # takes longer to load than all else of a worker, and plain values do without
+
+    table = cloudpickle.Pickler.dispatch_table
+    reduce_code = table[types.CodeType]
+
+    def keep_file_name(code: types.CodeType) -> tuple[Any, ...]:
+        """Undo what cloudpickle 3.1.3 does: without the file's name a remote traceback has no lines of the function."""
+        make, args = reduce_code(code)
+        if "<dynamic-code>" in args:
+            args = tuple(code.co_filename if arg == "<dynamic-code>" else arg for arg in args)
+        return make, args
+
+    class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+        dispatch_table: ClassVar[Any] = ChainMap({types.CodeType: keep_file_name}, table)
+
+    return Pickler
 
 
 def _is_plain(items: Sequence[object]) -> bool:
@@ -42,8 +67,6 @@ def dumps(obj: object) -> list[Frame]:
     """
     if type(obj) in _PLAIN:
         return [pickle.dumps(obj, PROTOCOL)]
-    import cloudpickle  # takes longer to load than all else of a worker, and plain values do without
-
     buffers: list[Frame] = []
 
     def keep_small_in_band(buffer: pickle.PickleBuffer) -> bool:
@@ -54,7 +77,7 @@ def dumps(obj: object) -> list[Frame]:
         return False
 
     stream = io.BytesIO()
-    cloudpickle.Pickler(stream, PROTOCOL, buffer_callback=keep_small_in_band).dump(obj)
+    _pickler()(stream, PROTOCOL, buffer_callback=keep_small_in_band).dump(obj)
     return [stream.getbuffer(), *buffers]
 
 
@@ -67,10 +90,9 @@ def dumps_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Frame
 
 def dumps_in_band(obj: object) -> bytes:
     """Pickle an object into one piece of bytes."""
-    import cloudpickle
-
-    data: bytes = cloudpickle.dumps(obj, PROTOCOL)
-    return data
+    stream = io.BytesIO()
+    _pickler()(stream, PROTOCOL).dump(obj)
+    return stream.getvalue()
 
 
 def loads(frames: Sequence[Frame]) -> Any:

@@ -302,3 +302,13 @@ def test_keeps_few_bytes_of_functions() -> None:
 def test_standard_containers() -> None:
     value = collections.OrderedDict(a=collections.deque([1], 3), b=collections.Counter("aab"))
     assert loads(dumps(value)) == value
+
+
+def test_functions_by_value_keep_the_name_of_their_file() -> None:
+    """By which a traceback finds the lines to show."""
+
+    def function() -> None:
+        pass
+
+    for frames in (serialize.dumps(function), [serialize.dumps_in_band(function)]):
+        assert serialize.loads(frames).__code__.co_filename == __file__
