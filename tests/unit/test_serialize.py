@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from executorlib import serialize
 from executorlib.serialize import (
     _OUT_OF_BAND_BYTES,
     FunctionPickler,
