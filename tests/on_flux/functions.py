@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 from typing import Any
@@ -53,9 +52,12 @@ def say_and_die() -> None:
     os.kill(os.getpid(), 9)
 
 
-def jobs_by_name() -> dict[str, int]:
-    """How many jobs of each name the instance has had."""
-    command = ["flux", "jobs", "--all", "--count=0", "--json"]
-    listed = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)["jobs"]
-    names = [job["name"] for job in listed]
-    return {name: names.count(name) for name in names}
+def jobs(name: str, *options: str) -> list[str]:
+    """The numbers of all jobs of a name that the instance has had, or of those that `flux jobs` lists with options."""
+    command = ["flux", "jobs", *(options or ["-a"]), "--no-header", f"--name={name}", "--format={id.dec}"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+
+
+def active_jobs(name: str) -> list[str]:
+    """Those that wait or run."""
+    return jobs(name, "--filter=pending,running")
