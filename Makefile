@@ -3,7 +3,7 @@
 #   make test                      with the newest Python found, in .venv
 #   make test PYTHON=python3.12    with another one, in .venvs/3.12
 
-.PHONY: help demo test check lint docs bench bench-slurm test-slurm test-gridengine test-flux clean
+.PHONY: help demo test check lint docs bench bench-slurm bench-flux test-slurm test-gridengine test-flux clean
 .DEFAULT_GOAL := help
 
 # Found is not enough: a shim may be there without its Python, and a Python without venv.
@@ -28,6 +28,7 @@ help:
 	@echo "make test-slurm run the tests that need Slurm, on a throw-away cluster (Debian or Ubuntu, as root)"
 	@echo "make test-gridengine  likewise, Grid Engine"
 	@echo "make bench-slurm measure jobs on such a cluster, into docs/performance.md"
+	@echo "make bench-flux measure calls as Flux jobs (where flux is on the PATH), into docs/performance.md"
 	@echo "make test-flux  run the tests that need Flux, in an instance of pretended nodes (where flux is on the PATH)"
 	@echo "make clean      remove what the other targets made"
 
@@ -58,6 +59,10 @@ bench: $(BIN)/python
 bench-slurm: $(BIN)/python
 	@tests/slurm/cluster run $(BIN)/python benchmarks/cluster.py $(ARGS)
 	@tests/slurm/cluster run $(BIN)/python benchmarks/allocation.py $(ARGS)
+
+# In an instance of this machine as it is; the program finds Flux's bindings by PYTHONPATH.
+bench-flux: $(BIN)/python
+	@PYTHONPATH=$$(flux python --get-path) flux start $(abspath $(BIN)/python) benchmarks/in_flux.py $(ARGS)
 
 # The cluster goes down again also after a failure or Ctrl-C. Its settings: tests/slurm/cluster help.
 test-slurm: $(VENV)/installed-dev

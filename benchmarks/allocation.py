@@ -22,13 +22,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import date
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from cluster import Found, Rounds, requests, row, spread
+from cluster import requests
 from environments import REQUIREMENTS, ROOT, python_of, versions_of
+from table import Found, Rounds, Target, preamble, report
 
 REQUIREMENTS["allocation-ours"] = ["cloudpickle", "pyzmq", "mpi4py", "mpich"]
 REQUIREMENTS["allocation-executorlib1x"] = ["executorlib>=1,<2"]
@@ -40,10 +40,6 @@ BLOCK_WORKERS = 4
 BLOCK_CALLS, BLOCK_TURNS = 4_000, 7
 RANKS, RANK_CALLS, RANK_PAUSE = 4, 7, 0.3
 SESSION_TIMEOUT = 300.0
-
-PAGE = ROOT / "docs" / "performance.md"
-BEGIN = "<!-- allocation: begin (written by benchmarks/allocation.py) -->"
-END = "<!-- allocation: end -->"
 
 
 # -- sessions: each in a process of its own ---------------------------------------------------------------------------
@@ -199,18 +195,6 @@ def measure(rounds: int, only: list[str], work: Path) -> Rounds:
 # -- report -----------------------------------------------------------------------------------------------------------
 
 
-class Target(NamedTuple):
-    """A row of the table: a quantity, another that it is divided by, and what the ratio has to be."""
-
-    text: str
-    ours: str
-    unit: str
-    other: str
-    other_label: str
-    bound: float
-    at_least: bool
-
-
 PEER, ONE_NODE, SRUN = "executorlib 1.x", "`SingleNodeExecutor`", "`srun`, `from mpi4py import MPI`"
 MPI_CALL = f"call of {RANKS} ranks, submit to result"
 TARGETS = [
@@ -248,53 +232,6 @@ TARGETS = [
 ]
 
 
-def markdown(about: Found, rounds: Rounds) -> str:
-    """The generated part of the page."""
-    lines = [
-        f"Measured {about['date']} at `{about['commit']}` with `{about['command']}`, {about['rounds']} rounds: "
-        f"{about['slurm']}, {NODES} nodes of {CPUS} CPUs, on {about['cores']} cores, load {about['load']} at the "
-        "start. "
-        f"{', '.join(f'{name} {version}' for name, version in about['versions'].items())}.",
-        "",
-        "Values are medians over the rounds, with the lowest and highest in brackets; a ratio is ours by the other's, "
-        "taken within a round.",
-        "",
-        row(["figure", "executorlib", "compared with", "there", "ratio", "target", "met"]),
-        row(["---"] * 7),
-    ]
-    for target in TARGETS:
-        ours, there = rounds.get(target.ours, []), rounds.get(target.other, [])
-        if not ours or not there:
-            continue
-        ratios = [mine / other for mine, other in zip(ours, there, strict=True)]
-        ratio = statistics.median(ratios)
-        met = ratio >= target.bound if target.at_least else ratio <= target.bound
-        unit = f" {target.unit}" if target.unit else ""
-        goal = f"{'≥' if target.at_least else '≤'} {target.bound:g}"
-        cells = [target.text, spread(ours) + unit, target.other_label, spread(there) + unit, spread(ratios)]
-        lines.append(row([*cells, goal, "yes" if met else "**no**"]))
-    return "\n".join(lines) + "\n"
-
-
-def about(rounds: int) -> Found:
-    """Describe the run: command, date, cluster, and the versions measured."""
-
-    def output(*command: str) -> str:
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-
-    peer, ours = versions_of("allocation-executorlib1x"), versions_of("allocation-ours")
-    return {
-        "command": shlex.join(["python", "benchmarks/allocation.py", *sys.argv[1:]]),
-        "date": date.today().isoformat(),
-        "commit": output("git", "describe", "--always", "--dirty"),
-        "rounds": rounds,
-        "slurm": output("sinfo", "--version"),
-        "cores": len(os.sched_getaffinity(0)),
-        "load": round(os.getloadavg()[0], 2),
-        "versions": {"executorlib": peer["executorlib"], "mpi4py": ours["mpi4py"], "mpich": ours["mpich"]},
-    }
-
-
 def main() -> None:
     """Run a session, the rounds within the allocation, or all of it and the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -313,7 +250,7 @@ def main() -> None:
         return
     if shutil.which("salloc") is None:
         parser.error("Slurm's commands are not on PATH")
-    description = about(options.rounds)
+    load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="bench-allocation-", ignore_cleanup_errors=True) as folder:
         # A copy, so that editing the source meanwhile does not mix versions.
         shutil.copytree(ROOT / "src", Path(folder) / "src")
@@ -322,14 +259,12 @@ def main() -> None:
         if subprocess.run([*allocation, *again]).returncode != 0:
             raise SystemExit("The measurement in the allocation has failed; see above.")
         rounds: dict[str, Any] = json.loads((Path(folder) / "found.json").read_text())
-    table = markdown(description, rounds)
-    print(table)
-    if options.only or options.rounds < 3:
-        print("Not written to docs/performance.md: that takes all figures and three rounds.")
-        return
-    before, _, rest = PAGE.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    PAGE.write_text(f"{before}{BEGIN}\n\n{table}\n{END}{after}")
+    slurm = subprocess.run(["sinfo", "--version"], capture_output=True, text=True, check=True).stdout.strip()
+    peer, ours = versions_of("allocation-executorlib1x"), versions_of("allocation-ours")
+    versions = {"executorlib": peer["executorlib"], "mpi4py": ours["mpi4py"], "mpich": ours["mpich"]}
+    command = shlex.join(["python", "benchmarks/allocation.py", *sys.argv[1:]])
+    first = preamble(command, options.rounds, f"{slurm}, {NODES} nodes of {CPUS} CPUs", versions, load)
+    report(first, TARGETS, rounds, "allocation", "allocation.py", options.only is None and options.rounds >= 3)
 
 
 if __name__ == "__main__":

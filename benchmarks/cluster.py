@@ -22,13 +22,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
-from datetime import date
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from environments import REQUIREMENTS, ROOT, python_of, versions_of
+from table import Found, Rounds, Target, preamble, report
 
 REQUIREMENTS["slurm-ours"] = ["cloudpickle", "pyzmq", "pysqa>=1", "h5py"]
 REQUIREMENTS["slurm-executorlib1x"] = ["executorlib>=1,<2", "pysqa>=1", "h5py"]
@@ -63,13 +63,6 @@ NOT_OURS = {
     "REQUEST_STATS_INFO",
     "REQUEST_STEP_COMPLETE",
 }
-
-PAGE = ROOT / "docs" / "performance.md"
-BEGIN = "<!-- cluster: begin (written by benchmarks/cluster.py) -->"
-END = "<!-- cluster: end -->"
-
-Found = dict[str, Any]
-Rounds = dict[str, list[float]]
 
 
 class System(NamedTuple):
@@ -312,17 +305,6 @@ GROUPS = ("map", "one", "read", "cpu")
 # -- report -----------------------------------------------------------------------------------------------------------
 
 
-class Target(NamedTuple):
-    """A row of the table: a quantity of ours, another that it is divided by, and the most that this may be."""
-
-    text: str
-    ours: str
-    unit: str
-    other: str
-    other_label: str
-    bound: float
-
-
 ARRAY, SINGLE, PEER, LEAN = "`sbatch --array`", "`sbatch`, `import h5py`", "executorlib 1.x", "the same, lean template"
 MAP, ONE, FIRST = "200 no-op calls by `map`", "one call, submit to result", "first call of a session"
 TARGETS = [
@@ -350,69 +332,6 @@ OTHERS = {
 }
 
 
-def markdown(about: Found, rounds: Rounds) -> str:
-    """The generated part of the page."""
-    lines = [
-        f"Measured {about['date']} at `{about['commit']}` with `{about['command']}`, {about['rounds']} rounds: "
-        f"{about['slurm']}, {about['cluster']}, on {about['cores']} cores, load {about['load']} at the start. "
-        f"{', '.join(f'{name} {version}' for name, version in about['versions'].items())}.",
-        "",
-        "Values are medians over the rounds, with the lowest and highest in brackets; a ratio is ours by the other's, "
-        "taken within a round.",
-        "",
-        row(["figure", "executorlib", "compared with", "there", "ratio", "at most", "met"]),
-        row(["---"] * 7),
-    ]
-    for target in TARGETS:
-        ours, there = rounds.get(target.ours, []), rounds.get(target.other, [])
-        if not ours or (target.other and not there):
-            continue
-        ratios = [mine / other for mine, other in zip(ours, there, strict=True)] if target.other else []
-        met = "yes" if statistics.median(ratios or ours) <= target.bound else "**no**"
-        unit = f" {target.unit}" if target.unit else ""
-        compared = [target.other_label, spread(there) + unit, spread(ratios)] if ratios else ["", "", ""]
-        lines.append(row([target.text, spread(ours) + unit, *compared, f"{target.bound:g}", met]))
-    lines += ["", row(["besides", ""]), row(["---"] * 2)]
-    lines += [row([text, spread(rounds[name])]) for text, name in OTHERS.items() if name in rounds]
-    return "\n".join(lines) + "\n"
-
-
-def spread(values: Iterable[float]) -> str:
-    """The median, and the range where there is one."""
-    numbers = sorted(values)
-    middle, low, high = (
-        f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-        for value in (statistics.median(numbers), numbers[0], numbers[-1])
-    )
-    return middle if low == high else f"{middle} ({low} to {high})"
-
-
-def row(cells: Iterable[str]) -> str:
-    """A row of a Markdown table."""
-    return f"| {' | '.join(cells)} |"
-
-
-def about(rounds: int) -> Found:
-    """Describe the run: command, date, cluster, and the versions measured."""
-
-    def output(*command: str) -> str:
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-
-    nodes = dict(line.split() for line in output("sinfo", "--noheader", "--Node", "--format=%N %c").splitlines())
-    peer, ours = versions_of("slurm-executorlib1x"), versions_of("slurm-ours")
-    return {
-        "command": shlex.join(["python", "benchmarks/cluster.py", *sys.argv[1:]]),
-        "date": date.today().isoformat(),
-        "commit": output("git", "describe", "--always", "--dirty"),
-        "rounds": rounds,
-        "slurm": output("sbatch", "--version"),
-        "cluster": f"{len(nodes)} nodes of {' or '.join(sorted(set(nodes.values())))} CPUs",
-        "cores": len(os.sched_getaffinity(0)),
-        "load": round(os.getloadavg()[0], 2),
-        "versions": {"executorlib": peer["executorlib"], "pysqa": ours["pysqa"], "h5py": ours["h5py"]},
-    }
-
-
 def main() -> None:
     """Run a session, or the rounds and the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -426,7 +345,7 @@ def main() -> None:
         return
     if shutil.which("sdiag") is None:
         parser.error("Slurm's commands are not on PATH")
-    description, rounds = about(options.rounds), Rounds()
+    load, rounds = os.getloadavg()[0], Rounds()
     with tempfile.TemporaryDirectory(prefix="bench-slurm-", ignore_cleanup_errors=True) as work:
         # A copy, so that editing the source meanwhile does not mix versions.
         source = shutil.copytree(ROOT / "src", Path(work) / "src")
@@ -435,14 +354,21 @@ def main() -> None:
             folder = Path(work) / str(turn)
             folder.mkdir()
             measure_round(turn, options.only or list(GROUPS), source, folder, rounds)
-    table = markdown(description, rounds)
-    print(table)
-    if options.only or options.rounds < 3:
-        print("Not written to docs/performance.md: that takes all figures and three rounds.")
-        return
-    before, _, rest = PAGE.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    PAGE.write_text(f"{before}{BEGIN}\n\n{table}\n{END}{after}")
+    nodes = dict(line.split() for line in output("sinfo", "--noheader", "--Node", "--format=%N %c").splitlines())
+    peer, ours = versions_of("slurm-executorlib1x"), versions_of("slurm-ours")
+    first = preamble(
+        shlex.join(["python", "benchmarks/cluster.py", *sys.argv[1:]]),
+        options.rounds,
+        f"{output('sbatch', '--version')}, {len(nodes)} nodes of {' or '.join(sorted(set(nodes.values())))} CPUs",
+        {"executorlib": peer["executorlib"], "pysqa": ours["pysqa"], "h5py": ours["h5py"]},
+        load,
+    )
+    report(first, TARGETS, rounds, "cluster", "cluster.py", options.only is None and options.rounds >= 3, OTHERS)
+
+
+def output(*command: str) -> str:
+    """What a command prints."""
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 if __name__ == "__main__":

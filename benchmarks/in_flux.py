@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from environments import REQUIREMENTS, ROOT, python_of, versions_of
-from table import Found, Rounds, Target, preamble, table, write_section
+from table import Found, Rounds, Target, preamble, report
 
 _BINDINGS = ["cffi", "ply", "pyyaml"]
 REQUIREMENTS["flux-ours"] = ["cloudpickle", "pyzmq", *_BINDINGS]
@@ -167,12 +167,7 @@ def main() -> None:
     first = preamble(
         command, options.rounds, f"flux-core {version}, one broker", {"executorlib": peer["executorlib"]}, load
     )
-    text = "\n".join([first, "", *table(TARGETS, rounds)]) + "\n"
-    print(text)
-    if options.rounds < 3:
-        print("Not written to docs/performance.md: that takes three rounds.")
-    else:
-        write_section("flux", "in_flux.py", text)
+    report(first, TARGETS, rounds, "flux", "in_flux.py", options.rounds >= 3)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import statistics
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
 from typing import Any, NamedTuple
 
@@ -94,14 +94,35 @@ def preamble(command: str, rounds: int, where: str, versions: dict[str, str], lo
     )
 
 
-def write_section(name: str, program: str, text: str) -> None:
-    """Put a generated part between its marks in docs/performance.md.
+def report(
+    first: str,
+    targets: Sequence[Target],
+    rounds: Rounds,
+    name: str,
+    program: str,
+    complete: bool,
+    others: Mapping[str, str] | None = None,
+) -> None:
+    """Print what was measured, and put it between its marks in docs/performance.md where it is complete.
 
     Args:
+        first: The first lines.
+        targets: Rows of the table.
+        rounds: What was measured.
         name: Of the marks.
         program: Which program writes it.
-        text: The part.
+        complete: Whether it is all that there is to measure, often enough.
+        others: Quantities that are shown besides, by what to call them.
     """
+    lines = [first, "", *table(targets, rounds)]
+    if others is not None:
+        lines += ["", row(["besides", ""]), row(["---"] * 2)]
+        lines += [row([text, spread(rounds[each])]) for text, each in others.items() if each in rounds]
+    text = "\n".join(lines) + "\n"
+    print(text)
+    if not complete:
+        print("Not written to docs/performance.md: that takes all figures and three rounds.")
+        return
     begin = f"<!-- {name}: begin (written by benchmarks/{program}) -->"
     end = f"<!-- {name}: end -->"
     before, found, rest = PAGE.read_text().partition(begin)

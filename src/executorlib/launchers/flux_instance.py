@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import json
 import os
 import threading
@@ -127,9 +128,10 @@ class FluxInstance:
         self._reactor: Any = None
         self._watcher: Any = None
         self._timer: Any = None
-        self._watched: dict[int, Any] = {}  # futures that tell events, by any number
-        self._number = 0
-        self._unanswered = 0  # futures of Flux's that will still call back, and keep the connection until then
+        self._numbers = itertools.count(1)
+        # What Flux has not answered to the end, by number: how to tell who asked that no answer comes.
+        self._pending: dict[int, Callable[[Refused], None]] = {}
+        self._watched: dict[int, Any] = {}  # of these, the futures of events that somebody still wants to know
         self.lost = ""
         self.is_owner = True  # otherwise some urgencies are not for us
         self.name = FLUX_NAME.rstrip()
@@ -176,7 +178,13 @@ class FluxInstance:
         if not self.lost:
             self.lost = f"the Flux instance was lost: {why}"
             self._events.sleep_in(None)
-            self._events.call_later(0.0, lambda: self._on_lost(self.lost))
+            self._events.call_later(0.0, self._tell_loss)
+
+    def _tell_loss(self) -> None:
+        self._on_lost(self.lost)
+        pending, self._pending = self._pending, {}
+        for refuse in pending.values():
+            refuse(Refused(self.lost))
 
     # -- jobs -----------------------------------------------------------------------------------------------------
 
@@ -193,16 +201,17 @@ class FluxInstance:
             return
         from flux.job import submit_async, submit_get_id
 
-        def answered(future: Any) -> None:
-            self._unanswered -= 1
+        def answered(future: Any) -> bool:
+            answer: int | Refused
             try:
-                number = int(submit_get_id(future))
+                answer = int(submit_get_id(future))
             except OSError as error:
-                on_answer(Refused(future.error_string() or str(error)))
-            else:
-                on_answer(number)
+                answer = Refused(future.error_string() or str(error))
+            on_answer(answer)
+            return True
 
-        self._ask(lambda flux: submit_async(flux, json.dumps(spec), urgency), answered, on_answer)
+        text = json.dumps(spec)
+        self._ask(next(self._numbers), lambda flux: submit_async(flux, text, urgency), answered, on_answer)
 
     def _have_submitted(
         self, spec: Mapping[str, Any], urgency: int, on_answer: Callable[[int | Refused], None]
@@ -244,28 +253,31 @@ class FluxInstance:
         """
         from flux.job import event_watch_async
 
-        self._number += 1
-        key = self._number
+        key = next(self._numbers)
+        self._watched[key] = None
 
-        def answered(future: Any) -> None:
+        def answered(future: Any) -> bool:
             try:
                 event = future.get_event()
             except OSError:
                 event = None
             wanted = key in self._watched
             if event is None:
-                self._unanswered -= 1
                 self._watched.pop(key, None)
-            if wanted and event is None:
-                on_event("", {})
-            elif wanted:
-                on_event(event.name, event.context)
+            if wanted:
+                on_event("" if event is None else event.name, {} if event is None else event.context)
+            return event is None
 
         def begin(flux: Any) -> Any:
             self._watched[key] = event_watch_async(flux, job, eventlog=log)
             return self._watched[key]
 
-        self._ask(begin, answered, lambda refused: on_event("", {"error": str(refused)}))
+        def refuse(refused: Refused) -> None:
+            if key in self._watched:
+                del self._watched[key]
+                on_event("", {})
+
+        self._ask(key, begin, answered, refuse)
         return key
 
     def unwatch(self, key: int) -> None:
@@ -293,26 +305,41 @@ class FluxInstance:
         self._tell(lambda flux: kill_async(flux, job, signal_number))
 
     def _tell(self, begin: Callable[[Any], Any]) -> None:
-        def answered(future: Any) -> None:
-            self._unanswered -= 1
+        def answered(future: Any) -> bool:
             with contextlib.suppress(OSError):
                 future.get()
+            return True
 
-        self._ask(begin, answered, lambda refused: None)
+        self._ask(next(self._numbers), begin, answered, lambda refused: None)
 
     def _ask(
-        self, begin: Callable[[Any], Any], answered: Callable[[Any], None], on_refused: Callable[[Refused], None]
+        self,
+        key: int,
+        begin: Callable[[Any], Any],
+        answered: Callable[[Any], bool],
+        on_refused: Callable[[Refused], None],
     ) -> None:
-        """Begin something that a future of Flux's will tell of."""
+        """Begin something that a future of Flux's will tell of.
+
+        Args:
+            key: Number of the question.
+            begin: Makes the future.
+            answered: Is called with it for each answer; whether that was the last.
+            on_refused: Is called where none will come; never from within, as who asks has not noted yet that it did.
+        """
+
+        def call_back(future: Any) -> None:
+            if answered(future):
+                self._pending.pop(key, None)
+
         text = self.lost
         if not text:
             try:
-                begin(self._flux).then(answered)
-                self._unanswered += 1
+                begin(self._flux).then(call_back)
+                self._pending[key] = on_refused
                 return
             except OSError as error:
                 text = str(error)
-        # Never from within: who asks has not noted yet that it did.
         refused = Refused(text)
         self._events.call_later(0.0, lambda: on_refused(refused))
 
@@ -323,7 +350,7 @@ class FluxInstance:
         for key in list(self._watched):
             self.unwatch(key)
         give_up = time.monotonic() + _CLOSE_SECONDS
-        while self._unanswered and not self.lost and time.monotonic() < give_up:
+        while self._pending and not self.lost and time.monotonic() < give_up:
             self._sleep(_CLOSE_SECONDS)
         self._events.sleep_in(None)
         self._watcher.destroy()
