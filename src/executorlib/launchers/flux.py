@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from executorlib.allocation import NodeShape, expand_hosts, expand_ranges
+from executorlib.launchers.mpi import FOREIGN_PREFIXES
 from executorlib.launchers.queue import Cause, JobState, Phase
 from executorlib.resources import Resources
 from executorlib.worker.call import ELEMENT_VARIABLES, THREAD_VARIABLES
@@ -22,8 +23,6 @@ from executorlib.worker.call import ELEMENT_VARIABLES, THREAD_VARIABLES
 FURTHER_KEYS = {"queue": "queue", "partition": "queue", "bank": "bank", "account": "bank", "job_name": "job_name"}
 # Of what is not ours, an instance's default priority is in the middle, and 0 would hold the job.
 _URGENCY, _LOWEST, _HIGHEST = 16, 1, 31
-# Left by what started this process; a job must neither join its MPI world nor take its number in an array for its own.
-_FOREIGN_PREFIXES = ("PMI_", "PMIX_", "OMPI_COMM_WORLD_", "HYDI_")
 # Given to a job beyond the run_time_max of its call, in seconds: to start, and to say itself that time is up.
 _SPARE_SECONDS = 30.0
 _BASE58 = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
@@ -115,12 +114,24 @@ def _requested(resources: Resources) -> tuple[dict[str, Any], dict[str, int]]:
     return node, {"per_slot": 1} if slots * nodes == resources.cores else {"total": resources.cores}
 
 
+def run_command(resources: Resources, pmi_mode: str | None, program: Sequence[str]) -> list[str]:
+    """The command, within an instance, that runs a program on all ranks of a call."""
+    pmi = [] if pmi_mode is None else ["-o", f"pmi={pmi_mode}"]
+    return ["flux", "run", *task_options(resources), *pmi, *program]
+
+
+def task_options(resources: Resources) -> list[str]:
+    """The ranks of a call and what each has, as options of Flux's commands."""
+    options = [f"-n{resources.cores}", f"-c{resources.threads_per_core}"]
+    return [*options, f"-g{resources.gpus_per_core}"] if resources.gpus_per_core else options
+
+
 def job_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment for a job, from that of this process."""
+    """The environment for a job, from that of this process, whose MPI world and place in an array are not the job's."""
     return {
         name: value
         for name, value in environ.items()
-        if name not in ELEMENT_VARIABLES and not name.startswith(_FOREIGN_PREFIXES)
+        if name not in ELEMENT_VARIABLES and not name.startswith(FOREIGN_PREFIXES)
     }
 
 

@@ -14,7 +14,17 @@ from typing import Any
 
 from executorlib.launchers.base import Events
 from executorlib.launchers.commands import Answer, Commands
-from executorlib.launchers.flux import FURTHER_KEYS, JobLog, job_environment, job_name, job_number, jobspec, urgency
+from executorlib.launchers.flux import (
+    FURTHER_KEYS,
+    JobLog,
+    job_environment,
+    job_name,
+    job_number,
+    jobspec,
+    run_command,
+    task_options,
+    urgency,
+)
 from executorlib.launchers.flux_instance import FluxInstance
 from executorlib.launchers.queue import Batch, Cause, JobState, Phase
 from executorlib.launchers.systems import JobKey, Refused, States
@@ -25,6 +35,8 @@ from executorlib.resources import Resources
 _HAS_RESOURCES = re.compile(r"^#+\s*flux:.*?\s(-n|-N|--nslots|--num-slots|--nodes)\b", re.MULTILINE)
 # A call ends itself at its run_time_max, by a signal that it may ignore. So long after that, in seconds, Flux ends it.
 _LATE_SECONDS = 2.0
+# How long the state of a job that has ended is remembered, in seconds.
+_KEEP_SECONDS = 120.0
 # Given to an instance beyond the run_time_max of its call, in seconds, to start and to end.
 _BATCH_SPARE_SECONDS = 60.0
 
@@ -118,7 +130,7 @@ class FluxSystem:
         """The command, in a job, that runs a call's program on all of its ranks: a plain job has them itself."""
         if resources.cores == 1 or not self.has_script(resources):
             return program
-        return ["flux", "run", *_tasks(resources), *_pmi(self._pmi_mode), *program]
+        return run_command(resources, self._pmi_mode, program)
 
     @staticmethod
     def _output(batch: Batch) -> str:
@@ -143,7 +155,7 @@ class FluxSystem:
         options.append(f"--urgency={urgency(resources.priority, self._instance.is_owner)}")
         options += [f"--dependency=afterok:{dependency.job_id}" for dependency in batch.dependencies]
         if not says_resources:
-            options += _tasks(resources)
+            options += task_options(resources)
             if resources.num_nodes is not None or resources.exclusive:
                 options.append(f"--nodes={resources.num_nodes or 1}")
             if resources.exclusive:
@@ -183,8 +195,15 @@ class FluxSystem:
             elif job not in self._heard:
                 del self._logs[job]  # the instance does not know it
             self._hear(job)
+            if not event:
+                # Results are there by now; who asks all the same has it told once more.
+                self._events.call_later(_KEEP_SECONDS, lambda: self._forget(job))
 
         self._instance.watch(job, on_event)
+
+    def _forget(self, job: int) -> None:
+        self._logs.pop(job, None)
+        self._heard.discard(job)
 
     def _hear(self, job: int) -> None:
         self._heard.add(job)
@@ -247,12 +266,3 @@ class FluxSystem:
         """See `JobSystem.close`."""
         self._commands.close()
         self._instance.close()
-
-
-def _tasks(resources: Resources) -> list[str]:
-    options = [f"-n{resources.cores}", f"-c{resources.threads_per_core}"]
-    return [*options, f"-g{resources.gpus_per_core}"] if resources.gpus_per_core else options
-
-
-def _pmi(pmi_mode: str | None) -> list[str]:
-    return [] if pmi_mode is None else ["-o", f"pmi={pmi_mode}"]

@@ -18,7 +18,7 @@ from typing import Any
 
 from executorlib.errors import ExecutorlibSocketError, describe_exit, describe_split_world
 from executorlib.launchers.base import STDERR_TAIL_BYTES, Events, Exit, Process, boot_code
-from executorlib.launchers.flux import JobLog, job_name, jobspec, output_of, urgency
+from executorlib.launchers.flux import JobLog, job_name, jobspec, output_of, run_command, urgency
 from executorlib.launchers.flux_instance import FluxInstance
 from executorlib.launchers.job import read_tail
 from executorlib.launchers.queue import Cause, Phase
@@ -111,7 +111,6 @@ class FluxLauncher:
         self._instance.open()
         member = _Member(process)
         identity = member.identity
-        self._members[identity] = member
         process.host = "Flux"
         resources = process.resources
         files = ("flux_{{id.f58plain}}.out", "flux_{{id.f58plain}}.err") if self._log_files else ("", "")
@@ -126,6 +125,7 @@ class FluxLauncher:
             output=files[0],
             errors=files[1],
         )
+        self._members[identity] = member
         self._instance.submit(
             spec,
             urgency(resources.priority, self._instance.is_owner),
@@ -136,17 +136,8 @@ class FluxLauncher:
         ranks = process.resources.cores
         module = "executorlib.worker.mpi" if ranks > 1 else "executorlib.worker.remote"
         program = [sys.executable, "-c", boot_code(module, f"({process.single})" if ranks > 1 else "()")]
-        if self._nested and ranks > 1:
-            # In the instance of its own, which begins with one process.
-            options = ["-n", str(ranks), "-c", str(process.resources.threads_per_core)]
-            return [
-                "flux",
-                "run",
-                *options,
-                *([] if self._pmi_mode is None else ["-o", f"pmi={self._pmi_mode}"]),
-                *program,
-            ]
-        return program
+        # An instance of its own begins with one process.
+        return run_command(process.resources, self._pmi_mode, program) if self._nested and ranks > 1 else program
 
     @staticmethod
     def _name(process: Process) -> str:
@@ -241,7 +232,7 @@ class FluxLauncher:
             return
         elif process.single and kind in ("result", "error"):
             # Flux counts what the job holds until it has ended. Here another call may already take its place.
-            header[4]["leaving"] = not process.worker.allocation.gpus
+            header[4]["leaving"] = True
             self._events.on_message(process, header, frames)
             self._finish(member, failed=kind == "error")
         else:

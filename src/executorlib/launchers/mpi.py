@@ -37,7 +37,7 @@ _FINALIZE_SECONDS = 10.0
 # Where Open MPI puts the session directories of its worlds, from version 5 on and before; they stay when it is killed.
 _SESSION_VARIABLES = ("PRTE_MCA_prte_tmpdir_base", "OMPI_MCA_orte_tmpdir_base")
 # Left behind by a launcher that started the user's process itself; a new world must not join that one.
-_FOREIGN_PREFIXES = ("PMI_", "PMIX_", "OMPI_COMM_WORLD_", "HYDI_")
+FOREIGN_PREFIXES = ("PMI_", "PMIX_", "OMPI_COMM_WORLD_", "HYDI_")
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class MpiLauncher:
 
     def __init__(self, events: Events, hidden: tuple[str, ...] = ()) -> None:
         self._events = events
-        self._foreign = (*_FOREIGN_PREFIXES, *hidden)
+        self._foreign = (*FOREIGN_PREFIXES, *hidden)
         self._router: Router | None = None
         self._processes: dict[str, tuple[Process, Agent]] = {}
         self._directories: dict[str, str] = {}

@@ -26,7 +26,7 @@ from executorlib.errors import ExecutorlibSocketError
 from executorlib.launchers.base import Events, Exit, Process, boot_code, tail_text
 from executorlib.launchers.commands import Answer, Commands
 from executorlib.launchers.local import Agent
-from executorlib.launchers.mpi import find_mpiexec
+from executorlib.launchers.mpi import FOREIGN_PREFIXES, find_mpiexec
 from executorlib.launchers.slurm import command_environment
 from executorlib.resources import Resources
 from executorlib.serialize import Frame, nbytes
@@ -85,7 +85,7 @@ def step_environment(environ: Mapping[str, str]) -> dict[str, str]:
     Args:
         environ: The environment of this process.
     """
-    foreign = ("SLURM_", "PMI_", "PMIX_", "OMPI_COMM_WORLD_", "HYDI_")
+    foreign = ("SLURM_", *FOREIGN_PREFIXES)
     return {name: value for name, value in environ.items() if name in _ALLOCATION or not name.startswith(foreign)}
 
 

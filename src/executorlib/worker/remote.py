@@ -55,7 +55,9 @@ def end_by_force() -> None:
     """End this process, and what it started, although a call is running; nobody is there for its result."""
     time.sleep(_GRACE_SECONDS)
     with contextlib.suppress(Exception):  # what reads this may have gone with the executor
-        sys.stderr.write("executorlib: the connection to the executor was lost while a call was running; it is ended.\n")
+        sys.stderr.write(
+            "executorlib: the connection to the executor was lost while a call was running; it is ended.\n"
+        )
         sys.stderr.flush()
     if os.getpgrp() == os.getpid():
         os.killpg(os.getpid(), signal.SIGKILL)
