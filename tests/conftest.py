@@ -89,7 +89,7 @@ class Row:
     @property
     def live(self) -> bool:
         """Whether each call has a connection to its worker, of whose death the future tells by its own words."""
-        return self.single_node or (self.flux and not self.jobs)
+        return self.single_node or self.executor == "FluxJobExecutor"
 
     @property
     def prints_here(self) -> bool:

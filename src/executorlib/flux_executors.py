@@ -102,7 +102,7 @@ class FluxJobExecutor(BaseExecutor):
         each_takes = common.resources.demand.cores
         max_calls = max_workers
         if max_calls is None and max_cores is None and not block_allocation:
-            max_calls = max(1, _AHEAD * total // each_takes)
+            max_calls = max(1, _AHEAD * total)
 
         def make_launcher(events: Events) -> Launcher:
             return FluxLauncher(

@@ -7,7 +7,16 @@ from typing import Any
 
 import pytest
 
-from executorlib.launchers.flux import JobLog, job_name, job_number, jobspec, nodes_of, output_of, urgency
+from executorlib.launchers.flux import (
+    JobLog,
+    job_name,
+    job_number,
+    jobspec,
+    nodes_of,
+    output_of,
+    run_command,
+    urgency,
+)
 from executorlib.launchers.queue import Cause, Phase
 from executorlib.resources import Resources
 
@@ -103,9 +112,14 @@ def test_shell_options() -> None:
 
 
 def test_an_instance_of_its_own() -> None:
-    found = spec(Resources(cores=2), nested=True)
+    found = spec(Resources(cores=2), nested=True, pmi_mode="pmix")
     assert found["tasks"][0]["command"] == ["flux", "broker", "python", "run.py"]
-    assert system(found)["shell"]["options"]["per-resource"] == {"type": "node"}
+    options = system(found)["shell"]["options"]
+    assert options["per-resource"] == {"type": "node"}
+    assert "pmi" not in options  # the brokers'; ranks have it from the command that starts them
+    resources = Resources(cores=4, threads_per_core=2, gpus_per_core=1, num_nodes=2)
+    command = run_command(resources, "pmix", ["python"])
+    assert command == ["flux", "run", "-n4", "-c2", "-g1", "-N2", "-o", "pmi=pmix", "python"]
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def jobspec(
         options = {"cpu-affinity": "per-task"}
         if resources.gpus_per_core:
             options["gpu-affinity"] = "per-task"
-    if pmi_mode is not None:
+    if pmi_mode is not None and not nested:  # what brokers find each other by is Flux's own
         options["pmi"] = pmi_mode
     if output:
         options["output"] = {"stdout": {"type": "file", "path": output}}
@@ -123,7 +123,11 @@ def run_command(resources: Resources, pmi_mode: str | None, program: Sequence[st
 def task_options(resources: Resources) -> list[str]:
     """The ranks of a call and what each has, as options of Flux's commands."""
     options = [f"-n{resources.cores}", f"-c{resources.threads_per_core}"]
-    return [*options, f"-g{resources.gpus_per_core}"] if resources.gpus_per_core else options
+    if resources.gpus_per_core:
+        options.append(f"-g{resources.gpus_per_core}")
+    if resources.num_nodes is not None:
+        options.append(f"-N{resources.num_nodes}")
+    return options
 
 
 def job_environment(environ: Mapping[str, str]) -> dict[str, str]:

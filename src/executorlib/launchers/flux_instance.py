@@ -168,7 +168,10 @@ class FluxInstance:
         if seconds > 0:
             raw.flux_timer_watcher_reset(self._timer.handle, seconds, 0.0)
             self._timer.start()
-        ended = self._flux.reactor_run(self._reactor, FLUX_REACTOR_NOWAIT if seconds == 0 else FLUX_REACTOR_ONCE)
+        try:
+            ended = self._flux.reactor_run(self._reactor, FLUX_REACTOR_NOWAIT if seconds == 0 else FLUX_REACTOR_ONCE)
+        except OSError:  # the same, where the library says more
+            ended = -1
         if seconds > 0 and not self.lost:
             self._timer.stop()
         if ended < 0:

@@ -41,6 +41,21 @@ _KEEP_SECONDS = 120.0
 _BATCH_SPARE_SECONDS = 60.0
 
 
+class _Followed:
+    """A job whose events are followed.
+
+    Attributes:
+        log: What they said.
+        heard: Whether anything is known, be it that there is no such job.
+        known: Whether there is.
+    """
+
+    def __init__(self) -> None:
+        self.log = JobLog()
+        self.heard = False
+        self.known = False
+
+
 class FluxSystem:
     """The Flux instance that this process is in, as `systems.JobSystem` describes it.
 
@@ -64,8 +79,7 @@ class FluxSystem:
         self._templates = Templates(None, configuration, FLUX)
         self._has_configuration = configuration is not None
         self._commands = Commands(events)
-        self._logs: dict[int, JobLog] = {}  # of all jobs that were ever asked for or submitted here
-        self._heard: set[int] = set()  # of which at least one event, or that there is none, is known
+        self._jobs: dict[int, _Followed] = {}  # by number, those that were submitted here or asked for
         self._questions: list[tuple[set[int], Callable[[], None]]] = []  # by jobs that were not heard of yet
         self._on_change: Callable[[], None] = lambda: None
         self._submitting = 0
@@ -86,7 +100,10 @@ class FluxSystem:
 
     def prepare(self, on_ready: Callable[[], None]) -> None:
         """See `JobSystem.prepare`."""
-        self._instance.open()
+        try:
+            self._instance.open()
+        except (ImportError, RuntimeError) as error:  # it was there when the executor was made
+            self._instance.lost = str(error)
         self.name = self._instance.name
         on_ready()
 
@@ -156,10 +173,8 @@ class FluxSystem:
         options += [f"--dependency=afterok:{dependency.job_id}" for dependency in batch.dependencies]
         if not says_resources:
             options += task_options(resources)
-            if resources.num_nodes is not None or resources.exclusive:
-                options.append(f"--nodes={resources.num_nodes or 1}")
             if resources.exclusive:
-                options.append("--exclusive")
+                options += ["--exclusive"] if resources.num_nodes is not None else ["--nodes=1", "--exclusive"]
             if resources.run_time_max is not None:
                 options.append(f"--time-limit={resources.run_time_max + _BATCH_SPARE_SECONDS:g}s")
 
@@ -174,79 +189,77 @@ class FluxSystem:
 
     # -- states ---------------------------------------------------------------------------------------------------
 
-    def _follow(self, job: int, limit: float | None = None) -> None:
+    def _follow(self, number: int, limit: float | None = None) -> None:
         """Know the state of a job from now on, and end it when it should have ended itself."""
-        if job in self._logs:
+        if number in self._jobs:
             return
-        log = self._logs[job] = JobLog()
+        job = self._jobs[number] = _Followed()
 
         def end() -> None:
-            if log.state.phase is not Phase.ENDED:
-                self._instance.end(job, "timeout", f"it ran longer than {limit:g} s")
+            if job.log.state.phase is not Phase.ENDED:
+                self._instance.end(number, "timeout", f"it ran longer than {limit:g} s")
 
         def on_event(event: str, context: Any) -> None:
-            before = log.state.phase
+            before = job.log.state.phase
             if event:
-                log.add(event, context)
+                job.known = True
+                job.log.add(event, context)
                 if event == "start" and limit is not None:
                     self._events.call_later(limit + _LATE_SECONDS, end)
-                if log.state.phase is not before:
+                if job.log.state.phase is not before:
                     self._on_change()
-            elif job not in self._heard:
-                del self._logs[job]  # the instance does not know it
-            self._hear(job)
-            if not event:
+            else:
                 # Results are there by now; who asks all the same has it told once more.
-                self._events.call_later(_KEEP_SECONDS, lambda: self._forget(job))
+                self._events.call_later(_KEEP_SECONDS, lambda: self._forget(number))
+            job.heard = True
+            self._answer_for(number)
 
-        self._instance.watch(job, on_event)
+        self._instance.watch(number, on_event)
 
-    def _forget(self, job: int) -> None:
-        self._logs.pop(job, None)
-        self._heard.discard(job)
+    def _forget(self, number: int) -> None:
+        self._jobs.pop(number, None)
 
-    def _hear(self, job: int) -> None:
-        self._heard.add(job)
+    def _answer_for(self, number: int) -> None:
+        """Something is known of a job by now."""
         questions, self._questions = self._questions, []
         for missing, answer in questions:
-            missing.discard(job)
+            missing.discard(number)
             if missing:
                 self._questions.append((missing, answer))
             else:
                 answer()
 
-    def _ask(self, jobs: set[int], answer: Callable[[], None]) -> None:
-        """Call back once something is known of all these jobs."""
-        if self._instance.lost:
-            answer()
-            return
-        for job in jobs:
-            self._follow(job)
-        missing = jobs - self._heard
+    def _ask(self, numbers: set[int], answer: Callable[[], None]) -> None:
+        """Call back, later, once something is known of all these jobs."""
+        missing: set[int] = set()
+        if not self._instance.lost:
+            for number in numbers:
+                self._follow(number)
+            missing = {number for number in numbers if not self._jobs[number].heard}
         if missing:
             self._questions.append((missing, answer))
         else:
-            answer()
+            self._events.call_later(0.0, answer)
+
+    def _state(self, number: int) -> JobState | None:
+        """How a job is; None where the instance does not know it, or is gone."""
+        job = self._jobs.get(number)
+        return job.log.state if job is not None and job.known and not self._instance.lost else None
 
     def query(self, job_ids: Sequence[str], on_states: Callable[[States | None], None]) -> None:
         """See `JobSystem.query`."""
-        jobs = {job_number(job_id): job_id for job_id in job_ids}
+        numbers = {job_id: job_number(job_id) for job_id in job_ids}
 
         def answer() -> None:
-            known = {} if self._instance.lost else self._logs
-            on_states({(name, None): known[job].state for job, name in jobs.items() if job in known})
+            found = {job_id: self._state(number) for job_id, number in numbers.items()}
+            on_states({(job_id, None): state for job_id, state in found.items() if state is not None})
 
-        self._ask(set(jobs), answer)
+        self._ask(set(numbers.values()), answer)
 
     def detail(self, job: JobKey, on_state: Callable[[JobState | None], None]) -> None:
         """See `JobSystem.detail`."""
         number = job_number(job[0])
-
-        def answer() -> None:
-            log = self._logs.get(number)
-            on_state(None if log is None or self._instance.lost else log.state)
-
-        self._ask({number}, answer)
+        self._ask({number}, lambda: on_state(self._state(number)))
 
     def cause_in(self, output: str) -> Cause:
         """See `JobSystem.cause_in`; Flux writes nothing there."""
