@@ -128,6 +128,9 @@ class FluxInstance:
         self._reactor: Any = None
         self._watcher: Any = None
         self._timer: Any = None
+        # Flux's own names, known once it is loaded: flags of the reactor, and what sets a timer.
+        self._only_look = self._wait_once = 0
+        self._set_timer: Any = None
         self._numbers = itertools.count(1)
         # What Flux has not answered to the end, by number: how to tell who asked that no answer comes.
         self._pending: dict[int, Callable[[Refused], None]] = {}
@@ -146,8 +149,11 @@ class FluxInstance:
         if self._flux is not None or self.lost:
             return
         self._flux = connect()
-        from flux.constants import FLUX_POLLIN
+        from flux.constants import FLUX_POLLIN, FLUX_REACTOR_NOWAIT, FLUX_REACTOR_ONCE
+        from flux.core.inner import raw
 
+        self._only_look, self._wait_once = FLUX_REACTOR_NOWAIT, FLUX_REACTOR_ONCE
+        self._set_timer = raw.flux_timer_watcher_reset
         self.is_owner = self._flux.attr_get("security.owner") == str(os.getuid())
         self.name = instance_name(self._flux)
         self._reactor = self._flux.get_reactor()
@@ -162,14 +168,11 @@ class FluxInstance:
             self._events.watch(self._wake_read, self._on_wake)
 
     def _sleep(self, seconds: float) -> None:
-        from flux.constants import FLUX_REACTOR_NOWAIT, FLUX_REACTOR_ONCE
-        from flux.core.inner import raw
-
         if seconds > 0:
-            raw.flux_timer_watcher_reset(self._timer.handle, seconds, 0.0)
+            self._set_timer(self._timer.handle, seconds, 0.0)
             self._timer.start()
         try:
-            ended = self._flux.reactor_run(self._reactor, FLUX_REACTOR_NOWAIT if seconds == 0 else FLUX_REACTOR_ONCE)
+            ended = self._flux.reactor_run(self._reactor, self._only_look if seconds == 0 else self._wait_once)
         except OSError:  # the same, where the library says more
             ended = -1
         if seconds > 0 and not self.lost:
