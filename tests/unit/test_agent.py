@@ -612,6 +612,38 @@ def test_end_while_workers_fork_on(make_agent: Callable[..., Client], lifeline: 
     lifeline.wait_for_silence()
 
 
+def test_processes_of_another_user(make_agent: Callable[..., Client], tmp_path: Path) -> None:
+    """What was started by `sudo` cannot be signalled, which must not end all others; at the end nobody waits for it."""
+    source = "import os\ndef refuse(pid, number):\n    raise PermissionError(1, 'Operation not permitted')\n"
+    (tmp_path / "another_user.py").write_text(f"{source}os.kill = os.killpg = refuse\n")
+    agent = make_agent(["another_user"], [str(tmp_path)])
+    assert agent.receive().header[0] == "hello"
+    agent.start(1)
+    agent.kill(1, signal.SIGTERM)
+    agent.kill(1, signal.SIGKILL)
+    assert agent.start(2).run(abs, -1) == 1
+    started = time.monotonic()
+    assert agent.end() == (0, "")
+    assert time.monotonic() - started < END_SECONDS
+
+
+def test_end_does_not_wait_for_ever() -> None:
+    """A process that the kernel does not let go, here one that is not really killed, is left behind."""
+    code = """
+        import os
+        from executorlib.worker import family
+        family._REAP_SECONDS = 0.1
+        os.kill = lambda pid, number: None
+        reading, writing = os.pipe()
+        if os.fork() == 0:
+            os.close(writing)
+            os.read(reading, 1)  # until the parent is gone
+            os._exit(0)
+        family.end()
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], timeout=WAIT, check=True)
+
+
 @linux
 def test_agent_that_is_killed_takes_its_workers_along(make_agent: Callable[..., Client], lifeline: Lifeline) -> None:
     client = make_agent(pass_fds=[lifeline.writing])

@@ -108,8 +108,7 @@ class Agent:
                 left = family.descendants(pid) if signal_number == signal.SIGKILL else []
                 _kill_group(pid, signal_number)
                 for descendant in left:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(descendant, signal_number)
+                    family.kill(descendant, signal_number)
 
     def _start(self, number: int, options: dict[str, Any]) -> None:
         """Start a worker.
@@ -227,8 +226,7 @@ def _kill_group(pid: int, signal_number: int) -> None:
     try:
         os.killpg(pid, signal_number)
     except (ProcessLookupError, PermissionError):  # no group yet, or only zombies in it (macOS)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal_number)
+        family.kill(pid, signal_number)
 
 
 def _freeze() -> None:

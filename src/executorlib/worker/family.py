@@ -16,6 +16,8 @@ PR_SET_CHILD_SUBREAPER = 36
 
 # How long to look for processes that are left; SIGKILL takes effect in far less.
 _REAP_SECONDS = 5.0
+# Between two looks.
+_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.0005, 0.05
 
 _libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
@@ -31,6 +33,12 @@ def adopt() -> None:
     prctl(PR_SET_CHILD_SUBREAPER, 1)
 
 
+def lead() -> None:
+    """Lead a process group, so that what this process starts can be ended with it."""
+    if os.getpgrp() != os.getpid():
+        os.setpgid(0, 0)
+
+
 def guard() -> None:
     """Have what this process starts end with it also where it dies; to be called before it has threads.
 
@@ -39,11 +47,8 @@ def guard() -> None:
     """
     if "FLUX_JOB_ID" not in os.environ or not hasattr(os, "pidfd_open"):
         return
-    with contextlib.suppress(OSError):  # it leads a session already
-        os.setpgid(0, 0)
+    lead()
     worker = os.getpid()
-    if os.getpgrp() != worker:
-        return
     child = os.fork()
     if child:
         os.waitpid(child, 0)
@@ -55,26 +60,47 @@ def guard() -> None:
             nothing = os.open(os.devnull, os.O_RDWR)
             for stream in range(3):
                 os.dup2(nothing, stream)
-            os.closerange(3, watched)
-            os.closerange(watched + 1, os.sysconf("SC_OPEN_MAX"))
+            # Not up to the most there may be: that can be many millions, or not known.
+            for descriptor in map(int, os.listdir("/proc/self/fd")):
+                if descriptor > 2 and descriptor != watched:
+                    with contextlib.suppress(OSError):  # the listing's own
+                        os.close(descriptor)
             select.select([watched], [], [])
             os.killpg(worker, signal.SIGKILL)
     finally:
         os._exit(0)
 
 
+def kill(pid: int, signal_number: int) -> bool:
+    """Signal a process; False where it is gone, or another user's (who started it by `sudo`) and so not ours to end."""
+    try:
+        os.kill(pid, signal_number)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return True
+
+
 def end() -> None:
     """Kill and reap all descendants, as far as the system tells of them."""
     give_up = time.monotonic() + _REAP_SECONDS
+    pause = _PAUSE_SECONDS
     # Grandchildren become our children as their parents go (see `adopt`), so go on until there are none.
-    while (pids := children_of(os.getpid())) and time.monotonic() < give_up:
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        try:
-            os.waitpid(-1, 0)
-        except ChildProcessError:
-            return
+    while [pid for pid in children_of(os.getpid()) if kill(pid, signal.SIGKILL)] and time.monotonic() < give_up:
+        if _reap():
+            pause = _PAUSE_SECONDS
+        else:
+            # Not waited for without limit: one that sleeps in the kernel, for a dead file server say, stays.
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+
+
+def _reap() -> bool:
+    """Reap children that have ended; whether there were any."""
+    found = False
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            found = True
+    return found
 
 
 def children_of(pid: int) -> list[int]:
