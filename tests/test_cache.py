@@ -570,6 +570,41 @@ def test_terminating_cancels_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert [name for name in files(store) if name.endswith("_i.h5")] == ["c_i.h5"]
 
 
+@pytest.mark.parametrize(
+    ("noted", "configured", "cancels"),
+    [
+        ("Slurm", "a", True),
+        ("Slurm cluster a", "a", True),
+        ("Slurm cluster b", "a", False),
+        ("Slurm cluster a", "", False),
+        ("the queue", "a", False),
+    ],
+)
+def test_terminating_cancels_no_other_systems_jobs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, noted: str, configured: str, cancels: bool
+) -> None:
+    """On another cluster, the number of the job is that of somebody else's."""
+    said = fake_scancel(tmp_path, monkeypatch, 0)
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.write_text(f"#!/bin/sh\necho 'ClusterName             = {configured}'\n")
+    scontrol.chmod(0o755)
+    store = tmp_path / "store"
+    batch = store / entries.BATCHES_FOLDER / "batch"
+    batch.mkdir(parents=True)
+    batch.joinpath(entries.OWNER_FILE).write_text(f'{{"system": "{noted}"}}')
+    batch.joinpath(entries.JOB_ID_FILE).write_text("18")
+    batch.joinpath(entries.ENTRIES_FILE).write_text(f"0 {store}/c_i.h5\n")
+    write_plain(store / "c_i.h5", function=len, batch=str(batch))
+    if cancels:
+        terminate.terminate_tasks_in_cache(store)
+        assert said.read_text() == "--quiet 18\n"
+    else:
+        with pytest.raises(ValueError, match=f"submitted to {noted}, but .* nothing was cancelled"):
+            terminate.terminate_tasks_in_cache(store)
+        assert not said.exists()
+    assert (store / "c_i.h5").exists() is not cancels
+
+
 def test_entries_stay_where_their_jobs_cannot_be_cancelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_scancel(tmp_path, monkeypatch, 1)
     store = tmp_path / "store"

@@ -7,8 +7,9 @@ import subprocess
 
 from executorlib import cache, entries
 from executorlib.launchers.flux_instance import FLUX_NAME, cancel_jobs
-from executorlib.launchers.pysqa_queue import open_queue
-from executorlib.launchers.slurm import SlurmQueue, command_environment
+from executorlib.launchers.pysqa_queue import PysqaQueue, open_queue
+from executorlib.launchers.queue import means
+from executorlib.launchers.slurm import SETTINGS_COMMAND, SlurmQueue, command_environment, parse_settings
 
 _LOCAL = "the local queue"
 
@@ -27,7 +28,7 @@ def terminate_tasks_in_cache(
             job of `TestClusterExecutor` that runs already is not ended, only forgotten.
 
     Raises:
-        ValueError: ``backend`` is not known.
+        ValueError: ``backend`` is not known, or a job is another system's, which is not the one here.
         RuntimeError: The queuing system did not take the request; then nothing is removed.
         ImportError: There are such entries and h5py is missing.
     """
@@ -50,7 +51,7 @@ def terminate_task_in_cache(
 
     Raises:
         FileNotFoundError: There is no entry of that key.
-        ValueError: ``backend`` is not known.
+        ValueError: ``backend`` is not known, or a job is another system's, which is not the one here.
         RuntimeError: The queuing system did not take the request; then the entry stays.
         ImportError: h5py is missing.
     """
@@ -66,6 +67,7 @@ def _terminate(root: str | os.PathLike[str], paths: list[str], configuration: st
     if backend not in (None, "slurm", "flux"):
         raise ValueError(f"backend is {backend!r}, expected 'slurm', 'flux', or None for what the entries say.")
     jobs = []
+    systems: dict[str, str] = {}  # that entries name, and one such entry for each
     flux_jobs: dict[str, list[str]] = {}  # by instance
     for path in paths:
         job_id, index, system = cache.job_of(path, root)
@@ -74,14 +76,11 @@ def _terminate(root: str | os.PathLike[str], paths: list[str], configuration: st
         if (system or "").startswith(FLUX_NAME) or (system is None and backend == "flux"):
             flux_jobs.setdefault(system or "", []).append(job_id)
             continue
-        if system not in (None, "Slurm") and configuration is None:
-            raise ValueError(
-                f"job {job_id} of {path} was submitted to another system than Slurm; give the pysqa_config_directory "
-                "that it was submitted with."
-            )
+        if system is not None:
+            systems.setdefault(system, path)
         jobs.append((job_id, index))
     if jobs:
-        queue = open_queue(configuration)
+        queue = _queue_of(systems, configuration)
         if not isinstance(queue, SlurmQueue):
             # Other queues refuse to cancel what has ended, and pysqa's have no job arrays.
             known = queue.parse_status(_run(queue.status_command([job_id for job_id, _ in jobs])))
@@ -93,6 +92,30 @@ def _terminate(root: str | os.PathLike[str], paths: list[str], configuration: st
     # A job that starts all the same finds its entry gone, and ends.
     for path in paths:
         entries.remove_input(path)
+
+
+def _queue_of(systems: dict[str, str], configuration: str | None) -> SlurmQueue | PysqaQueue:
+    """The queue here, where it is the one of these systems: elsewhere, their jobs' numbers are others'.
+
+    Args:
+        systems: Names of systems, and for each an entry with a job there.
+        configuration: See `terminate_tasks_in_cache`.
+
+    Raises:
+        ValueError: It is another one.
+        RuntimeError: It does not say which one it is.
+    """
+    queue = open_queue(configuration)
+    if any(system != queue.name and means(queue.name, system) for system in systems):
+        queue = open_queue(configuration, parse_settings(_run(SETTINGS_COMMAND)))
+    for system, path in systems.items():
+        if not means(system, queue.name):
+            raise ValueError(
+                f"the job of {path} was submitted to {system}, but the commands here are those of {queue.name}, where "
+                "its number is another job's; nothing was cancelled. Run this where that system's commands work, or give "
+                "the pysqa_config_directory that the call was submitted with."
+            )
+    return queue
 
 
 def _run(argv: list[str]) -> str:

@@ -131,6 +131,48 @@ def test_result_that_is_there_before_the_call_was_told_that_it_runs(events: Even
     assert events.told == ["connected", "result", "exit"]
 
 
+# Jobs that others have submitted.
+
+
+def claimed(folder: Path, system: str, job_id: str = "17", key: str = "a") -> Path:
+    """An entry that another session has submitted to some system; returns its batch directory."""
+    batch = Path(entries.batch_directory(str(folder), f"of-{key}"))
+    path = folder / f"{key}_i.h5"
+    call = {"function": abs, "input_args": [-1], "input_kwargs": {}, "resource_dict": {}, "batch": str(batch)}
+    assert entries.write_input(str(path), call)
+    (batch / entries.OWNER_FILE).write_text(json.dumps({"system": system, "host": "elsewhere", "pid": 1}))
+    (batch / entries.ENTRIES_FILE).write_text(f"0 {path}\n")
+    (batch / entries.JOB_ID_FILE).write_text(job_id)
+    return batch
+
+
+@pytest.mark.parametrize(
+    ("noted", "own", "asks"),
+    [
+        ("Slurm cluster a", "Slurm cluster a", True),
+        ("Slurm cluster b", "Slurm cluster a", False),
+        ("Slurm cluster ab", "Slurm cluster a", False),
+        ("Slurm", "Slurm cluster a", True),
+        ("Slurm cluster a", "Slurm", False),
+    ],
+)
+def test_only_of_its_own_jobs_a_system_is_asked(
+    events: Events, tmp_path: Path, noted: str, own: str, asks: bool
+) -> None:
+    """Of another cluster's it has not heard, so each would seem dead, and its call would run twice."""
+    claimed(tmp_path, noted)
+    system = System()
+    system.name = own
+    _launcher, task, _process = launched(events, system, tmp_path)
+    for _ in range(10):
+        events.run_timers()
+    assert (system.answer is not None) is asks
+    assert task.cache_path is not None
+    entries.write_output(task.cache_path, function=abs, args=[-1], kwargs={}, resource_dict={}, runtime=0.1, output=1)
+    events.run_timers()
+    assert events.told == ["connected"]
+
+
 # How long a result may take to show.
 
 

@@ -490,6 +490,7 @@ def test_index_expressions(indices: set[int]) -> None:
         ("AccountingStorageType   = accounting_storage/none\nMaxArraySize = 10001\nMaxJobCount = 10000\n",
          Settings(5000, False)),
         ("AccountingStorageType   = (null)\nMaxArraySize            = 0\n", Settings(1, False)),
+        ("ClusterName             = virtual\n", Settings(cluster="virtual")),
         ("", Settings(1001, False)),
     ],
     ids=str,

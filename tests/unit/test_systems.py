@@ -32,6 +32,7 @@ class Events:
 class Stumbles:
     """A queue whose answers nobody understands."""
 
+    name = "a queue"
     array_limit = 1
     has_dependencies = False
     history_delay = 0.0

@@ -25,7 +25,7 @@ from executorlib import entries, machine
 from executorlib.errors import ExecutorlibSocketError, advise_unpicklable
 from executorlib.launchers.base import Events, Exit, Process, Timer
 from executorlib.launchers.job import SUBMIT_SECONDS, Job, JobBatch, owner_of
-from executorlib.launchers.queue import JobState, Phase
+from executorlib.launchers.queue import JobState, Phase, means
 from executorlib.launchers.submitter import Submitter
 from executorlib.launchers.systems import JobSystem, Refused, States
 from executorlib.resources import Resources
@@ -257,7 +257,8 @@ class JobLauncher:
                 entries.take_over(job.path, f"damaged-{os.stat(job.path).st_mtime_ns}-{os.path.basename(job.path)}")
             return False
         directory = entry["batch"]
-        if directory is None or owner_of(directory).get("system", self._system.name) != self._system.name:
+        own = self._system.name
+        if directory is None or not means(owner_of(directory).get("system", own), own):
             # Of a job of another system nothing is known here but its result.
             self._follow(job, None, 0)
             return True

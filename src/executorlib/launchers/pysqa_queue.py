@@ -57,6 +57,7 @@ class PysqaQueue:
         templates: A configuration for such a queue.
     """
 
+    name = "the queue"
     array_limit = 1
     has_dependencies = False
 

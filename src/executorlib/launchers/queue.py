@@ -111,8 +111,21 @@ class Batch:
     first: int = 0
 
 
+def means(noted: str, name: str) -> bool:
+    """Whether the system that an entry notes is the one of this name.
+
+    Who could not find out which of its kind it is has noted only the beginning of the name.
+    """
+    return f"{name} ".startswith(f"{noted} ")
+
+
 class Queue(Protocol):
     """A batch queue's language."""
+
+    @property
+    def name(self) -> str:
+        """Which system it is, as `JobSystem.name` has it."""
+        ...
 
     @property
     def array_limit(self) -> int:

@@ -123,10 +123,12 @@ class Settings:
     Attributes:
         array_limit: Most elements of a job array; 1 where there are none.
         accounting: Whether there is a database that `sacct` can ask.
+        cluster: Its name; empty where that is not known.
     """
 
     array_limit: int = 1001  # MaxArraySize, where slurm.conf does not say
     accounting: bool = False
+    cluster: str = ""
 
 
 SETTINGS_COMMAND = ["scontrol", "show", "config"]
@@ -143,6 +145,7 @@ def parse_settings(output: str) -> Settings:
     return Settings(
         array_limit=max(1, limit),
         accounting=storage not in ("", "(null)") and not storage.endswith("none"),
+        cluster=found.get("ClusterName", "").replace("(null)", ""),
     )
 
 
@@ -224,6 +227,11 @@ class SlurmQueue:
         self._settings = settings or Settings()
         self._templates = templates or Templates(DEFAULT_TEMPLATE)
         self._user = os.geteuid() if user is None else user
+
+    @property
+    def name(self) -> str:
+        """See `queue.Queue.name`; a job's number means nothing on another cluster."""
+        return f"Slurm cluster {self._settings.cluster}" if self._settings.cluster else "Slurm"
 
     @property
     def array_limit(self) -> int:

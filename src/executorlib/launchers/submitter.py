@@ -236,7 +236,6 @@ class Submitter:
         program = os.path.join(batch.directory, "run.py")
         setup = {**self._system.setup(), "threads": resources.threads_per_core, "ranks": resources.cores}
         setup["gpus_per_rank"] = resources.gpus_per_core
-        setup["system"] = self._system.name
         if resources.cwd is not None:
             setup["cwd"] = resources.cwd
         with open(os.path.join(batch.directory, entries.SETUP_FILE), "wb") as setup_file:

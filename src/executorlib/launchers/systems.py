@@ -44,7 +44,8 @@ class JobSystem(Protocol):
     """Takes batches of calls. All answers come by callbacks, in the loop's thread, and nothing blocks.
 
     Attributes:
-        name: Which system it is, for error texts and for who wants to cancel its jobs later.
+        name: Which system it is, for error texts and for those who meet its jobs in a cache directory. Of the systems
+            that may share one, each has its own; known from `prepare` on.
         first_query: Seconds between a change and the next query for states, which then takes longer and longer.
         last_query: Most seconds between two queries.
     """
@@ -151,7 +152,7 @@ class CommandSystem:
 
     Args:
         events: The loop.
-        name: See `JobSystem`.
+        name: What it is called until its queue is known, which has a name.
         make_queue: Makes the queue's language, given what `settings_command` said.
         settings_command: Asks once what there is to know of the system; empty for nothing.
         environment: Makes the environment of the commands from this process's.
@@ -175,11 +176,16 @@ class CommandSystem:
         self._environment = environment
         self._make_queue = make_queue
         self._settings_command = settings_command
-        self._queue: Queue | None = None if settings_command else make_queue("")
+        self._queue: Queue | None = None
+        if not settings_command:
+            self._use(make_queue(""))
         self._waiting: list[Callable[[], None]] = []
         self._warned: set[str] = set()
         self._problem = ""
         self._silence = Silence(name)
+
+    def _use(self, queue: Queue) -> None:
+        self._queue, self.name = queue, queue.name
 
     @property
     def array_limit(self) -> int:
@@ -210,7 +216,7 @@ class CommandSystem:
         def know(answer: Answer) -> None:
             # Without an answer the system's defaults are assumed; the submission will say what is wrong.
             try:
-                self._queue = self._make_queue(answer.output if answer.ok else "")
+                self._use(self._make_queue(answer.output if answer.ok else ""))
             except Exception as error:  # pysqa's, or of what it loads
                 self._problem = f"{type(error).__name__}: {error}"
             waiting, self._waiting = self._waiting, []
