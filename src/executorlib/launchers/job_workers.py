@@ -93,6 +93,10 @@ class JobWorkerLauncher:
         self._system = system
         self._command = command
         self._folder = folder
+        try:
+            self._cwd = os.getcwd()  # of workers that are given none, whenever they start
+        except OSError:  # it was removed
+            self._cwd = os.path.expanduser("~")
         self._router = Router(events, self._on_message, self._on_lost, tcp=True, hostname_localhost=hostname_localhost)
         self._wanted: list[Process] = []
         self._arrays = 0
@@ -197,7 +201,7 @@ class JobWorkerLauncher:
             count=len(wanted),
             resources=resources,
             template_values=resources.template_values,
-            cwd=resources.cwd or os.path.expanduser("~"),
+            cwd=resources.cwd or self._cwd,
         )
         self._system.submit(batch, lambda answer: self._answered(array, answer))
 
