@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import subprocess
+import textwrap
 import venv
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -377,3 +378,24 @@ def test_modules_in_the_working_directory_hide_no_others(row: Any, scripts: Any,
         row.arguments(),
     )
     assert out == "1\n"
+
+
+MANY_ARGUMENTS = """
+    import sys
+    # More than Linux takes as one argument: what `script.py data/*.xyz` may be.
+    sys.argv += [f"data/{number:06}.xyz" for number in range(12_000)]
+    with Executor(**OPTIONS) as executor:
+        results = executor.submit(lambda: __import__("sys").argv, resource_dict=NEEDS).result(40)
+        for result in results if NEEDS else [results]:
+            print(result == sys.argv, len(result) > 12_000)
+"""
+
+
+def test_many_arguments(row: Any, scripts: Any) -> None:
+    assert scripts.run(f"NEEDS = {{}}\n{textwrap.dedent(MANY_ARGUMENTS)}", row.arguments()) == "True True\n"
+
+
+@pytest.mark.mpi
+def test_many_arguments_of_ranks(scripts: Any) -> None:
+    out = scripts.run(f"NEEDS = {{'cores': 2}}\n{textwrap.dedent(MANY_ARGUMENTS)}", {"max_cores": 2})
+    assert out == "True True\n" * 2

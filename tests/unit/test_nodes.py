@@ -114,6 +114,10 @@ def node() -> str:
     return os.environ["SLURMD_NODENAME"]
 
 
+def arguments() -> list[str]:
+    return sys.argv
+
+
 def same(value: Any) -> Any:
     return value
 
@@ -145,6 +149,14 @@ def test_large_and_small_values(allocation: Callable[..., Any], block: bool) -> 
     executor = allocation(block_allocation=block, max_workers=2 if block else None)
     values = [bytes([index]) * (10, 100_000, 300_000, 1_000_000)[index % 4] for index in range(24)]
     assert list(executor.map(same, values, timeout=SECONDS)) == values
+
+
+def test_many_arguments(allocation: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command line with more files than Linux takes as one argument reaches relays and steps, too."""
+    monkeypatch.setattr(sys, "argv", [*sys.argv, *(f"data/{number:06}.xyz" for number in range(12_000))])
+    executor = allocation()
+    for needs in ({}, {"slurm_cmd_args": ["--quiet"]}):
+        assert executor.submit(arguments, resource_dict=needs).result(SECONDS) == sys.argv
 
 
 def test_nodes_are_told_apart(allocation: Callable[..., Any]) -> None:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 # What a dead worker wrote last is part of its error text; this much of it is kept.
 STDERR_TAIL_BYTES = 4096
+# Characters of source in one argument, which has up to 128 KiB (Linux's MAX_ARG_STRLEN); one takes four bytes at most.
+_PIECE = 30_000
 
 
 class Transport(Protocol):
@@ -206,6 +208,19 @@ class Timer:
         if self._due is not None and time.monotonic() >= self._due - self._EARLY:
             self._due = None
             self._callback()
+
+
+def boot_command(module: str, call: str) -> list[str]:
+    """The command that runs ``module.call`` in a new interpreter, with this process's import path and arguments.
+
+    A user's arguments, such as the names of thousands of files, may be more than Linux takes as one argument. In pieces
+    they fit, as they did when this process was started, and there is no file that another node would have to see.
+    """
+    code = boot_code(module, call)
+    if len(code) <= _PIECE:
+        return [sys.executable, "-c", code]
+    pieces = [code[start : start + _PIECE] for start in range(0, len(code), _PIECE)]
+    return [sys.executable, "-c", "import sys; exec(''.join(sys.argv[1:]))", *pieces]
 
 
 def boot_code(module: str, call: str) -> str:

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from executorlib.errors import ExecutorlibSocketError, describe_exit, describe_split_world
-from executorlib.launchers.base import STDERR_TAIL_BYTES, Events, Exit, Process, boot_code
+from executorlib.launchers.base import STDERR_TAIL_BYTES, Events, Exit, Process, boot_command
 from executorlib.launchers.flux import JobLog, job_name, jobspec, output_of, run_command, urgency
 from executorlib.launchers.flux_instance import FluxInstance
 from executorlib.launchers.job import read_tail
@@ -135,7 +134,7 @@ class FluxLauncher:
     def _program(self, process: Process) -> list[str]:
         ranks = process.resources.cores
         module = "executorlib.worker.mpi" if ranks > 1 else "executorlib.worker.remote"
-        program = [sys.executable, "-c", boot_code(module, f"({process.single})" if ranks > 1 else "()")]
+        program = boot_command(module, f"({process.single})" if ranks > 1 else "()")
         # An instance of its own begins with one process.
         return run_command(process.resources, self._pmi_mode, program) if self._nested and ranks > 1 else program
 

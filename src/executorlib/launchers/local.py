@@ -12,7 +12,6 @@ import select
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -27,7 +26,7 @@ from executorlib.launchers.base import (
     Exit,
     Process,
     arguments,
-    boot_code,
+    boot_command,
     import_path,
     tail_text,
 )
@@ -178,10 +177,10 @@ class Agent:
             with theirs:
                 error_read, error_write = os.pipe()
                 on_failure.callback(os.close, error_read)
-                code = boot_code("executorlib.worker.agent", f"({theirs.fileno()}, {preload!r})")
+                command = boot_command("executorlib.worker.agent", f"({theirs.fileno()}, {preload!r})")
                 try:
                     self._popen = subprocess.Popen(
-                        [sys.executable, "-c", code],
+                        command,
                         stdin=subprocess.DEVNULL,
                         stderr=error_write,
                         env=environ,
@@ -461,8 +460,7 @@ class Agent:
         if self._pooled:
             options["pooled"] = True
         if self._spawn:
-            code = boot_code("executorlib.worker.__main__", f"({self._pooled}, {self._preload!r})")
-            options["argv"] = [sys.executable, "-c", code]
+            options["argv"] = boot_command("executorlib.worker.__main__", f"({self._pooled}, {self._preload!r})")
             options["env"] = os.environ.copy()
         return options
 
@@ -542,7 +540,7 @@ class LocalLauncher:
         if process.resources.cores > 1:
             if self._mpi is None:
                 self._mpi = MpiLauncher(self._events, self._hidden)
-            self._mpi.launch(process, agent, boot_code("executorlib.worker.mpi", f"({process.single})"))
+            self._mpi.launch(process, agent, boot_command("executorlib.worker.mpi", f"({process.single})"))
         else:
             agent.launch(process)
 

@@ -9,13 +9,12 @@ from __future__ import annotations
 import json
 import socket
 import subprocess
-import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from executorlib import machine
-from executorlib.launchers.base import Events, boot_code
+from executorlib.launchers.base import Events, boot_command
 from executorlib.launchers.local import Surroundings
 from executorlib.launchers.queue import Batch, Cause, JobState, Phase
 from executorlib.launchers.systems import JobKey, Refused, States
@@ -76,12 +75,12 @@ class LocalSystem:
         with theirs:
             theirs.set_inheritable(True)
             self._surroundings = Surroundings()
-            code = boot_code("executorlib.local_queue", f"({theirs.fileno()}, {self._options!r})")
+            command = boot_command("executorlib.local_queue", f"({theirs.fileno()}, {self._options!r})")
             # The shell leaves it to init, so that nobody here has to wait for its end.
             script = '"$@" >/dev/null 2>&1 & echo $!'
             try:
                 pid = subprocess.run(
-                    ["/bin/sh", "-c", script, "sh", sys.executable, "-c", code],
+                    ["/bin/sh", "-c", script, "sh", *command],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.PIPE,
                     pass_fds=[theirs.fileno()],

@@ -140,13 +140,13 @@ class MpiLauncher:
         self._processes: dict[str, tuple[Process, Agent]] = {}
         self._directories: dict[str, str] = {}
 
-    def launch(self, process: Process, agent: Agent, code: str) -> None:
+    def launch(self, process: Process, agent: Agent, program: list[str]) -> None:
         """Start the ranks of a world.
 
         Args:
             process: The worker that the world is.
             agent: Runs `mpiexec`.
-            code: Python source that each rank runs.
+            program: Program and arguments of each rank.
         """
         error = check_mpi()
         if error is not None:
@@ -168,7 +168,7 @@ class MpiLauncher:
             directory = self._directories[identity] = tempfile.mkdtemp(prefix="executorlib-")
             env = {**dict.fromkeys(_SESSION_VARIABLES, directory), **env}
         env[CONNECTION_VARIABLE] = self._router.credentials(identity).dumps()
-        argv = mpiexec.command(resources.cores, [sys.executable, "-c", code], resources.openmpi_oversubscribe)
+        argv = mpiexec.command(resources.cores, program, resources.openmpi_oversubscribe)
         self._processes[identity] = process, agent
         process.on_gone = lambda: self._forget(identity)
         agent.run(process, argv, env, resources.cwd)

@@ -15,7 +15,6 @@ import logging
 import os
 import re
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from executorlib import serialize
 from executorlib.errors import ExecutorlibSocketError
-from executorlib.launchers.base import Events, Exit, Process, boot_code, tail_text
+from executorlib.launchers.base import Events, Exit, Process, boot_command, tail_text
 from executorlib.launchers.commands import Answer, Commands
 from executorlib.launchers.local import Agent
 from executorlib.launchers.mpi import FOREIGN_PREFIXES, find_mpiexec
@@ -299,11 +298,11 @@ class NodesLauncher:
             "preload": self._preload,
             "default_threads": self._threads,
         }
-        code = boot_code("executorlib.launchers.relay", f"({environ!r}, {launcher!r})")
+        program = boot_command("executorlib.launchers.relay", f"({environ!r}, {launcher!r})")
         self._step = Process(cast("Worker", _NoWorker()), Resources())
         env = step_environment(os.environ)
         env[CONNECTION_VARIABLE] = self._router.credentials(_RELAYS).dumps()
-        self._agent.run(self._step, relays_command(list(self._relays), [sys.executable, "-c", code]), env, None)
+        self._agent.run(self._step, relays_command(list(self._relays), program), env, None)
         self._events.call_later(_START_SECONDS, self._on_start_over)
         self._ask_time_left()
 
@@ -558,7 +557,7 @@ class NodesLauncher:
         env[CONNECTION_VARIABLE] = self._router.credentials(identity).dumps()
         module = "executorlib.worker.mpi" if len(hosts) > 1 else "executorlib.worker.remote"
         call = f"({process.single})" if len(hosts) > 1 else "()"
-        program = [sys.executable, "-c", boot_code(module, call)]
+        program = boot_command(module, call)
         if len(hosts) > 1 and self._pmi_mode is None:
             try:
                 mpiexec = find_mpiexec()
