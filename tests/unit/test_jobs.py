@@ -173,6 +173,56 @@ def test_only_of_its_own_jobs_a_system_is_asked(
     assert events.told == ["connected"]
 
 
+HOPELESS = JobState(Phase.PENDING, "PENDING", "PartitionTimeLimit", hopeless=True)
+
+
+class Cancelling(System):
+    """Notes which jobs are cancelled."""
+
+    def __init__(self) -> None:
+        self.cancelled: list[Any] = []
+
+    def cancel(self, jobs: Any) -> None:
+        self.cancelled += jobs
+
+    def say(self, states: Any) -> None:
+        answer, self.answer = self.answer, None
+        answer(states)
+
+    def asked(self, events: Events) -> None:
+        while self.answer is None:
+            events.run_timers()
+
+
+def test_a_job_of_another_session_that_would_wait_for_ever(events: Events, tmp_path: Path) -> None:
+    """It is cancelled, and the call submitted once more; where that does not help, it fails with the reason."""
+    claimed(tmp_path, System.name)
+    system = Cancelling()
+    _launcher, _task, process = launched(events, system, tmp_path)
+    system.asked(events)
+    system.say({("17", None): HOPELESS})
+    assert system.cancelled == [("17", None)]
+    system.asked(events)
+    assert not events.told
+    system.say({("7", None): HOPELESS})
+    assert system.cancelled == [("17", None), ("7", None)]
+    error = events.exits[process.worker.number]
+    assert "job 7 would wait for ever and was cancelled: a queue has it as PENDING (reason PartitionTimeLimit)" in error
+    assert not list(tmp_path.glob("*_i.h5"))
+
+
+def test_a_job_that_would_wait_for_ever_and_was_taken_over(events: Events, tmp_path: Path) -> None:
+    """The other session's call stays its own, and this session, whose job it was, has the error."""
+    system = Cancelling()
+    _launcher, _task, process = launched(events, system, tmp_path)
+    system.asked(events)
+    (tmp_path / "a_i.h5").unlink()
+    batch = claimed(tmp_path, System.name)
+    system.say({("7", None): HOPELESS})
+    assert "would wait for ever" in events.exits[process.worker.number]
+    assert entries.claimed_for(str(tmp_path / "a_i.h5")) == str(batch)
+
+
 # How long a result may take to show.
 
 

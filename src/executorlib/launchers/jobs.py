@@ -280,6 +280,7 @@ class JobLauncher:
         if batch is not None and not batch.ours:
             batch.jobs.setdefault(index, job)
         self._by_output.setdefault(job.output, job)
+        self._submitter.changed(job)
         self._looks.within(_LOOK_SECONDS)
         self._ask_soon()
 
@@ -322,6 +323,7 @@ class JobLauncher:
             job.damaged = seen  # not read again until it is another one
             if job.ending is not None:
                 job.over = True
+                self._submitter.changed(job)
                 if not job.begun:
                     self._begin(job)
                 elif job.task.state is RUNNING:
@@ -379,6 +381,7 @@ class JobLauncher:
 
     def _end(self, job: Job, end: Exit) -> None:
         job.over = True
+        self._submitter.changed(job)
         self._forget(job)
         self._events.on_exit(job.process, end)
 
@@ -425,7 +428,9 @@ class JobLauncher:
             job.gone_since = None
             if not job.begun:
                 self._begin(job)
-        elif state.hopeless and job.batch.ours and not self._waits_for_inputs_end(job):
+        elif state.hopeless and not self._waits_for_inputs_end(job):
+            # Also another session's, which may have left. Submitted anew, with what this session asks for, the call may
+            # be able to start; where it is not, that job is ours, and its error says why.
             self._system.cancel([job.key])
             self._give_up(job)
 
@@ -486,7 +491,8 @@ class JobLauncher:
                 entries.take_over(job.path, name, batch.directory, job.root)
             self._claim(job)
             return
-        if entries.claimed_for(job.path, job.root) not in (None, job.batch.directory):
+        is_taken = entries.claimed_for(job.path, job.root) not in (None, job.batch.directory)
+        if is_taken and not (job.last is not None and job.last.hopeless):
             # Another session took this one for dead, and has claimed the call.
             number = job.process.worker.number
             self._forget(job)
@@ -494,7 +500,8 @@ class JobLauncher:
             job.start_over()
             self._claim(job)
             return
-        _remove_input(job)
+        if not is_taken:
+            _remove_input(job)
         self._ended_now.add(job.output)
         self._end(job, Exit(None, "", job.error(self._system)))
 
@@ -529,6 +536,7 @@ class JobLauncher:
         else:
             job.index = index
             batch.jobs.setdefault(index, job)
+            self._submitter.changed(job)
 
     def _cancel(self) -> None:
         jobs, self._to_cancel = self._to_cancel, []
