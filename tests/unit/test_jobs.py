@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, cast
@@ -95,12 +95,19 @@ def events(monkeypatch: pytest.MonkeyPatch) -> Events:
 
 
 def launched(
-    events: Any, system: Any, folder: Path, key: str = "a", launcher: JobLauncher | None = None
+    events: Any,
+    system: Any,
+    folder: Path,
+    key: str = "a",
+    launcher: JobLauncher | None = None,
+    number: int = 0,
+    after: Sequence[Task] = (),
 ) -> tuple[JobLauncher, Task, Process]:
-    number = 1 if launcher is None else 2
+    number = number or (1 if launcher is None else 2)
     resources = Resources(cache_directory=str(folder))
     task = Task(number, abs, (-1,), {}, Future(), resources, resources.demand)
     task.cache_path = str(folder / f"{key}_o.h5")
+    task.after = tuple(str(each.cache_path) for each in after)
     task.move(READY)
     task.move(LAUNCHING)
     worker = Worker(number, 0, Allocation.__new__(Allocation))
@@ -221,6 +228,99 @@ def test_a_job_that_would_wait_for_ever_and_was_taken_over(events: Events, tmp_p
     system.say({("7", None): HOPELESS})
     assert "would wait for ever" in events.exits[process.worker.number]
     assert entries.claimed_for(str(tmp_path / "a_i.h5")) == str(batch)
+
+
+# Calls that wait for their inputs.
+
+
+class Alone(System):
+    """A queue without dependencies, which takes one call at a time."""
+
+    array_limit = 1
+
+    def __init__(self) -> None:
+        self.submitted: list[str] = []
+        self.answers: list[Callable[[Any], None]] = []
+
+    def can_wait_for(self, job_id: str) -> bool:
+        return False
+
+    def submit(self, batch: Any, on_done: Callable[[Any], None]) -> None:
+        self.submitted.append(Path(batch.directory, entries.ENTRIES_FILE).read_text().split("/")[-1].strip())
+        self.answers.append(on_done)
+
+    def answer_all(self) -> None:
+        answers, self.answers = self.answers, []
+        for answer in answers:
+            answer(str(len(self.submitted)))
+
+
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    """Has an item for each time that a batch's dependencies were looked at."""
+    looks: list[None] = []
+    dependencies = Submitter._dependencies
+
+    def look(submitter: Submitter, batch: Any) -> Any:
+        looks.append(None)
+        return dependencies(submitter, batch)
+
+    monkeypatch.setattr(Submitter, "_dependencies", look)
+    return looks
+
+
+def finish(task: Task) -> None:
+    assert task.cache_path is not None
+    entries.write_output(task.cache_path, function=abs, args=[-1], kwargs={}, resource_dict={}, runtime=0.1, output=1)
+
+
+def test_calls_that_wait_for_inputs_are_looked_at_when_these_change(
+    events: Events, tmp_path: Path, looks: list[None]
+) -> None:
+    """... and not otherwise: there may be thousands."""
+    system = Alone()
+    launcher, source, _process = launched(events, system, tmp_path)
+    _, _, cancelled = launched(events, system, tmp_path, "b", launcher, number=2, after=[source])
+    for number in (3, 4):
+        launched(events, system, tmp_path, f"c{number}", launcher, number=number, after=[source])
+    for _ in range(5):
+        events.run_timers()
+    assert system.submitted == ["a_i.h5"]
+    assert len(looks) == 4
+    system.answer_all()
+    for _ in range(5):
+        events.run_timers()
+    assert len(looks) == 4 + 3, "each once more, as the system may be able to wait for a job whose number is known"
+    launcher.kill(cancelled, 9)
+    for _ in range(5):
+        events.run_timers()
+    assert len(looks) == 7
+    finish(source)
+    for _ in range(5):
+        events.run_timers()
+    assert len(looks) == 7 + 2
+    assert system.submitted == ["a_i.h5", "c3_i.h5", "c4_i.h5"]
+    assert launcher.busy
+    system.answer_all()
+    for _ in range(5):
+        events.run_timers()
+    assert not launcher._submitter.busy
+
+
+def test_leaving_gives_up_what_waits_for_inputs(events: Events, tmp_path: Path) -> None:
+    """What another one depends on that has not been submitted, and what depends on that."""
+    system = Alone()
+    launcher, source, _process = launched(events, system, tmp_path)
+    _, middle, _ = launched(events, system, tmp_path, "b", launcher, number=2, after=[source])
+    launched(events, system, tmp_path, "c", launcher, number=3, after=[middle])
+    events.run_timers()
+    launcher.detach(lambda: None)
+    assert launcher._submitter.busy
+    system.answer_all()
+    for _ in range(5):
+        events.run_timers()
+    assert not launcher._submitter.busy
+    assert [path.name for path in tmp_path.glob("*_i.h5")] == ["a_i.h5"]
 
 
 # How long a result may take to show.

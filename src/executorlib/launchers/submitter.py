@@ -63,14 +63,16 @@ class Submitter:
         self._on_submitted = on_submitted
         self._on_refused = on_refused
         self._timer = Timer(events, self._submit)
+        self._beats = Timer(events, self._beat)
         self._open: dict[Any, JobBatch] = {}  # calls are still added to these, by what the calls have in common
-        self._waiting: list[JobBatch] = []  # not submitted, in the order in which they were begun
+        self._waiting: dict[JobBatch, None] = {}  # not submitted; each is in one of the three that follow as well
+        self._pending: dict[JobBatch, None] = {}  # to be looked at when the timer fires
+        self._held: dict[Job, dict[JobBatch, None]] = {}  # by jobs of which one has to change before that is of use
         self._submitting: set[JobBatch] = set()
         self._retries: dict[JobBatch, tuple[float, float]] = {}  # when to try again, and how long to wait after that
         self._window = _FIRST_WINDOW
         self._last_call = 0.0
         self._number = 0
-        self._heartbeat = 0.0
         self._leaving = False
 
     @property
@@ -122,7 +124,8 @@ class Submitter:
         if not batch.size:
             self._open[batch.key] = batch
             batch.name = job.task.name  # now, as calls are forgotten when the session leaves
-            self._waiting.append(batch)
+            self._waiting[batch] = self._pending[batch] = None
+            self._beats.within(_HEARTBEAT_SECONDS)
         elif batch.corresponds is not None:
             source = batch.corresponds.jobs.get(index)
             if source is not None:
@@ -137,29 +140,45 @@ class Submitter:
         """Submit all that can be, now, and give up what only this session could bring about."""
         self._leaving = True
         self._open.clear()
+        self._held.clear()
+        self._pending = {batch: None for batch in self._waiting if batch not in self._submitting}
         self._submit()
+
+    def changed(self, job: Job) -> None:
+        """A job is over, or the system's number of it has become known: batches may have waited for that."""
+        held = self._held.pop(job, {})
+        if job.over and job.batch in self._waiting:
+            held[job.batch] = None  # it may have been the last of its batch
+        if held:
+            self._pending.update(held)
+            self._timer.within(0.0)
 
     def _submit(self) -> None:
         """Submit batches that are complete and whose inputs have been submitted."""
         now = time.monotonic()
         if now - self._last_call > _LAST_WINDOW:
             self._window = _FIRST_WINDOW
-        for batch in list(self._waiting):
-            if batch in self._submitting or now < self._retries.get(batch, (0.0, 0.0))[0]:
+        for batch in list(self._pending):
+            due = self._retries.get(batch, (0.0, 0.0))[0]
+            if now < due:
+                self._timer.within(due - now)
                 continue
             if self._open.get(batch.key) is batch:
                 if not self._is_complete(batch, now):
+                    self._timer.within(_LINGER)
                     continue
                 del self._open[batch.key]
-            self._submit_one(batch)
+            self._pending.pop(batch, None)
+            if batch in self._waiting and batch not in self._submitting:
+                self._submit_one(batch)
+
+    def _beat(self) -> None:
+        """Sessions on other machines take a batch that nobody submits for one of a session that has died."""
+        for batch in self._waiting:
+            with contextlib.suppress(OSError):
+                os.utime(batch.directory)
         if self._waiting:
-            self._timer.within(_LINGER)
-        if now >= self._heartbeat:
-            # Sessions on other machines take a batch that nobody submits for one of a session that has died.
-            self._heartbeat = now + _HEARTBEAT_SECONDS
-            for batch in self._waiting:
-                with contextlib.suppress(OSError):
-                    os.utime(batch.directory)
+            self._beats.within(_HEARTBEAT_SECONDS)
 
     def _is_complete(self, batch: JobBatch, now: float) -> bool:
         if now - batch.touched >= _LINGER:
@@ -171,16 +190,22 @@ class Submitter:
 
     def _submit_one(self, batch: JobBatch) -> None:
         if not batch.jobs:  # all were cancelled
-            self._waiting.remove(batch)
+            del self._waiting[batch]
             shutil.rmtree(batch.directory, ignore_errors=True)
             return
-        dependencies = self._dependencies(batch)
-        if dependencies is None:
-            if self._leaving and not any(job.batch in self._waiting for job in batch.after):
-                self._waiting.remove(batch)
+        dependencies, missing = self._dependencies(batch)
+        if missing and self._leaving:
+            missing = [job for job in batch.after if not job.over and job.batch in self._waiting]
+            if not missing:
+                del self._waiting[batch]
                 for job in batch.jobs.values():
                     with contextlib.suppress(OSError):
                         entries.remove_input(job.path)
+                    self.changed(job)
+                return
+        if missing:
+            for job in missing:
+                self._held.setdefault(job, {})[batch] = None
             return
         try:
             submission = self._made_ready(batch, tuple(dependencies))
@@ -209,19 +234,22 @@ class Submitter:
             dependencies=dependencies,
         )
 
-    def _dependencies(self, batch: JobBatch) -> list[Dependency] | None:
-        """What a batch has to wait for in the system; None where it cannot be submitted yet."""
+    def _dependencies(self, batch: JobBatch) -> tuple[list[Dependency], list[Job]]:
+        """What a batch has to wait for in the system; and jobs of which one has to change before it can be submitted.
+
+        The latter are empty where it can be submitted now.
+        """
         pending = [job for job in batch.after if not job.over]
         if not pending:
-            return []
+            return [], []
         for job in pending:
             if job.batch is None or job.batch.job_id is None or not self._system.can_wait_for(job.batch.job_id):
-                return None
+                return [], [job]
         source = batch.corresponds
         if source is not None and source.job_id is not None and source.is_array:
             if batch.size == 1:
-                return [Dependency(source.job_id, batch.first)]
-            return [Dependency(source.job_id, corresponding=True)]
+                return [Dependency(source.job_id, batch.first)], []
+            return [Dependency(source.job_id, corresponding=True)], []
         dependencies: list[Dependency] = []
         for other in dict.fromkeys(job.batch for job in pending if job.batch is not None):
             its = [job for job in batch.after if job.batch is other]
@@ -229,7 +257,7 @@ class Submitter:
                 dependencies.append(Dependency(other.job_id))  # all of an array is named by its id alone
             else:
                 dependencies += [Dependency(*job.key) for job in its if not job.over]
-        return dependencies if len(dependencies) <= _MOST_DEPENDENCIES else None
+        return dependencies, ([] if len(dependencies) <= _MOST_DEPENDENCIES else pending)
 
     def _write_files(self, batch: JobBatch, resources: Resources) -> list[str]:
         """Fill the batch's directory; returns the program that runs one of its jobs."""
@@ -267,9 +295,10 @@ class Submitter:
                 if wait == _FIRST_RETRY:
                     logger.warning("%s; trying again for %g s", answer, limit)
                 self._retries[batch] = now + wait, 2 * wait
+                self._pending[batch] = None
                 self._timer.within(wait)
                 return
-        self._waiting.remove(batch)
+        del self._waiting[batch]
         self._retries.pop(batch, None)
         if isinstance(answer, Refused):
             shutil.rmtree(batch.directory, ignore_errors=True)
@@ -282,6 +311,6 @@ class Submitter:
             logger.warning("the id of job %s cannot be noted in %s: %s", answer, batch.directory, error)
         if batch.cancelled:
             self._system.cancel([(answer, index if batch.is_array else None) for index in sorted(batch.cancelled)])
+        for job in batch.jobs.values():
+            self.changed(job)
         self._on_submitted(batch)
-        if self._waiting:
-            self._timer.within(0.0)
