@@ -469,41 +469,20 @@ class BaseExecutor(Executor):
         """Raise ValueError for a resource that this row cannot honour."""
 
     def _check_block(self, size: int) -> None:
-        if self._capacity is None:
-            return
-        total_cores = sum(node.total_cores for node in self._capacity.nodes)
-        total_gpus = sum(node.total_gpus for node in self._capacity.nodes)
-        if self._demand.gpus * size > total_gpus or (self._count_cores and self._demand.cores * size > total_cores):
+        room = self._room()
+        if room is not None and size > room:
+            demand = self._resources.demand
             raise ValueError(
-                f"max_workers={size} workers of {self._demand.cores} cores and {self._demand.gpus} GPUs do not "
-                f"fit into {total_cores} cores and {total_gpus} GPUs. Ask for fewer workers or raise max_cores."
+                f"max_workers={size} workers of {demand.cores} cores and {demand.gpus} GPUs do not fit: there is room "
+                f"for {room} (max_cores, or all that there is). Ask for fewer workers."
             )
 
-
-def spread_over(nodes: Ledger, resources: Resources, subject: str, what: str, advice: str) -> Demand:
-    """What a call takes of nodes, after making sure that they can ever hold it.
-
-    Args:
-        nodes: All there are.
-        resources: What the call needs.
-        subject: Whose that is, for the error text.
-        what: Whose the nodes are, likewise.
-        advice: What to do, likewise.
-
-    Raises:
-        ValueError: They cannot.
-    """
-    spread = nodes.spread(resources)
-    if spread is None:
-        demand = resources.demand
-        cores, gpus = max((node.total_cores, node.total_gpus) for node in nodes.nodes)
-        on = "" if resources.num_nodes is None else f" on num_nodes={resources.num_nodes}"
-        raise ValueError(
-            f"{subject} needs {demand.cores} cores and {demand.gpus} GPUs{on} (cores={resources.cores}, "
-            f"threads_per_core={resources.threads_per_core}, gpus_per_core={resources.gpus_per_core}), but {what} has "
-            f"{len(nodes.nodes)} nodes of at most {cores} cores and {gpus} GPUs. {advice}"
-        )
-    return spread
+    def _room(self) -> int | None:
+        """How many workers of a block there can be; None where only the system knows."""
+        if self._capacity is None:
+            return None
+        demand = self._demand if self._count_cores else self._demand._replace(cores=0)
+        return self._capacity.room_for(demand) if demand.cores or demand.gpus else None
 
 
 class CallQueue:
@@ -612,10 +591,7 @@ class SingleNodeExecutor(BaseExecutor):
         cores = max_cores or len(cpus)
         demand = defaults.demand
         if block_allocation:
-            fitting = max(1, cores // demand.cores)
-            if demand.gpus:
-                fitting = max(1, min(fitting, len(devices) // demand.gpus))
-            size = max_workers or fitting
+            size = max_workers or max(1, Ledger([Node("localhost", range(cores), devices)]).room_for(demand))
         else:
             size = max_workers or max(1, cores // demand.cores)
         if count_cores:

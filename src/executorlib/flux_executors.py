@@ -7,14 +7,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from executorlib.clusters import QueueExecutor
-from executorlib.executors import BaseExecutor, Common, spread_over
+from executorlib.executors import BaseExecutor, Common
 from executorlib.launchers.base import Events, Launcher
 from executorlib.launchers.flux_instance import known_nodes
 from executorlib.launchers.flux_system import FluxSystem
 from executorlib.launchers.flux_workers import FluxLauncher
 from executorlib.launchers.jobs import JobLauncher
 from executorlib.launchers.templates import FLUX, Templates
-from executorlib.ledger import Ledger, Node, Unlimited
+from executorlib.ledger import Ledger, Node, Unlimited, spread_over
 from executorlib.resources import Demand, Resources
 
 # Without max_workers and max_cores, Flux is handed calls for so many times the cores of its instance: so the next one
@@ -99,7 +99,6 @@ class FluxJobExecutor(BaseExecutor):
         self._nodes = [Node(each.name, range(each.cpus), each.gpus) for each in shapes]
         self._max_cores = max_cores
         total = sum(node.total_cores for node in self._nodes)
-        each_takes = common.resources.demand.cores
         max_calls = max_workers
         if max_calls is None and max_cores is None and not block_allocation:
             max_calls = max(1, _AHEAD * total)
@@ -121,7 +120,7 @@ class FluxJobExecutor(BaseExecutor):
             ledger=Unlimited("Flux") if max_cores is None else Ledger([Node("Flux", range(max_cores))]),
             capacity=Ledger(self._nodes) if self._nodes else None,
             count_cores=True,
-            max_workers=max_workers or max(1, (max_cores or total) // each_takes),
+            max_workers=max_workers or max(1, self._fitting(common.resources)),
             max_calls=max_calls,
             pin=False,
             settings={
@@ -162,18 +161,15 @@ class FluxJobExecutor(BaseExecutor):
         # Of nodes and GPUs only Flux knows which are free.
         return Demand(demand.cores)
 
-    def _check_block(self, size: int) -> None:
-        if self._capacity is None:
-            return
-        demand = self._resources.demand
-        cores = sum(node.total_cores for node in self._nodes)
-        cores = cores if self._max_cores is None else min(cores, self._max_cores)
-        gpus = sum(node.total_gpus for node in self._nodes)
-        if demand.cores * size > cores or demand.gpus * size > gpus:
-            raise ValueError(
-                f"max_workers={size} workers of {demand.cores} cores and {demand.gpus} GPUs do not fit into {cores} "
-                f"cores and {gpus} GPUs (the Flux instance's, or max_cores). Ask for fewer workers."
-            )
+    def _room(self) -> int | None:
+        return None if self._capacity is None else self._fitting(self._resources)
+
+    def _fitting(self, resources: Resources) -> int:
+        """How many workers fit into the instance, or into so many cores of it."""
+        nodes = Ledger(self._nodes)
+        demand = nodes.spread(resources)
+        fitting = 0 if demand is None else nodes.room_for(demand)
+        return fitting if self._max_cores is None else min(fitting, self._max_cores // resources.demand.cores)
 
 
 class FluxClusterExecutor(QueueExecutor):

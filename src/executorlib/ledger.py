@@ -182,6 +182,20 @@ class Ledger:
         cores, gpus = share
         return sum(count for (most, devices), count in self._shapes.items() if most >= cores and devices >= gpus)
 
+    def room_for(self, demand: Demand) -> int:
+        """How many of a demand fit at once when all is free; where their shares differ, at most so many."""
+        cores, gpus = demand.shares()[-1]
+        places = []
+        for (most, devices), count in self._shapes.items():
+            fitting = min(total // need for total, need in ((most, cores), (devices, gpus)) if need)
+            places.append((min(fitting, 1) if demand.exclusive else fitting, count))
+        room = sum(each * count for each, count in places)
+        # One takes no two places of a node.
+        while room * demand.nodes > (usable := sum(min(each, room) * count for each, count in places)):
+            room = usable // demand.nodes
+        totals = [sum(node.total_cores for node in self.nodes), sum(node.total_gpus for node in self.nodes)]
+        return min([room, *(total // need for total, need in zip(totals, demand, strict=False) if need)])
+
     def spread(self, resources: Resources) -> Demand | None:
         """What a call takes here: on ``num_nodes`` nodes or, where that is not given, on as few as can hold it.
 
@@ -189,7 +203,7 @@ class Ledger:
             The demand; None where it can never be met.
         """
         if resources.num_nodes is not None:
-            counts = range(resources.num_nodes, resources.num_nodes + 1)
+            counts = range(resources.num_nodes, min(resources.num_nodes, resources.cores) + 1)
         else:
             most_cores = max((node.total_cores for node in self.nodes), default=0)
             fewest = -(-resources.cores // max(1, most_cores // resources.threads_per_core))
@@ -389,6 +403,39 @@ class Ledger:
             last.position = node.position
         elif not bucket:
             row.mask ^= 1 << node.column
+
+
+def spread_over(nodes: Ledger, resources: Resources, subject: str, what: str, advice: str) -> Demand:
+    """What a call takes of nodes, after making sure that they can ever hold it.
+
+    Args:
+        nodes: All there are.
+        resources: What the call needs.
+        subject: Whose that is, for the error text.
+        what: Whose the nodes are, likewise.
+        advice: What to do, likewise.
+
+    Raises:
+        ValueError: They cannot, or it has no rank for each of its nodes.
+    """
+    if resources.num_nodes is not None and resources.num_nodes > resources.cores:
+        raise ValueError(
+            f"{subject}: num_nodes={resources.num_nodes} with cores={resources.cores} cannot be honoured: each node "
+            f"runs one rank of a call at least. Ask for cores={resources.num_nodes} or more, where the result is the "
+            "list of all ranks' results, or leave num_nodes out."
+        )
+    spread = nodes.spread(resources)
+    if spread is None:
+        demand = resources.demand
+        cores = max((node.total_cores for node in nodes.nodes), default=0)
+        gpus = max((node.total_gpus for node in nodes.nodes), default=0)
+        on = "" if resources.num_nodes is None else f" on num_nodes={resources.num_nodes}"
+        raise ValueError(
+            f"{subject} needs {demand.cores} cores and {demand.gpus} GPUs{on} (cores={resources.cores}, "
+            f"threads_per_core={resources.threads_per_core}, gpus_per_core={resources.gpus_per_core}), but {what} has "
+            f"{len(nodes.nodes)} nodes of at most {cores} cores and {gpus} GPUs. {advice}"
+        )
+    return spread
 
 
 class Unlimited(Ledger):

@@ -85,11 +85,8 @@ class Resources:
         return Demand(self.cores * self.threads_per_core, self.cores * self.gpus_per_core, self.exclusive)
 
     def demand_over(self, nodes: int) -> Demand:
-        """The same, spread over several nodes; each holds the cores of one rank at least."""
-        if nodes == 1:
-            return self.demand
-        ranks = max(self.cores, nodes)
-        return Demand(ranks * self.threads_per_core, ranks * self.gpus_per_core, self.exclusive, nodes, ranks)
+        """The same, spread over several nodes, of which each holds one rank at least."""
+        return self.demand if nodes == 1 else self.demand._replace(nodes=nodes, ranks=self.cores)
 
     def updated(self, changes: Mapping[str, Any], subject: str, allow_further: bool = False) -> Resources:
         """Return these resources with some changed, as a user wrote them.

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from executorlib.allocation import NodeShape, slurm_allocation
-from executorlib.executors import BaseExecutor, Common, spread_over
+from executorlib.executors import BaseExecutor, Common
 from executorlib.launchers.base import Events, Launcher
 from executorlib.launchers.nodes import NodesLauncher
-from executorlib.ledger import Ledger, Node
+from executorlib.ledger import Ledger, Node, spread_over
 from executorlib.resources import Demand, Resources
 
 
@@ -82,10 +82,8 @@ class SlurmJobExecutor(BaseExecutor):
         ledger = Ledger(nodes)
         self._ledger = ledger
         demand = ledger.spread(defaults)
-        fitting = 0
-        if demand is not None:
-            each, _ = demand.shares()[0]
-            fitting = sum(node.total_cores // each for node in nodes) // demand.nodes
+        # One that never fits is an error below.
+        fitting = 0 if demand is None else ledger.room_for(demand)
         modules = ["executorlib.entries"] if defaults.cache_directory is not None else []
 
         def make_launcher(events: Events) -> Launcher:

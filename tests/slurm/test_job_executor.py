@@ -341,7 +341,7 @@ def test_what_does_not_fit(tmp_path: Path) -> None:
         tmp_path,
         """
         with SlurmJobExecutor() as executor:
-            for needs in ({"cores": 9}, {"num_nodes": 3}, {"threads_per_core": 5}, {"gpus_per_core": 1}):
+            for needs in ({"cores": 9}, {"cores": 3, "num_nodes": 3}, {"threads_per_core": 5}, {"gpus_per_core": 1}):
                 try:
                     executor.submit(node, resource_dict=needs)
                 except ValueError as error:

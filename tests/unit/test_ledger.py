@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from executorlib import ledger as module
-from executorlib.ledger import Allocation, Ledger, Node, Reservation
+from executorlib.ledger import Allocation, Ledger, Node, Reservation, spread_over
 from executorlib.resources import Demand, Resources
 from unit import repeatable
 
@@ -350,10 +350,11 @@ def test_small_calls_of_several_nodes_leave_idle_nodes_alone() -> None:
         ({"cores": 3, "threads_per_core": 3}, Demand(9, nodes=3, ranks=3)),
         ({"threads_per_core": 5}, None),
         ({"cores": 4, "num_nodes": 2}, Demand(4, nodes=2, ranks=4)),
-        ({"num_nodes": 3, "exclusive": True}, Demand(3, 0, True, 3, 3)),
+        ({"cores": 3, "num_nodes": 3, "exclusive": True}, Demand(3, 0, True, 3, 3)),
+        ({"num_nodes": 2}, None),
         ({"cores": 4, "num_nodes": 1}, Demand(4)),
         ({"cores": 5, "num_nodes": 1}, None),
-        ({"num_nodes": 5}, None),
+        ({"cores": 5, "num_nodes": 5}, None),
         ({"cores": 17}, None),
     ],
     ids=str,
@@ -367,6 +368,43 @@ def test_spread(changes: dict[str, Any], demand: Demand | None) -> None:
 def test_spread_over_nodes_of_different_sizes() -> None:
     ledger = Ledger([Node("large", range(8)), Node("a", range(4)), Node("b", range(4))])
     assert ledger.spread(Resources(cores=12)) == Demand(12, nodes=3, ranks=12)
+
+
+@pytest.mark.parametrize(
+    ("demand", "room"),
+    [
+        (Demand(1), 14),
+        (Demand(2), 7),
+        (Demand(3), 4),
+        (Demand(2, 1), 4),
+        (Demand(7), 0),
+        (Demand(1, exclusive=True), 3),
+        (spread(2, 0, 1), 7),
+        (spread(2, 0, 2), 3),
+        (spread(3, 0, 1), 4),
+        (spread(2, 0, 5), 0),  # there is one node only that has so many
+        (spread(2, 2, 1, gpus=1), 1),
+        (spread(2, 1, 1), 4),
+    ],
+    ids=str,
+)
+def test_room_for_many(demand: Demand, room: int) -> None:
+    ledger = Ledger([Node("a", range(4), ["0", "1"]), Node("b", range(4), ["0", "1"]), Node("c", range(6))])
+    assert ledger.room_for(demand) == room
+    # Those of several nodes may be placed so that one fewer finds two nodes.
+    assert len(list(iter(lambda: ledger.allocate(demand), None))) >= room - (demand.nodes > 1)
+
+
+def test_error_names_the_most_there_is() -> None:
+    nodes = Ledger([Node("many-cores", range(8)), Node("gpus", range(2), ["0", "1"])])
+    with pytest.raises(ValueError, match="but all has 2 nodes of at most 8 cores and 2 GPUs"):
+        spread_over(nodes, Resources(cores=11), "f", "all", "Ask for less.")
+
+
+def test_each_node_has_a_rank() -> None:
+    nodes = Ledger([Node(name, range(2)) for name in "abc"])
+    with pytest.raises(ValueError, match="num_nodes=3 with cores=2 cannot be honoured"):
+        spread_over(nodes, Resources(cores=2, num_nodes=3), "f", "all", "Ask for less.")
 
 
 def test_lost_node() -> None:

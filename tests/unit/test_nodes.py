@@ -159,6 +159,22 @@ def test_many_arguments(allocation: Callable[..., Any], monkeypatch: pytest.Monk
         assert executor.submit(arguments, resource_dict=needs).result(SECONDS) == sys.argv
 
 
+def test_workers_of_a_block_are_as_many_as_there_are_gpus(
+    allocation: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_GPUS", "0")
+    needs = {"gpus_per_core": 1}
+    assert allocation(block_allocation=True, resource_dict=needs).info["max_workers"] == 2
+    with pytest.raises(ValueError, match="room for 2"):
+        allocation(block_allocation=True, resource_dict=needs, max_workers=3)
+
+
+def test_a_plain_call_is_on_one_node(allocation: Callable[..., Any]) -> None:
+    """Over several it would have several ranks, and so several results."""
+    with pytest.raises(ValueError, match="num_nodes=2 with cores=1"):
+        allocation().submit(node, resource_dict={"num_nodes": 2})
+
+
 def test_nodes_are_told_apart(allocation: Callable[..., Any]) -> None:
     executor = allocation()
     needs = {"threads_per_core": 2}

