@@ -8,9 +8,10 @@ Reading an entry unpickles it, and unpickling runs whatever the file says. So on
 directory's owner lets write there, which is to be somebody to trust; and where that is everybody, only those of this
 user and of root. What reads a file takes the cache directory as `root` for this, as all folders from there on count.
 
-Several processes may use one directory at once. A file is put in place by a rename, so a reader sees a whole
-entry or none, and of two writers the last one stays. No lock is taken, because network file systems often
-have none: HDF5 only ever works on memory and on open files, never on paths.
+Several processes may use one directory at once. A file is put in place whole, so a reader sees a whole entry or
+none: results by a rename, so that of two the last one stays, and claims by a hard link, so that it is the first one
+(`write_input`). No lock is taken, because network file systems often have none: HDF5 only ever works on memory and on
+open files, never on paths.
 """
 
 from __future__ import annotations
@@ -409,7 +410,11 @@ def take_over(path: str, name: str, batch: str | None = None, root: str | None =
         batch: The dead job's batch directory; an entry of another one stays. None where that cannot be read.
         root: The cache directory; by default the file's folder.
     """
-    marker = os.path.join(os.path.dirname(path), BATCHES_FOLDER, f"dead-{name}")
+    import hashlib  # jobs do without
+
+    # A digest: names have batches and keys in them, which may be as long as file names can be.
+    digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:32]
+    marker = os.path.join(os.path.dirname(path), BATCHES_FOLDER, f"dead-{digest}")
     os.makedirs(os.path.dirname(marker), _FOLDER_MODE, exist_ok=True)
     try:
         os.close(_create(marker, os.O_CREAT | os.O_EXCL | os.O_WRONLY))

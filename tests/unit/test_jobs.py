@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, cast
@@ -67,6 +67,12 @@ class System:
 
     def can_wait_for(self, job_id: str) -> bool:
         return True
+
+    def about(self) -> dict[str, str]:
+        return {}
+
+    def is_gone(self, owner: Mapping[str, Any]) -> bool:
+        return False
 
     def listen(self, on_change: Callable[[], None]) -> None:
         pass
@@ -151,6 +157,28 @@ def claimed(folder: Path, system: str, job_id: str = "17", key: str = "a") -> Pa
     (batch / entries.ENTRIES_FILE).write_text(f"0 {path}\n")
     (batch / entries.JOB_ID_FILE).write_text(job_id)
     return batch
+
+
+def test_a_dead_job_whose_key_is_as_long_as_can_be(
+    events: Events, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("executorlib.launchers.jobs._GRACE", -1.0)
+    key = "a" * (255 - len(entries.OUTPUT))
+    claimed(tmp_path, System.name, key="a")
+    (tmp_path / "a_i.h5").rename(tmp_path / f"{key}_i.h5")
+    (tmp_path / entries.BATCHES_FOLDER / "of-a" / entries.ENTRIES_FILE).write_text(f"0 {tmp_path}/{key}_i.h5\n")
+    system = Vanishing()
+    system.end = JobState(Phase.ENDED, "NODE_FAIL", cause=Cause.NODE_FAILED)
+    _launcher, _task, _process = launched(events, system, tmp_path, key)
+    while system.answer is None:
+        events.run_timers()
+    system.answer({("17", None): system.end})
+    system.answer = None
+    while system.answer is None and not events.exits:
+        events.run_timers()
+    assert not events.exits
+    system.answer({("7", None): JobState(Phase.RUNNING, "RUNNING")})
+    assert events.told == ["connected"]
 
 
 @pytest.mark.parametrize(

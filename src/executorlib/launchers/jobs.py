@@ -89,10 +89,12 @@ class JobLauncher:
         self._log_sizes = log_sizes
         self._submitter = Submitter(events, system, command, self._on_submitted, self._on_refused)
         self._jobs: dict[int, Job] = {}  # by the worker's number, until they are over
+        self._same: dict[str, dict[int, Job]] = {}  # likewise, but first by their output
         self._by_output: dict[str, Job] = {}  # of several calls that are the same, the first
         self._followed: dict[str, JobBatch] = {}  # other sessions', by directory
         self._to_cancel: list[tuple[str, int | None]] = []
         self._ended_now: set[str] = set()  # outputs that do not come, of which dependents have not heard yet
+        self._told: set[int] = set()  # calls of which the user knows that they wait for another system
         self._refreshed: set[str] = set()  # folders that were looked into anew in this look
         self._prepared = False
         self._early: list[Callable[[], None]] = []  # what has to wait until the system is known
@@ -129,7 +131,7 @@ class JobLauncher:
         assert task.cache_path is not None
         job = Job(process, task, entries.input_of(task.cache_path))
         process.host = self._system.name
-        self._jobs[process.worker.number] = job
+        self._keep(job)
         twin = self._by_output.get(job.output)
         if twin is not None and twin.batch is not None:
             # The same call again in this session; both resolve with the one job.
@@ -147,13 +149,13 @@ class JobLauncher:
         if job is None:
             return
         batch = job.batch
-        twin = next((other for other in self._jobs.values() if other is not job and other.output == job.output), None)
+        twin = next((other for other in self._same[job.output].values() if other is not job), None)
         if twin is not None:
             if self._by_output.get(job.output) is job:
                 # What stands for the job in its batch, and for those that depend on it, goes on as the other call's.
                 job.trade_places(twin)
                 for each in (job, twin):
-                    self._jobs[each.process.worker.number] = each
+                    self._keep(each)
                     each.process.transport = JobTransport(self, each) if each.begun else None
                 job = twin
         elif batch is not None and batch.ours:
@@ -186,6 +188,7 @@ class JobLauncher:
     def close(self) -> None:
         """See `Launcher.close`."""
         self._jobs.clear()
+        self._same.clear()
         self._by_output.clear()
         self._system.close()
 
@@ -258,8 +261,21 @@ class JobLauncher:
             return False
         directory = entry["batch"]
         own = self._system.name
-        if directory is None or not means(owner_of(directory).get("system", own), own):
+        owner = {} if directory is None else owner_of(directory)
+        if directory is None or not means(owner.get("system", own), own):
+            if directory is not None and self._system.is_gone(owner):
+                entries.take_over(job.path, _dead(directory, job), directory, job.root)
+                return False
             # Of a job of another system nothing is known here but its result.
+            if job.task.number not in self._told:
+                self._told.add(job.task.number)
+                logger.warning(
+                    "call %d of %s waits for a job of another system (%s). If that has ended, remove the entry: "
+                    "executorlib cache rm --force",
+                    job.task.number,
+                    job.task.name,
+                    owner.get("system", "which is not known"),
+                )
             self._follow(job, None, 0)
             return True
         batch = self._followed.get(directory)
@@ -296,7 +312,8 @@ class JobLauncher:
     def _on_refused(self, batch: JobBatch, refusal: Refused) -> None:
         if self._leaving:
             logger.error("%s did not take jobs of this session, which has left: %s", self._system.name, refusal)
-        for job in [job for job in self._jobs.values() if job.batch is batch]:
+        same = [twin for job in batch.jobs.values() for twin in self._same.get(job.output, {}).values()]
+        for job in [job for job in same if job.batch is batch]:
             _remove_input(job)
             text = f"Call {job.task.number} of {job.task.name} was not run: {self._system.name} did not take its job: "
             self._end(job, Exit(None, "", ExecutorlibSocketError(f"{text}{refusal}")))
@@ -348,9 +365,19 @@ class JobLauncher:
         self._events.on_message(job.process, header, frames)
         self._end(job, Exit(0, "it ended"))
 
+    def _keep(self, job: Job) -> None:
+        number = job.process.worker.number
+        self._jobs[number] = job
+        self._same.setdefault(job.output, {})[number] = job
+
     def _forget(self, job: Job) -> None:
         """Nothing more is to be known of a job."""
-        self._jobs.pop(job.process.worker.number, None)
+        number = job.process.worker.number
+        self._jobs.pop(number, None)
+        same = self._same.get(job.output, {})
+        same.pop(number, None)
+        if not same:
+            self._same.pop(job.output, None)
         if self._by_output.get(job.output) is job:
             del self._by_output[job.output]
         batch = job.batch
@@ -482,22 +509,16 @@ class JobLauncher:
         """The job has ended without a result."""
         if job.batch is None or not job.batch.ours:
             # Nobody was there to see it end. The call is free again, for one of all sessions that see it now.
-            batch, number = job.batch, job.process.worker.number
-            self._forget(job)
-            self._jobs[number] = job
-            job.start_over()
+            batch = job.batch
+            self._start_over(job)
             if batch is not None:
-                name = f"{os.path.basename(batch.directory)}-{os.path.basename(job.path)}"
-                entries.take_over(job.path, name, batch.directory, job.root)
+                entries.take_over(job.path, _dead(batch.directory, job), batch.directory, job.root)
             self._claim(job)
             return
         is_taken = entries.claimed_for(job.path, job.root) not in (None, job.batch.directory)
         if is_taken and not (job.last is not None and job.last.hopeless):
             # Another session took this one for dead, and has claimed the call.
-            number = job.process.worker.number
-            self._forget(job)
-            self._jobs[number] = job
-            job.start_over()
+            self._start_over(job)
             self._claim(job)
             return
         if not is_taken:
@@ -505,14 +526,20 @@ class JobLauncher:
         self._ended_now.add(job.output)
         self._end(job, Exit(None, "", job.error(self._system)))
 
+    def _start_over(self, job: Job) -> None:
+        self._forget(job)
+        self._keep(job)
+        job.start_over()
+
     def _find_job_ids(self) -> None:
         """Find out which jobs the calls of other sessions became."""
         for job in [job for job in self._jobs.values() if job.batch is None and job.ending is None]:
             # Nobody says whether a job has it. When it is removed, or was not finished for long, it is free again.
             if not os.path.exists(job.path) or entries.is_older(job.path, SUBMIT_SECONDS):
                 self._claim(job)
-        for batch in [batch for batch in self._followed.values() if batch.job_id is None]:
-            self._each([job for job in self._jobs.values() if job.batch is batch], self._find_job_id)
+        unknown = {batch for batch in self._followed.values() if batch.job_id is None}
+        if unknown:
+            self._each([job for job in self._jobs.values() if job.batch in unknown], self._find_job_id)
 
     def _find_job_id(self, job: Job) -> None:
         batch = job.batch
@@ -541,6 +568,11 @@ class JobLauncher:
     def _cancel(self) -> None:
         jobs, self._to_cancel = self._to_cancel, []
         self._system.cancel(jobs)
+
+
+def _dead(directory: str, job: Job) -> str:
+    """What marks a call as that of a job which will leave no result."""
+    return f"{os.path.basename(directory)}-{os.path.basename(job.path)}"
 
 
 def _remove_input(job: Job) -> None:
