@@ -342,6 +342,25 @@ def test_leaving_and_coming_back(tmp_path: Path, gate: Callable[..., Gate]) -> N
     assert get_future_from_cache(store, "second").result(WAIT) == "a"
 
 
+def test_a_call_of_an_instance_that_is_gone_runs_again(tmp_path: Path) -> None:
+    """Jobs end with their instance, and nobody else would ever run this one."""
+    path = program(
+        tmp_path,
+        """
+        subprocess.run(["flux", "queue", "stop", "--all", "--quiet"], check=True)
+        executor = FluxClusterExecutor(cache_directory="store")
+        executor.submit(os.getenv, "NO_SUCH_VARIABLE", "there", resource_dict={"cache_key": "left"})
+        executor.shutdown(wait=False)
+        """,
+    )
+    command = ["flux", "start", sys.executable, str(path)]
+    subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=WAIT, check=True)
+    assert (tmp_path / "store" / "left_i.h5").exists()
+    with FluxClusterExecutor(cache_directory=str(tmp_path / "store")) as executor:
+        again = executor.submit(os.getenv, "NO_SUCH_VARIABLE", "here", resource_dict={"cache_key": "left"})
+        assert again.result(WAIT) == "here"
+
+
 def test_jobs_of_a_cache_directory_are_cancelled(tmp_path: Path, gate: Callable[..., Gate]) -> None:
     held = gate()
     store = tmp_path / "store"

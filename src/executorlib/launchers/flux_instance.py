@@ -138,6 +138,7 @@ class FluxInstance:
         self.lost = ""
         self.is_owner = True  # otherwise some urgencies are not for us
         self.name = FLUX_NAME.rstrip()
+        self.socket = ""  # of the broker on this machine
 
     def open(self) -> None:
         """Connect, in the loop's thread, to which a connection belongs.
@@ -156,6 +157,7 @@ class FluxInstance:
         self._set_timer = raw.flux_timer_watcher_reset
         self.is_owner = self._flux.attr_get("security.owner") == str(os.getuid())
         self.name = instance_name(self._flux)
+        self.socket = self._flux.attr_get("local-uri").removeprefix("local://")
         self._reactor = self._flux.get_reactor()
         self._watcher = self._flux.fd_watcher_create(self._events.fileno(), lambda *_: None, FLUX_POLLIN)
         self._timer = self._flux.timer_watcher_create(0.0, lambda *_: None)

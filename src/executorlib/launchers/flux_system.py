@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Callable, Sequence
+import socket
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from executorlib.launchers.base import Events
@@ -93,6 +94,15 @@ class FluxSystem:
     def busy(self) -> bool:
         """See `JobSystem.busy`."""
         return self._submitting > 0 or self._commands.busy
+
+    def about(self) -> dict[str, str]:
+        """See `JobSystem.about`."""
+        return {"socket": self._instance.socket}
+
+    def is_gone(self, owner: Mapping[str, Any]) -> bool:
+        """See `JobSystem.is_gone`: an instance of this machine whose socket is not there any more."""
+        path = owner.get("socket")
+        return bool(path) and owner.get("host") == socket.gethostname() and not os.path.exists(str(path))
 
     def listen(self, on_change: Callable[[], None]) -> None:
         """See `JobSystem.listen`."""

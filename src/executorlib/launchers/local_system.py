@@ -10,7 +10,7 @@ import json
 import socket
 import subprocess
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from executorlib import machine
@@ -56,6 +56,14 @@ class LocalSystem:
     def busy(self) -> bool:
         """See `JobSystem.busy`."""
         return bool(self._unsent)
+
+    def about(self) -> dict[str, str]:
+        """See `JobSystem.about`."""
+        return {}
+
+    def is_gone(self, owner: Mapping[str, Any]) -> bool:
+        """See `JobSystem.is_gone`; of a queuing system nothing is known here."""
+        return False
 
     def listen(self, on_change: Callable[[], None]) -> None:
         """See `JobSystem.listen`; it tells nothing by itself."""

@@ -115,6 +115,7 @@ class Submitter:
         batch.after = after
         pid = os.getpid()
         owner = {"system": self._system.name, "host": socket.gethostname(), "pid": pid}
+        owner.update(self._system.about())
         owner["started"] = machine.process_start(pid)
         entries.write_text(os.path.join(batch.directory, entries.OWNER_FILE), json.dumps(owner))
         return batch, first

@@ -63,6 +63,18 @@ class JobSystem(Protocol):
         """Whether a batch may depend on this job; where not, it waits in this session for the job's result."""
         ...
 
+    def about(self) -> dict[str, str]:
+        """What `is_gone` wants to know of this system, in another session."""
+        ...
+
+    def is_gone(self, owner: Mapping[str, Any]) -> bool:
+        """Whether another system of this kind is known to be gone, and all of its jobs with it.
+
+        Args:
+            owner: What a session noted of itself and that system: ``host``, and what `about` said.
+        """
+        ...
+
     @property
     def busy(self) -> bool:
         """Whether it waits for an answer."""
@@ -200,6 +212,14 @@ class CommandSystem:
     def busy(self) -> bool:
         """See `JobSystem.busy`."""
         return self._commands.busy
+
+    def about(self) -> dict[str, str]:
+        """See `JobSystem.about`."""
+        return {}
+
+    def is_gone(self, owner: Mapping[str, Any]) -> bool:
+        """See `JobSystem.is_gone`; clusters stay."""
+        return False
 
     def listen(self, on_change: Callable[[], None]) -> None:
         """See `JobSystem.listen`; queues tell nothing by themselves."""
