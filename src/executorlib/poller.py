@@ -72,7 +72,10 @@ class Poller:
         return ready
 
     def call_back(self, ready: list[tuple[int, int]]) -> None:
-        """Call what waits for these descriptors, then timers that are due."""
+        """Call what waits for these descriptors, then timers that are due.
+
+        Timers that these timers begin come in a later turn, even when due at once: descriptors must not wait for them.
+        """
         for fd, mask in ready:
             callbacks = self._callbacks.get(fd)
             if callbacks is None:
@@ -83,8 +86,12 @@ class Poller:
             # Also errors and hang-ups: reading tells what it is.
             if mask & ~_WRITABLE and fd in self._callbacks:
                 on_readable()
-        while self._timers and self._timers[0][0] <= time.monotonic():
-            heapq.heappop(self._timers)[2]()
+        now = time.monotonic()
+        due = []
+        while self._timers and self._timers[0][0] <= now:
+            due.append(heapq.heappop(self._timers)[2])
+        for callback in due:
+            callback()
 
     def close_poll(self) -> None:
         """Free what waiting takes; what is watched stays open."""

@@ -16,50 +16,14 @@ import pytest
 
 from executorlib import SlurmJobExecutor
 from executorlib.errors import ExecutorlibSocketError
-from executorlib.launchers.nodes import parse_time_left, ranks_command, relays_command, step_environment
-from executorlib.resources import Resources
+from executorlib.launchers.base import Process
+from executorlib.launchers.relay import Relay
 
 
 def test_outside_an_allocation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     with pytest.raises(RuntimeError, match="SlurmClusterExecutor"):
         SlurmJobExecutor()
-
-
-def test_environment_of_a_step() -> None:
-    environ = {
-        "SLURM_JOB_ID": "7",
-        "SLURM_JOB_NODELIST": "a[1-2]",
-        "SLURM_NTASKS": "8",
-        "SLURM_MEM_PER_CPU": "100",
-        "PMI_RANK": "0",
-        "HOME": "/home/x",
-    }
-    assert step_environment(environ) == {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "a[1-2]", "HOME": "/home/x"}
-
-
-def test_relays_command() -> None:
-    command = relays_command(["a1", "a2"], ["python", "-c", "pass"])
-    assert command[0] == "srun"
-    assert {"--overlap", "--nodes=2", "--ntasks=2", "--nodelist=a1,a2", "--no-kill", "--mpi=none"} <= set(command)
-    assert command[-3:] == ["python", "-c", "pass"]
-
-
-def test_ranks_command() -> None:
-    on_one = ranks_command(Resources(cores=2, threads_per_core=3), ["a1", "a1"], "pmi2", ["program"])
-    assert {"--nodes=1", "--ntasks=2", "--nodelist=a1", "--cpus-per-task=3", "--mpi=pmi2"} <= set(on_one)
-    resources = Resources(cores=2, slurm_cmd_args=("--comment=x",))
-    over_two = ranks_command(resources, ["a2", "a1"], None, ["program"])
-    assert {"--nodes=2", "--distribution=arbitrary", "--comment=x"} <= set(over_two)
-    assert not any(each.startswith(("--mpi", "--nodelist")) for each in over_two)
-
-
-@pytest.mark.parametrize(
-    ("output", "seconds"),
-    [("59:58\n", 3598.0), ("2:00:01", 7201.0), ("1-02:03:04", 93784.0), ("UNLIMITED", None), ("", None)],
-)
-def test_time_left(output: str, seconds: float | None) -> None:
-    assert parse_time_left(output) == seconds
 
 
 @pytest.mark.parametrize(("module", "without"), [("worker.mpi", "zmq"), ("transports.dealer", "asyncio")])
@@ -149,6 +113,51 @@ def test_large_and_small_values(allocation: Callable[..., Any], block: bool) -> 
     executor = allocation(block_allocation=block, max_workers=2 if block else None)
     values = [bytes([index]) * (10, 100_000, 300_000, 1_000_000)[index % 4] for index in range(24)]
     assert list(executor.map(same, values, timeout=SECONDS)) == values
+
+
+def fail() -> None:
+    raise ValueError("an ordinary one")
+
+
+def test_workers_that_are_steps_outlive_exceptions(allocation: Callable[..., Any]) -> None:
+    executor = allocation(block_allocation=True, max_workers=1, resource_dict={"slurm_cmd_args": ["--quiet"]})
+    first = executor.submit(os.getpid).result(SECONDS)
+    with pytest.raises(ValueError, match="an ordinary one"):
+        executor.submit(fail).result(SECONDS)
+    assert executor.submit(os.getpid).result(SECONDS) == first
+
+
+def test_call_that_is_a_step_and_fails(allocation: Callable[..., Any]) -> None:
+    executor = allocation(resource_dict={"slurm_cmd_args": ["--quiet"]})
+    with pytest.raises(ValueError, match="an ordinary one"):
+        executor.submit(fail).result(SECONDS)
+    executor.shutdown()  # its step ends, with no need to be killed
+
+
+@pytest.mark.parametrize(
+    ("sent", "passed_on"),
+    [([signal.SIGTERM], signal.SIGTERM), ([signal.SIGINT, signal.SIGKILL, signal.SIGTERM], signal.SIGKILL)],
+    ids=str,
+)
+def test_signals_before_a_worker_is_there(sent: list[int], passed_on: int) -> None:
+    class Launcher:
+        launched: Process
+        killed: tuple[Process, int]
+
+        def launch(self, process: Process) -> None:
+            self.launched = process
+
+        def kill(self, process: Process, signal_number: int) -> None:
+            self.killed = process, signal_number
+
+    relay = Relay.__new__(Relay)
+    launcher: Any = Launcher()
+    relay._workers, relay._launcher = {}, launcher
+    relay._obey(1, ["start", {"resources": {}, "single": True}], [])
+    for number in sent:
+        relay._obey(1, ["kill", number], [])
+    relay.on_connected(launcher.launched)
+    assert launcher.killed == (launcher.launched, passed_on)
 
 
 def test_many_arguments(allocation: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:

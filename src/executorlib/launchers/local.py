@@ -107,7 +107,7 @@ class PipeTransport:
             self._events.watch_writable(self.channel, self._waiting, self.flush)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Child:
     """A child of the agent, in stock or at work."""
 
@@ -129,6 +129,7 @@ class Agent:
         stock: Forked children to keep ready.
         preload: Modules that the agent imports before it forks.
         threads: Value of the thread variables in the agent, where modules are preloaded that read them.
+        on_exit: Told of the ends of workers instead of the loop.
     """
 
     def __init__(
@@ -140,8 +141,10 @@ class Agent:
         stock: int,
         preload: Sequence[str],
         threads: int,
+        on_exit: Callable[[Process, Exit], None] | None = None,
     ) -> None:
         self._events = events
+        self._on_exit = on_exit or events.on_exit
         self._spawn = spawn
         self._pooled = pooled
         self._stock_size = 0 if spawn or pooled else stock
@@ -205,7 +208,7 @@ class Agent:
         try:
             self.start()
         except OSError as error:
-            self._events.on_exit(process, Exit(None, f"the node agent could not be started: {error}"))
+            self._on_exit(process, Exit(None, f"the node agent could not be started: {error}"))
             return
         if self._stock:
             self._assign(self._stock.popleft(), process)
@@ -219,7 +222,7 @@ class Agent:
         try:
             self.start()
         except OSError as error:
-            self._events.on_exit(process, Exit(None, f"the node agent could not be started: {error}"))
+            self._on_exit(process, Exit(None, f"the node agent could not be started: {error}"))
             return
         number = self._next_number()
         self._wanted[number] = process
@@ -295,7 +298,7 @@ class Agent:
         if process is None:
             self._orders -= 1
         else:
-            self._events.on_exit(process, Exit(None, text))
+            self._on_exit(process, Exit(None, text))
 
     def _on_started(self, number: int, pid: int, fds: list[int]) -> None:
         stderr, *sockets = fds
@@ -380,7 +383,7 @@ class Agent:
             self._forget(child)
             return
         _forward(child.stderr, process.stderr)
-        self._events.on_exit(process, Exit(status, text))
+        self._on_exit(process, Exit(status, text))
         self._forget(child)
 
     def _forget(self, child: _Child) -> None:
@@ -420,7 +423,7 @@ class Agent:
                 os.killpg(child.pid, 9)
             self._on_child_exit(child, None, text)
         for process in wanted:
-            self._events.on_exit(process, Exit(None, text))
+            self._on_exit(process, Exit(None, text))
 
     def _disconnect(self) -> int:
         """Close the connection, which ends the agent; return its wait status."""

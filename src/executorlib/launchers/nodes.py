@@ -13,11 +13,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import re
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from executorlib import serialize
@@ -25,8 +24,9 @@ from executorlib.errors import ExecutorlibSocketError
 from executorlib.launchers.base import Events, Exit, Process, boot_command, tail_text
 from executorlib.launchers.commands import Answer, Commands
 from executorlib.launchers.local import Agent
-from executorlib.launchers.mpi import FOREIGN_PREFIXES, find_mpiexec
+from executorlib.launchers.mpi import find_mpiexec
 from executorlib.launchers.slurm import command_environment
+from executorlib.launchers.slurm_steps import parse_time_left, ranks_command, relays_command, step_environment
 from executorlib.resources import Resources
 from executorlib.serialize import Frame, nbytes
 from executorlib.transports.curve import CONNECTION_VARIABLE
@@ -60,89 +60,6 @@ _GRACE_SECONDS = 5.0
 _FINALIZE_SECONDS = 10.0
 # How long before the time limit of the job the user is told, in seconds.
 _WARN_SECONDS = 300.0
-
-# Variables by which Slurm tells of an allocation; others would be taken by srun for options of the step.
-_ALLOCATION = (
-    "SLURM_CONF",
-    "SLURM_CLUSTER_NAME",
-    "SLURM_JWT",
-    "SLURM_JOBID",
-    "SLURM_JOB_ID",
-    "SLURM_JOB_CPUS_PER_NODE",
-    "SLURM_JOB_NODELIST",
-    "SLURM_JOB_NUM_NODES",
-    "SLURM_JOB_PARTITION",
-    "SLURM_NNODES",
-    "SLURM_NODELIST",
-    "SLURM_TASKS_PER_NODE",
-)
-
-
-def step_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment for `srun` inside an allocation: what the job was asked for is not what a step is.
-
-    Args:
-        environ: The environment of this process.
-    """
-    foreign = ("SLURM_", *FOREIGN_PREFIXES)
-    return {name: value for name, value in environ.items() if name in _ALLOCATION or not name.startswith(foreign)}
-
-
-def relays_command(nodes: Sequence[str], program: Sequence[str]) -> list[str]:
-    """The command that runs a program once on each node, with all that the allocation has there.
-
-    Args:
-        nodes: Names of nodes.
-        program: Program and arguments.
-    """
-    return [
-        "srun",
-        # Beside all other steps; without --exact, a step has all of the job's CPUs and GPUs on its nodes.
-        *("--overlap", f"--nodes={len(nodes)}", f"--ntasks={len(nodes)}", "--ntasks-per-node=1", "--cpus-per-task=1"),
-        *(f"--nodelist={','.join(nodes)}", "--mem=0", "--cpu-bind=none", "--mpi=none", "--export=ALL", "--input=none"),
-        # A node that is lost takes no other along.
-        *("--no-kill", "--kill-on-bad-exit=0", "--wait=0", "--unbuffered", "--quiet"),
-        *program,
-    ]
-
-
-def ranks_command(
-    resources: Resources, hosts: Sequence[str], pmi_mode: str | None, program: Sequence[str]
-) -> list[str]:
-    """The command that runs a program on all ranks of a call, on nodes that were chosen for it.
-
-    The ranks are pinned by themselves, to the cores that the ledger has given them: by Slurm's own choice all steps
-    that overlap would get the same ones. Where there are several nodes, ``SLURM_HOSTFILE`` has to name a file with the
-    node of each rank.
-
-    Args:
-        resources: What the call needs.
-        hosts: The node of each rank.
-        pmi_mode: How `srun` and MPI find each other; None for Slurm's default.
-        program: Program and arguments.
-    """
-    nodes = list(dict.fromkeys(hosts))
-    where = ["--distribution=arbitrary"] if len(nodes) > 1 else [f"--nodelist={nodes[0]}"]
-    return [
-        "srun",
-        *("--overlap", f"--nodes={len(nodes)}", f"--ntasks={len(hosts)}", *where),
-        *(f"--cpus-per-task={resources.threads_per_core}", "--mem=0", "--cpu-bind=none", "--export=ALL"),
-        # When one rank dies the others would wait for it until the time limit.
-        *("--input=none", "--kill-on-bad-exit=1", "--unbuffered", "--quiet"),
-        *([f"--mpi={pmi_mode}"] if pmi_mode is not None else []),
-        *(["--overcommit"] if resources.openmpi_oversubscribe else []),
-        *resources.slurm_cmd_args,
-        *program,
-    ]
-
-
-def parse_time_left(output: str) -> float | None:
-    """Seconds in what `squeue` prints for ``%L``, such as ``1-02:03:04``; None where it is no time."""
-    found = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", output.strip())
-    if found is None:
-        return None
-    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
-    return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
 
 
 class _Relay:
@@ -273,9 +190,9 @@ class NodesLauncher:
         self._by_peer: dict[bytes, _Relay] = {}
         self._dirty: dict[_Relay, None] = {}
         self._router = Router(events, self._on_message, self._on_lost, tcp=True, hostname_localhost=hostname_localhost)
-        # Runs srun, so that it is watched, and ends with us. Events of what it runs come to us first.
+        # Runs srun, so that it is watched, and ends with us.
         self._agent = Agent(
-            cast(Events, _Steps(self, events)), spawn=False, pooled=False, stock=0, preload=[], threads=threads
+            events, spawn=False, pooled=False, stock=0, preload=[], threads=threads, on_exit=self._on_step_exit
         )
         self._step: Process | None = None  # of the relays
         self._steps: dict[str, Process] = {}  # of ranks, by identity
@@ -587,12 +504,12 @@ class NodesLauncher:
             self._on_rank_hello(process, peer, header[1])
         elif kind != "ready" or not process.single:
             self._events.on_message(process, header, frames)
-            if kind == "error":
-                self._end_step(process)
-            elif kind == "result" and process.single and process.transport is not None:
+            if kind == "error" and process.resources.cores > 1:
+                self._end_step(process)  # the other ranks may wait for the failed one for ever
+            elif kind in ("result", "error") and process.single and process.transport is not None:
                 # It waits for this: an exit that came before the result was read would count as a death.
                 process.transport.put(["stop"])
-                self._events.call_later(_FINALIZE_SECONDS, lambda: self._end_step(process))
+                self._later(_FINALIZE_SECONDS, process, self._end_step)
 
     def _on_rank_hello(self, process: Process, peer: bytes, about: dict[str, Any]) -> None:
         if process.verdict is not None:
@@ -614,11 +531,21 @@ class NodesLauncher:
         """End a step: srun kills its tasks when it is told to end."""
         if self._steps.get(str(process.worker.number)) is process:
             self._agent.kill(process, signal.SIGTERM)
-            self._events.call_later(_GRACE_SECONDS, lambda: self._kill_step(process))
+            self._later(_GRACE_SECONDS, process, lambda step: self._agent.kill(step, signal.SIGKILL))
 
-    def _kill_step(self, process: Process) -> None:
-        if self._steps.get(str(process.worker.number)) is process:
-            self._agent.kill(process, signal.SIGKILL)
+    def _later(self, seconds: float, process: Process, callback: Callable[[Process], None]) -> None:
+        """Call back unless the step is over by then.
+
+        By its identity: what waits must keep neither the worker, nor by that a call and its result.
+        """
+        identity = str(process.worker.number)
+
+        def call() -> None:
+            step = self._steps.get(identity)
+            if step is not None:
+                callback(step)
+
+        self._events.call_later(seconds, call)
 
     def _forget_step(self, identity: str) -> None:
         self._steps.pop(identity, None)
@@ -626,7 +553,7 @@ class NodesLauncher:
             with contextlib.suppress(OSError):
                 os.unlink(self._host_files.pop(identity))
 
-    def on_step_exit(self, process: Process, end: Exit) -> None:
+    def _on_step_exit(self, process: Process, end: Exit) -> None:
         """A step is over, that of the relays or of ranks."""
         if process is not self._step:
             if b"ode failure" in process.stderr and not self._closing:
@@ -676,19 +603,3 @@ class _NoWorker:
 
     number = 0
     calls = ()
-
-
-class _Steps:
-    """The loop, but for what becomes of steps.
-
-    Args:
-        launcher: Is told of that.
-        events: The loop.
-    """
-
-    def __init__(self, launcher: NodesLauncher, events: Events) -> None:
-        self.watch = events.watch
-        self.watch_writable = events.watch_writable
-        self.unwatch = events.unwatch
-        self.call_later = events.call_later
-        self.on_exit = launcher.on_step_exit

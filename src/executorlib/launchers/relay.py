@@ -197,7 +197,8 @@ class Relay(Poller):
         if known is None:
             return None  # it has ended, which the executor learns, or has learnt
         if kind == "kill" and not known.process.pid:
-            known.signal = max(known.signal, header[1], key=lambda each: each == signal.SIGKILL)
+            if known.signal != signal.SIGKILL:
+                known.signal = header[1]
         elif kind == "kill":
             self._launcher.kill(known.process, header[1])
         elif kind == "recall":
