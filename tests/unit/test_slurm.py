@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from executorlib.launchers import slurm
+from executorlib.launchers import slurm, templates
 from executorlib.launchers.pysqa_queue import PysqaQueue, open_queue
 from executorlib.launchers.queue import Batch, Cause, Dependency, JobState, Phase, Queue
 from executorlib.launchers.slurm import Settings, SlurmQueue, command_environment, parse_settings, rank_command
@@ -135,6 +135,10 @@ def test_template_that_is_wrong(text: str, message: str) -> None:
 
 def test_without_pysqa(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pysqa.base.core", None)
+    # The default template needs nothing of it, and so no time for loading it.
+    templates._variables.cache_clear()
+    assert "--ntasks=2" in SlurmQueue().script(batch(cores=2))
+    assert not SlurmQueue().unused(batch(cores=2))
     with pytest.raises(ImportError, match=r'pip install "executorlib\[cluster\]"'):
         SlurmQueue().script(batch(submission_template="{{ unique_to_this_test }}"))
 

@@ -1,6 +1,6 @@
-"""Job scripts: which template a batch gets, and what goes into it. pysqa renders them.
+"""Job scripts: which template a batch gets, and what goes into it. pysqa renders all but the default one.
 
-pysqa is loaded when it is first needed, not before: it takes half a second.
+pysqa is loaded when it is first needed, not before: it takes half a second. The default template takes Jinja alone.
 """
 
 from __future__ import annotations
@@ -69,17 +69,15 @@ class Templates:
         """
         text, where = self._template(batch)
         values = {**self._values(batch, text), **more}
+        from jinja2 import Template, TemplateError
+
+        if text is self._default:
+            render = Template(text).render
+        else:
+            commands = load_commands(self.queue_type)
+            render = functools.partial(commands.render_submission_template, submission_template=text)
         try:
-            from jinja2 import Template, TemplateError
-        except ImportError as error:
-            raise ImportError(f"job scripts need the package jinja2, which comes with pysqa. {_INSTALL}") from error
-        try:
-            if text is self._default:
-                # Ours needs nothing of pysqa, whose loading takes half a second.
-                script = Template(text).render(**values)
-            else:
-                commands = load_commands(self.queue_type)
-                script = commands.render_submission_template(submission_template=text, **values)
+            script = render(**values)
         except (TemplateError, TypeError, ValueError, ArithmeticError) as error:
             line = getattr(error, "lineno", None)
             raise ValueError(f"{where} cannot be rendered: {f'line {line}: ' if line else ''}{error}") from error
@@ -239,9 +237,10 @@ def _read_configuration(directory: str, types: Sequence[str]) -> Any:
 @functools.lru_cache
 def _variables(text: str, where: str) -> set[str]:
     """The names that a template takes from outside."""
-    load_commands("SLURM")
-    from jinja2 import Environment, TemplateSyntaxError, meta
-
+    try:
+        from jinja2 import Environment, TemplateSyntaxError, meta
+    except ImportError as error:
+        raise ImportError(f"job scripts need the package jinja2, which comes with pysqa. {_INSTALL}") from error
     try:
         return set(meta.find_undeclared_variables(Environment().parse(text)))
     except TemplateSyntaxError as error:
