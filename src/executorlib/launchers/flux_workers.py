@@ -36,8 +36,6 @@ _LEFT_SECONDS = 1.0
 _CANCEL_SECONDS = 60.0
 # For the output of a job that has died to be read from Flux's store, in seconds.
 _OUTPUT_SECONDS = 2.0
-# Ended by the system although it could have gone on: another worker takes its place.
-_REPLACED = {Cause.TIME_LIMIT, Cause.PREEMPTED}
 
 
 class _Member:
@@ -344,7 +342,7 @@ class FluxLauncher:
                 f"{self._subject(member)} ran longer than its run_time_max of {limit:g} s and was ended; give it more "
                 "time with resource_dict={'run_time_max': seconds}."
             )
-        self._tell_end(member, Exit(log.status, text, error, planned=state.cause in _REPLACED))
+        self._tell_end(member, Exit(log.status, text, error, planned=state.cause.ends_early))
 
     def _end(self, member: _Member, text: str, error: BaseException | None = None) -> None:
         if not member.ending:

@@ -18,7 +18,7 @@ from executorlib import entries
 from executorlib.errors import describe_split_world
 from executorlib.launchers.base import Events, Exit, Process, Timer, boot_file
 from executorlib.launchers.job import read_tail
-from executorlib.launchers.queue import Batch, Cause, JobState, Phase
+from executorlib.launchers.queue import Batch, JobState, Phase
 from executorlib.launchers.systems import JobSystem, Refused, States
 from executorlib.resources import Resources
 from executorlib.serialize import Frame
@@ -30,8 +30,6 @@ _LINGER = 0.02
 _RETRY_SECONDS, _RETRY_AFTER = 300.0, 5.0
 # How long the system may take to know how a worker ended whose connection was lost, in seconds.
 _KNOW_SECONDS = 10.0
-# Why a system ends a worker that could have gone on; another takes its place.
-_TIME_IS_OVER = {Cause.TIME_LIMIT, Cause.DEADLINE, Cause.PREEMPTED}
 
 
 class _Member:
@@ -330,7 +328,7 @@ class JobWorkerLauncher:
         del self._by_worker[process.worker.number]
         del array.members[member.index]
         process.stderr += read_tail(os.path.join(array.directory, f"output.{member.index}"))
-        planned = member.last is not None and member.last.cause in _TIME_IS_OVER and member.peer is not None
+        planned = member.last is not None and member.last.cause.ends_early and member.peer is not None
         if not array.members and not process.stderr:
             shutil.rmtree(array.directory, ignore_errors=True)
         self._events.on_exit(process, Exit(None, text, planned=planned))

@@ -67,9 +67,6 @@ class JobTransport:
         if self._job.ending is not None:
             self._launcher.deliver(self._job)
 
-    def close(self) -> None:
-        """See `Transport.close`."""
-
 
 class JobLauncher:
     """Starts a job for each call.

@@ -44,7 +44,11 @@ def open_queue(pysqa_config_directory: str | None, settings: Settings | None = N
         ValueError: The configuration cannot be used; the text says why.
         ImportError: A configuration is given, and pysqa is not installed.
     """
-    templates = Templates(DEFAULT_TEMPLATE, pysqa_config_directory)
+    return queue_of(Templates(DEFAULT_TEMPLATE, pysqa_config_directory), settings)
+
+
+def queue_of(templates: Templates, settings: Settings | None = None) -> SlurmQueue | PysqaQueue:
+    """The queue that templates are for; see `open_queue`."""
     if templates.queue_type == "SLURM":
         return SlurmQueue(settings, templates)
     return PysqaQueue(templates)
@@ -108,7 +112,7 @@ class PysqaQueue:
         """See `queue.Queue.status_command`."""
         return list(self._commands.get_queue_status_command)
 
-    def parse_status(self, output: str) -> dict[tuple[str, int], JobState]:
+    def parse_status(self, output: str) -> dict[tuple[str, int | None], JobState]:
         """See `queue.Queue.parse_status`."""
         if self._templates.queue_type == "SGE" and "<job_list" not in output:
             if "</job_info>" not in output:
@@ -118,7 +122,7 @@ class PysqaQueue:
             frame = self._commands.convert_queue_status(output)
         except Exception as error:  # whatever pysqa stumbles over, the output was not a list of jobs
             raise ValueError(f"the queue printed no list of jobs but {output.strip()!r}: {error}") from error
-        states = {}
+        states: dict[tuple[str, int | None], JobState] = {}
         for job_id, word in zip(frame["jobid"], frame["status"], strict=True):
             states[str(job_id), 0] = _state(str(word))
         if self._templates.queue_type == "TORQUE":
@@ -149,9 +153,9 @@ class PysqaQueue:
         return [*self._commands.delete_job_command, *dict.fromkeys(job_id for job_id, _ in jobs)]
 
 
-def _completed(output: str) -> dict[tuple[str, int], JobState]:
+def _completed(output: str) -> dict[tuple[str, int | None], JobState]:
     """The jobs that Torque still lists for some minutes, completed; pysqa takes them for waiting."""
-    states = {}
+    states: dict[tuple[str, int | None], JobState] = {}
     for job in output.split("Job Id:")[1:]:
         found = dict(re.findall(r"^\s*(job_state|exit_status|exec_host) = (\S+)", job, re.MULTILINE))
         if found.get("job_state") == "C":

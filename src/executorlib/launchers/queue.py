@@ -38,6 +38,11 @@ class Cause(enum.Enum):
     PREEMPTED = "preempted"
     CANCELLED = "cancelled"
 
+    @property
+    def ends_early(self) -> bool:
+        """Whether the job could have gone on: where it was a worker, another one takes its place."""
+        return self in (Cause.TIME_LIMIT, Cause.DEADLINE, Cause.PREEMPTED)
+
 
 @dataclass(frozen=True)
 class JobState:
@@ -184,7 +189,7 @@ class Queue(Protocol):
         """One query for all of these jobs."""
         ...
 
-    def parse_status(self, output: str) -> dict[tuple[str, int], JobState]:
+    def parse_status(self, output: str) -> dict[tuple[str, int | None], JobState]:
         """States by job id and array index (0 for a plain job). Jobs that the queue no longer knows are absent.
 
         Raises:

@@ -296,9 +296,9 @@ class SlurmQueue:
             *(f"--user={self._user}", f"--Format={fields}"),
         ]
 
-    def parse_status(self, output: str) -> dict[tuple[str, int], JobState]:
+    def parse_status(self, output: str) -> dict[tuple[str, int | None], JobState]:
         """See `queue.Queue.parse_status`."""
-        states: dict[tuple[str, int], JobState] = {}
+        states: dict[tuple[str, int | None], JobState] = {}
         for line in output.splitlines():
             if not line.strip() or line.startswith("CLUSTER:"):
                 continue

@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeAlias
 from executorlib.launchers.base import Events
 from executorlib.launchers.commands import Answer, Commands
 from executorlib.launchers.queue import Batch, Cause, JobState, Queue
-from executorlib.resources import listed
+from executorlib.launchers.templates import warn_of_unused
 
 logger = logging.getLogger("executorlib")
 
@@ -262,7 +262,7 @@ class CommandSystem:
         try:
             with open(path, "w", encoding="utf-8") as file:
                 file.write(queue.script(batch))
-            self._warn_of_unused(queue.unused(batch))
+            warn_of_unused(queue.unused(batch), self._warned)
             argv = queue.submit_command(batch, path)
         except (OSError, ValueError, ImportError) as error:
             on_done(Refused(str(error)))
@@ -286,16 +286,6 @@ class CommandSystem:
         # Some queues start a job where it was submitted.
         self._run(argv, answered, batch.cwd)
 
-    def _warn_of_unused(self, keys: list[str]) -> None:
-        new = [key for key in keys if key not in self._warned]
-        if new:
-            self._warned.update(new)
-            logger.warning(
-                "the submission template does not use these keys of resource_dict: %s; leave them out, or use a "
-                "template that has them",
-                listed(new),
-            )
-
     def query(self, job_ids: Sequence[str], on_states: Callable[[States | None], None]) -> None:
         """See `JobSystem.query`."""
         queue = self._queue
@@ -310,9 +300,7 @@ class CommandSystem:
             said = answer.text
             if answer.ok:
                 try:
-                    states = {
-                        (job_id, index): state for (job_id, index), state in queue.parse_status(answer.output).items()
-                    }
+                    states = queue.parse_status(answer.output)
                 except Exception as error:  # whatever it stumbles over, that is no answer
                     said = str(error)
             if states is None:
