@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
 import os
@@ -19,10 +20,16 @@ from executorlib.launchers.jobs import JobLauncher
 from executorlib.launchers.local import LocalLauncher
 from executorlib.launchers.local_system import LocalSystem
 from executorlib.launchers.mpi import find_mpiexec
-from executorlib.launchers.pysqa_queue import open_queue
-from executorlib.launchers.queue import Queue
-from executorlib.launchers.slurm import SETTINGS_COMMAND, SlurmQueue, command_environment, parse_settings, rank_command
+from executorlib.launchers.pysqa_queue import queue_of
+from executorlib.launchers.slurm import (
+    DEFAULT_TEMPLATE,
+    SETTINGS_COMMAND,
+    command_environment,
+    parse_settings,
+    rank_command,
+)
 from executorlib.launchers.systems import CommandSystem
+from executorlib.launchers.templates import Templates
 from executorlib.ledger import Ledger, Node, Unlimited
 from executorlib.resources import Demand, Resources, listed
 
@@ -231,6 +238,7 @@ class QueueExecutor(ClusterExecutor):
             default_directory=None if block_allocation else _CACHE_DIRECTORY,
         )
         configuration = None if pysqa_config_directory is None else os.fspath(pysqa_config_directory)
+        self._pmi_mode = pmi_mode
         if common.graph is None:
             self._check_system(configuration)
         limited = None if common.max_cores is None else Ledger([Node("cluster", range(common.max_cores))])
@@ -288,30 +296,39 @@ class SlurmClusterExecutor(QueueExecutor):
         ImportError: pysqa is not installed.
     """
 
+    _templates: Templates
+
     def _check_system(self, configuration: str | None) -> None:
-        check_queue(configuration)
+        self._templates = check_queue(configuration)
+
+    def _checked_demand(self, resources: Resources, subject: str) -> Demand:
+        if resources.cores > 1 and self._pmi_mode is None:
+            with contextlib.suppress(OSError, RuntimeError):  # maybe it is where the job runs
+                find_mpiexec()  # asks it here, once, and not in the loop
+        return super()._checked_demand(resources, subject)
 
     def _job_launcher(
         self, events: Events, configuration: str | None, pmi_mode: str | None, log_sizes: bool
     ) -> Launcher:
-        system = queue_system(events, configuration)
+        system = queue_system(events, self._templates)
         return JobLauncher(events, system, partial(job_command, pmi_mode), log_sizes)
 
     def _worker_launcher(
         self, events: Events, configuration: str | None, pmi_mode: str | None, folder: str, hostname_localhost: bool
     ) -> Launcher:
-        system = queue_system(events, configuration)
+        system = queue_system(events, self._templates)
         return JobWorkerLauncher(events, system, partial(job_command, pmi_mode), folder, hostname_localhost)
 
 
-def check_queue(configuration: str | None) -> None:
-    """Make sure that jobs can be submitted from here.
+def check_queue(configuration: str | None) -> Templates:
+    """Make sure that jobs can be submitted from here; returns where their scripts come from.
 
     Raises:
         RuntimeError: The queuing system's commands are not on this machine.
         ImportError: pysqa is not installed.
         ValueError: The configuration cannot be used.
     """
+    templates = Templates(DEFAULT_TEMPLATE, configuration)
     if configuration is None:
         # A user's template is rendered by pysqa, which takes half a second to load, so the loop's thread does it.
         # The program may be about to end by then, when the threads that pysqa's dependencies use cannot be loaded.
@@ -319,25 +336,26 @@ def check_queue(configuration: str | None) -> None:
 
         if importlib.util.find_spec("pysqa") is None:
             raise ImportError('jobs need pysqa for their scripts: pip install "executorlib[cluster]"')
-        submit = SlurmQueue.submit_program
-    else:
-        submit = open_queue(configuration).submit_program
+    submit = queue_of(templates).submit_program
     if shutil.which(submit) is None:
         raise RuntimeError(
             f"jobs are submitted with `{submit}`, which is not on PATH. Run this where jobs can be submitted (a login "
             "node, after loading the module that brings the command), or use SingleNodeExecutor on this machine."
         )
+    return templates
 
 
-def queue_system(events: Events, configuration: str | None) -> CommandSystem:
-    """The system that a pysqa configuration names, or Slurm."""
-    if configuration is None or isinstance(open_queue(configuration), SlurmQueue):
-
-        def make_slurm(answer: str) -> Queue:
-            return open_queue(configuration, parse_settings(answer))
-
-        return CommandSystem(events, "Slurm", make_slurm, SETTINGS_COMMAND, command_environment)
-    return CommandSystem(events, "the queue", lambda answer: open_queue(configuration), [])
+def queue_system(events: Events, templates: Templates) -> CommandSystem:
+    """The system that templates are for."""
+    if templates.queue_type != "SLURM":
+        return CommandSystem(events, "the queue", lambda answer: queue_of(templates), [])
+    return CommandSystem(
+        events,
+        "Slurm",
+        lambda answer: queue_of(templates, parse_settings(answer)),
+        SETTINGS_COMMAND,
+        command_environment,
+    )
 
 
 def job_command(pmi_mode: str | None, resources: Resources, program: list[str]) -> list[str]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from executorlib import SlurmClusterExecutor
 from executorlib.launchers.commands import Answer, Commands
 from executorlib.launchers.queue import Batch, JobState
 from executorlib.launchers.systems import CommandSystem, Refused, Silence
@@ -161,3 +163,23 @@ def test_system_that_cannot_be_used_here() -> None:
     broken_system.cancel([("7", None)])
     events.run_timers()
     assert answers == [None, None]
+
+
+@pytest.mark.parametrize("pmi_mode", [None, "pmix"])
+def test_mpiexec_is_asked_where_a_call_is_submitted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pmi_mode: str | None
+) -> None:
+    """... and so not for up to 30 s in the loop, which all calls wait for; and only where it starts the ranks."""
+    asked: list[None] = []
+
+    def find() -> Any:
+        asked.append(None)
+        raise FileNotFoundError
+
+    monkeypatch.setattr("executorlib.clusters.find_mpiexec", find)
+    # One that runs nothing needs no cluster.
+    with SlurmClusterExecutor(pmi_mode=pmi_mode, export_workflow_filename=str(tmp_path / "graph.json")) as executor:
+        executor.submit(os.path.basename, "a")
+        assert not asked
+        executor.submit(os.path.basename, "b", resource_dict={"cores": 2})
+        assert len(asked) == (0 if pmi_mode else 1)
