@@ -1,4 +1,4 @@
-"""What a Slurm job has: its nodes and, on each, the CPUs, GPUs and memory that are its own.
+"""What a Slurm job has: its nodes and, on each, the CPUs and GPUs that are its own.
 
 The parsers are pure; `slurm_allocation` alone runs a command, once.
 """
@@ -21,13 +21,11 @@ class NodeShape(NamedTuple):
         name: The node's name in Slurm.
         cpus: CPUs that the job has there.
         gpus: Indices of the GPUs that the job has there, as Slurm counts them on the node.
-        memory_mb: Memory that the job has there, in MiB; None where Slurm does not count it.
     """
 
     name: str
     cpus: int
     gpus: tuple[str, ...] = ()
-    memory_mb: int | None = None
 
 
 def slurm_allocation(environ: Mapping[str, str]) -> list[NodeShape]:
@@ -89,12 +87,12 @@ def shapes_from_scontrol(text: str, job: str) -> list[NodeShape]:
             continue
         # GRES_IDX= is how Slurm before 20.02 called it.
         for match in re.finditer(
-            r"^ +Nodes=(\S+) CPU_IDs=(\S+) Mem=(\d+)(?: GRES(?:_IDX)?=(\S*))?", paragraph, re.MULTILINE
+            r"^ +Nodes=(\S+) CPU_IDs=(\S+) Mem=\S+(?: GRES(?:_IDX)?=(\S*))?", paragraph, re.MULTILINE
         ):
-            nodes, cpus, memory, gres = match.groups()
+            nodes, cpus, gres = match.groups()
             count = len(expand_ranges(cpus))
             gpus = tuple(_gpu_indices(gres or ""))
-            shapes += [NodeShape(name, count, gpus, int(memory) or None) for name in expand_hosts(nodes)]
+            shapes += [NodeShape(name, count, gpus) for name in expand_hosts(nodes)]
     return shapes
 
 
@@ -117,12 +115,7 @@ def shapes_from_environment(environ: Mapping[str, str]) -> list[NodeShape]:
         gpus = tuple(map(str, expand_ranges(indices)))
     elif count := environ.get("SLURM_GPUS_ON_NODE"):
         gpus = tuple(str(index) for index in range(int(count)))
-    per_node, per_cpu = environ.get("SLURM_MEM_PER_NODE"), environ.get("SLURM_MEM_PER_CPU")
-    shapes = []
-    for name, count_cpus in zip(hosts, cpus, strict=True):
-        memory = int(per_node or 0) or int(per_cpu or 0) * count_cpus
-        shapes.append(NodeShape(name, count_cpus, gpus, memory or None))
-    return shapes
+    return [NodeShape(name, count, gpus) for name, count in zip(hosts, cpus, strict=True)]
 
 
 def expand_hosts(text: str) -> list[str]:

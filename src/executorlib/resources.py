@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import numbers
 import operator
 import os
@@ -36,6 +37,19 @@ class Demand(NamedTuple):
         return [(count * cores, count * gpus) for count in counts]
 
 
+# What is no business of the launcher on a node, or in the local queue: where results are kept and errors are logged,
+# how the nodes were chosen and asked for.
+_SEEN_TO = {
+    "cache_key",
+    "cache_directory",
+    "error_log_file",
+    "num_nodes",
+    "slurm_cmd_args",
+    "submission_template",
+    "further",
+}
+
+
 @dataclass(frozen=True)
 class Resources:
     """What one call needs.
@@ -44,7 +58,9 @@ class Resources:
         cores: MPI ranks; above 1 the function runs on every rank and the result is the list of all ranks' results.
         threads_per_core: Threads of each rank; the usual variables (`OMP_NUM_THREADS`, ...) are set to it.
         gpus_per_core: GPUs of each rank; `CUDA_VISIBLE_DEVICES` and `ROCR_VISIBLE_DEVICES` name them.
-        cwd: Working directory, made where missing; None is the submitting process's own.
+        cwd: Working directory, made where missing. None is the submitting process's own, as it is when the call starts,
+            or the worker of a block; where calls are a cluster's jobs, as it was at `submit`, and where workers of a
+            block are Slurm's jobs, as it was when the executor was made.
         cache_key: Name of the cache entry instead of the one derived from function and inputs.
         cache_directory: Directory in which the result is kept and looked up.
         num_nodes: Nodes over which the ranks are spread.
@@ -78,6 +94,15 @@ class Resources:
     def template_values(self) -> dict[str, Any]:
         """`further` as a dictionary."""
         return dict(self.further)
+
+    @functools.cached_property
+    def sent(self) -> dict[str, Any]:
+        """What the launcher has to know that starts the call's process elsewhere, as a ``resource_dict``.
+
+        All that differs from its default, but for what has been seen to before a process starts.
+        """
+        values = {field.name: (getattr(self, field.name), field.default) for field in fields(self)}
+        return {name: value for name, (value, default) in values.items() if value != default and name not in _SEEN_TO}
 
     @property
     def demand(self) -> Demand:

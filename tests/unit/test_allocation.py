@@ -86,33 +86,33 @@ def line(nodes: str, cpus: str, memory: str, rest: str) -> str:
             UNEQUAL,
             "4532",
             [
-                NodeShape("node1", 4, ("0",), 2048),
-                NodeShape("node3", 2, ("0",), 1024),
-                NodeShape("node4", 1, ("0",), 512),
+                NodeShape("node1", 4, ("0",)),
+                NodeShape("node3", 2, ("0",)),
+                NodeShape("node4", 1, ("0",)),
             ],
             id="nodes of different shapes",
         ),
         pytest.param(
             EQUAL,
             "4527",
-            [NodeShape(f"node{number}", 1, ("0", "1"), 1000) for number in (1, 2, 3)],
+            [NodeShape(f"node{number}", 1, ("0", "1")) for number in (1, 2, 3)],
             id="one line for all",
         ),
-        pytest.param(HETEROGENEOUS, "4529", [NodeShape("node1", 2, (), 1024)], id="first component"),
-        pytest.param(HETEROGENEOUS, "4530", [NodeShape("node2", 3, (), 1536)], id="second component"),
+        pytest.param(HETEROGENEOUS, "4529", [NodeShape("node1", 2)], id="first component"),
+        pytest.param(HETEROGENEOUS, "4530", [NodeShape("node2", 3)], id="second component"),
         pytest.param(HETEROGENEOUS, "452", [], id="another job"),
         pytest.param(OVER, "4532", [], id="over"),
         pytest.param(
             line("a", "0-3,8-11", "0", " GRES=gpu:a100:2(IDX:1,3),gpu:v100:1(IDX:5),nvme:1(IDX:7)"),
             "1",
             [NodeShape("a", 8, ("1", "3", "5"))],
-            id="GPUs of two types; memory is not counted",
+            id="GPUs of two types",
         ),
-        pytest.param(line("a", "0", "9", " GRES=mps:50(IDX:0)"), "1", [NodeShape("a", 1, (), 9)], id="no whole GPU"),
+        pytest.param(line("a", "0", "9", " GRES=mps:50(IDX:0)"), "1", [NodeShape("a", 1)], id="no whole GPU"),
         pytest.param(
-            line("a", "0", "9", " GRES_IDX=gpu(IDX:0-1)"), "1", [NodeShape("a", 1, ("0", "1"), 9)], id="before 20.02"
+            line("a", "0", "9", " GRES_IDX=gpu(IDX:0-1)"), "1", [NodeShape("a", 1, ("0", "1"))], id="before 20.02"
         ),
-        pytest.param(line("a", "0", "9", ""), "1", [NodeShape("a", 1, (), 9)], id="no GRES at all"),
+        pytest.param(line("a", "0", "9", ""), "1", [NodeShape("a", 1)], id="no GRES at all"),
     ],
 )
 def test_scontrol(text: str, job: str, shapes: list[NodeShape]) -> None:
@@ -128,20 +128,19 @@ def test_scontrol(text: str, job: str, shapes: list[NodeShape]) -> None:
             id="shapes",
         ),
         pytest.param(
-            {"SLURM_JOB_NODELIST": "node[1-3]", "SLURM_JOB_CPUS_PER_NODE": "1(x3)", "SLURM_MEM_PER_NODE": "1000"},
-            [NodeShape(f"node{number}", 1, (), 1000) for number in (1, 2, 3)],
-            id="memory of nodes",
+            {"SLURM_JOB_NODELIST": "node[1-3]", "SLURM_JOB_CPUS_PER_NODE": "1(x3)"},
+            [NodeShape(f"node{number}", 1) for number in (1, 2, 3)],
+            id="equal shapes",
         ),
         pytest.param(
             {
                 "SLURM_JOB_NODELIST": "node1",
                 "SLURM_JOB_CPUS_PER_NODE": "4",
-                "SLURM_MEM_PER_CPU": "100",
                 "SLURM_JOB_GPUS": "1,3",
                 "SLURM_GPUS_ON_NODE": "2",
             },
-            [NodeShape("node1", 4, ("1", "3"), 400)],
-            id="GPUs by index, memory of CPUs",
+            [NodeShape("node1", 4, ("1", "3"))],
+            id="GPUs by index",
         ),
         pytest.param(
             {"SLURM_JOB_NODELIST": "node1", "SLURM_JOB_CPUS_PER_NODE": "4", "SLURM_GPUS_ON_NODE": "2"},

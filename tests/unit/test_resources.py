@@ -215,6 +215,15 @@ def test_demand_over_several_nodes(changes: dict[str, Any], nodes: int, demand: 
     assert Resources().updated(changes, "f").demand_over(nodes) == demand
 
 
+def test_what_is_sent() -> None:
+    """To where the process is started; files, nodes and scripts were seen to before."""
+    assert Resources().sent == {}
+    more = {"cache_key": "x", "num_nodes": 2, "slurm_cmd_args": ["--quiet"], "submission_template": "x", "queue": "y"}
+    resources = Resources().updated({"cores": 2, "cwd": "/", "priority": -1, **more}, "f", allow_further=True)
+    assert resources.sent == {"cores": 2, "cwd": "/", "priority": -1}
+    assert Resources().updated(resources.sent, "f") == Resources(cores=2, cwd="/", priority=-1)
+
+
 def test_further_keys_are_the_templates() -> None:
     before = Resources().updated({"partition": "short", "memory_max": 2.5}, "f", allow_further=True)
     after = before.updated({"partition": "long", "cores": 2, "account": None}, "f", allow_further=True)

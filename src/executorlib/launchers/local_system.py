@@ -115,17 +115,10 @@ class LocalSystem:
         self._submitted += 1
         job_id = f"{self._id}:{self._submitted}"
         resources = batch.resources
-        needs: dict[str, Any] = {
-            "cores": resources.cores,
-            "threads_per_core": resources.threads_per_core,
-            "gpus_per_core": resources.gpus_per_core,
+        needs = {**resources.sent, "cwd": batch.cwd}
+        if resources.run_time_max is not None:
             # A job ends itself at its limit; this is for functions that do not let it.
-            "run_time_max": None if resources.run_time_max is None else resources.run_time_max + _SPARE_SECONDS,
-            "priority": resources.priority,
-            "exclusive": resources.exclusive,
-            "openmpi_oversubscribe": resources.openmpi_oversubscribe,
-            "cwd": batch.cwd,
-        }
+            needs["run_time_max"] = resources.run_time_max + _SPARE_SECONDS
         after = [[each.job_id, each.index, each.corresponding] for each in batch.dependencies]
         self._send(
             {

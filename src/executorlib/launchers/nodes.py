@@ -308,12 +308,6 @@ class NodesLauncher:
     def _start(self, relay: _Relay, process: Process) -> None:
         number = process.worker.number
         resources = process.resources
-        needs = {
-            "cores": resources.cores,
-            "threads_per_core": resources.threads_per_core,
-            "openmpi_oversubscribe": resources.openmpi_oversubscribe,
-            "cwd": resources.cwd,
-        }
         relay.processes[number] = process
         process.host = relay.node.name
         if self._pooled and resources.cores == 1:
@@ -321,7 +315,7 @@ class NodesLauncher:
             process.recall = lambda count: self._recall(relay, number, count)
         else:
             process.transport = _NodeTransport(self, relay, number)
-        self.put(relay, number, ["start", {"resources": needs, "single": process.single}])
+        self.put(relay, number, ["start", {"resources": resources.sent, "single": process.single}])
         self._events.on_connected(process)
 
     def _recall(self, relay: _Relay, number: int, count: int) -> None:
