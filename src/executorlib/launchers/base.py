@@ -55,7 +55,7 @@ class Exit:
     unstarted: Sequence[int] = ()
 
 
-@dataclass
+@dataclass(eq=False)  # each is itself alone, whatever it has in common with another
 class Process:
     """A worker's process, as the launcher that started it sees it.
 
