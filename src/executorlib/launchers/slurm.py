@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 # What has to hold whatever a template says is not here but on sbatch's command line, which counts for more.
 #
 # - GPUs: --gres is what every Slurm takes, but counts by node; ranks may be spread, so theirs are counted by task.
-# - priority: only operators may raise a job's; sbatch refuses a negative nice value of others. Of root alone it is known
-#   here that it is one.
+# - priority: only operators may raise a job's; sbatch refuses a negative nice value of others. Of root alone it is
+#   known here that it is one.
 # - A job that lost its node, or was preempted, ends in an error instead of running again unasked; `--requeue` in
 #   slurm_cmd_args, or a template without this line, lets it.
 DEFAULT_TEMPLATE = """\
