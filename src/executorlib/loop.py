@@ -165,6 +165,7 @@ class Loop(Poller, Events):
         self._function_numbers: dict[bytes, int] = {}
         self._function_counter = itertools.count(1)
         self._known_functions: dict[int, dict[int, int]] = {}  # by worker, their sizes by function number
+        self._real_paths: dict[str, str] = {}
         self._equal_calls: dict[str, list[Task]] = {}  # by file in the cache: one that is on its way, others that wait
         self._pid = os.getpid()
         self._wake_read, self._wake_write = os.pipe()
@@ -585,7 +586,7 @@ class Loop(Poller, Events):
             key = resources.cache_key or fingerprint.call_key(*self._named_inputs(task))
             directory = resources.cache_directory
             if self._jobs:
-                directory = os.path.realpath(directory)  # sessions may reach one directory by several names
+                directory = self._real_path(directory)
             task.cache_path = str(entries.entry_path(directory, key, "o"))
             if self._jobs:
                 self._refer_to_results(task, key)
@@ -599,6 +600,13 @@ class Loop(Poller, Events):
         else:
             self.scheduler.on_found(task)
             self._conclude(task, output.value, output.error)
+
+    def _real_path(self, directory: str) -> str:
+        """One name for a directory that sessions may reach by several; found out once, as it takes a while."""
+        found = self._real_paths.get(directory)
+        if found is None:
+            found = self._real_paths[directory] = os.path.realpath(directory)
+        return found
 
     def _waits_for_equal(self, task: Task) -> bool:
         """Whether an equal call is on its way, whose result will be in the cache; else others wait for this one."""
