@@ -168,6 +168,12 @@ def test_many_arguments(allocation: Callable[..., Any], monkeypatch: pytest.Monk
         assert executor.submit(arguments, resource_dict=needs).result(SECONDS) == sys.argv
 
 
+@pytest.mark.mpi
+def test_many_arguments_of_ranks(allocation: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [*sys.argv, *(f"data/{number:06}.xyz" for number in range(12_000))])
+    assert allocation().submit(arguments, resource_dict={"cores": 2}).result(SECONDS) == [sys.argv] * 2
+
+
 def test_workers_of_a_block_are_as_many_as_there_are_gpus(
     allocation: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -210,33 +210,36 @@ class Timer:
             self._callback()
 
 
-def boot_command(module: str, call: str) -> list[str]:
+def boot_command(module: str, call: str, rank: bool = False) -> list[str]:
     """The command that runs ``module.call`` in a new interpreter, with this process's import path and arguments.
 
     A user's arguments, such as the names of thousands of files, may be more than Linux takes as one argument. In pieces
     they fit, as they did when this process was started, and there is no file that another node would have to see.
+
+    Args:
+        module: The module.
+        call: The arguments, in brackets.
+        rank: Whether it is one of a world's ranks, which are told the arguments in their setup: Open MPI's mpiexec puts
+            all of a command into one environment variable, which has the same limit.
     """
-    code = boot_code(module, call)
+    code = boot_code(module, call, [""] if rank else arguments())
     if len(code) <= _PIECE:
         return [sys.executable, "-c", code]
     pieces = [code[start : start + _PIECE] for start in range(0, len(code), _PIECE)]
     return [sys.executable, "-c", "import sys; exec(''.join(sys.argv[1:]))", *pieces]
 
 
-def boot_code(module: str, call: str) -> str:
-    """Python source that runs ``module.call`` with this process's import path and arguments.
+def boot_code(module: str, call: str, argv: list[str]) -> str:
+    """Python source that runs ``module.call`` with this process's import path and with these arguments.
 
     The path is set before anything is imported, so that no file in the working directory takes a module's place.
     """
-    return (
-        f"import sys; sys.path[:] = {import_path()!r}; sys.argv[:] = {arguments()!r}; "
-        f"from {module} import main; main{call}"
-    )
+    return f"import sys; sys.path[:] = {import_path()!r}; sys.argv[:] = {argv!r}; from {module} import main; main{call}"
 
 
 def boot_file(module: str, call: str) -> str:
     """The same, for a file that is run: what `multiprocessing` starts from there reads that file again."""
-    return f"if __name__ == '__main__':\n    {boot_code(module, call)}\n"
+    return f"if __name__ == '__main__':\n    {boot_code(module, call, arguments())}\n"
 
 
 def import_path() -> list[str]:

@@ -543,13 +543,16 @@ class LocalLauncher:
         if process.resources.cores > 1:
             if self._mpi is None:
                 self._mpi = MpiLauncher(self._events, self._hidden)
-            self._mpi.launch(process, agent, boot_command("executorlib.worker.mpi", f"({process.single})"))
+            self._mpi.launch(process, agent, boot_command("executorlib.worker.mpi", f"({process.single})", rank=True))
         else:
             agent.launch(process)
 
     def setup(self, process: Process) -> dict[str, Any]:
         """See `Launcher.setup`."""
-        return self._agent(process.resources.threads_per_core).surroundings.changes()
+        setup = self._agent(process.resources.threads_per_core).surroundings.changes()
+        if process.resources.cores > 1:
+            setup["argv"] = arguments()  # see `boot_command`
+        return setup
 
     def kill(self, process: Process, signal_number: int) -> None:
         """See `Launcher.kill`."""

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from executorlib import serialize
 from executorlib.errors import ExecutorlibSocketError
-from executorlib.launchers.base import Events, Exit, Process, boot_command, tail_text
+from executorlib.launchers.base import Events, Exit, Process, arguments, boot_command, tail_text
 from executorlib.launchers.commands import Answer, Commands
 from executorlib.launchers.local import Agent
 from executorlib.launchers.mpi import find_mpiexec
@@ -239,6 +239,8 @@ class NodesLauncher:
     def setup(self, process: Process) -> dict[str, Any]:
         """See `Launcher.setup`."""
         setup = self._agent.surroundings.changes()
+        if process.resources.cores > 1:
+            setup["argv"] = arguments()  # see `boot_command`
         if self._is_step(process):
             setup["shares"] = {
                 share.node.name: {"node": self._relays[share.node.name].size, "cores": share.cores, "gpus": share.gpus}
@@ -468,7 +470,7 @@ class NodesLauncher:
         env[CONNECTION_VARIABLE] = self._router.credentials(identity).dumps()
         module = "executorlib.worker.mpi" if len(hosts) > 1 else "executorlib.worker.remote"
         call = f"({process.single})" if len(hosts) > 1 else "()"
-        program = boot_command(module, call)
+        program = boot_command(module, call, rank=len(hosts) > 1)
         if len(hosts) > 1 and self._pmi_mode is None:
             try:
                 mpiexec = find_mpiexec()
