@@ -2,6 +2,9 @@
 
     launch ─▶ jobspec ─▶ Flux ─▶ start ─▶ worker: hello ─▶ setup, calls ─▶ results ─▶ stop ─▶ finish
 
+A worker of a block, unless it is several ranks, is behind a relay (`launchers.relay`) in its job: many calls travel at
+once then, and what it has not started can be taken back.
+
 Flux tells of each job by its events, and the worker's connection tells of the worker. A worker is over when both have
 said so, or one has and the other does not follow.
 """
@@ -21,6 +24,7 @@ from executorlib.launchers.flux import JobLog, job_name, jobspec, output_of, run
 from executorlib.launchers.flux_instance import FluxInstance
 from executorlib.launchers.job import read_tail
 from executorlib.launchers.queue import Cause, Phase
+from executorlib.launchers.relays import RelayEnd, Relays
 from executorlib.launchers.systems import Refused
 from executorlib.serialize import Frame
 from executorlib.transports.curve import CONNECTION_VARIABLE
@@ -50,7 +54,8 @@ class _Member:
         peer: Its connection, once it has said hello.
         gone: Whether that has ended.
         unwanted: The last signal that it was sent, or was to be sent before it was there.
-        done: Whether its one call is over.
+        done: Whether its calls are over.
+        relay: What is in front of it, where there is a relay.
         ending: Whether its end is being told.
     """
 
@@ -64,6 +69,7 @@ class _Member:
         self.gone = False
         self.unwanted = 0
         self.done = False
+        self.relay: RelayEnd | None = None
         self.ending = False
 
 
@@ -95,6 +101,7 @@ class FluxLauncher:
         self._log_files = log_files
         self._instance = FluxInstance(events, self._on_instance_lost, submit_by)
         self._router = Router(events, self._on_message, self._on_lost, tcp=True, hostname_localhost=hostname_localhost)
+        self._ways = Relays(events, self._router, True, self._on_worker_exit)
         self._members: dict[str, _Member] = {}  # by identity, the worker's number
 
     # -- Launcher -------------------------------------------------------------------------------------------------
@@ -131,6 +138,17 @@ class FluxLauncher:
 
     def _program(self, process: Process) -> list[str]:
         ranks = process.resources.cores
+        if _has_relay(process):
+            options = {
+                "spawn": False,
+                "pooled": True,
+                "stock": 0,
+                "preload": [],
+                "default_threads": process.resources.threads_per_core,
+            }
+            outside = {name: value for name, value in os.environ.items() if name.startswith("SLURM_")}
+            outside.pop("SLURM_JWT", None)  # no secret belongs on a command line
+            return boot_command("executorlib.launchers.relay", f"({outside!r}, {options!r})")
         module = "executorlib.worker.mpi" if ranks > 1 else "executorlib.worker.remote"
         program = boot_command(module, f"({process.single})" if ranks > 1 else "()")
         # An instance of its own begins with one process.
@@ -153,6 +171,11 @@ class FluxLauncher:
         member.unwanted = signal_number
         if member.job is None:
             return  # it is on its way to Flux; see `_on_submitted`
+        if member.relay is not None:
+            # Only the worker: its relay tells which calls it has started.
+            self._ways.kill(member.relay, process.worker.number, signal_number)
+            self._later(_FOLLOW_SECONDS, member.identity, self._end_without_word)
+            return
         if member.log.started:
             self._instance.kill(member.job, signal_number)
         if signal_number == signal.SIGKILL or not member.log.started:
@@ -223,7 +246,10 @@ class FluxLauncher:
         if member is None:
             return  # one that was given up
         process, kind = member.process, header[0]
-        if kind == "hello":
+        if member.relay is not None:
+            if kind == "done":
+                self._ways.on_done(member.relay, header[1], frames)
+        elif kind == "hello":
             self._on_hello(member, peer, header[1])
         elif kind == "ready" and process.single:
             return
@@ -255,8 +281,22 @@ class FluxLauncher:
             return
         member.peer = peer
         process.host, process.pid = about["host"], about["pid"]
+        if _has_relay(process):
+            member.relay = RelayEnd()
+            member.relay.peer = peer
+            self._ways.start(member.relay, process)
+            return
         process.transport = RouterTransport(self._router, peer)
         self._events.on_connected(process)
+
+    def _on_worker_exit(self, relay: RelayEnd, number: int, about: dict[str, Any], error: BaseException | None) -> None:
+        """A worker has ended, of which its relay tells; its job is to end, too."""
+        member = self._members.pop(str(number), None)
+        if member is None or relay.peer is None:
+            return
+        self._instance.unwatch(member.watch)
+        self._router.send(relay.peer, ["end"], [])
+        self._ways.conclude(relay, number, about, error)
 
     def _finish(self, member: _Member, failed: bool) -> None:
         """Its one call is over: let it go."""
@@ -362,3 +402,8 @@ class FluxLauncher:
     def _subject(member: _Member) -> str:
         calls: Sequence[Any] = member.process.worker.calls
         return f"Call {calls[0].number} of {calls[0].name}" if calls else "A worker"
+
+
+def _has_relay(process: Process) -> bool:
+    """Whether a worker is behind a relay: it takes call after call, in one process."""
+    return not process.single and process.resources.cores == 1

@@ -19,20 +19,19 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-from executorlib import serialize
 from executorlib.errors import ExecutorlibSocketError
 from executorlib.launchers.base import Events, Exit, Process, arguments, boot_command, tail_text
 from executorlib.launchers.commands import Answer, Commands
 from executorlib.launchers.local import Agent
 from executorlib.launchers.mpi import find_mpiexec
+from executorlib.launchers.relays import RelayEnd, Relays
 from executorlib.launchers.slurm import command_environment
 from executorlib.launchers.slurm_steps import parse_time_left, ranks_command, relays_command, step_environment
 from executorlib.resources import Resources
-from executorlib.serialize import Frame, nbytes
+from executorlib.serialize import Frame
 from executorlib.transports.curve import CONNECTION_VARIABLE
-from executorlib.transports.messages import MAPPED_BYTES, Decoder, Message, encode
 from executorlib.transports.router import Router, RouterTransport, worker_of
-from executorlib.worker.call import PERMIT, THREAD_VARIABLES
+from executorlib.worker.call import THREAD_VARIABLES
 
 if TYPE_CHECKING:
     from executorlib.ledger import Node
@@ -62,99 +61,19 @@ _FINALIZE_SECONDS = 10.0
 _WARN_SECONDS = 300.0
 
 
-class _Relay:
+class _Relay(RelayEnd):
     """A node, as seen from the executor.
 
     Attributes:
         node: The ledger's record of it.
-        peer: The connection of its agent, once that has said hello.
-        processes: Workers there, by number.
-        waiting: Those that are to be started once it is connected.
-        recalling: Numbers of those that were asked for calls and have not answered.
-        killing: Numbers of those that are killed by us.
-        lost: Why it is, where it is.
+        waiting: Workers that are to be started once it is connected.
     """
 
     def __init__(self, node: Node) -> None:
+        super().__init__()
         self.node = node
         self.size = node.total_cores, sorted(node.free_gpus)
-        self.peer: bytes | None = None
-        self.processes: dict[int, Process] = {}
         self.waiting: dict[int, Process] = {}
-        self.recalling: set[int] = set()
-        self.killing: set[int] = set()
-        self.lost = ""
-        self.parts: list[list[Any]] = []
-        self.frames: list[Frame] = []
-
-
-class _NodeTransport:
-    """The way to one worker of a node.
-
-    Attributes:
-        calls: How many were put.
-    """
-
-    def __init__(self, launcher: NodesLauncher, relay: _Relay, number: int) -> None:
-        self._launcher = launcher
-        self._relay = relay
-        self._number = number
-        self.calls = 0
-
-    def put(self, header: Any, frames: Sequence[Frame] = ()) -> int:
-        """See `Transport.put`."""
-        self.calls += header[0] == "call"
-        self._launcher.put(self._relay, self._number, header, frames)
-        return sum(map(nbytes, frames))
-
-    def flush(self) -> None:
-        """See `Transport.flush`; what is for workers of the same node goes together, a little later."""
-
-
-class _StreamTransport(_NodeTransport):
-    """The way to a worker that takes many calls: made here are the bytes for its connection, which the relay passes on.
-
-    Its answers come likewise. So a call costs the relay next to nothing, and this process what it costs on one node.
-
-    Attributes:
-        broken: Whether what it sent cannot be told apart any more.
-    """
-
-    def __init__(self, launcher: NodesLauncher, relay: _Relay, number: int) -> None:
-        super().__init__(launcher, relay, number)
-        self.broken = False
-        self._decoder = Decoder()
-        self._put: list[Frame] = []
-        self._put_calls = 0
-        self._held: list[int] = []  # calls that need a permit
-
-    def put(self, header: Any, frames: Sequence[Frame] = ()) -> int:
-        """See `Transport.put`."""
-        size = sum(map(nbytes, frames))
-        if header[0] == "setup" or size >= MAPPED_BYTES:
-            self.flush()
-            return super().put(header, frames)
-        pieces, _, _ = encode(header, frames)
-        self._put += pieces
-        if header[0] == "call":
-            self.calls += 1
-            self._put_calls += 1
-            if not header[3].get("now"):
-                self._held.append(header[1])
-        return size
-
-    def flush(self) -> None:
-        """See `Transport.flush`."""
-        if self._put:
-            frames: list[Frame] = [b"".join(map(PERMIT.pack, self._held)), b"".join(self._put)]
-            self._launcher.put(self._relay, self._number, ["stream", self._put_calls], frames)
-            self._put.clear()
-            self._put_calls = 0
-            self._held.clear()
-
-    def received(self, errors: Sequence[str], frames: Sequence[Frame]) -> list[Message]:
-        """Take a piece of what the worker sent; the messages that are complete."""
-        return self._decoder.feed_passed(errors, frames)
 
 
 class NodesLauncher:
@@ -188,8 +107,8 @@ class NodesLauncher:
         self._pmi_mode = pmi_mode
         self._relays = {node.name: _Relay(node) for node in nodes}
         self._by_peer: dict[bytes, _Relay] = {}
-        self._dirty: dict[_Relay, None] = {}
         self._router = Router(events, self._on_message, self._on_lost, tcp=True, hostname_localhost=hostname_localhost)
+        self._ways = Relays(events, self._router, pooled, self._on_worker_exit)
         # Runs srun, so that it is watched, and ends with us.
         self._agent = Agent(
             events, spawn=False, pooled=False, stock=0, preload=[], threads=threads, on_exit=self._on_step_exit
@@ -258,8 +177,7 @@ class NodesLauncher:
             del relay.waiting[number]
             self._events.on_exit(process, Exit(None, "it was not needed any more"))
         elif number in relay.processes:
-            relay.killing.add(number)
-            self.put(relay, number, ["kill", signal_number])
+            self._ways.kill(relay, number, signal_number)
         elif str(number) in self._steps:
             self._end_step(process)
 
@@ -289,44 +207,11 @@ class NodesLauncher:
         for identity in list(self._host_files):
             self._forget_step(identity)
 
-    # -- to the relays --------------------------------------------------------------------------------------------
-
-    def put(self, relay: _Relay, number: int, header: list[Any], frames: Sequence[Frame] = ()) -> None:
-        """Append a message to what the relay is sent in a moment."""
-        if not self._dirty:
-            self._events.call_soon(self._send)
-        self._dirty[relay] = None
-        relay.parts.append([number, header, len(frames)])
-        relay.frames += frames
-
-    def _send(self) -> None:
-        dirty, self._dirty = self._dirty, {}
-        for relay in dirty:
-            parts, frames = relay.parts, relay.frames
-            relay.parts, relay.frames = [], []
-            if relay.peer is not None and not relay.lost:
-                self._router.send(relay.peer, ["do", parts], frames)
+    # -- relays ---------------------------------------------------------------------------------------------------
 
     def _start(self, relay: _Relay, process: Process) -> None:
-        number = process.worker.number
-        resources = process.resources
-        relay.processes[number] = process
         process.host = relay.node.name
-        if self._pooled and resources.cores == 1:
-            process.transport = _StreamTransport(self, relay, number)
-            process.recall = lambda count: self._recall(relay, number, count)
-        else:
-            process.transport = _NodeTransport(self, relay, number)
-        self.put(relay, number, ["start", {"resources": resources.sent, "single": process.single}])
-        self._events.on_connected(process)
-
-    def _recall(self, relay: _Relay, number: int, count: int) -> None:
-        # One question at a time, or the same calls would be asked for twice.
-        if number not in relay.recalling:
-            relay.recalling.add(number)
-            self.put(relay, number, ["recall", count])
-
-    # -- from the relays ------------------------------------------------------------------------------------------
+        self._ways.start(relay, process)
 
     def _on_message(self, peer: bytes, header: list[Any], frames: list[Frame]) -> None:
         identity = worker_of(peer)
@@ -343,10 +228,7 @@ class NodesLauncher:
         if header[0] == "bye":
             self._lose(relay, header[1])
             return
-        position = 0
-        for number, inner, count in header[1]:
-            self._on_worker_message(relay, number, inner, frames[position : position + count])
-            position += count
+        self._ways.on_done(relay, header[1], frames)
 
     def _on_hello(self, peer: bytes, about: dict[str, Any]) -> None:
         relay = self._relays.get(about["node"])
@@ -361,60 +243,16 @@ class NodesLauncher:
         for process in waiting.values():
             self._start(relay, process)
 
-    def _on_worker_message(self, relay: _Relay, number: int, header: list[Any], frames: list[Frame]) -> None:
-        process = relay.processes.get(number)
-        if process is None:
-            return
-        if header[0] == "stream":
-            self._on_stream(process, header[1], frames)
-        elif header[0] == "recalled":
-            relay.recalling.discard(number)
-            self._events.on_recalled(process, header[1])
-        elif header[0] == "exit":
-            error = serialize.loads(frames) if frames else None
-            if header[1]["status"] == signal.SIGKILL and number not in relay.killing:
-                self._events.call_later(_KILLED_SECONDS, lambda: self._on_worker_exit(relay, number, header[1], error))
-            else:
-                self._on_worker_exit(relay, number, header[1], error)
+    def _on_worker_exit(self, relay: RelayEnd, number: int, about: dict[str, Any], error: BaseException | None) -> None:
+        if about["status"] == signal.SIGKILL and number not in relay.killing:
+            # Its node may be about to be lost, which is more to tell.
+            self._events.call_later(_KILLED_SECONDS, lambda: self._tell_exit(relay, number, about, error))
         else:
-            self._events.on_message(process, header, frames)
+            self._tell_exit(relay, number, about, error)
 
-    def _on_worker_exit(self, relay: _Relay, number: int, about: dict[str, Any], error: BaseException | None) -> None:
-        if relay.lost:
-            return  # `_end_workers` tells of its end, or has told
-        process = relay.processes.pop(number)
-        relay.recalling.discard(number)
-        relay.killing.discard(number)
-        process.pid = about["pid"]
-        process.stderr += about["stderr"].encode()
-        # Calls that were still on their way come last.
-        calls = process.worker.calls
-        on_the_way = cast(_NodeTransport, process.transport).calls - about["handed"]
-        unstarted = [*about["unstarted"], *(task.number for task in calls[len(calls) - on_the_way :])]
-        self._events.on_exit(process, Exit(about["status"], about["text"], error, unstarted=unstarted))
-
-    def _on_stream(self, process: Process, errors: list[str], frames: list[Frame]) -> None:
-        transport = cast(_StreamTransport, process.transport)
-        if transport.broken:
-            return
-        try:
-            messages = transport.received(errors, frames)
-        except (ValueError, IndexError):
-            transport.broken = True
-            process.verdict = process.verdict or ExecutorlibSocketError(
-                f"What came from a worker process on {process.host} cannot be read, so it was killed: what it ran "
-                "wrote into the file descriptor of its connection."
-            )
-            self.kill(process, signal.SIGKILL)
-            return
-        for message in messages:
-            if message.error is not None:
-                _, number, seconds, text, more = message.header
-                text += "what the call gave could not be received on its node"
-                header = ["error", number, seconds, text, more]
-                self._events.on_message(process, header, serialize.dumps(message.error))
-            else:
-                self._events.on_message(process, message.header, message.frames)
+    def _tell_exit(self, relay: RelayEnd, number: int, about: dict[str, Any], error: BaseException | None) -> None:
+        if not relay.lost:  # else `_end_workers` tells of its end, or has told
+            self._ways.conclude(relay, number, about, error)
 
     # -- nodes that are lost --------------------------------------------------------------------------------------
 

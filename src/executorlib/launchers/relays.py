@@ -1,0 +1,230 @@
+"""The executor's end of relays (`launchers.relay`): what goes to the workers behind them, and what comes back.
+
+All that is put for the workers of one relay in one turn of the loop is one message, and so are their answers.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+from executorlib import serialize
+from executorlib.errors import ExecutorlibSocketError
+from executorlib.launchers.base import Events, Exit, Process
+from executorlib.serialize import Frame, nbytes
+from executorlib.transports.messages import MAPPED_BYTES, Decoder, Message, encode
+from executorlib.transports.router import Router
+from executorlib.worker.call import PERMIT
+
+
+class RelayEnd:
+    """A relay, as seen from the executor.
+
+    Attributes:
+        peer: Its connection, once it has said hello.
+        processes: Workers behind it, by number.
+        recalling: Numbers of those that were asked for calls and have not answered.
+        killing: Numbers of those that are killed by us.
+        lost: Why nothing is sent to it any more, where that is so.
+        parts: Messages to be sent, and `frames` of all of them.
+    """
+
+    def __init__(self) -> None:
+        self.peer: bytes | None = None
+        self.processes: dict[int, Process] = {}
+        self.recalling: set[int] = set()
+        self.killing: set[int] = set()
+        self.lost = ""
+        self.parts: list[list[Any]] = []
+        self.frames: list[Frame] = []
+
+
+# Called with a relay, the number of a worker that has ended, what the relay knows of that, and the error for its call.
+OnExit = Callable[[RelayEnd, int, dict[str, Any], "BaseException | None"], None]
+
+
+class _RelayTransport:
+    """The way to one worker behind a relay.
+
+    Attributes:
+        calls: How many were put.
+    """
+
+    def __init__(self, ways: Relays, relay: RelayEnd, number: int) -> None:
+        self._ways = ways
+        self._relay = relay
+        self._number = number
+        self.calls = 0
+
+    def put(self, header: Any, frames: Sequence[Frame] = ()) -> int:
+        """See `Transport.put`."""
+        self.calls += header[0] == "call"
+        self._ways.put(self._relay, self._number, header, frames)
+        return sum(map(nbytes, frames))
+
+    def flush(self) -> None:
+        """See `Transport.flush`; what is for workers of the same relay goes together, a little later."""
+
+
+class _StreamTransport(_RelayTransport):
+    """The way to a worker that takes many calls: made here are the bytes for its connection, which the relay passes on.
+
+    Its answers come likewise. So a call costs the relay next to nothing, and this process what it costs on one node.
+
+    Attributes:
+        broken: Whether what it sent cannot be told apart any more.
+    """
+
+    def __init__(self, ways: Relays, relay: RelayEnd, number: int) -> None:
+        super().__init__(ways, relay, number)
+        self.broken = False
+        self._decoder = Decoder()
+        self._put: list[Frame] = []
+        self._put_calls = 0
+        self._held: list[int] = []  # calls that need a permit
+
+    def put(self, header: Any, frames: Sequence[Frame] = ()) -> int:
+        """See `Transport.put`."""
+        size = sum(map(nbytes, frames))
+        if header[0] == "setup" or size >= MAPPED_BYTES:
+            self.flush()
+            return super().put(header, frames)
+        pieces, _, _ = encode(header, frames)
+        self._put += pieces
+        if header[0] == "call":
+            self.calls += 1
+            self._put_calls += 1
+            if not header[3].get("now"):
+                self._held.append(header[1])
+        return size
+
+    def flush(self) -> None:
+        """See `Transport.flush`."""
+        if self._put:
+            frames: list[Frame] = [b"".join(map(PERMIT.pack, self._held)), b"".join(self._put)]
+            self._ways.put(self._relay, self._number, ["stream", self._put_calls], frames)
+            self._put.clear()
+            self._put_calls = 0
+            self._held.clear()
+
+    def received(self, errors: Sequence[str], frames: Sequence[Frame]) -> list[Message]:
+        """Take a piece of what the worker sent; the messages that are complete."""
+        return self._decoder.feed_passed(errors, frames)
+
+
+class Relays:
+    """Sends to relays, and hands on what they send.
+
+    Args:
+        events: The loop.
+        router: Where they connect to.
+        pooled: Whether workers run call after call.
+        on_exit: Called when a worker has ended; `conclude` is to follow, unless it is known better how.
+    """
+
+    def __init__(self, events: Events, router: Router, pooled: bool, on_exit: OnExit) -> None:
+        self._events = events
+        self._router = router
+        self._pooled = pooled
+        self._on_exit = on_exit
+        self._dirty: dict[RelayEnd, None] = {}
+
+    def start(self, relay: RelayEnd, process: Process) -> None:
+        """Have a relay that is connected start a worker."""
+        number = process.worker.number
+        resources = process.resources
+        relay.processes[number] = process
+        if self._pooled and resources.cores == 1:
+            process.transport = _StreamTransport(self, relay, number)
+            process.recall = lambda count: self._recall(relay, number, count)
+        else:
+            process.transport = _RelayTransport(self, relay, number)
+        self.put(relay, number, ["start", {"resources": resources.sent, "single": process.single}])
+        self._events.on_connected(process)
+
+    def kill(self, relay: RelayEnd, number: int, signal_number: int) -> None:
+        """Signal a worker and all that it started."""
+        relay.killing.add(number)
+        self.put(relay, number, ["kill", signal_number])
+
+    def put(self, relay: RelayEnd, number: int, header: list[Any], frames: Sequence[Frame] = ()) -> None:
+        """Append a message to what the relay is sent in a moment."""
+        if not self._dirty:
+            self._events.call_soon(self._send)
+        self._dirty[relay] = None
+        relay.parts.append([number, header, len(frames)])
+        relay.frames += frames
+
+    def _send(self) -> None:
+        dirty, self._dirty = self._dirty, {}
+        for relay in dirty:
+            parts, frames = relay.parts, relay.frames
+            relay.parts, relay.frames = [], []
+            if relay.peer is not None and not relay.lost:
+                self._router.send(relay.peer, ["do", parts], frames)
+
+    def _recall(self, relay: RelayEnd, number: int, count: int) -> None:
+        # One question at a time, or the same calls would be asked for twice.
+        if number not in relay.recalling:
+            relay.recalling.add(number)
+            self.put(relay, number, ["recall", count])
+
+    # -- what comes back ------------------------------------------------------------------------------------------
+
+    def on_done(self, relay: RelayEnd, parts: Sequence[list[Any]], frames: Sequence[Frame]) -> None:
+        """Take a relay's message, ``["done", parts]`` with frames."""
+        position = 0
+        for number, header, count in parts:
+            self._on_part(relay, number, header, list(frames[position : position + count]))
+            position += count
+
+    def _on_part(self, relay: RelayEnd, number: int, header: list[Any], frames: list[Frame]) -> None:
+        process = relay.processes.get(number)
+        if process is None:
+            return
+        if header[0] == "stream":
+            self._on_stream(relay, process, header[1], frames)
+        elif header[0] == "recalled":
+            relay.recalling.discard(number)
+            self._events.on_recalled(process, header[1])
+        elif header[0] == "exit":
+            self._on_exit(relay, number, header[1], serialize.loads(frames) if frames else None)
+        else:
+            self._events.on_message(process, header, frames)
+
+    def conclude(self, relay: RelayEnd, number: int, about: dict[str, Any], error: BaseException | None) -> None:
+        """Tell the loop of a worker's end, as its relay has."""
+        process = relay.processes.pop(number)
+        relay.recalling.discard(number)
+        relay.killing.discard(number)
+        process.pid = about["pid"]
+        process.stderr += about["stderr"].encode()
+        # Calls that were still on their way come last.
+        calls = process.worker.calls
+        on_the_way = cast(_RelayTransport, process.transport).calls - about["handed"]
+        unstarted = [*about["unstarted"], *(task.number for task in calls[len(calls) - on_the_way :])]
+        self._events.on_exit(process, Exit(about["status"], about["text"], error, unstarted=unstarted))
+
+    def _on_stream(self, relay: RelayEnd, process: Process, errors: list[str], frames: list[Frame]) -> None:
+        transport = cast(_StreamTransport, process.transport)
+        if transport.broken:
+            return
+        try:
+            messages = transport.received(errors, frames)
+        except (ValueError, IndexError):
+            transport.broken = True
+            process.verdict = process.verdict or ExecutorlibSocketError(
+                f"What came from a worker process on {process.host} cannot be read, so it was killed: what it ran "
+                "wrote into the file descriptor of its connection."
+            )
+            self.kill(relay, process.worker.number, signal.SIGKILL)
+            return
+        for message in messages:
+            if message.error is not None:
+                _, number, seconds, text, more = message.header
+                text += "what the call gave could not be received on its node"
+                header = ["error", number, seconds, text, more]
+                self._events.on_message(process, header, serialize.dumps(message.error))
+            else:
+                self._events.on_message(process, message.header, message.frames)
