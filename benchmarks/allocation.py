@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster import requests
-from environments import REQUIREMENTS, ROOT, python_of, versions_of
+from environments import REQUIREMENTS, copy_source, python_of, versions_of
 from table import Found, Rounds, Target, preamble, report
 
 REQUIREMENTS["allocation-ours"] = ["cloudpickle", "pyzmq", "mpi4py", "mpich"]
@@ -252,8 +252,7 @@ def main() -> None:
         parser.error("Slurm's commands are not on PATH")
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="bench-allocation-", ignore_cleanup_errors=True) as folder:
-        # A copy, so that editing the source meanwhile does not mix versions.
-        shutil.copytree(ROOT / "src", Path(folder) / "src")
+        copy_source(Path(folder))
         allocation = ["salloc", "--quiet", f"--nodes={NODES}", f"--ntasks-per-node={CPUS}"]
         again = [sys.executable, __file__, "--inside", folder, *sys.argv[1:]]
         if subprocess.run([*allocation, *again]).returncode != 0:

@@ -27,7 +27,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from environments import REQUIREMENTS, ROOT, python_of, versions_of
+from environments import REQUIREMENTS, copy_source, python_of, versions_of
 from table import Found, Rounds, Target, preamble, report
 
 REQUIREMENTS["slurm-ours"] = ["cloudpickle", "pyzmq", "pysqa>=1", "h5py"]
@@ -347,8 +347,7 @@ def main() -> None:
         parser.error("Slurm's commands are not on PATH")
     load, rounds = os.getloadavg()[0], Rounds()
     with tempfile.TemporaryDirectory(prefix="bench-slurm-", ignore_cleanup_errors=True) as work:
-        # A copy, so that editing the source meanwhile does not mix versions.
-        source = shutil.copytree(ROOT / "src", Path(work) / "src")
+        source = copy_source(Path(work))
         for turn in range(options.rounds):
             print(f"round {turn + 1} of {options.rounds}", flush=True)
             folder = Path(work) / str(turn)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -56,6 +57,14 @@ def python_of(name: str) -> Path:
         raise EnvironmentFailed(f"cannot be installed: {(lines or ['pip failed'])[-1]}")
     stamp.write_text(wanted)
     return python
+
+
+def copy_source(folder: Path) -> Path:
+    """Copy this package, so that editing it meanwhile does not mix versions; compiled, as an installed one is."""
+    source = folder / "src"
+    shutil.copytree(ROOT / "src", source, ignore=shutil.ignore_patterns("__pycache__"))
+    subprocess.run([sys.executable, "-m", "compileall", "-q", str(source)], check=True)
+    return source
 
 
 def versions_of(name: str) -> dict[str, str]:

@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import shlex
-import shutil
 import statistics
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from environments import REQUIREMENTS, ROOT, python_of, versions_of
+from environments import REQUIREMENTS, copy_source, python_of, versions_of
 from table import Found, Rounds, Target, preamble, report
 
 _BINDINGS = ["cffi", "ply", "pyyaml"]
@@ -152,8 +151,7 @@ def main() -> None:
     load = os.getloadavg()[0]
     rounds = Rounds()
     with tempfile.TemporaryDirectory(prefix="bench-flux-", ignore_cleanup_errors=True) as work:
-        # A copy, so that editing the source meanwhile does not mix versions.
-        source = shutil.copytree(ROOT / "src", Path(work) / "src")
+        source = copy_source(Path(work))
         for turn in range(options.rounds):
             print(f"round {turn + 1} of {options.rounds}", flush=True)
             shift = turn % len(STEPS)
