@@ -288,10 +288,15 @@ class FluxInstance:
         self._ask(key, begin, answered, refuse)
         return key
 
-    def unwatch(self, key: int) -> None:
-        """Tell no more events."""
+    def unwatch(self, key: int, ends_soon: bool = False) -> None:
+        """Tell no more events.
+
+        Args:
+            key: What `watch` returned.
+            ends_soon: Whether there will be no more soon, so that Flux need not be told.
+        """
         future = self._watched.pop(key, None)
-        if future is not None and not self.lost:
+        if future is not None and not self.lost and not ends_soon:
             with contextlib.suppress(OSError):
                 future.cancel()
 

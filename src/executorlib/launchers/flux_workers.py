@@ -294,7 +294,7 @@ class FluxLauncher:
         member = self._members.pop(str(number), None)
         if member is None or relay.peer is None:
             return
-        self._instance.unwatch(member.watch)
+        self._instance.unwatch(member.watch, ends_soon=True)
         self._router.send(relay.peer, ["end"], [])
         self._ways.conclude(relay, number, about, error)
 
@@ -391,7 +391,7 @@ class FluxLauncher:
 
     def _tell_end(self, member: _Member, end: Exit) -> None:
         if self._members.pop(member.identity, None) is member:
-            self._instance.unwatch(member.watch)
+            self._instance.unwatch(member.watch, member.log.state.phase is Phase.ENDED)
             self._events.on_exit(member.process, end)
 
     @staticmethod

@@ -1,8 +1,8 @@
 """A worker's end of messages over ZeroMQ: it finds the executor, and it notices when that is gone.
 
-The executor's machine may have several addresses, and not all can be reached from here. All are tried at once, and the
-first connection by which the executor lets us in is kept: its key is the proof that it is ours, whoever else listens at
-such an address and port.
+The executor's machine may have several addresses, and not all can be reached from here. The first is tried, after a
+moment all others, too, and the first connection by which the executor lets us in is kept: its key is the proof that it is
+ours, whoever else listens at such an address and port.
 """
 
 from __future__ import annotations
@@ -37,6 +37,9 @@ from executorlib.transports.zeromq import (
 # Of an attempt to reach one address, and from its failure to the next attempt there, in seconds.
 _ATTEMPT_SECONDS = 10.0
 _PAUSE_SECONDS = 1.0
+# How long the first address is tried alone, in seconds. It is that of the default route, and nearly always the right
+# one; each further one costs both ends an attempt, and a name a thread.
+_HEAD_START_SECONDS = 0.05
 # How often names that are still being resolved are looked after, in seconds.
 _RESOLVE_SECONDS = 0.05
 # How long a worker that leaves waits for its last message to be taken, in seconds.
@@ -241,7 +244,7 @@ class _Attempt:
 
 
 class _Search:
-    """Tries all endpoints at once.
+    """Tries all endpoints: the first, and all others at once where that takes longer than a moment.
 
     Args:
         context: The worker's.
@@ -261,11 +264,25 @@ class _Search:
         self._unresolved: dict[str, str] = {}  # endpoints, and why they are not tried
         self._resolved: queue.SimpleQueue[tuple[str, list[str] | OSError]] = queue.SimpleQueue()
         self._resolving = 0
-        for endpoint in credentials.endpoints:
+        self._further = list(credentials.endpoints[1:])
+        self._further_at = time.monotonic() + _HEAD_START_SECONDS
+        self._try(credentials.endpoints[:1])
+
+    def _try(self, endpoints: Sequence[str]) -> None:
+        for endpoint in endpoints:
             if endpoint.startswith("tcp:") and not address.is_numeric(address.split(endpoint)[0]):
                 self._resolve(endpoint)
             else:
                 self._attempt(endpoint)
+
+    def _try_further(self) -> float:
+        """Try the others once it is time for that; in how many seconds that is."""
+        left = self._further_at - time.monotonic()
+        if not self._further or left > 0:
+            return left if self._further else float("inf")
+        further, self._further = self._further, []
+        self._try(further)
+        return float("inf")
 
     def _attempt(self, endpoint: str) -> None:
         if endpoint not in self._attempts:
@@ -300,7 +317,7 @@ class _Search:
         """Return the attempt that succeeded; see `Dealer` for what is raised."""
         while (left := self._give_up - time.monotonic()) > 0:
             self._take_resolved()
-            winner = self._wait(left)
+            winner = self._wait(min(left, self._try_further()))
             if winner is not None:
                 self._stop(winner)
                 return winner
