@@ -1,8 +1,8 @@
 """A worker's end of messages over ZeroMQ: it finds the executor, and it notices when that is gone.
 
 The executor's machine may have several addresses, and not all can be reached from here. The first is tried, after a
-moment all others, too, and the first connection by which the executor lets us in is kept: its key is the proof that it is
-ours, whoever else listens at such an address and port.
+moment all others, too, and the first connection by which the executor lets us in is kept: its key is the proof that it
+is ours, whoever else listens at such an address and port.
 """
 
 from __future__ import annotations
