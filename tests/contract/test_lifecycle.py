@@ -229,7 +229,8 @@ def test_kill_ends_what_ignores_signals(make_executor: Callable[..., Any], tmp_p
 
     executor = make_executor()
     future = executor.submit(stubborn)
-    until(lambda: lines(log), WAIT)
+    # Also the executor has to know that it runs, or it cancels the call.
+    until(lambda: lines(log) and future.running(), WAIT)
     executor.kill_workers()
     assert isinstance(future.exception(WAIT), BrokenExecutor)
     executor.shutdown()
