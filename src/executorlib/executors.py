@@ -641,12 +641,8 @@ class SingleNodeExecutor(BaseExecutor):
         )
 
     def _check(self, resources: Resources, subject: str) -> None:
-        for key, why in (
-            ("slurm_cmd_args", "there is no Slurm in between"),
-            ("submission_template", "no job is submitted"),
-        ):
-            if getattr(resources, key):
-                raise ValueError(f"{subject}: {key} cannot be honoured on a single node: {why}. Leave it out here.")
+        reasons = {"slurm_cmd_args": "there is no Slurm in between", "submission_template": "no job is submitted"}
+        refuse(resources, subject, "on a single node", reasons)
         if resources.num_nodes is not None and resources.num_nodes > 1:
             raise ValueError(
                 f"{subject}: num_nodes={resources.num_nodes} cannot be honoured on a single node. Ask for 1, or leave "
@@ -687,6 +683,23 @@ def _check_init_function(init_function: object, block_allocation: bool) -> None:
         )
     if init_function is not None and not callable(init_function):
         raise TypeError(f"init_function is {init_function!r}, expected a callable that returns a dict.")
+
+
+def refuse(resources: Resources, subject: str, where: str, reasons: Mapping[str, str]) -> None:
+    """Make sure that a call asks for nothing that a row has no use for.
+
+    Args:
+        resources: What the call asks for.
+        subject: Whose that is, for the error text.
+        where: What cannot honour it, likewise.
+        reasons: Why not, by key of ``resource_dict``.
+
+    Raises:
+        ValueError: It does.
+    """
+    for key, why in reasons.items():
+        if getattr(resources, key):
+            raise ValueError(f"{subject}: {key} cannot be honoured {where}: {why}. Leave it out here.")
 
 
 def positive(name: str, value: int | None) -> int | None:

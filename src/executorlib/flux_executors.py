@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from executorlib.clusters import QueueExecutor
-from executorlib.executors import BaseExecutor, Common
+from executorlib.executors import BaseExecutor, Common, refuse
 from executorlib.launchers.base import Events, Launcher
 from executorlib.launchers.flux_instance import known_nodes
 from executorlib.launchers.flux_system import FluxSystem
@@ -21,6 +21,11 @@ from executorlib.resources import Demand, Resources
 # is there when a core gets free, and the others wait here, where a call takes less memory than a job.
 _AHEAD = 2
 _INSTANCE, _ADVICE = "the Flux instance", "Ask for less, or start a larger instance."
+# Keys of resource_dict that mean nothing to Flux, and why.
+_USELESS = {
+    "slurm_cmd_args": "there is no Slurm in between",
+    "openmpi_oversubscribe": "Flux starts no more ranks than there are cores",
+}
 
 
 class FluxJobExecutor(BaseExecutor):
@@ -96,7 +101,7 @@ class FluxJobExecutor(BaseExecutor):
         if flux_executor is not None and not callable(getattr(flux_executor, "submit", None)):
             raise TypeError(f"flux_executor is {flux_executor!r}, expected a flux.job.FluxExecutor.")
         shapes = [] if common.graph is not None else known_nodes()
-        self._nodes = [Node(each.name, range(each.cpus), each.gpus) for each in shapes]
+        self._nodes = [Node.of(shape) for shape in shapes]
         self._max_cores = max_cores
         total = sum(node.total_cores for node in self._nodes)
         max_calls = max_workers
@@ -139,13 +144,8 @@ class FluxJobExecutor(BaseExecutor):
         return {**super().info, "nodes": nodes}
 
     def _check(self, resources: Resources, subject: str) -> None:
-        for key, why in (
-            ("slurm_cmd_args", "there is no Slurm in between"),
-            ("submission_template", "no script is submitted"),
-            ("openmpi_oversubscribe", "Flux starts no more ranks than there are cores"),
-        ):
-            if getattr(resources, key):
-                raise ValueError(f"{subject}: {key} cannot be honoured by FluxJobExecutor: {why}. Leave it out here.")
+        reasons = {**_USELESS, "submission_template": "no script is submitted"}
+        refuse(resources, subject, "by FluxJobExecutor", reasons)
 
     def _checked_demand(self, resources: Resources, subject: str) -> Demand:
         self._check(resources, subject)
@@ -193,7 +193,7 @@ class FluxClusterExecutor(QueueExecutor):
     _instance: Ledger | None = None
 
     def _check_system(self, configuration: str | None) -> None:
-        self._instance = Ledger([Node(each.name, range(each.cpus), each.gpus) for each in known_nodes()])
+        self._instance = Ledger([Node.of(shape) for shape in known_nodes()])
         if configuration is not None:
             Templates(None, configuration, FLUX)
 
@@ -211,14 +211,7 @@ class FluxClusterExecutor(QueueExecutor):
         )
 
     def _check(self, resources: Resources, subject: str) -> None:
-        for key, why in (
-            ("slurm_cmd_args", "there is no Slurm in between"),
-            ("openmpi_oversubscribe", "Flux starts no more ranks than there are cores"),
-        ):
-            if getattr(resources, key):
-                raise ValueError(
-                    f"{subject}: {key} cannot be honoured by FluxClusterExecutor: {why}. Leave it out here."
-                )
+        refuse(resources, subject, "by FluxClusterExecutor", _USELESS)
 
     def _checked_demand(self, resources: Resources, subject: str) -> Demand:
         if self._instance is not None:

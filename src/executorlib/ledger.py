@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from executorlib.resources import Demand, Resources
+
+if TYPE_CHECKING:
+    from executorlib.allocation import NodeShape
 
 
 class _Row:
@@ -66,6 +69,11 @@ class Node:
         self.row: _Row | None = None
         self.column = 0
         self.position = 0
+
+    @classmethod
+    def of(cls, shape: NodeShape) -> Node:
+        """A node with all that an allocation or an instance has there."""
+        return cls(shape.name, range(shape.cpus), shape.gpus)
 
     def __repr__(self) -> str:
         return f"<node {self.name}>"

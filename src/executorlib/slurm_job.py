@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from executorlib.allocation import NodeShape, slurm_allocation
-from executorlib.executors import BaseExecutor, Common
+from executorlib.executors import BaseExecutor, Common, refuse
 from executorlib.launchers.base import Events, Launcher
 from executorlib.launchers.nodes import NodesLauncher
 from executorlib.ledger import Ledger, Node, spread_over
@@ -78,7 +78,7 @@ class SlurmJobExecutor(BaseExecutor):
         )
         defaults = common.resources
         shapes = [] if common.graph is not None else allocated_nodes(common.max_cores)
-        nodes = [Node(each.name, range(each.cpus), each.gpus) for each in shapes]
+        nodes = [Node.of(shape) for shape in shapes]
         ledger = Ledger(nodes)
         self._ledger = ledger
         demand = ledger.spread(defaults)
@@ -102,9 +102,7 @@ class SlurmJobExecutor(BaseExecutor):
             make_launcher=make_launcher,
             ledger=ledger,
             # All that there was: calls that fit only on nodes that are lost fail by their futures.
-            capacity=None
-            if common.graph is not None
-            else Ledger([Node(each.name, range(each.cpus), each.gpus) for each in shapes]),
+            capacity=None if common.graph is not None else Ledger([Node.of(shape) for shape in shapes]),
             count_cores=True,
             max_workers=common.max_workers or max(1, fitting),
             max_calls=common.max_workers,
@@ -127,11 +125,7 @@ class SlurmJobExecutor(BaseExecutor):
         return {**super().info, "nodes": nodes}
 
     def _check(self, resources: Resources, subject: str) -> None:
-        if resources.submission_template:
-            raise ValueError(
-                f"{subject}: submission_template cannot be honoured inside an allocation: no job is submitted. Leave "
-                "it out here."
-            )
+        refuse(resources, subject, "inside an allocation", {"submission_template": "no job is submitted"})
 
     def _checked_demand(self, resources: Resources, subject: str) -> Demand:
         if self._capacity is None:

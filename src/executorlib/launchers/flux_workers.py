@@ -24,7 +24,7 @@ from executorlib.launchers.flux import JobLog, job_name, jobspec, output_of, run
 from executorlib.launchers.flux_instance import FluxInstance
 from executorlib.launchers.job import read_tail
 from executorlib.launchers.queue import Cause, Phase
-from executorlib.launchers.relays import RelayEnd, Relays
+from executorlib.launchers.relays import RelayEnd, Relays, relay_program
 from executorlib.launchers.systems import Refused
 from executorlib.serialize import Frame
 from executorlib.transports.curve import CONNECTION_VARIABLE
@@ -139,16 +139,7 @@ class FluxLauncher:
     def _program(self, process: Process) -> list[str]:
         ranks = process.resources.cores
         if _has_relay(process):
-            options = {
-                "spawn": False,
-                "pooled": True,
-                "stock": 0,
-                "preload": [],
-                "default_threads": process.resources.threads_per_core,
-            }
-            outside = {name: value for name, value in os.environ.items() if name.startswith("SLURM_")}
-            outside.pop("SLURM_JWT", None)  # no secret belongs on a command line
-            return boot_command("executorlib.launchers.relay", f"({outside!r}, {options!r})")
+            return relay_program(pooled=True, stock=0, preload=(), threads=process.resources.threads_per_core)
         module = "executorlib.worker.mpi" if ranks > 1 else "executorlib.worker.remote"
         program = boot_command(module, f"({process.single})" if ranks > 1 else "()")
         # An instance of its own begins with one process.

@@ -24,7 +24,7 @@ from executorlib.launchers.base import Events, Exit, Process, arguments, boot_co
 from executorlib.launchers.commands import Answer, Commands
 from executorlib.launchers.local import Agent
 from executorlib.launchers.mpi import find_mpiexec
-from executorlib.launchers.relays import RelayEnd, Relays
+from executorlib.launchers.relays import RelayEnd, Relays, relay_program
 from executorlib.launchers.slurm import command_environment
 from executorlib.launchers.slurm_steps import parse_time_left, ranks_command, relays_command, step_environment
 from executorlib.resources import Resources
@@ -102,7 +102,7 @@ class NodesLauncher:
     ) -> None:
         self._events = events
         self._pooled = pooled
-        self._preload = list(preload)
+        self._preload = preload
         self._threads = threads
         self._pmi_mode = pmi_mode
         self._relays = {node.name: _Relay(node) for node in nodes}
@@ -125,16 +125,12 @@ class NodesLauncher:
         """See `Launcher.prepare`."""
         if self._step is not None:
             return
-        environ = {name: value for name, value in os.environ.items() if name.startswith("SLURM_")}
-        environ.pop("SLURM_JWT", None)  # no secret belongs on a command line; the relay has it already
-        launcher = {
-            "spawn": False,
-            "pooled": self._pooled,
-            "stock": 0 if self._pooled else max(relay.node.total_cores for relay in self._relays.values()),
-            "preload": self._preload,
-            "default_threads": self._threads,
-        }
-        program = boot_command("executorlib.launchers.relay", f"({environ!r}, {launcher!r})")
+        program = relay_program(
+            pooled=self._pooled,
+            stock=0 if self._pooled else max(relay.node.total_cores for relay in self._relays.values()),
+            preload=self._preload,
+            threads=self._threads,
+        )
         self._step = Process(cast("Worker", _NoWorker()), Resources())
         env = step_environment(os.environ)
         env[CONNECTION_VARIABLE] = self._router.credentials(_RELAYS).dumps()

@@ -5,17 +5,39 @@ All that is put for the workers of one relay in one turn of the loop is one mess
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from executorlib import serialize
 from executorlib.errors import ExecutorlibSocketError
-from executorlib.launchers.base import Events, Exit, Process
+from executorlib.launchers.base import Events, Exit, Process, boot_command
 from executorlib.serialize import Frame, nbytes
 from executorlib.transports.messages import MAPPED_BYTES, Decoder, Message, encode
 from executorlib.transports.router import Router
 from executorlib.worker.call import PERMIT
+
+
+def relay_program(*, pooled: bool, stock: int, preload: Sequence[str], threads: int) -> list[str]:
+    """The command that runs a relay; its credentials are to be in the environment.
+
+    Args:
+        pooled: See `LocalLauncher`, as all others.
+        stock: Likewise.
+        preload: Likewise.
+        threads: Likewise, `default_threads`.
+    """
+    environ = {name: value for name, value in os.environ.items() if name.startswith("SLURM_")}
+    environ.pop("SLURM_JWT", None)  # no secret belongs on a command line; in a Slurm job the relay has it already
+    launcher = {
+        "spawn": False,
+        "pooled": pooled,
+        "stock": stock,
+        "preload": list(preload),
+        "default_threads": threads,
+    }
+    return boot_command("executorlib.launchers.relay", f"({environ!r}, {launcher!r})")
 
 
 class RelayEnd:
