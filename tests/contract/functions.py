@@ -38,6 +38,12 @@ def until(condition: Callable[[], Any], seconds: float = 5.0) -> None:
         time.sleep(0.002)
 
 
+def files(store: str | os.PathLike[str], ending: str) -> list[str]:
+    """Files below a directory whose names end so. `Path.rglob` fails where a folder goes while it looks."""
+    found = [os.path.join(folder, name) for folder, _, names in os.walk(store) for name in names]
+    return sorted(os.path.relpath(path, store) for path in found if path.endswith(ending))
+
+
 def put(path: str | os.PathLike[str], text: str = "") -> None:
     """Write a file that nobody sees half written."""
     draft = f"{path}.{os.getpid()}.draft"

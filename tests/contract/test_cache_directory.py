@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from contract.functions import CustomError, Gate, add, fail, identity, lines, record
+from contract.functions import CustomError, Gate, add, fail, files, identity, lines, record
 
 WAIT = 30
 pytestmark = [pytest.mark.cache, pytest.mark.essential]
@@ -21,7 +21,7 @@ def store(tmp_path: Path) -> str:
 
 
 def finished(store: str) -> list[str]:
-    return sorted(str(path.relative_to(store)) for path in Path(store).rglob("*_o.h5"))
+    return files(store, "_o.h5")
 
 
 def test_second_executor_finds_the_result(make_executor: Callable[..., Any], store: str, tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_two_executors_at_once(make_executor: Callable[..., Any], store: str) ->
         futures = [each.submit(identity, i) for i in range(6) for each in (one, two)]
         assert [future.result(WAIT) for future in futures] == [i // 2 for i in range(12)]
     assert len(finished(store)) == 6
-    assert not list(Path(store).rglob("*_i.h5"))
+    assert not files(store, "_i.h5")
 
 
 def test_numpy_results(make_executor: Callable[..., Any], store: str) -> None:

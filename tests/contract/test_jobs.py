@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from conftest import marked_processes, open_files
-from contract.functions import CustomError, Gate, add, fail, identity, lines, put, record, total, until
+from contract.functions import CustomError, Gate, add, fail, files, identity, lines, put, record, total, until
 from executorlib import entries, get_cache_data, get_future_from_cache, get_item_from_future, split_future
 
 WAIT = 40
@@ -34,11 +34,11 @@ def make(make_executor: Callable[..., Any], store: Path) -> Callable[..., Any]:
 
 
 def waiting(store: Path) -> list[str]:
-    return sorted(str(path.relative_to(store)) for path in store.rglob("*_i.h5"))
+    return files(store, "_i.h5")
 
 
 def finished(store: Path) -> list[str]:
-    return sorted(str(path.relative_to(store)) for path in store.rglob("*_o.h5"))
+    return files(store, "_o.h5")
 
 
 def assert_tidy(store: Path) -> None:
@@ -542,7 +542,7 @@ def test_session_in_a_job_of_another_system(
         executor.submit(add, 1, 2).result(WAIT)
     (row,) = get_cache_data(store)
     assert row["queue_id"] is None
-    assert "4711" not in [path.read_text() for path in store.rglob(entries.JOB_ID_FILE)]
+    assert "4711" not in [(store / path).read_text() for path in files(store, entries.JOB_ID_FILE)]
 
 
 @pytest.mark.rows("jobs")

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from contract.functions import CustomError, Gate, add, fail, identity, until, wait_until_gone
+from contract.functions import CustomError, Gate, add, fail, files, identity, until, wait_until_gone
 from executorlib import SlurmClusterExecutor, get_future_from_cache, terminate_tasks_in_cache
 from gridengine.functions import CALM, die, rank_of, surroundings
 
@@ -193,7 +193,7 @@ def test_cancel(make: Callable[..., Any], gate: Callable[..., Gate], store: Path
     until(runs.cancelled, WAIT)
     terminate_tasks_in_cache(store, pysqa_config_directory=QUEUES)
     wait_until_gone(pid, seconds=WAIT)
-    assert not list(store.rglob("*_i.h5"))
+    assert not files(store, "_i.h5")
 
 
 def test_terminating_what_has_ended_already(make: Callable[..., Any], gate: Callable[..., Gate], store: Path) -> None:
@@ -205,9 +205,9 @@ def test_terminating_what_has_ended_already(make: Callable[..., Any], gate: Call
     executor.shutdown(wait=False)
     os.kill(pid, signal.SIGKILL)
     until(lambda: not jobs(), WAIT)
-    assert list(store.rglob("*_i.h5"))
+    assert files(store, "_i.h5")
     terminate_tasks_in_cache(store, pysqa_config_directory=QUEUES)
-    assert not list(store.rglob("*_i.h5"))
+    assert not files(store, "_i.h5")
 
 
 def test_job_that_cannot_be_started(make: Callable[..., Any], tmp_path: Path) -> None:

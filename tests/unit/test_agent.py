@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from contract.functions import alive, wait_until_gone
+from contract.functions import alive, until, wait_until_gone
 from executorlib import serialize
 from executorlib.transports.messages import Connection, Message
 from executorlib.worker.agent import _kill_group
@@ -241,6 +241,18 @@ def leave_family(lifeline: int, stay: bool) -> None:
 
 
 FAMILY = 3
+
+
+def family_of(pid: int, count: int) -> list[int]:
+    """The children of a process, once just so many live: who has forked the daemon may end after its child reports."""
+    found: list[int] = []
+
+    def all_there() -> bool:
+        found[:] = [child for child in children_of(pid) if alive(child)]
+        return len(found) == count
+
+    until(all_there)
+    return found
 
 
 def of_main(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -499,7 +511,7 @@ def test_family_of_a_worker_that_is_killed(make_agent: Callable[..., Client], li
     worker.set_up()
     worker.call(of_main(leave_family), lifeline.writing, True)
     lifeline.hear(FAMILY + 1)
-    [in_group, session] = [pid for pid in children_of(worker.pid) if alive(pid)]
+    in_group, session = family_of(worker.pid, 2)
     client.kill(1, signal.SIGKILL)
     assert client.status() == signal.SIGKILL
     wait_until_gone(in_group, session, worker.pid)
@@ -537,8 +549,7 @@ def test_family_of_a_worker_that_ends_well_lives_on(make_agent: Callable[..., Cl
     worker.run(of_main(leave_family), lifeline.writing, False)
     assert client.status() == 0
     lifeline.hear(FAMILY)
-    children = [pid for pid in children_of(client.popen.pid) if alive(pid)]
-    assert len(children) == FAMILY
+    family_of(client.popen.pid, FAMILY)
     lifeline.let_go()
     assert client.end() == (0, "")
     lifeline.wait_for_silence()

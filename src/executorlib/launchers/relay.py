@@ -149,6 +149,7 @@ class Relay(Poller):
         finally:
             self._launcher.close()
             self._dealer.close()
+            signal.set_wakeup_fd(-1)  # a signal that comes from here on may find its socket closed
 
     def _take_messages(self) -> None:
         while not self._ended_by and (message := self._dealer.take()) is not None:

@@ -217,6 +217,7 @@ class Agent:
 
     def end(self) -> None:
         """Kill and reap all that descends from the agent."""
+        signal.set_wakeup_fd(-1)  # what is told of children's ends from here on may find its socket closed
         for pid in self._children:
             _kill_group(pid, signal.SIGKILL)
         family.end()
