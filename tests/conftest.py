@@ -137,6 +137,7 @@ ROWS = [
     Row("jobs", "api.TestClusterExecutor"),
     Row("block-jobs", "api.TestClusterExecutor", {"block_allocation": True}),
     Row("slurm", "SlurmClusterExecutor", {"max_workers": None}, slurm=True),
+    Row("block-slurm", "SlurmClusterExecutor", {"block_allocation": True}, slurm=True),
     Row("slurm-job", "SlurmJobExecutor", allocation=True),
     Row("block-slurm-job", "SlurmJobExecutor", {"block_allocation": True}, allocation=True),
     Row("flux", "FluxJobExecutor", flux=True),

@@ -13,6 +13,7 @@ from executorlib import loop
 
 WAIT = 30
 block = pytest.mark.rows(block=True)
+pytestmark = pytest.mark.essential
 
 
 @block

@@ -49,7 +49,8 @@ def test_one_core_is_no_list(make_executor: Callable[..., Any]) -> None:
         assert dependent.result(WAIT) == [[(0, 2, None), (1, 2, None)], 3]
 
 
-@pytest.mark.rows("block-fork")
+@pytest.mark.essential
+@pytest.mark.rows("block-fork", "block-slurm")
 def test_a_block_of_worlds(make_executor: Callable[..., Any]) -> None:
     """A world lives on from call to call."""
 
@@ -63,7 +64,8 @@ def test_a_block_of_worlds(make_executor: Callable[..., Any]) -> None:
         assert executor.submit(rank).result(WAIT) == [(0, 2, None), (1, 2, None)]
 
 
-@pytest.mark.rows("block-fork")
+@pytest.mark.essential
+@pytest.mark.rows("block-fork", "block-slurm")
 def test_init_function_on_every_rank(make_executor: Callable[..., Any]) -> None:
     def prepare() -> dict[str, Any]:
         from mpi4py import MPI
@@ -78,7 +80,8 @@ def test_init_function_on_every_rank(make_executor: Callable[..., Any]) -> None:
         assert executor.submit(use).result(WAIT) == [0, 10]
 
 
-@pytest.mark.rows("fork", "block-fork", "jobs")
+@pytest.mark.essential
+@pytest.mark.rows("fork", "block-fork", "jobs", "block-slurm")
 @pytest.mark.parametrize("bad", [0, 1])
 def test_one_rank_raises(make_executor: Callable[..., Any], bad: int) -> None:
     """Its exception is the call's, and the ranks that wait for it end."""

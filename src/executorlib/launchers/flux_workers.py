@@ -18,8 +18,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from executorlib.errors import ExecutorlibSocketError, describe_exit, describe_split_world
+from executorlib.errors import ExecutorlibSocketError, describe_exit
 from executorlib.launchers.base import STDERR_TAIL_BYTES, Events, Exit, Process, boot_command
+from executorlib.launchers.connecting import ConnectingWorker
 from executorlib.launchers.flux import JobLog, job_name, jobspec, output_of, run_command, urgency
 from executorlib.launchers.flux_instance import FluxInstance
 from executorlib.launchers.job import read_tail
@@ -28,12 +29,10 @@ from executorlib.launchers.relays import RelayEnd, Relays, relay_program
 from executorlib.launchers.systems import Refused
 from executorlib.serialize import Frame
 from executorlib.transports.curve import CONNECTION_VARIABLE
-from executorlib.transports.router import Router, RouterTransport, worker_of
+from executorlib.transports.router import Router, worker_of
 
 # After one of a worker's ends, that of its job or of its connection, the other has to follow within so many seconds.
 _FOLLOW_SECONDS = 10.0
-# What a worker that has given its result may take for exit handlers and MPI_Finalize, in seconds.
-_FINALIZE_SECONDS = 10.0
 # How long a job may last after its worker has left, in seconds.
 _LEFT_SECONDS = 1.0
 # From the cancelling of a job to giving it up, in seconds: Flux sends SIGTERM, after 5 s SIGKILL, and runs epilogs.
@@ -47,30 +46,34 @@ class _Member:
 
     Attributes:
         process: The worker.
+        worker: Likewise, as it connects, unless it is behind a relay.
+        relay: That relay, where there is one.
         identity: Its number, by which its connection is known.
         log: What Flux has said of the job.
         job: Its number, once it was submitted.
         watch: How its events are told.
-        peer: Its connection, once it has said hello.
-        gone: Whether that has ended.
+        gone: Whether its connection has ended.
         unwanted: The last signal that it was sent, or was to be sent before it was there.
-        done: Whether its calls are over.
-        relay: What is in front of it, where there is a relay.
         ending: Whether its end is being told.
     """
 
-    def __init__(self, process: Process) -> None:
-        self.process = process
+    def __init__(self, worker: ConnectingWorker) -> None:
+        self.process = process = worker.process
+        self.worker = worker
+        # Of those that take call after call, in one process.
+        self.relay = RelayEnd() if not process.single and process.resources.cores == 1 else None
         self.identity = str(process.worker.number)
         self.log = JobLog()
         self.job: int | None = None
         self.watch = 0
-        self.peer: bytes | None = None
         self.gone = False
         self.unwanted = 0
-        self.done = False
-        self.relay: RelayEnd | None = None
         self.ending = False
+
+    @property
+    def peer(self) -> bytes | None:
+        """Its connection, or its relay's, once that has said hello."""
+        return self.worker.peer if self.relay is None else self.relay.peer
 
 
 class FluxLauncher:
@@ -113,14 +116,14 @@ class FluxLauncher:
     def launch(self, process: Process) -> None:
         """See `Launcher.launch`."""
         self._instance.open()
-        member = _Member(process)
+        member = _Member(self._connecting(process))
         identity = member.identity
         process.host = "Flux"
         resources = process.resources
         files = ("flux_{{id.f58plain}}.out", "flux_{{id.f58plain}}.err") if self._log_files else ("", "")
         spec = jobspec(
             resources,
-            self._program(process),
+            self._program(member),
             {**os.environ, CONNECTION_VARIABLE: self._router.credentials(identity).dumps()},
             name=self._name(process),
             cwd=resources.cwd or os.getcwd(),
@@ -136,9 +139,23 @@ class FluxLauncher:
             lambda answer: self._on_submitted(identity, answer),
         )
 
-    def _program(self, process: Process) -> list[str]:
+    def _connecting(self, process: Process) -> ConnectingWorker:
+        return ConnectingWorker(
+            self._events,
+            self._router,
+            process,
+            lambda: self.kill(process, signal.SIGKILL),
+            starter="Flux" if self._pmi_mode is None else f"Flux with pmi_mode={self._pmi_mode!r}",
+            advice="MPICH finds Flux by itself; Open MPI needs Flux's pmix plugin (flux-pmix) and pmi_mode='pmix'. Use "
+            "an mpi4py that was built for one of them.",
+            # Flux counts what the job holds until it has ended. Here another call may already take its place.
+            leaves=True,
+        )
+
+    def _program(self, member: _Member) -> list[str]:
+        process = member.process
         ranks = process.resources.cores
-        if _has_relay(process):
+        if member.relay is not None:
             return relay_program(pooled=True, stock=0, preload=(), threads=process.resources.threads_per_core)
         module = "executorlib.worker.mpi" if ranks > 1 else "executorlib.worker.remote"
         program = boot_command(module, f"({process.single})" if ranks > 1 else "()")
@@ -157,12 +174,12 @@ class FluxLauncher:
     def kill(self, process: Process, signal_number: int) -> None:
         """See `Launcher.kill`."""
         member = self._members.get(str(process.worker.number))
-        if member is None or member.unwanted == signal.SIGKILL:
+        if member is None or member.ending or member.unwanted == signal.SIGKILL:
             return
         member.unwanted = signal_number
         if member.job is None:
             return  # it is on its way to Flux; see `_on_submitted`
-        if member.relay is not None:
+        if member.relay is not None and member.relay.peer is not None:
             # Only the worker: its relay tells which calls it has started.
             self._ways.kill(member.relay, process.worker.number, signal_number)
             self._later(_FOLLOW_SECONDS, member.identity, self._end_without_word)
@@ -235,50 +252,16 @@ class FluxLauncher:
     def _on_message(self, peer: bytes, header: list[Any], frames: list[Frame]) -> None:
         member = self._members.get(worker_of(peer))
         if member is None:
-            return  # one that was given up
-        process, kind = member.process, header[0]
-        if member.relay is not None:
-            if kind == "done":
-                self._ways.on_done(member.relay, header[1], frames)
-        elif kind == "hello":
-            self._on_hello(member, peer, header[1])
-        elif kind == "ready" and process.single:
-            return
-        elif process.single and kind in ("result", "error"):
-            # Flux counts what the job holds until it has ended. Here another call may already take its place.
-            header[4]["leaving"] = True
-            self._events.on_message(process, header, frames)
-            self._finish(member, failed=kind == "error")
-        else:
-            self._events.on_message(process, header, frames)
-            if kind == "error" and process.resources.cores > 1:
-                self.kill(process, signal.SIGKILL)  # the other ranks may wait for the failed one for ever
-
-    def _on_hello(self, member: _Member, peer: bytes, about: dict[str, Any]) -> None:
-        process = member.process
-        ranks = process.resources.cores
-        if about["size"] != ranks:
-            advice = (
-                "MPICH finds Flux by itself; Open MPI needs Flux's pmix plugin (flux-pmix) and pmi_mode='pmix'. Use an "
-                "mpi4py that was built for one of them."
-            )
-            starter = "Flux" if self._pmi_mode is None else f"Flux with pmi_mode={self._pmi_mode!r}"
-            process.verdict = RuntimeError(
-                describe_split_world(ranks, starter, about["size"], about["library"], advice)
-            )
-            self.kill(process, signal.SIGKILL)
-            return
-        if member.peer is not None:
-            return
-        member.peer = peer
-        process.host, process.pid = about["host"], about["pid"]
-        if _has_relay(process):
-            member.relay = RelayEnd()
-            member.relay.peer = peer
-            self._ways.start(member.relay, process)
-            return
-        process.transport = RouterTransport(self._router, peer)
-        self._events.on_connected(process)
+            return  # one that was given up, whose job was cancelled
+        relay = member.relay
+        if relay is None:
+            member.worker.on_message(peer, header, frames)
+        elif header[0] == "done":
+            self._ways.on_done(relay, header[1], frames)
+        elif header[0] == "hello" and relay.peer is None:
+            relay.peer = peer
+            member.process.host, member.process.pid = header[1]["host"], header[1]["pid"]
+            self._ways.start(relay, member.process)
 
     def _on_worker_exit(self, relay: RelayEnd, number: int, about: dict[str, Any], error: BaseException | None) -> None:
         """A worker has ended, of which its relay tells; its job is to end, too."""
@@ -289,16 +272,6 @@ class FluxLauncher:
         self._router.send(relay.peer, ["end"], [])
         self._ways.conclude(relay, number, about, error)
 
-    def _finish(self, member: _Member, failed: bool) -> None:
-        """Its one call is over: let it go."""
-        member.done = True
-        if failed and member.process.resources.cores > 1:
-            self.kill(member.process, signal.SIGKILL)
-        elif member.process.transport is not None:
-            # It waits for this: an end that came before the result was read would count as a death.
-            member.process.transport.put(["stop"])
-            self._later(_FINALIZE_SECONDS, member.identity, lambda it: self.kill(it.process, signal.SIGKILL))
-
     def _on_lost(self, peer: bytes) -> None:
         member = self._members.get(worker_of(peer))
         if member is None or member.peer != peer:
@@ -306,7 +279,7 @@ class FluxLauncher:
         member.gone = True
         if member.log.state.phase is Phase.ENDED:
             self._end_as_told(member)
-        elif member.done:
+        elif member.worker.done:
             # It has left; what its call has started and left behind is what keeps the job.
             self._later(_LEFT_SECONDS, member.identity, lambda it: self.kill(it.process, signal.SIGKILL))
         else:
@@ -393,8 +366,3 @@ class FluxLauncher:
     def _subject(member: _Member) -> str:
         calls: Sequence[Any] = member.process.worker.calls
         return f"Call {calls[0].number} of {calls[0].name}" if calls else "A worker"
-
-
-def _has_relay(process: Process) -> bool:
-    """Whether a worker is behind a relay: it takes call after call, in one process."""
-    return not process.single and process.resources.cores == 1

@@ -9,20 +9,21 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 from executorlib import entries
-from executorlib.errors import describe_split_world
 from executorlib.launchers.base import Events, Exit, Process, Timer, boot_file
+from executorlib.launchers.connecting import ConnectingWorker, dismiss
 from executorlib.launchers.job import read_tail
 from executorlib.launchers.queue import Batch, JobState, Phase
 from executorlib.launchers.systems import JobSystem, Refused, States
 from executorlib.resources import Resources
 from executorlib.serialize import Frame
-from executorlib.transports.router import Router, RouterTransport, worker_of
+from executorlib.transports.router import Router, worker_of
 
 # Workers that are wanted within so many seconds become one job array.
 _LINGER = 0.02
@@ -36,19 +37,18 @@ class _Member:
     """A worker and its job.
 
     Attributes:
-        process: The worker.
+        worker: The worker.
         array: What it was submitted with.
         index: Its place there.
-        peer: Its connection, once it has said hello.
         lost_at: When its connection, or its job, was first seen to be gone.
         last: What the system said of the job last.
     """
 
-    def __init__(self, process: Process, array: _Array, index: int) -> None:
-        self.process = process
+    def __init__(self, worker: ConnectingWorker, array: _Array, index: int) -> None:
+        self.worker = worker
+        self.process = worker.process
         self.array = array
         self.index = index
-        self.peer: bytes | None = None
         self.lost_at: float | None = None
         self.last: JobState | None = None
 
@@ -173,7 +173,7 @@ class JobWorkerLauncher:
         for index, process in enumerate(wanted):
             identity = f"{self._arrays}-{index}"
             process.host = self._system.name
-            self._members[identity] = array.members[index] = _Member(process, array, index)
+            self._members[identity] = array.members[index] = _Member(self._connecting(process), array, index)
             self._by_worker[process.worker.number] = identity
         resources = wanted[0].resources
         try:
@@ -203,6 +203,16 @@ class JobWorkerLauncher:
         )
         self._system.submit(batch, lambda answer: self._answered(array, answer))
 
+    def _connecting(self, process: Process) -> ConnectingWorker:
+        return ConnectingWorker(
+            self._events,
+            self._router,
+            process,
+            lambda: self.kill(process, signal.SIGKILL),
+            starter="the job",
+            advice="Use an mpi4py that was built for the MPI of the cluster, and the pmi_mode that suits it.",
+        )
+
     def _answered(self, array: _Array, answer: str | Refused) -> None:
         members = list(array.members.values())
         now = time.monotonic()
@@ -230,35 +240,15 @@ class JobWorkerLauncher:
 
     def _on_message(self, peer: bytes, header: list[Any], frames: list[Frame]) -> None:
         member = self._members.get(worker_of(peer))
-        if member is None:
-            return  # one that was given up
-        process = member.process
-        if header[0] != "hello":
-            if member.peer == peer:
-                self._events.on_message(process, header, frames)
-            return
-        about = header[1]
-        if about["size"] != process.resources.cores:
-            process.verdict = RuntimeError(
-                describe_split_world(
-                    process.resources.cores,
-                    "the job",
-                    about["size"],
-                    about["library"],
-                    "Use an mpi4py that was built for the MPI of the cluster, and the pmi_mode that suits it.",
-                )
-            )
-            self.kill(process, 9)
-            return
-        member.peer = peer
-        process.host, process.pid = about["host"], about["pid"]
-        process.transport = RouterTransport(self._router, peer)
-        self._events.on_connected(process)
+        if member is not None:
+            member.worker.on_message(peer, header, frames)
+        elif header[0] == "hello":
+            dismiss(self._router, peer)  # one that was given up
 
     def _on_lost(self, peer: bytes) -> None:
         identity = worker_of(peer)
         member = self._members.get(identity)
-        if member is None or member.peer != peer:
+        if member is None or member.worker.peer != peer:
             return
         if member.process.worker.stopping:
             self._end(identity, "it ended")
@@ -295,7 +285,7 @@ class JobWorkerLauncher:
 
     def _ask(self) -> None:
         """Ask for jobs whose workers have not connected: they may have ended before they could."""
-        silent = [member for member in self._members.values() if member.peer is None and member.array.job_id]
+        silent = [member for member in self._members.values() if member.worker.peer is None and member.array.job_id]
         if self._asking or not silent:
             return
         self._asking = True
@@ -306,7 +296,7 @@ class JobWorkerLauncher:
         self._asking = False
         for member in silent if states is not None else ():
             identity = self._by_worker.get(member.process.worker.number)
-            if identity is None or member.peer is not None or states is None:
+            if identity is None or member.worker.peer is not None or states is None:
                 continue
             state = states.get((member.array.job_id, member.index)) or states.get((member.array.job_id, None))
             if state is not None:
@@ -328,7 +318,7 @@ class JobWorkerLauncher:
         del self._by_worker[process.worker.number]
         del array.members[member.index]
         process.stderr += read_tail(os.path.join(array.directory, f"output.{member.index}"))
-        planned = member.last is not None and member.last.cause.ends_early and member.peer is not None
+        planned = member.last is not None and member.last.cause.ends_early and member.worker.peer is not None
         if not array.members and not process.stderr:
             shutil.rmtree(array.directory, ignore_errors=True)
         self._events.on_exit(process, Exit(None, text, planned=planned))

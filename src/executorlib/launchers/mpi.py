@@ -17,8 +17,8 @@ import tempfile
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from executorlib.errors import describe_split_world
 from executorlib.launchers.base import Events, Exit, Process
+from executorlib.launchers.connecting import ConnectingWorker
 from executorlib.serialize import Frame
 from executorlib.worker.call import THREAD_VARIABLES
 
@@ -32,8 +32,6 @@ _INSTALL = (
 )
 # Between asking a world to end, so that mpiexec can tidy up, and killing it, in seconds.
 _GRACE_SECONDS = 2.0
-# What a world that has given its result may take for MPI_Finalize and exit handlers, in seconds.
-_FINALIZE_SECONDS = 10.0
 # Where Open MPI puts the session directories of its worlds, from version 5 on and before; they stay when it is killed.
 _SESSION_VARIABLES = ("PRTE_MCA_prte_tmpdir_base", "OMPI_MCA_orte_tmpdir_base")
 # Left behind by a launcher that started the user's process itself; a new world must not join that one.
@@ -137,7 +135,7 @@ class MpiLauncher:
         self._events = events
         self._foreign = (*FOREIGN_PREFIXES, *hidden)
         self._router: Router | None = None
-        self._processes: dict[str, tuple[Process, Agent]] = {}
+        self._worlds: dict[str, tuple[ConnectingWorker, Agent]] = {}  # by identity
         self._directories: dict[str, str] = {}
 
     def launch(self, process: Process, agent: Agent, program: list[str]) -> None:
@@ -169,42 +167,25 @@ class MpiLauncher:
             env = {**dict.fromkeys(_SESSION_VARIABLES, directory), **env}
         env[CONNECTION_VARIABLE] = self._router.credentials(identity).dumps()
         argv = mpiexec.command(resources.cores, program, resources.openmpi_oversubscribe)
-        self._processes[identity] = process, agent
+        world = ConnectingWorker(
+            self._events,
+            self._router,
+            process,
+            lambda: self.end(process, agent),
+            starter=f"{mpiexec.path} ({mpiexec.version})",
+            advice=f"Use an mpi4py that was built for this MPI. {_INSTALL}",
+        )
+        self._worlds[identity] = world, agent
         process.on_gone = lambda: self._forget(identity)
         agent.run(process, argv, env, resources.cwd)
 
     def _on_message(self, peer: bytes, header: list[Any], frames: list[Frame]) -> None:
-        from executorlib.transports.router import RouterTransport, worker_of
+        from executorlib.transports.router import worker_of
 
-        identity = worker_of(peer)
-        known = self._processes.get(identity)
-        if known is None or self._router is None:
-            return  # a rank of a world that was given up
-        process, agent = known
-        if header[0] != "hello":
-            self._events.on_message(process, header, frames)
-            if header[0] == "error":
-                self.end(process, agent)
-            elif header[0] == "result" and process.single and process.transport is not None:
-                # It waits for this: an exit that came before the result was read would count as a death.
-                process.transport.put(["stop"])
-                self._events.call_later(_FINALIZE_SECONDS, lambda: self._kill_if_alive(identity))
-            return
-        about = header[1]
-        if about["size"] != process.resources.cores:
-            process.verdict = RuntimeError(
-                describe_split_world(
-                    process.resources.cores,
-                    f"{find_mpiexec().path} ({find_mpiexec().version})",
-                    about["size"],
-                    about["library"],
-                    f"Use an mpi4py that was built for this MPI. {_INSTALL}",
-                )
-            )
-            self.end(process, agent)
-            return
-        process.transport = RouterTransport(self._router, peer)
-        self._events.on_connected(process)
+        known = self._worlds.get(worker_of(peer))
+        if known is not None:
+            world, _ = known
+            world.on_message(peer, header, frames)
 
     def end(self, process: Process, agent: Agent) -> None:
         """End a world: gently, then, after a grace, by force."""
@@ -213,19 +194,19 @@ class MpiLauncher:
         self._events.call_later(_GRACE_SECONDS, lambda: self._kill_if_alive(identity))
 
     def _kill_if_alive(self, identity: str) -> None:
-        known = self._processes.get(identity)
+        known = self._worlds.get(identity)
         if known is not None:
-            process, agent = known
-            agent.kill(process, signal.SIGKILL)
+            world, agent = known
+            agent.kill(world.process, signal.SIGKILL)
 
     def _forget(self, identity: str) -> None:
-        self._processes.pop(identity, None)
+        self._worlds.pop(identity, None)
         if identity in self._directories:
             shutil.rmtree(self._directories.pop(identity), ignore_errors=True)
 
     def close(self) -> None:
         """Close the connections; the worlds are gone."""
-        for identity in {*self._processes, *self._directories}:
+        for identity in {*self._worlds, *self._directories}:
             self._forget(identity)
         if self._router is not None:
             self._router.close()

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, cast
 from executorlib.errors import ExecutorlibSocketError
 from executorlib.launchers.base import Events, Exit, Process, arguments, boot_command, tail_text
 from executorlib.launchers.commands import Answer, Commands
+from executorlib.launchers.connecting import ConnectingWorker
 from executorlib.launchers.local import Agent
 from executorlib.launchers.mpi import find_mpiexec
 from executorlib.launchers.relays import RelayEnd, Relays, relay_program
@@ -30,7 +31,7 @@ from executorlib.launchers.slurm_steps import parse_time_left, ranks_command, re
 from executorlib.resources import Resources
 from executorlib.serialize import Frame
 from executorlib.transports.curve import CONNECTION_VARIABLE
-from executorlib.transports.router import Router, RouterTransport, worker_of
+from executorlib.transports.router import Router, worker_of
 from executorlib.worker.call import THREAD_VARIABLES
 
 if TYPE_CHECKING:
@@ -55,8 +56,6 @@ _END_SECONDS = 10.0
 _CLOSE_SECONDS = 0.02
 # Between asking a step to end and killing its srun, in seconds.
 _GRACE_SECONDS = 5.0
-# What ranks that have given their result may take for MPI_Finalize and exit handlers, in seconds.
-_FINALIZE_SECONDS = 10.0
 # How long before the time limit of the job the user is told, in seconds.
 _WARN_SECONDS = 300.0
 
@@ -114,7 +113,7 @@ class NodesLauncher:
             events, spawn=False, pooled=False, stock=0, preload=[], threads=threads, on_exit=self._on_step_exit
         )
         self._step: Process | None = None  # of the relays
-        self._steps: dict[str, Process] = {}  # of ranks, by identity
+        self._steps: dict[str, ConnectingWorker] = {}  # of ranks, by identity
         self._host_files: dict[str, str] = {}
         self._commands = Commands(events)
         self._closing = False
@@ -213,7 +212,7 @@ class NodesLauncher:
         identity = worker_of(peer)
         if identity != _RELAYS:
             if identity in self._steps:
-                self._on_rank_message(self._steps[identity], peer, header, frames)
+                self._steps[identity].on_message(peer, header, frames)
             return
         if header[0] == "hello":
             self._on_hello(peer, header[1])
@@ -273,7 +272,7 @@ class NodesLauncher:
     def _end_workers(self, relay: _Relay) -> None:
         said = tail_text(self._step.stderr) if self._step is not None else ""
         text = relay.lost + (f"; Slurm said:\n{said}" if said else "")
-        for process in list(self._steps.values()):
+        for process in [step.process for step in self._steps.values()]:
             if any(share.node is relay.node for share in process.worker.allocation.shares):
                 process.verdict = process.verdict or ExecutorlibSocketError(f"A call's ranks were ended: {text}")
                 self._end_step(process)
@@ -325,57 +324,29 @@ class NodesLauncher:
                     file.write("".join(f"{host}\n" for host in hosts))
                 self._host_files[identity] = env["SLURM_HOSTFILE"] = path
         process.host = ", ".join(share.node.name for share in shares)
-        self._steps[identity] = process
+        self._steps[identity] = ConnectingWorker(
+            self._events,
+            self._router,
+            process,
+            lambda: self._end_step(process),
+            starter="mpiexec" if self._pmi_mode is None else f"srun with pmi_mode={self._pmi_mode!r}",
+            advice="MPICH needs pmi_mode='pmi2', Open MPI pmi_mode='pmix' (`srun --mpi=list` shows what there is); or "
+            "leave pmi_mode out to have the MPI's own mpiexec start the ranks.",
+        )
         self._agent.run(process, argv, env, resources.cwd)
-
-    def _on_rank_message(self, process: Process, peer: bytes, header: list[Any], frames: list[Frame]) -> None:
-        kind = header[0]
-        if kind == "hello":
-            self._on_rank_hello(process, peer, header[1])
-        elif kind != "ready" or not process.single:
-            self._events.on_message(process, header, frames)
-            if kind == "error" and process.resources.cores > 1:
-                self._end_step(process)  # the other ranks may wait for the failed one for ever
-            elif kind in ("result", "error") and process.single and process.transport is not None:
-                # It waits for this: an exit that came before the result was read would count as a death.
-                process.transport.put(["stop"])
-                self._later(_FINALIZE_SECONDS, process, self._end_step)
-
-    def _on_rank_hello(self, process: Process, peer: bytes, about: dict[str, Any]) -> None:
-        if process.verdict is not None:
-            return
-        if about["size"] != sum(_ranks_on(process)):
-            how = "mpiexec" if self._pmi_mode is None else f"pmi_mode={self._pmi_mode!r}"
-            process.verdict = RuntimeError(
-                f"{process.resources.cores} ranks were started with {how}, but mpi4py sees a world of size "
-                f"{about['size']}: its MPI ({about['library']}) does not find what started it. Results would be wrong. "
-                "MPICH needs pmi_mode='pmi2', Open MPI pmi_mode='pmix' (`srun --mpi=list` shows what there is); or "
-                "leave pmi_mode out to have the MPI's own mpiexec start the ranks."
-            )
-            self._end_step(process)
-            return
-        process.transport = RouterTransport(self._router, peer)
-        self._events.on_connected(process)
 
     def _end_step(self, process: Process) -> None:
         """End a step: srun kills its tasks when it is told to end."""
-        if self._steps.get(str(process.worker.number)) is process:
-            self._agent.kill(process, signal.SIGTERM)
-            self._later(_GRACE_SECONDS, process, lambda step: self._agent.kill(step, signal.SIGKILL))
-
-    def _later(self, seconds: float, process: Process, callback: Callable[[Process], None]) -> None:
-        """Call back unless the step is over by then.
-
-        By its identity: what waits must keep neither the worker, nor by that a call and its result.
-        """
         identity = str(process.worker.number)
 
-        def call() -> None:
+        def kill() -> None:
             step = self._steps.get(identity)
             if step is not None:
-                callback(step)
+                self._agent.kill(step.process, signal.SIGKILL)
 
-        self._events.call_later(seconds, call)
+        if identity in self._steps:
+            self._agent.kill(process, signal.SIGTERM)
+            self._events.call_later(_GRACE_SECONDS, kill)
 
     def _forget_step(self, identity: str) -> None:
         self._steps.pop(identity, None)

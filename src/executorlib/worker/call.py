@@ -329,6 +329,8 @@ def serve(connection: Connection, permits: Permits | None) -> None:
         permits: Which calls to start, for a worker of a block; without, one call is run.
     """
     setup_message = connection.receive()
+    if setup_message.header[0] == "stop":
+        return  # nobody waits for this worker any more
     setup = setup_message.header[1]
     values: dict[str, Any] = {"executorlib_worker_id": setup.get("slot", 0)}
     try:

@@ -103,7 +103,10 @@ class Rank:
 
     def serve(self, single: bool) -> None:
         """Take calls until told to stop, which a world of one call is once its result was read; see `main`."""
-        (_, setup), frames = self._receive()
+        (kind, *rest), frames = self._receive()
+        if kind == "stop":
+            return  # nobody waits for this world any more
+        setup = rest[0]
         values: dict[str, Any] = {"executorlib_worker_id": setup.get("slot", 0)}
         try:
             call.set_up(self._share(setup))

@@ -1,0 +1,155 @@
+"""A worker that connects by itself, without a network: what it says, and what becomes of it."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any, cast
+
+import pytest
+
+from executorlib.launchers.base import Process
+from executorlib.launchers.connecting import ConnectingWorker
+from executorlib.ledger import Allocation
+from executorlib.resources import Resources
+from executorlib.scheduler import Worker
+
+ABOUT = {"host": "node7", "pid": 70, "size": 1, "library": "Some MPI 1.0"}
+RESULT: list[Any] = ["result", 1, 0.1, "", {}]
+ERROR: list[Any] = ["error", 1, 0.1, "", {}]
+
+
+class Bench:
+    """Loop and router in one: notes what they are told."""
+
+    def __init__(self) -> None:
+        self.said: list[Any] = []  # to the loop
+        self.sent: list[Any] = []  # to the worker
+        self.ends = 0
+        self.timers: list[Callable[[], None]] = []
+
+    def on_connected(self, process: Process) -> None:
+        self.said.append("connected")
+
+    def on_message(self, process: Process, header: list[Any], frames: list[Any]) -> None:
+        self.said.append(header)
+
+    def call_later(self, seconds: float, callback: Callable[[], None]) -> None:
+        self.timers.append(callback)
+
+    def send(self, peer: bytes, header: list[Any], frames: list[Any]) -> None:
+        self.sent.append((peer, header))
+
+    def make(self, ranks: int = 1, single: bool = True, **options: Any) -> ConnectingWorker:
+        process = Process(Worker(1, 0, Allocation.__new__(Allocation)), Resources(cores=ranks), single=single)
+        either = cast("Any", self)
+        return ConnectingWorker(either, either, process, self.end, starter="a test", advice="Read on.", **options)
+
+    def end(self) -> None:
+        self.ends += 1
+
+
+@pytest.fixture
+def bench() -> Bench:
+    return Bench()
+
+
+def say(worker: ConnectingWorker, *header: Any, peer: bytes = b"1.0") -> None:
+    worker.on_message(peer, list(header), [])
+
+
+def connect(worker: ConnectingWorker) -> None:
+    say(worker, "hello", {**ABOUT, "size": worker.process.resources.cores})
+
+
+def test_it_is_known_by_its_hello(bench: Bench) -> None:
+    worker = bench.make()
+    connect(worker)
+    assert (worker.peer, worker.process.host, worker.process.pid) == (b"1.0", "node7", 70)
+    assert bench.said == ["connected"]
+
+
+def test_what_its_launcher_knows_of_it_stays(bench: Bench) -> None:
+    worker = bench.make()
+    worker.process.host, worker.process.pid = "node1", 5  # of the mpiexec that runs it
+    connect(worker)
+    assert (worker.process.host, worker.process.pid) == ("node1", 5)
+
+
+def test_a_worker_of_one_call_is_told_to_stop(bench: Bench) -> None:
+    """Only then it leaves, so that its end cannot come before its result; and it must leave in time."""
+    worker = bench.make(ranks=2)
+    connect(worker)
+    say(worker, "ready")
+    say(worker, *RESULT)
+    assert bench.said == ["connected", RESULT]
+    assert bench.sent == [(b"1.0", ["stop"])]
+    assert worker.done
+    assert bench.ends == 0
+    (give_up,) = bench.timers
+    give_up()
+    assert bench.ends == 1
+
+
+def test_a_timer_does_not_keep_a_worker(bench: Bench) -> None:
+    worker = bench.make()
+    connect(worker)
+    say(worker, *RESULT)
+    del worker
+    gc.collect()
+    (give_up,) = bench.timers
+    give_up()
+    assert bench.ends == 0
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+def test_what_it_holds_may_be_free_before_its_end(bench: Bench, leaves: bool) -> None:
+    worker = bench.make(leaves=leaves)
+    connect(worker)
+    say(worker, "result", 1, 0.1, "", {})
+    assert bench.said[-1][4] == ({"leaving": True} if leaves else {})
+
+
+@pytest.mark.parametrize("single", [True, False])
+def test_a_world_with_a_failed_rank_is_ended(bench: Bench, single: bool) -> None:
+    """The other ranks may wait for the failed one, so they can neither leave nor take another call."""
+    worker = bench.make(ranks=2, single=single)
+    connect(worker)
+    say(worker, *ERROR, peer=b"1.1")
+    assert bench.said == ["connected", ERROR]
+    assert bench.sent == []
+    assert bench.ends == 1
+
+
+def test_a_single_process_outlives_an_error(bench: Bench) -> None:
+    worker = bench.make(single=False)
+    connect(worker)
+    say(worker, "ready")
+    say(worker, *ERROR)
+    say(worker, *RESULT)
+    assert bench.said == ["connected", ["ready"], ERROR, RESULT]
+    assert (bench.sent, bench.ends, bench.timers) == ([], 0, [])
+
+
+def test_ranks_that_do_not_find_each_other(bench: Bench) -> None:
+    """Each believes to be the only one and would compute something else; the first of them ends all."""
+    worker = bench.make(ranks=2)
+    for peer in (b"1.0", b"1.0b"):
+        say(worker, "hello", ABOUT, peer=peer)
+    assert bench.said == []
+    assert bench.ends == 1
+    text = str(worker.process.verdict)
+    assert "2 ranks were started by a test" in text
+    assert "world of size 1" in text
+    assert "Some MPI 1.0" in text
+    assert text.endswith("Read on.")
+
+
+def test_a_job_that_comes_up_again(bench: Bench) -> None:
+    """The queue started it a second time: what the first one ran is lost, and the second has nothing to do."""
+    worker = bench.make(single=False)
+    connect(worker)
+    say(worker, "hello", ABOUT, peer=b"1.0b")
+    assert bench.said == ["connected"]
+    assert bench.sent == [(b"1.0b", ["stop"])]
+    assert worker.peer == b"1.0"
