@@ -134,7 +134,8 @@ class FluxInstance:
         self._numbers = itertools.count(1)
         # What Flux has not answered to the end, by number: how to tell who asked that no answer comes.
         self._pending: dict[int, Callable[[Refused], None]] = {}
-        self._watched: dict[int, Any] = {}  # of these, the futures of events that somebody still wants to know
+        self._watched: dict[int, Any] = {}  # of these, the futures of events
+        self._wanted: set[int] = set()  # of these, those that somebody still wants to know
         self.lost = ""
         self.is_owner = True  # otherwise some urgencies are not for us
         self.name = FLUX_NAME.rstrip()
@@ -262,15 +263,16 @@ class FluxInstance:
         from flux.job import event_watch_async
 
         key = next(self._numbers)
-        self._watched[key] = None
+        self._wanted.add(key)
 
         def answered(future: Any) -> bool:
             try:
                 event = future.get_event()
             except OSError:
                 event = None
-            wanted = key in self._watched
+            wanted = key in self._wanted
             if event is None:
+                self._wanted.discard(key)
                 self._watched.pop(key, None)
             if wanted:
                 on_event("" if event is None else event.name, {} if event is None else event.context)
@@ -281,8 +283,9 @@ class FluxInstance:
             return self._watched[key]
 
         def refuse(refused: Refused) -> None:
-            if key in self._watched:
-                del self._watched[key]
+            self._watched.pop(key, None)
+            if key in self._wanted:
+                self._wanted.remove(key)
                 on_event("", {})
 
         self._ask(key, begin, answered, refuse)
@@ -295,10 +298,12 @@ class FluxInstance:
             key: What `watch` returned.
             ends_soon: Whether there will be no more soon, so that Flux need not be told.
         """
-        future = self._watched.pop(key, None)
-        if future is not None and not self.lost and not ends_soon:
-            with contextlib.suppress(OSError):
-                future.cancel()
+        self._wanted.discard(key)
+        if not ends_soon:
+            future = self._watched.pop(key, None)
+            if future is not None and not self.lost:
+                with contextlib.suppress(OSError):
+                    future.cancel()
 
     def end(self, job: int, kind: str, why: str = "") -> None:
         """Raise an exception that ends a job, waiting or running; one that has ended does not matter.
@@ -360,7 +365,7 @@ class FluxInstance:
         """Let go of the connection; jobs go on."""
         if self._flux is None:
             return
-        for key in list(self._watched):
+        for key in list(self._watched):  # also of a job that takes long to end
             self.unwatch(key)
         give_up = time.monotonic() + _CLOSE_SECONDS
         while self._pending and not self.lost and time.monotonic() < give_up:
