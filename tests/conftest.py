@@ -89,7 +89,14 @@ class Row:
     @property
     def live(self) -> bool:
         """Whether each call has a connection to its worker, of whose death the future tells by its own words."""
-        return self.single_node or self.executor == "FluxJobExecutor"
+        return self.single_node or self.name in ("flux", "block-flux", "block-slurm")
+
+    @property
+    def spare(self) -> dict[str, Any]:
+        """Arguments with which there are two workers at work again after one of them has died."""
+        if not self.block:
+            return {}
+        return {"max_workers": 3} if self.executor.endswith("ClusterExecutor") else {"restart_limit": 1}
 
     @property
     def prints_here(self) -> bool:
@@ -179,9 +186,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture(scope="module")
-def row(request: pytest.FixtureRequest) -> Row:
+def row(request: pytest.FixtureRequest) -> Iterator[Row]:
     """The way to run calls that this run of the test uses."""
-    return request.param  # type: ignore[no-any-return]
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param.slurm:
+            # Workers that are jobs leave what they wrote where they were started.
+            patch.chdir(tempfile.mkdtemp(dir=os.environ[FOLDER_VARIABLE]))
+        yield request.param
 
 
 class SharedExecutor:

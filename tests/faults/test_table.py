@@ -84,6 +84,7 @@ def check(error: BaseException | None, fault: str, place: str) -> None:
         assert isinstance(error, ERRORS[fault])
 
 
+@pytest.mark.essential
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("place", PLACES)
 def test_fault(
@@ -95,8 +96,7 @@ def test_fault(
     fault: str,
 ) -> None:
     held = gate("bystander")
-    options = {"restart_limit": 1} if row.block else {}
-    with make_executor(**options) as executor:
+    with make_executor(**row.spare) as executor:
         bystander = executor.submit(held, "unharmed")
         held.pid()
         struck = submit(executor, place, fault, tmp_path / "pid")

@@ -8,7 +8,6 @@ import shutil
 import signal
 import socket
 import time
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from executorlib import entries, machine
@@ -24,17 +23,7 @@ if TYPE_CHECKING:
 SUBMIT_SECONDS = 600.0
 
 _OUTPUT_TAIL_BYTES = 4096
-_SIGNALS = frozenset(signal.Signals)
-
-_ADVICE = {
-    Cause.NONE: "Only this call fails; it can be submitted again.",
-    Cause.OUT_OF_MEMORY: "Give it more memory with resource_dict={'memory_max': GB}; only this call fails.",
-    Cause.TIME_LIMIT: "Give it more time with resource_dict={'run_time_max': seconds}; only this call fails.",
-    Cause.DEADLINE: "It had not ended by the deadline that it was given; give it a later one.",
-    Cause.NODE_FAILED: "The node failed, not the call: submit it again.",
-    Cause.PREEMPTED: "Other jobs had priority: submit it again.",
-    Cause.CANCELLED: "Somebody cancelled it, or an input of it failed; it can be submitted again.",
-}
+_GENERAL_ADVICE = "Only this call fails; it can be submitted again."
 
 
 class Job:
@@ -99,7 +88,7 @@ class Job:
         state = self.last
         if state is None or state.cause is not Cause.NONE:
             return False  # whatever exit code the system makes up for it
-        return exit_code(state.exit_code) in [(code, 0) for code in codes]
+        return state.code in codes and state.signal_number == 0
 
     def ended_unseen(self) -> bool:
         """Whether it has ended just now, and nobody knows how, so that it may have left a result."""
@@ -122,27 +111,24 @@ class Job:
         said = f" Its output ended with:\n{tail}" if tail else " It wrote no output."
         if state is None:
             text = f"{subject} is not known to {system.name} any more, and left no result in {self.output}."
-            return ExecutorlibSocketError(f"{text} {_ADVICE[Cause.NONE]}{said}")
-        code, signal_number = exit_code(state.exit_code)
-        # A shell reports a signal as 128 more than its number.
-        ended_by = signal_number or code - 128
-        named = f" by {signal.Signals(ended_by).name}" if ended_by in _SIGNALS else ""
-        facts = replace(state, exit_code=state.exit_code and state.exit_code + named).facts()
+            return ExecutorlibSocketError(f"{text} {_GENERAL_ADVICE}{said}")
         if state.phase is not Phase.ENDED:
             return ExecutorlibSocketError(
-                f"{subject} would wait for ever and was cancelled: {system.name} has it as {state.state}{facts}. "
-                "Change what the call asks for in its resource_dict; only this call fails."
+                f"{subject} would wait for ever and was cancelled: {system.name} has it as "
+                f"{state.state}{state.facts()}. Change what the call asks for in its resource_dict; only this call "
+                "fails."
             )
-        text = f"{subject} ended as {state.state}{facts}."
+        text = f"{subject} ended as {state.state}{state.facts()}."
         if self.damaged is not None:
             text += f" What it left in {self.output} cannot be read."
         limit = task.resources.run_time_max
         # MPICH's mpiexec exits with the number of the signal that a rank died of.
-        alarmed = signal.SIGALRM in (ended_by, code if task.resources.cores > 1 else 0)
+        alarmed = signal.SIGALRM in (state.died_of, state.code if task.resources.cores > 1 else 0)
         if limit is not None and (state.cause is Cause.TIME_LIMIT or alarmed):
             return TimeoutError(f"{text} It ran longer than its run_time_max of {limit:g} s; give it more time.{said}")
         cause = state.cause if state.cause is not Cause.NONE else system.cause_in(tail)
-        return ExecutorlibSocketError(f"{text} {_ADVICE[cause]}{said}")
+        advice = f"{cause.advice}. {_GENERAL_ADVICE}" if cause.advice else _GENERAL_ADVICE
+        return ExecutorlibSocketError(f"{text} {advice}{said}")
 
 
 class JobBatch:
@@ -223,12 +209,6 @@ def owner_of(directory: str) -> dict[str, Any]:
     except ValueError:
         return {}
     return owner if isinstance(owner, dict) else {}
-
-
-def exit_code(text: str) -> tuple[int, int]:
-    """Exit code and signal, from what a queue writes as ``code:signal``; -1 for a code that it does not tell."""
-    code, _, signal_number = text.partition(":")
-    return (int(code) if code.isdigit() else -1, int(signal_number) if signal_number.isdigit() else 0)
 
 
 def read_tail(path: str) -> bytes:

@@ -279,7 +279,8 @@ class JobWorkerLauncher:
         name = job_id if index is None else f"{job_id}_{index}"
         if state is None or state.phase is not Phase.ENDED:
             return f"job {name} lost its connection"
-        return f"job {name} ended as {state.state}{state.facts()}"
+        advice = f"; {state.cause.advice[0].lower()}{state.cause.advice[1:]}" if state.cause.advice else ""
+        return f"job {name} ended as {state.state}{state.facts()}{advice}"
 
     # -- the system's word ----------------------------------------------------------------------------------------
 

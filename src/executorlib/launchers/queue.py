@@ -7,6 +7,7 @@ A `Queue` starts no process and reads no clock: it turns a `Batch` into a script
 from __future__ import annotations
 
 import enum
+import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -43,6 +44,22 @@ class Cause(enum.Enum):
         """Whether the job could have gone on: where it was a worker, another one takes its place."""
         return self in (Cause.TIME_LIMIT, Cause.DEADLINE, Cause.PREEMPTED)
 
+    @property
+    def advice(self) -> str:
+        """What to do, as a sentence without its full stop; empty where there is nothing to say."""
+        return _ADVICE.get(self, "")
+
+
+_ADVICE = {
+    Cause.OUT_OF_MEMORY: "Give it more memory with resource_dict={'memory_max': GB}",
+    Cause.TIME_LIMIT: "Give it more time with resource_dict={'run_time_max': seconds}",
+    Cause.DEADLINE: "It had not ended by the deadline that it was given; give it a later one",
+    Cause.NODE_FAILED: "The node failed, not the call",
+    Cause.PREEMPTED: "Other jobs had priority",
+    Cause.CANCELLED: "Somebody cancelled it, or an input of it failed",
+}
+_SIGNALS = frozenset(signal.Signals)
+
 
 @dataclass(frozen=True)
 class JobState:
@@ -66,9 +83,29 @@ class JobState:
     hopeless: bool = False
     cause: Cause = Cause.NONE
 
+    @property
+    def code(self) -> int:
+        """The number before the colon in `exit_code`; -1 where the queue does not tell it."""
+        text = self.exit_code.partition(":")[0]
+        return int(text) if text.isdigit() else -1
+
+    @property
+    def signal_number(self) -> int:
+        """The number after the colon in `exit_code`, 0 where there is none."""
+        text = self.exit_code.partition(":")[2]
+        return int(text) if text.isdigit() else 0
+
+    @property
+    def died_of(self) -> int:
+        """The signal that it died of, 0 where that is not known; a shell reports it as 128 more than its number."""
+        number = self.signal_number or self.code - 128
+        return number if number in _SIGNALS else 0
+
     def facts(self) -> str:
         """What is known beside the state, for an error text: empty, or in parentheses after a space."""
-        known = (("reason", self.reason), ("exit code", self.exit_code), ("node", self.node))
+        died_of = f" by {signal.Signals(self.died_of).name}" if self.died_of else ""
+        exit_code = self.exit_code and self.exit_code + died_of
+        known = (("reason", self.reason), ("exit code", exit_code), ("node", self.node))
         listed = ", ".join(f"{what} {value}" for what, value in known if value)
         return f" ({listed})" if listed else ""
 
