@@ -13,6 +13,7 @@ import os
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -89,7 +90,12 @@ class Row:
     @property
     def live(self) -> bool:
         """Whether each call has a connection to its worker, of whose death the future tells by its own words."""
-        return self.single_node or self.name in ("flux", "block-flux", "block-slurm")
+        return not self.jobs
+
+    @property
+    def where(self) -> str:
+        """Pattern of the names of machines that calls run on."""
+        return r"node\d" if self.allocation else socket.gethostname()
 
     @property
     def spare(self) -> dict[str, Any]:
@@ -446,6 +452,9 @@ def pytest_configure(config: pytest.Config) -> None:
         "essential: runs also over rows where a call takes seconds",
     ):
         config.addinivalue_line("markers", line)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # As a shell has it for what it runs in the background; programs of these tests would inherit it.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     config.stash[_stderr_key] = os.dup(2)
     key, _, value = MARK.partition("=")
     os.environ[key] = value

@@ -18,7 +18,9 @@ LAST_WORDS = "last words of the process"
 
 def segfault(_path: str) -> None:
     import ctypes
+    import resource
 
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # jobs have their own limits, whatever this process's are
     ctypes.string_at(0)
 
 

@@ -366,7 +366,7 @@ CONTRACT = {
         "contract/test_mpi.py",
         "contract/test_submit.py",
     ],
-    "ends": ["contract/test_lifecycle.py", "contract/test_workflow.py"],
+    "ends": ["contract/test_lifecycle.py", "contract/test_workflow.py", "faults/test_table.py"],
 }
 
 
