@@ -22,7 +22,7 @@ from typing import Any
 import cloudpickle
 import pytest
 
-from executorlib import cache, entries, terminate
+from executorlib import batches, cache, entries, files, terminate
 from executorlib.worker import job
 
 pytestmark = pytest.mark.cache
@@ -64,7 +64,7 @@ def output_of(process: subprocess.Popen[str]) -> str:
     return out.strip()
 
 
-def files(directory: Path) -> list[str]:
+def listed(directory: Path) -> list[str]:
     return sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
 
 
@@ -228,7 +228,7 @@ def test_a_damaged_entry_is_absent_and_replaced(tmp_path: Path, caplog: pytest.L
         assert str(path) in record.getMessage()
         write(path, output=1)
         assert entries.read_output(path) == (1, None, 0.5)
-        assert files(tmp_path) == ["key_o.h5"]
+        assert listed(tmp_path) == ["key_o.h5"]
 
 
 def test_a_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -244,11 +244,11 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
 
     with pytest.raises(OSError, match="too large"):
         write_with_little_space()
-    assert files(tmp_path) == []
+    assert listed(tmp_path) == []
     write(path, output=2)
     with pytest.raises(OSError, match="too large"):
         write_with_little_space()
-    assert files(tmp_path) == ["key_o.h5"]
+    assert listed(tmp_path) == ["key_o.h5"]
     assert entries.read_output(path) == (2, None, 0.5)
 
 
@@ -258,7 +258,7 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path: Path) -> None:
     (tmp_path / "folder_o.h5").mkdir()
     with pytest.raises(OSError, match="folder_o"):
         write(tmp_path / "folder_o.h5", output=1)
-    assert files(tmp_path) == []
+    assert listed(tmp_path) == []
 
 
 def test_entries_are_for_all_who_may_use_the_directory(tmp_path: Path) -> None:
@@ -304,7 +304,7 @@ def test_a_look_up_lists_no_directory(tmp_path: Path) -> None:
     print([*results, *(future.result() for future in futures)], listed)
     """
     assert output_of(run(code, tmp_path)) == "[1, None, 1, False, 1, 2] []"
-    assert files(tmp_path) == ["a/done_o.h5", "a/no_o.h5", "a/runs_i.h5"]
+    assert listed(tmp_path) == ["a/done_o.h5", "a/no_o.h5", "a/runs_i.h5"]
 
 
 def test_many_processes_use_one_entry_at_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -330,7 +330,7 @@ def test_many_processes_use_one_entry_at_once(tmp_path: Path, caplog: pytest.Log
         output_of(writer)
     assert seen
     assert not caplog.records
-    assert files(tmp_path) == ["key_o.h5"]
+    assert listed(tmp_path) == ["key_o.h5"]
 
 
 # -- what users call ---------------------------------------------------------------------------------------------------
@@ -526,7 +526,7 @@ def test_terminating_removes_what_waits_and_leaves_what_is_done(tmp_path: Path) 
     write(tmp_path / "c_o.h5", output=3)
     (tmp_path / "damaged_i.h5").write_bytes(b"junk")
     terminate.terminate_tasks_in_cache(tmp_path)
-    assert files(tmp_path) == ["c_i.h5", "c_o.h5"]
+    assert listed(tmp_path) == ["c_i.h5", "c_o.h5"]
     terminate.terminate_tasks_in_cache(tmp_path / "no")
 
 
@@ -536,7 +536,7 @@ def test_terminating_one_entry(tmp_path: Path) -> None:
     write(tmp_path / "c_o.h5", output=3)
     terminate.terminate_task_in_cache(tmp_path, "folder/b")
     terminate.terminate_task_in_cache(tmp_path, "c")
-    assert files(tmp_path) == ["a_i.h5", "c_o.h5"]
+    assert listed(tmp_path) == ["a_i.h5", "c_o.h5"]
     with pytest.raises(FileNotFoundError, match="no entry 'b'"):
         terminate.terminate_task_in_cache(tmp_path, "b")
 
@@ -557,17 +557,17 @@ def test_terminating_cancels_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     store = tmp_path / "store"
     write_plain(store / "a_i.h5", function=len, queue_id=None)
     write_plain(store / "b_i.h5", function=len, queue_id=17)
-    batch = store / entries.BATCHES_FOLDER / "batch"
+    batch = store / batches.FOLDER / "batch"
     batch.mkdir(parents=True)
-    batch.joinpath(entries.OWNER_FILE).write_text('{"system": "Slurm"}')
-    batch.joinpath(entries.JOB_ID_FILE).write_text("18")
-    batch.joinpath(entries.ENTRIES_FILE).write_text(f"0 {store}/c_i.h5\n1 {store}/d_i.h5\n")
+    batch.joinpath(batches.OWNER_FILE).write_text('{"system": "Slurm"}')
+    batch.joinpath(batches.JOB_ID_FILE).write_text("18")
+    batch.joinpath(batches.ENTRIES_FILE).write_text(f"0 {store}/c_i.h5\n1 {store}/d_i.h5\n")
     for name in ("c", "d"):
         write_plain(store / f"{name}_i.h5", function=len, batch=str(batch))
     write(store / "c_o.h5", output=3)
     terminate.terminate_tasks_in_cache(str(store))
     assert said.read_text() == "--quiet 17 18_[1]\n"
-    assert [name for name in files(store) if name.endswith("_i.h5")] == ["c_i.h5"]
+    assert [name for name in listed(store) if name.endswith("_i.h5")] == ["c_i.h5"]
 
 
 @pytest.mark.parametrize(
@@ -589,11 +589,11 @@ def test_terminating_cancels_no_other_systems_jobs(
     scontrol.write_text(f"#!/bin/sh\necho 'ClusterName             = {configured}'\n")
     scontrol.chmod(0o755)
     store = tmp_path / "store"
-    batch = store / entries.BATCHES_FOLDER / "batch"
+    batch = store / batches.FOLDER / "batch"
     batch.mkdir(parents=True)
-    batch.joinpath(entries.OWNER_FILE).write_text(f'{{"system": "{noted}"}}')
-    batch.joinpath(entries.JOB_ID_FILE).write_text("18")
-    batch.joinpath(entries.ENTRIES_FILE).write_text(f"0 {store}/c_i.h5\n")
+    batch.joinpath(batches.OWNER_FILE).write_text(f'{{"system": "{noted}"}}')
+    batch.joinpath(batches.JOB_ID_FILE).write_text("18")
+    batch.joinpath(batches.ENTRIES_FILE).write_text(f"0 {store}/c_i.h5\n")
     write_plain(store / "c_i.h5", function=len, batch=str(batch))
     if cancels:
         terminate.terminate_tasks_in_cache(store)
@@ -613,7 +613,7 @@ def test_entries_stay_where_their_jobs_cannot_be_cancelled(tmp_path: Path, monke
         terminate.terminate_task_in_cache(store, "b", backend="slurm")
     with pytest.raises(ValueError, match="backend is 'lsf'"):
         terminate.terminate_tasks_in_cache(store, backend="lsf")
-    assert files(store) == ["b_i.h5"]
+    assert listed(store) == ["b_i.h5"]
 
 
 # -- without h5py ------------------------------------------------------------------------------------------------------
@@ -729,10 +729,10 @@ def test_a_change_of_the_mode_is_seen(tmp_path: Path, monkeypatch: pytest.Monkey
     store = folder_for(tmp_path / "store", 0o755)
     path = entries.entry_path(store, "a")
     write(path, output=3)
-    monkeypatch.setattr(entries, "_is_trusted", lambda owner: False)
+    monkeypatch.setattr(files, "is_trusted", lambda owner: False)
     assert entries.read_output(path, store) is not None
     store.chmod(0o757)
-    monkeypatch.setattr(entries, "_MODE_SECONDS", 0.0)
+    monkeypatch.setattr(files, "_MODE_SECONDS", 0.0)
     with pytest.raises(PermissionError):
         entries.read_output(path, store)
 
@@ -743,7 +743,7 @@ def test_nobody_else_can_write_to_what_is_made(tmp_path: Path) -> None:
     try:
         write(tmp_path / "a_o.h5", output=3)
         assert entries.write_input(str(tmp_path / "b_i.h5"), {"function": abs})
-        batch = Path(entries.batch_directory(str(tmp_path), "batch"))
+        batch = Path(batches.make(str(tmp_path), "batch"))
         entries.take_over(str(tmp_path / "b_i.h5"), "it")
     finally:
         os.umask(before)
@@ -763,34 +763,34 @@ def test_programs_of_jobs_where_everybody_may_write(tmp_path: Path) -> None:
     """In a folder without the sticky bit anybody can rename what is there, and put something else in its place."""
     store = folder_for(tmp_path / "store", 0o777)
     with pytest.raises(PermissionError, match=f"jobs are not run from .*chmod o-w {store}"):
-        entries.batch_directory(str(store), "batch")
+        batches.make(str(store), "batch")
     store.chmod(0o1777)
-    assert Path(entries.batch_directory(str(store), "batch")).is_dir()
+    assert Path(batches.make(str(store), "batch")).is_dir()
 
 
 @needs_root
 def test_programs_of_jobs_in_a_folder_of_a_stranger(tmp_path: Path) -> None:
     store = folder_for(tmp_path / "store", 0o1777)
-    folder = folder_for(store / entries.BATCHES_FOLDER, 0o755)
+    folder = folder_for(store / batches.FOLDER, 0o755)
     give_away(store, folder)
     with pytest.raises(PermissionError, match="nobody's"):
-        entries.batch_directory(str(store), "batch")
+        batches.make(str(store), "batch")
     assert not list(folder.iterdir())
 
 
 @needs_root
-@pytest.mark.parametrize("name", [entries.SETUP_FILE, entries.OWNER_FILE, entries.ENTRIES_FILE, entries.JOB_ID_FILE])
+@pytest.mark.parametrize("name", [batches.SETUP_FILE, batches.OWNER_FILE, batches.ENTRIES_FILE, batches.JOB_ID_FILE])
 def test_files_of_batches_that_a_stranger_put_there(tmp_path: Path, name: str) -> None:
     store = folder_for(tmp_path / "store", 0o1777)
-    batch = Path(entries.batch_directory(str(store), "batch"))
+    batch = Path(batches.make(str(store), "batch"))
     path = entries.entry_path(store, "a", "i")
     call: dict[str, Any] = {"function": abs, "input_args": [1], "input_kwargs": {}, "resource_dict": {}}
     assert entries.write_input(str(path), {**call, "batch": str(batch)})
-    (batch / entries.SETUP_FILE).write_bytes(pickle.dumps({"system": "none"}))
-    (batch / entries.OWNER_FILE).write_text('{"system": "Slurm"}')
-    (batch / entries.ENTRIES_FILE).write_text(f"0 {path}\n")
-    (batch / entries.JOB_ID_FILE).write_text("7")
+    (batch / batches.SETUP_FILE).write_bytes(pickle.dumps({"system": "none"}))
+    (batch / batches.OWNER_FILE).write_text('{"system": "Slurm"}')
+    (batch / batches.ENTRIES_FILE).write_text(f"0 {path}\n")
+    (batch / batches.JOB_ID_FILE).write_text("7")
     assert cache.job_of(str(path), store) == ("7", None, "Slurm")
     give_away(batch.parent, batch / name)
     with pytest.raises(PermissionError, match=f"{name} is not read"):
-        job.run(str(batch), 0) if name == entries.SETUP_FILE else cache.job_of(str(path), store)
+        job.run(str(batch), 0) if name == batches.SETUP_FILE else cache.job_of(str(path), store)

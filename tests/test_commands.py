@@ -18,6 +18,7 @@ import pytest
 
 from executorlib import commands, entries
 from executorlib._version import __version__
+from executorlib.files import temporary_beside
 
 pytestmark = pytest.mark.cache
 
@@ -417,7 +418,7 @@ def test_prune_removes_marks_of_jobs_that_died(tmp_path: Path, call: Call) -> No
 
 
 def test_the_files_of_writers_that_die_are_known_as_such(tmp_path: Path) -> None:
-    assert commands._TEMPORARY.fullmatch(os.path.basename(entries._temporary(str(tmp_path / "key_o.h5"))))
+    assert commands._TEMPORARY.fullmatch(os.path.basename(temporary_beside(str(tmp_path / "key_o.h5"))))
 
 
 def test_prune_removes_batch_directories_that_nobody_needs(tmp_path: Path, call: Call) -> None:

@@ -15,19 +15,15 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+from executorlib import batches, files
 from executorlib.entries import (
     DATASETS,
     INPUT,
-    JOB_ID_FILE,
     OUTPUT,
-    OWNER_FILE,
     WRITING,
-    UntrustedFile,
-    batch_entries,
     entry_path,
     output_of,
     read_output,
-    read_text,
     read_values,
 )
 
@@ -139,9 +135,9 @@ def job_of(path: str, root: str | os.PathLike[str]) -> tuple[str | None, int | N
         job = values.get("queue_id")
         return None if job is None else str(job), None, None
     try:
-        indices = {entry: index for index, entry in batch_entries(directory).items()}
-        owner = json.loads(read_text(directory, OWNER_FILE) or "{}")
-    except UntrustedFile:
+        indices = {entry: index for index, entry in batches.entries_of(directory).items()}
+        owner = json.loads(batches.read_text(directory, batches.OWNER_FILE) or "{}")
+    except files.UntrustedFile:
         raise
     except (OSError, ValueError):
         return None, None, None
@@ -149,7 +145,7 @@ def job_of(path: str, root: str | os.PathLike[str]) -> tuple[str | None, int | N
     if index is None:
         return None, None, owner.get("system")
     is_array = len(indices) > 1 or index > 0
-    return read_text(directory, JOB_ID_FILE), index if is_array else None, owner.get("system")
+    return batches.read_text(directory, batches.JOB_ID_FILE), index if is_array else None, owner.get("system")
 
 
 def _files(directory: str | os.PathLike[str], endings: tuple[str, ...]) -> Iterator[str]:

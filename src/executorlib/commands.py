@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
-from executorlib import entries
+from executorlib import batches, entries, files
 from executorlib._version import __version__
 
 State = Literal["waiting", "running", "done", "failed"]
@@ -171,7 +171,7 @@ def _files(root: str) -> Iterator[os.DirEntry[str]]:
             for item in items:
                 if not item.is_dir(follow_symlinks=False):
                     yield item
-                elif item.path != os.path.join(root, entries.BATCHES_FOLDER):
+                elif item.path != os.path.join(root, batches.FOLDER):
                     folders.append(item.path)
 
 
@@ -203,12 +203,12 @@ def _is_gone(stem: str) -> bool:
 def _batches(root: str) -> list[str]:
     """List the batch directories, the latest first: of two that name an entry, the latest counts."""
     try:
-        with os.scandir(os.path.join(root, entries.BATCHES_FOLDER)) as items:
+        with os.scandir(os.path.join(root, batches.FOLDER)) as items:
             folders = [item.path for item in items if item.is_dir(follow_symlinks=False)]
     except FileNotFoundError:
         return []
     return sorted(
-        folders, key=lambda folder: (_modified(os.path.join(folder, entries.ENTRIES_FILE)), folder), reverse=True
+        folders, key=lambda folder: (_modified(os.path.join(folder, batches.ENTRIES_FILE)), folder), reverse=True
     )
 
 
@@ -219,14 +219,14 @@ def _jobs(root: str) -> Iterator[Job]:
 
 def _jobs_of(batch: str) -> Iterator[Job]:
     try:
-        calls = entries.batch_entries(batch)
+        calls = batches.entries_of(batch)
         printed = {name for name in os.listdir(batch) if name.startswith("output.")}
     except (FileNotFoundError, ValueError):
         return  # removed meanwhile, or not complete
-    except entries.UntrustedFile:
+    except files.UntrustedFile:
         return  # whatever it says
     try:
-        name = Path(batch, entries.JOB_ID_FILE).read_text(encoding="utf-8").strip() or None
+        name = Path(batch, batches.JOB_ID_FILE).read_text(encoding="utf-8").strip() or None
     except FileNotFoundError:
         name = None
     for index, path in calls.items():
@@ -304,7 +304,7 @@ def leftovers(directory: str, older_than: float) -> Iterator[Leftover]:
     """
     root = os.path.realpath(directory)
     now = time.time()
-    for item in itertools.chain(_files(root), _plain_files(os.path.join(root, entries.BATCHES_FOLDER))):
+    for item in itertools.chain(_files(root), _plain_files(os.path.join(root, batches.FOLDER))):
         kind = _leftover_kind(item)
         if kind:
             try:
@@ -321,7 +321,7 @@ def leftovers(directory: str, older_than: float) -> Iterator[Leftover]:
         except FileNotFoundError:
             continue  # removed meanwhile
         # Without this file it is still being made, or its session died as it made it.
-        complete = os.path.join(batch, entries.ENTRIES_FILE) in sizes
+        complete = os.path.join(batch, batches.ENTRIES_FILE) in sizes
         settled = now - modified > (older_than if complete else max(_ABANDONED_SECONDS, older_than))
         if settled and not any(_is_pending(job.stem) for job in _jobs_of(batch)):
             yield Leftover("batch directory", sum(status.st_size for status in sizes.values()), batch)
@@ -330,7 +330,7 @@ def leftovers(directory: str, older_than: float) -> Iterator[Leftover]:
 def _leftover_kind(item: os.DirEntry[str]) -> str | None:
     if _TEMPORARY.fullmatch(item.name):
         return "temporary file"
-    if item.name.startswith("dead-") and os.path.basename(os.path.dirname(item.path)) == entries.BATCHES_FOLDER:
+    if item.name.startswith("dead-") and os.path.basename(os.path.dirname(item.path)) == batches.FOLDER:
         return "mark of a dead job"
     if item.name.endswith(_INPUT) and os.path.exists(_stem(item.path) + _OUTPUT):
         return "inputs"

@@ -4,9 +4,8 @@ An entry is the file ``<key>_i.h5`` while its call waits or runs and ``<key>_o.h
 datasets, each the pickle of one value as a row of bytes, are `function`, `input_args`, `input_kwargs`,
 `resource_dict`, `output` or `error`, `runtime`, `queue_id` and `error_log_file`, as far as they are known.
 
-Reading an entry unpickles it, and unpickling runs whatever the file says. So only files of those are read whom the
-directory's owner lets write there, which is to be somebody to trust; and where that is everybody, only those of this
-user and of root. What reads a file takes the cache directory as `root` for this, as all folders from there on count.
+Reading an entry unpickles it, and unpickling runs whatever the file says; see `files` for whose files are read. What
+reads one takes the cache directory as `root` for this.
 
 Several processes may use one directory at once. A file is put in place whole, so a reader sees a whole entry or
 none: results by a rename, so that of two the last one stays, and claims by a hard link, so that it is the first one
@@ -20,28 +19,21 @@ import contextlib
 import io
 import os
 import pickle
-import stat
 import time
 from typing import NamedTuple
 
-from executorlib import hdf5
+from executorlib import batches, files, hdf5
 from executorlib.serialize import dumps_in_band
 
 # Nothing is loaded here that jobs do without: what a job loads, it pays for at every start.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable
     from pathlib import Path
     from types import ModuleType
     from typing import Any, BinaryIO, Literal
 
 INPUT, OUTPUT = "_i.h5", "_o.h5"
-# Where jobs of queuing systems find what they are to run: one folder a batch, in this folder of the cache directory.
-BATCHES_FOLDER = ".executorlib"
-ENTRIES_FILE = "entries"
-JOB_ID_FILE = "job_id"
-OWNER_FILE = "owner"
-SETUP_FILE = "setup"
 WRITING = "_r.h5"  # executorlib 1.x calls an entry so while it adds the result to it
 
 DATASETS = (
@@ -66,11 +58,6 @@ _CHUNK_BYTES = 1 << 20
 
 _NAME_BYTES = 255  # of one file name, on all common file systems
 
-# What may be done with what is made here, as far as the umask lets it: never written to by everybody.
-_FOLDER_MODE, _FILE_MODE = 0o775, 0o664
-# How long a folder's mode is taken for known, in seconds, and of how many.
-_MODE_SECONDS, _MODES_KEPT = 2.0, 1000
-
 # How long the result of an input may take to show on another node's file system, in seconds.
 _SHOW_SECONDS = 30.0
 # Who has marked an entry as dead removes it at once; after so long, whoever it was is dead as well.
@@ -89,10 +76,6 @@ class Output(NamedTuple):
     value: Any
     error: BaseException | None
     runtime: float | None
-
-
-class UntrustedFile(PermissionError):
-    """A file is not read, or a folder not used, because anybody could have put it there."""
 
 
 class StoredResult:
@@ -252,7 +235,7 @@ def write_output(
         **result,
         "runtime": runtime,
     }
-    _write(os.fspath(path), _pack(values))
+    files.write(os.fspath(path), _pack(values))
 
 
 def write_pickles(path: str, pickles: dict[str, bytes]) -> None:
@@ -266,7 +249,7 @@ def write_pickles(path: str, pickles: dict[str, bytes]) -> None:
         ImportError: If h5py is missing.
         OSError: If the file cannot be written; nothing is left behind.
     """
-    _write(path, _pack({name: Snapshot(data) for name, data in pickles.items()}))
+    files.write(path, _pack({name: Snapshot(data) for name, data in pickles.items()}))
 
 
 def write_input(path: str, values: dict[str, Any]) -> bool:
@@ -285,9 +268,9 @@ def write_input(path: str, values: dict[str, Any]) -> bool:
         Exception: Whatever pickling one of the values raises.
     """
     data = _pack(values)
-    temporary = _temporary(path)
+    temporary = files.temporary_beside(path)
     try:
-        with open(temporary, "xb", opener=_create) as file:
+        with open(temporary, "xb", opener=files.create) as file:
             file.write(data)
         try:
             os.link(temporary, path)
@@ -296,7 +279,7 @@ def write_input(path: str, values: dict[str, Any]) -> bool:
         except OSError:
             # No hard links here. An empty file is claimed as well, and `read_input` knows that it may be filled soon.
             try:
-                os.close(_create(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+                os.close(files.create(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
             except FileExistsError:
                 return False
             os.replace(temporary, path)
@@ -414,12 +397,12 @@ def take_over(path: str, name: str, batch: str | None = None, root: str | None =
 
     # A digest: names have batches and keys in them, which may be as long as file names can be.
     digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:32]
-    marker = os.path.join(os.path.dirname(path), BATCHES_FOLDER, f"dead-{digest}")
-    os.makedirs(os.path.dirname(marker), _FOLDER_MODE, exist_ok=True)
+    marker = os.path.join(os.path.dirname(path), batches.FOLDER, f"dead-{digest}")
+    os.makedirs(os.path.dirname(marker), files.FOLDER_MODE, exist_ok=True)
     try:
-        os.close(_create(marker, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        os.close(files.create(marker, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
     except FileExistsError:
-        if not is_older(marker, _MARKER_SECONDS):
+        if not files.is_older(marker, _MARKER_SECONDS):
             return
     if batch is None or claimed_for(path, root) in (None, batch):
         remove_input(path)
@@ -429,88 +412,6 @@ def claimed_for(path: str, root: str | None = None) -> str | None:
     """The batch directory that an entry which waits or runs is claimed for; None where that cannot be read."""
     entry = read_input(path, root)
     return None if entry is None else entry["batch"]
-
-
-def is_older(path: str, seconds: float) -> bool:
-    """Whether a file was last changed longer ago than that; one that is gone was not."""
-    try:
-        return time.time() - os.stat(path).st_mtime > seconds
-    except OSError:
-        return False
-
-
-def batch_directory(root: str, name: str) -> str:
-    """Make a batch directory, in which only this user and those whom the cache directory trusts can write.
-
-    Jobs run programs that are in it, so nobody else may be able to put others in their place.
-
-    Args:
-        root: The cache directory.
-        name: The batch's name.
-
-    Raises:
-        UntrustedFile: Others could replace it.
-        OSError: It cannot be made.
-    """
-    folder = os.path.join(root, BATCHES_FOLDER)
-    directory = os.path.join(folder, name)
-    os.makedirs(folder, _FOLDER_MODE, exist_ok=True)
-    os.mkdir(directory, _FOLDER_MODE)
-    for above, below in ((root, folder), (folder, directory)):
-        mode = os.stat(above).st_mode
-        if not mode & stat.S_IWOTH:
-            continue
-        owner = os.lstat(below).st_uid
-        if mode & stat.S_ISVTX and _is_trusted(owner):
-            continue
-        with contextlib.suppress(OSError):
-            os.rmdir(directory)
-        raise UntrustedFile(
-            f"jobs are not run from {below}, which is {_name_of(owner)}'s: everybody may write to {above}, so anybody "
-            f"could put other programs in the place of those that jobs run. {_advice(above)}"
-        )
-    return directory
-
-
-def root_of_batch(directory: str) -> str:
-    """The cache directory of a batch directory."""
-    return os.path.dirname(os.path.dirname(directory))
-
-
-def read_text(directory: str, name: str) -> str | None:
-    """Read a small text file of a batch directory; None where there is none, or an empty one.
-
-    Raises:
-        UntrustedFile: Anybody could have put it there.
-    """
-    try:
-        with open_trusted(os.path.join(directory, name), root_of_batch(directory)) as file:
-            return file.read().decode() or None
-    except UntrustedFile:
-        raise
-    except OSError:
-        return None
-
-
-def batch_entries(directory: str) -> dict[int, str]:
-    """Read which entries a batch directory's jobs run: index in the job array → file.
-
-    Raises:
-        UntrustedFile: Anybody could have put it there.
-        OSError: It cannot be read.
-        ValueError: It is damaged.
-    """
-    entries = {}
-    with open_trusted(os.path.join(directory, ENTRIES_FILE), root_of_batch(directory)) as file:
-        for line in file.read().decode().splitlines():
-            index, _, path = line.partition(" ")
-            entries[int(index)] = path
-    return entries
-
-
-def write_text(path: str, text: str) -> None:
-    """Put a small text file in place, whole or not at all."""
-    _write(path, memoryview(text.encode()))
 
 
 def _pack(values: dict[str, Any]) -> memoryview:
@@ -533,30 +434,6 @@ def _pack(values: dict[str, Any]) -> memoryview:
                 compression_opts=_GZIP_LEVEL,
             )
     return image.getbuffer()
-
-
-def _write(path: str, data: memoryview) -> None:
-    temporary = _temporary(path)
-    try:
-        with open(temporary, "xb", opener=_create) as file:
-            file.write(data)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
-
-
-def _create(path: str, flags: int) -> int:
-    return os.open(path, flags, _FILE_MODE)
-
-
-def _temporary(path: str) -> str:
-    """Name a file beside ``path``, whose folder is made where missing."""
-    folder = os.path.dirname(path)
-    os.makedirs(folder or ".", exist_ok=True)
-    # Not `tempfile`: its files are the owner's alone, and an entry is for all who may use the directory.
-    return os.path.join(folder, f".{os.getpid()}-{os.urandom(8).hex()}.tmp")
 
 
 def read_output(path: str | os.PathLike[str], root: str | os.PathLike[str] | None = None) -> Output | None:
@@ -622,7 +499,7 @@ def datasets_of(path: str | os.PathLike[str]) -> set[str]:
         ImportError: If h5py is missing.
     """
     try:
-        with open(path, "rb", opener=_open) as file:
+        with open(path, "rb", opener=files.open_file) as file:
             return set(_datasets(file, None))
     except ImportError:
         raise
@@ -653,11 +530,11 @@ def _read_pickles(
     path: str | os.PathLike[str], names: Iterable[str], root: str | os.PathLike[str] | None
 ) -> dict[str, bytes] | None:
     try:
-        with open_trusted(path, root) as file:
+        with files.open_trusted(path, root) as file:
             return _datasets(file, set(names))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (ImportError, UntrustedFile):
+    except (ImportError, files.UntrustedFile):
         raise
     except Exception as error:  # damaged files raise nearly everything
         _warn_unreadable(path, error)
@@ -711,85 +588,3 @@ def _h5py() -> ModuleType:
         ) from error
     module: ModuleType = h5py
     return module
-
-
-# -- whose files are read ---------------------------------------------------------------------------------------------
-
-# The folders that were looked at: when, and the first folder on the way up to the cache directory that everybody may
-# write to, if any.
-_modes: dict[tuple[str, str | None], tuple[float, str | None]] = {}
-
-
-def open_trusted(path: str | os.PathLike[str], root: str | os.PathLike[str] | None = None) -> BinaryIO:
-    """Open a file whose writer is to be trusted, for reading.
-
-    Args:
-        path: The file.
-        root: The cache directory that it is in; by default its folder.
-
-    Raises:
-        UntrustedFile: Anybody could have put it there.
-        OSError: It cannot be opened.
-    """
-    file = open(path, "rb", opener=_open)  # noqa: SIM115  # it is the caller's
-    try:
-        folder = _open_to_all(os.path.dirname(path), None if root is None else os.fspath(root))
-        if folder is not None and not _is_trusted(owner := os.fstat(file.fileno()).st_uid):
-            raise UntrustedFile(
-                f"{os.fspath(path)} is not read: it is {_name_of(owner)}'s, and everybody may write to {folder}, so "
-                f"anybody could have put it there, with anything in it. Remove it. {_advice(folder)}"
-            )
-    except BaseException:
-        file.close()
-        raise
-    return file
-
-
-def _open(path: str, flags: int) -> int:
-    # A pipe in the place of a file would keep who reads it for ever.
-    return os.open(path, flags | os.O_NONBLOCK)
-
-
-def _open_to_all(folder: str, root: str | None) -> str | None:
-    """The folder that everybody may write to, from this one up to the cache directory; None where there is none."""
-    now = time.monotonic()
-    known = _modes.get((folder, root))
-    if known is not None and now - known[0] < _MODE_SECONDS:
-        return known[1]
-    found = next((each for each in _way_up(folder, root) if os.stat(each).st_mode & stat.S_IWOTH), None)
-    if len(_modes) >= _MODES_KEPT:
-        _modes.clear()
-    _modes[folder, root] = now, found
-    return found
-
-
-def _way_up(folder: str, root: str | None) -> Iterator[str]:
-    each = os.path.abspath(folder)
-    if root is None:
-        yield each
-        return
-    tops = {os.path.abspath(root), os.path.realpath(root)}
-    # By the cache directory's other name it is another one, of which no folder between the two is known.
-    on_the_way = any(each == top or each.startswith(top.rstrip(os.sep) + os.sep) for top in tops)
-    yield each
-    while on_the_way and each not in tops:
-        each = os.path.dirname(each)
-        yield each
-    yield from tops
-
-
-def _is_trusted(owner: int) -> bool:
-    return owner in (0, os.geteuid())
-
-
-def _name_of(owner: int) -> str:
-    import pwd  # only for errors
-
-    try:
-        return pwd.getpwuid(owner).pw_name
-    except KeyError:
-        return f"user {owner}"
-
-
-def _advice(folder: str) -> str:
-    return f"Then take the right to write from others (chmod o-w {folder}), or use another cache_directory."

@@ -16,7 +16,7 @@ import pytest
 
 from conftest import marked_processes, open_files
 from contract.functions import CustomError, Gate, add, fail, files, identity, lines, put, record, total, until
-from executorlib import entries, get_cache_data, get_future_from_cache, get_item_from_future, split_future
+from executorlib import batches, entries, get_cache_data, get_future_from_cache, get_item_from_future, split_future
 
 WAIT = 40
 pytestmark = [pytest.mark.cache, pytest.mark.essential, pytest.mark.rows(jobs=True)]
@@ -542,7 +542,7 @@ def test_session_in_a_job_of_another_system(
         executor.submit(add, 1, 2).result(WAIT)
     (row,) = get_cache_data(store)
     assert row["queue_id"] is None
-    assert "4711" not in [(store / path).read_text() for path in files(store, entries.JOB_ID_FILE)]
+    assert "4711" not in [(store / path).read_text() for path in files(store, batches.JOB_ID_FILE)]
 
 
 @pytest.mark.rows("jobs")
@@ -551,12 +551,12 @@ def test_a_job_of_another_system_is_only_watched(make_executor: Callable[..., An
         executor.submit(add, 1, 2).result(WAIT)
     (done,) = (tmp_path / "other").glob("*_o.h5")
     store = tmp_path / "store"
-    batch = store / entries.BATCHES_FOLDER / "batch"
+    batch = store / batches.FOLDER / "batch"
     batch.mkdir(parents=True)
     path = store / done.name.replace("_o.h5", "_i.h5")
-    batch.joinpath(entries.OWNER_FILE).write_text('{"system": "Slurm", "host": "elsewhere", "pid": 1}')
-    batch.joinpath(entries.ENTRIES_FILE).write_text(f"0 {path}\n")
-    batch.joinpath(entries.JOB_ID_FILE).write_text("17")
+    batch.joinpath(batches.OWNER_FILE).write_text('{"system": "Slurm", "host": "elsewhere", "pid": 1}')
+    batch.joinpath(batches.ENTRIES_FILE).write_text(f"0 {path}\n")
+    batch.joinpath(batches.JOB_ID_FILE).write_text("17")
     call = {"function": add, "input_args": [1, 2], "input_kwargs": {}, "resource_dict": {}, "batch": str(batch)}
     assert entries.write_input(str(path), call)
     with make_executor(cache_directory=store) as executor:

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import pytest
 
-from executorlib import entries
+from executorlib import batches, entries
 from executorlib.launchers.base import Exit, Process
 from executorlib.launchers.jobs import JobLauncher
 from executorlib.launchers.queue import Cause, JobState, Phase
@@ -149,13 +149,13 @@ def test_result_that_is_there_before_the_call_was_told_that_it_runs(events: Even
 
 def claimed(folder: Path, system: str, job_id: str = "17", key: str = "a") -> Path:
     """An entry that another session has submitted to some system; returns its batch directory."""
-    batch = Path(entries.batch_directory(str(folder), f"of-{key}"))
+    batch = Path(batches.make(str(folder), f"of-{key}"))
     path = folder / f"{key}_i.h5"
     call = {"function": abs, "input_args": [-1], "input_kwargs": {}, "resource_dict": {}, "batch": str(batch)}
     assert entries.write_input(str(path), call)
-    (batch / entries.OWNER_FILE).write_text(json.dumps({"system": system, "host": "elsewhere", "pid": 1}))
-    (batch / entries.ENTRIES_FILE).write_text(f"0 {path}\n")
-    (batch / entries.JOB_ID_FILE).write_text(job_id)
+    (batch / batches.OWNER_FILE).write_text(json.dumps({"system": system, "host": "elsewhere", "pid": 1}))
+    (batch / batches.ENTRIES_FILE).write_text(f"0 {path}\n")
+    (batch / batches.JOB_ID_FILE).write_text(job_id)
     return batch
 
 
@@ -166,7 +166,7 @@ def test_a_dead_job_whose_key_is_as_long_as_can_be(
     key = "a" * (255 - len(entries.OUTPUT))
     claimed(tmp_path, System.name, key="a")
     (tmp_path / "a_i.h5").rename(tmp_path / f"{key}_i.h5")
-    (tmp_path / entries.BATCHES_FOLDER / "of-a" / entries.ENTRIES_FILE).write_text(f"0 {tmp_path}/{key}_i.h5\n")
+    (tmp_path / batches.FOLDER / "of-a" / batches.ENTRIES_FILE).write_text(f"0 {tmp_path}/{key}_i.h5\n")
     system = Vanishing()
     system.end = JobState(Phase.ENDED, "NODE_FAIL", cause=Cause.NODE_FAILED)
     _launcher, _task, _process = launched(events, system, tmp_path, key)
@@ -274,7 +274,7 @@ class Alone(System):
         return False
 
     def submit(self, batch: Any, on_done: Callable[[Any], None]) -> None:
-        self.submitted.append(Path(batch.directory, entries.ENTRIES_FILE).read_text().split("/")[-1].strip())
+        self.submitted.append(Path(batch.directory, batches.ENTRIES_FILE).read_text().split("/")[-1].strip())
         self.answers.append(on_done)
 
     def answer_all(self) -> None:
@@ -407,28 +407,21 @@ def test_how_long_a_result_may_take_to_show(
 
 # Whatever happens to the files, at any moment.
 
-FILES = (
-    "batch_directory",
-    "batch_entries",
-    "claimed_for",
-    "read_ending",
-    "read_input",
-    "read_text",
-    "remove_input",
-    "take_over",
-    "write_input",
-    "write_text",
-)
+FILES: dict[Any, list[str]] = {
+    batches: ["entries_of", "make", "read_text", "write_text"],
+    entries: ["claimed_for", "read_ending", "read_input", "remove_input", "take_over", "write_input"],
+}
 
 
 class Faults:
-    """Has the one call of a function of `entries` fail that comes after so many others."""
+    """Has the one call of a function of `batches` or `entries` fail that comes after so many others."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
         self.count = 0
         self._at = at
-        for name in FILES:
-            monkeypatch.setattr(entries, name, self._failing(getattr(entries, name)))
+        for module, names in FILES.items():
+            for name in names:
+                monkeypatch.setattr(module, name, self._failing(getattr(module, name)))
 
     def _failing(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def called(*arguments: Any) -> Any:
@@ -480,16 +473,16 @@ def ends(folder: Path, events: Events, monkeypatch: pytest.MonkeyPatch, fault: i
     monkeypatch.setattr("executorlib.launchers.submitter._FIRST_RETRY", 0.0)
     # Of sessions that are gone: one had submitted its call, one had not, and one left nothing that can be read.
     for key, note in (("submitted", "17"), ("again", None), ("unknown", None)):
-        batch = Path(entries.batch_directory(str(folder), f"of-{key}"))
+        batch = Path(batches.make(str(folder), f"of-{key}"))
         path = folder / f"{key}_i.h5"
         call = {"function": abs, "input_args": [-1], "input_kwargs": {}, "resource_dict": {}, "batch": str(batch)}
         assert entries.write_input(str(path), call)
         owner = {"system": System.name, "host": socket.gethostname(), "pid": 2**30}
-        (batch / entries.OWNER_FILE).write_text(json.dumps(owner) if key != "unknown" else "[1]")
-        (batch / entries.ENTRIES_FILE).write_text(f"0 {path}\n")
+        (batch / batches.OWNER_FILE).write_text(json.dumps(owner) if key != "unknown" else "[1]")
+        (batch / batches.ENTRIES_FILE).write_text(f"0 {path}\n")
         if note:
-            (batch / entries.JOB_ID_FILE).write_text(note)
-    os.utime(folder / entries.BATCHES_FOLDER / "of-unknown", (1, 1))
+            (batch / batches.JOB_ID_FILE).write_text(note)
+    os.utime(folder / batches.FOLDER / "of-unknown", (1, 1))
     with monkeypatch.context() as patch:
         faults = Faults(patch, fault)
         launcher = JobLauncher(
@@ -554,7 +547,7 @@ def test_batch_that_cannot_be_made_ready(
         events.run_timers()
     assert str(wrong) in events.exits[process.worker.number]
     assert not list(tmp_path.glob("*_i.h5"))
-    assert not list((tmp_path / entries.BATCHES_FOLDER).iterdir())
+    assert not list((tmp_path / batches.FOLDER).iterdir())
     launched(events, system, tmp_path, "b", launcher)
     while system.answer is None:
         events.run_timers()

@@ -10,7 +10,7 @@ import socket
 import time
 from typing import TYPE_CHECKING, Any
 
-from executorlib import entries, machine
+from executorlib import batches, entries, files, machine
 from executorlib.errors import ExecutorlibSocketError
 from executorlib.launchers.base import Process, tail_text
 from executorlib.launchers.queue import Cause, JobState, Phase
@@ -175,7 +175,7 @@ class JobBatch:
         """
         if self._indices is None:
             try:
-                self._indices = {entry: index for index, entry in entries.batch_entries(self.directory).items()}
+                self._indices = {entry: index for index, entry in batches.entries_of(self.directory).items()}
             except (FileNotFoundError, ValueError):
                 return False
             self.is_array = len(self._indices) > 1 or any(self._indices.values())
@@ -198,14 +198,14 @@ class JobBatch:
         """Whether the session that made it ended before submitting it; a job that runs all the same will notice."""
         owner = owner_of(self.directory)
         if owner.get("host") != socket.gethostname() or "pid" not in owner:
-            return not os.path.isdir(self.directory) or entries.is_older(self.directory, SUBMIT_SECONDS)
+            return not os.path.isdir(self.directory) or files.is_older(self.directory, SUBMIT_SECONDS)
         return not machine.is_running(owner["pid"], owner.get("started", ""))
 
 
 def owner_of(directory: str) -> dict[str, Any]:
     """Who submits, or has submitted, a batch; empty where that is not known."""
     try:
-        owner = json.loads(entries.read_text(directory, entries.OWNER_FILE) or "{}")
+        owner = json.loads(batches.read_text(directory, batches.OWNER_FILE) or "{}")
     except ValueError:
         return {}
     return owner if isinstance(owner, dict) else {}

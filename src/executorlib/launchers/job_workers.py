@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from executorlib import entries
+from executorlib import batches
 from executorlib.launchers.base import Events, Exit, Process, Timer, boot_file
 from executorlib.launchers.connecting import ConnectingWorker, dismiss
 from executorlib.launchers.job import read_tail
@@ -168,7 +168,7 @@ class JobWorkerLauncher:
             self._submissions.within(_LINGER)
         self._arrays += 1
         name = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-workers{self._arrays}-{os.urandom(3).hex()}"
-        directory = os.path.join(self._folder, entries.BATCHES_FOLDER, name)
+        directory = os.path.join(self._folder, batches.FOLDER, name)
         array = _Array(directory, len(wanted))
         for index, process in enumerate(wanted):
             identity = f"{self._arrays}-{index}"
@@ -177,7 +177,7 @@ class JobWorkerLauncher:
             self._by_worker[process.worker.number] = identity
         resources = wanted[0].resources
         try:
-            entries.batch_directory(self._folder, name)
+            batches.make(self._folder, name)
             credentials = os.path.join(array.directory, "credentials")
             self._router.credentials(f"{self._arrays}-").write(credentials)
             module = "executorlib.worker.mpi" if resources.cores > 1 else "executorlib.worker.remote"

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from executorlib import entries, machine
+from executorlib import batches, entries, files, machine
 from executorlib.errors import ExecutorlibSocketError, advise_unpicklable
 from executorlib.launchers.base import Events, Exit, Process, Timer
 from executorlib.launchers.job import SUBMIT_SECONDS, Job, JobBatch, owner_of
@@ -250,7 +250,7 @@ class JobLauncher:
                 self._follow(job, None, 0)
                 return True
             # Being written, or damaged. What nobody has finished for so long, nobody will.
-            if os.path.exists(job.path) and not entries.is_older(job.path, SUBMIT_SECONDS):
+            if os.path.exists(job.path) and not files.is_older(job.path, SUBMIT_SECONDS):
                 self._follow(job, None, 0)
                 return True
             with contextlib.suppress(FileNotFoundError):
@@ -398,7 +398,7 @@ class JobLauncher:
             except Exception as error:
                 if self._jobs.get(job.process.worker.number) is not job:
                     raise
-                if isinstance(error, OSError) and not isinstance(error, entries.UntrustedFile):
+                if isinstance(error, OSError) and not isinstance(error, files.UntrustedFile):
                     self._end(job, Exit(None, f"its entry {job.path} cannot be read or written: {error}"))
                 else:
                     self._end(job, Exit(None, "", error))
@@ -532,7 +532,7 @@ class JobLauncher:
         """Find out which jobs the calls of other sessions became."""
         for job in [job for job in self._jobs.values() if job.batch is None and job.ending is None]:
             # Nobody says whether a job has it. When it is removed, or was not finished for long, it is free again.
-            if not os.path.exists(job.path) or entries.is_older(job.path, SUBMIT_SECONDS):
+            if not os.path.exists(job.path) or files.is_older(job.path, SUBMIT_SECONDS):
                 self._claim(job)
         unknown = {batch for batch in self._followed.values() if batch.job_id is None}
         if unknown:
@@ -542,14 +542,14 @@ class JobLauncher:
         batch = job.batch
         assert batch is not None
         if batch.job_id is None:
-            job_id = entries.read_text(batch.directory, entries.JOB_ID_FILE)
+            job_id = batches.read_text(batch.directory, batches.JOB_ID_FILE)
             if job_id is None:
                 if batch.is_abandoned():
                     self._give_up(job)
                 return
             # The list of its calls is complete by now. Where it does not come, its jobs cannot read it either.
             if not batch.read_entries():
-                if entries.is_older(job.path, SUBMIT_SECONDS):
+                if files.is_older(job.path, SUBMIT_SECONDS):
                     self._give_up(job)
                 return
             batch.job_id = job_id

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from executorlib import entries, machine
+from executorlib import batches, entries, machine
 from executorlib.launchers.base import Events, Timer, boot_file
 from executorlib.launchers.job import Job, JobBatch
 from executorlib.launchers.queue import Batch, Dependency
@@ -110,14 +110,14 @@ class Submitter:
         self._number += 1
         name = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{self._number}-{os.urandom(3).hex()}"
         # Before any entry names it: who finds one wants to know whether the session that is to submit it is there.
-        batch = JobBatch(entries.batch_directory(folder, name), True, key, first)
+        batch = JobBatch(batches.make(folder, name), True, key, first)
         batch.corresponds = source
         batch.after = after
         pid = os.getpid()
         owner = {"system": self._system.name, "host": socket.gethostname(), "pid": pid}
         owner.update(self._system.about())
         owner["started"] = machine.process_start(pid)
-        entries.write_text(os.path.join(batch.directory, entries.OWNER_FILE), json.dumps(owner))
+        batches.write_text(os.path.join(batch.directory, batches.OWNER_FILE), json.dumps(owner))
         return batch, first
 
     def add(self, job: Job, batch: JobBatch, index: int) -> None:
@@ -267,10 +267,10 @@ class Submitter:
         setup["gpus_per_rank"] = resources.gpus_per_core
         if resources.cwd is not None:
             setup["cwd"] = resources.cwd
-        with open(os.path.join(batch.directory, entries.SETUP_FILE), "wb") as setup_file:
+        with open(os.path.join(batch.directory, batches.SETUP_FILE), "wb") as setup_file:
             pickle.dump(setup, setup_file)
         for name, text in (
-            (entries.ENTRIES_FILE, "".join(f"{index} {job.path}\n" for index, job in batch.jobs.items())),
+            (batches.ENTRIES_FILE, "".join(f"{index} {job.path}\n" for index, job in batch.jobs.items())),
             ("run.py", boot_file("executorlib.worker.job", f"({batch.directory!r})")),
         ):
             with open(os.path.join(batch.directory, name), "w", encoding="utf-8") as file:
@@ -284,7 +284,7 @@ class Submitter:
             # A system that did not answer in time may have taken the batch all the same, and its jobs may have begun.
             noted = None
             with contextlib.suppress(OSError, ValueError):
-                noted = entries.read_text(batch.directory, entries.JOB_ID_FILE)
+                noted = batches.read_text(batch.directory, batches.JOB_ID_FILE)
             if noted is not None and noted != answer:
                 if not isinstance(answer, Refused):
                     self._system.cancel([(answer, None)])
@@ -307,7 +307,7 @@ class Submitter:
             return
         batch.job_id = answer
         try:
-            entries.write_text(os.path.join(batch.directory, entries.JOB_ID_FILE), answer)
+            batches.write_text(os.path.join(batch.directory, batches.JOB_ID_FILE), answer)
         except Exception as error:  # its jobs run all the same
             logger.warning("the id of job %s cannot be noted in %s: %s", answer, batch.directory, error)
         if batch.cancelled:

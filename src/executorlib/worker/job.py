@@ -17,7 +17,7 @@ import signal
 import sys
 import time
 
-from executorlib import entries, serialize
+from executorlib import batches, entries, files, serialize
 from executorlib.worker import call, family
 
 TYPE_CHECKING = False
@@ -59,7 +59,7 @@ def run(directory: str, index: int) -> int:
     Returns:
         The exit code.
     """
-    with entries.open_trusted(os.path.join(directory, entries.SETUP_FILE), entries.root_of_batch(directory)) as file:
+    with files.open_trusted(os.path.join(directory, batches.SETUP_FILE), batches.root_of(directory)) as file:
         setup = pickle.load(file)
     call.set_up(setup)
     if setup.get("ranks", 1) > 1:
@@ -73,17 +73,17 @@ def run(directory: str, index: int) -> int:
 
 def _claimed(directory: str, index: int, setup: dict[str, Any]) -> dict[str, Any] | int:
     """What is to be run; the exit code where it is not ours (any more)."""
-    root = entries.root_of_batch(directory)
+    root = batches.root_of(directory)
     job_id = _job_id(setup)
-    noted = entries.read_text(directory, entries.JOB_ID_FILE)
+    noted = batches.read_text(directory, batches.JOB_ID_FILE)
     if noted is None:
         # The session may have ended before it could note it, and who looks for this job needs it.
         if job_id:
-            entries.write_text(os.path.join(directory, entries.JOB_ID_FILE), job_id)
+            batches.write_text(os.path.join(directory, batches.JOB_ID_FILE), job_id)
     elif noted.isdecimal() and job_id.isdecimal() and noted != job_id:
         # A controller that is too busy to answer may take a batch all the same; the session then submitted it again.
         return NOT_MINE
-    path = entries.batch_entries(directory)[index]
+    path = batches.entries_of(directory)[index]
     entry = entries.read_input(path, root)
     if entry is not None and entry["batch"] != directory:
         return NOT_MINE

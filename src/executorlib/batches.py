@@ -1,0 +1,96 @@
+"""Batch directories: where jobs of queuing systems find what they are to run.
+
+A batch is calls that are submitted together, as one job array. Its directory, ``.executorlib/<batch>`` in the cache
+directory, has small text files, each written by one process and read by others, and what its jobs print.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+
+from executorlib import files
+
+# In the cache directory.
+FOLDER = ".executorlib"
+# In a batch directory: which entries its jobs run, what the system calls it, who has submitted it, and what its jobs
+# have to set up to see the user's process as it was.
+ENTRIES_FILE = "entries"
+JOB_ID_FILE = "job_id"
+OWNER_FILE = "owner"
+SETUP_FILE = "setup"
+
+
+def make(root: str, name: str) -> str:
+    """Make a batch directory, in which only this user and those whom the cache directory trusts can write.
+
+    Jobs run programs that are in it, so nobody else may be able to put others in their place.
+
+    Args:
+        root: The cache directory.
+        name: The batch's name.
+
+    Raises:
+        UntrustedFile: Others could replace it.
+        OSError: It cannot be made.
+    """
+    folder = os.path.join(root, FOLDER)
+    directory = os.path.join(folder, name)
+    os.makedirs(folder, files.FOLDER_MODE, exist_ok=True)
+    os.mkdir(directory, files.FOLDER_MODE)
+    for above, below in ((root, folder), (folder, directory)):
+        mode = os.stat(above).st_mode
+        if not mode & stat.S_IWOTH:
+            continue
+        owner = os.lstat(below).st_uid
+        if mode & stat.S_ISVTX and files.is_trusted(owner):
+            continue
+        with contextlib.suppress(OSError):
+            os.rmdir(directory)
+        raise files.UntrustedFile(
+            f"jobs are not run from {below}, which is {files.name_of(owner)}'s: everybody may write to {above}, so "
+            f"anybody could put other programs in the place of those that jobs run. {files.advice_for(above)}"
+        )
+    return directory
+
+
+def root_of(directory: str) -> str:
+    """The cache directory of a batch directory."""
+    return os.path.dirname(os.path.dirname(directory))
+
+
+def read_text(directory: str, name: str) -> str | None:
+    """Read a small text file of a batch directory; None where there is none, or an empty one.
+
+    Raises:
+        UntrustedFile: Anybody could have put it there.
+    """
+    try:
+        with files.open_trusted(os.path.join(directory, name), root_of(directory)) as file:
+            return file.read().decode() or None
+    except files.UntrustedFile:
+        raise
+    except OSError:
+        return None
+
+
+def entries_of(directory: str) -> dict[int, str]:
+    """Read which entries a batch directory's jobs run: index in the job array → file.
+
+    Raises:
+        UntrustedFile: Anybody could have put it there.
+        OSError: It cannot be read.
+        ValueError: It is damaged.
+    """
+    found = {}
+    with files.open_trusted(os.path.join(directory, ENTRIES_FILE), root_of(directory)) as file:
+        for line in file.read().decode().splitlines():
+            index, _, path = line.partition(" ")
+            found[int(index)] = path
+    return found
+
+
+def write_text(path: str, text: str) -> None:
+    """Put a small text file in place, whole or not at all."""
+    files.write(path, text.encode())
