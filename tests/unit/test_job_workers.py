@@ -9,15 +9,32 @@ from typing import Any, cast
 
 import pytest
 
-from executorlib.launchers.base import Process
+from executorlib.launchers import job_workers
+from executorlib.launchers.base import Exit, Process
 from executorlib.launchers.job_workers import JobWorkerLauncher
+from executorlib.launchers.queue import JobState, Phase
 from executorlib.ledger import Allocation
 from executorlib.resources import Resources
 from executorlib.scheduler import Worker
 
 
 class Events:
-    """All timers are due at once."""
+    """Timers of no time are due at once, others when a test says so."""
+
+    def __init__(self) -> None:
+        self.ends: list[str] = []
+        self.timers: list[Callable[[], None]] = []
+
+    def on_connected(self, process: Process) -> None:
+        pass
+
+    def on_exit(self, process: Process, end: Exit) -> None:
+        self.ends.append(end.text)
+
+    def run_timers(self) -> None:
+        timers, self.timers = self.timers, []
+        for callback in timers:
+            callback()
 
     def watch(self, fileobj: Any, callback: Callable[[], None]) -> None:
         pass
@@ -26,25 +43,38 @@ class Events:
         pass
 
     def call_later(self, seconds: float, callback: Callable[[], None]) -> None:
-        callback()
+        if seconds:
+            self.timers.append(callback)
+        else:
+            callback()
 
 
 class System:
     """Notes what is submitted."""
 
     name = "a queue"
-    first_query = last_query = 0.0
+    first_query = last_query = 1.0
     array_limit = 10
     busy = False
 
     def __init__(self) -> None:
         self.batches: list[Any] = []
+        self.answers: list[Callable[[Any], None]] = []
+        self.asked: list[tuple[Any, Callable[[Any], None]]] = []
+        self.cancelled: list[Any] = []
 
     def prepare(self, on_ready: Callable[[], None]) -> None:
         on_ready()
 
     def submit(self, batch: Any, on_done: Callable[[Any], None]) -> None:
         self.batches.append(batch)
+        self.answers.append(on_done)
+
+    def detail(self, job: Any, on_state: Callable[[Any], None]) -> None:
+        self.asked.append((job, on_state))
+
+    def cancel(self, jobs: Any) -> None:
+        self.cancelled += jobs
 
     def close(self) -> None:
         pass
@@ -56,7 +86,14 @@ def system() -> System:
 
 
 @pytest.fixture
-def make(system: System, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], JobWorkerLauncher]]:
+def events() -> Events:
+    return Events()
+
+
+@pytest.fixture
+def make(
+    system: System, events: Events, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[], JobWorkerLauncher]]:
     """Makes launchers."""
     monkeypatch.setattr("executorlib.launchers.job_workers._LINGER", 0.0)
     made: list[JobWorkerLauncher] = []
@@ -64,7 +101,7 @@ def make(system: System, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
     def make() -> JobWorkerLauncher:
         made.append(
             JobWorkerLauncher(
-                cast("Any", Events()), cast("Any", system), lambda _resources, program: program, str(tmp_path), True
+                cast("Any", events), cast("Any", system), lambda _resources, program: program, str(tmp_path), True
             )
         )
         made[-1].prepare()
@@ -101,3 +138,76 @@ def test_executor_that_is_made_in_a_directory_that_was_removed(
     gone.rmdir()
     make().launch(process(1))
     assert [batch.cwd for batch in system.batches] == [os.path.expanduser("~")]
+
+
+# A worker that is gone.
+
+PEER = b"1-0.a"
+ENDED = JobState(Phase.ENDED, "FAILED", exit_code="137:0", node="node7")
+
+
+def lose(launcher: JobWorkerLauncher) -> Process:
+    """Have a worker connect, and lose it."""
+    worker = process(1)
+    launcher.launch(worker)
+    launcher._on_message(PEER, ["hello", {"host": "node7", "pid": 70, "size": 1, "library": ""}], [])
+    launcher._on_lost(PEER)
+    return worker
+
+
+def test_the_system_tells_how_a_worker_ended(
+    make: Callable[[], JobWorkerLauncher], system: System, events: Events
+) -> None:
+    """That may take a moment; and it has not said yet what the job is called, where that was quick."""
+    lose(make())
+    assert system.asked == []
+    system.answers[0]("17")
+    events.run_timers()
+    ((job, tell),) = system.asked
+    assert job == ("17", None)
+    tell(None)
+    events.run_timers()
+    system.asked[1][1](ENDED)
+    assert events.ends == ["job 17 ended as FAILED (exit code 137:0 by SIGKILL, node node7)"]
+    assert system.cancelled == []
+
+
+def test_a_job_that_goes_on_without_its_worker_is_cancelled(
+    make: Callable[[], JobWorkerLauncher], system: System, events: Events, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its node is cut off, or it was stopped: nobody would end it."""
+    monkeypatch.setattr(job_workers, "_KNOW_SECONDS", -1.0)
+    launcher = make()
+    worker = process(1)
+    launcher.launch(worker)
+    system.answers[0]("17")
+    launcher._on_message(PEER, ["hello", {"host": "node7", "pid": 70, "size": 1, "library": ""}], [])
+    launcher._on_lost(PEER)
+    system.asked[0][1](JobState(Phase.RUNNING, "RUNNING"))
+    assert events.ends == ["job 17 lost its connection"]
+    assert system.cancelled == [("17", None)]
+
+
+def test_a_worker_that_is_ended_while_the_system_is_asked(
+    make: Callable[[], JobWorkerLauncher], system: System, events: Events
+) -> None:
+    """Its end is told once, whatever the system answers afterwards."""
+    launcher = make()
+    worker = lose(launcher)
+    system.answers[0]("17")
+    events.run_timers()
+    launcher.kill(worker, 9)
+    for _, tell in system.asked:
+        tell(ENDED)
+    assert events.ends == ["its job was cancelled"]
+
+
+def test_a_job_that_comes_up_when_nobody_wants_it(
+    make: Callable[[], JobWorkerLauncher], system: System, events: Events, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was put back into the queue after its worker was given up: it is sent away instead of waiting for a call."""
+    launcher = make()
+    sent: list[Any] = []
+    monkeypatch.setattr(launcher._router, "send", lambda peer, header, frames: sent.append((peer, header)))
+    launcher._on_message(b"1-0.b", ["hello", {"host": "node7", "pid": 71, "size": 1, "library": ""}], [])
+    assert sent == [(b"1-0.b", ["stop"])]

@@ -136,10 +136,12 @@ class JobWorkerLauncher:
         identity = self._by_worker.get(process.worker.number)
         if identity is None:
             return
-        member = self._members[identity]
-        if member.array.job_id:
-            self._system.cancel([member.key])
+        self._cancel(self._members[identity])
         self._end(identity, "its job was cancelled")
+
+    def _cancel(self, member: _Member) -> None:
+        if member.array.job_id:  # otherwise see `_answered`
+            self._system.cancel([member.key])
 
     @property
     def busy(self) -> bool:
@@ -263,15 +265,23 @@ class JobWorkerLauncher:
             return
 
         def know(state: JobState | None) -> None:
+            if self._members.get(identity) is not member:
+                return  # it was cancelled meanwhile
             if state is not None:
                 member.last = state
-            known = state is not None and state.phase is Phase.ENDED
-            if known or time.monotonic() - (member.lost_at or 0.0) > _KNOW_SECONDS:
+            if state is not None and state.phase is Phase.ENDED:
+                self._end(identity, self._how(member))
+            elif time.monotonic() - (member.lost_at or 0.0) > _KNOW_SECONDS:
+                # Stopped, or on a node that is cut off: it would keep what it holds.
+                self._cancel(member)
                 self._end(identity, self._how(member))
             else:
                 self._events.call_later(0.5, lambda: self._find_out(identity))
 
-        self._system.detail(member.key, know)
+        if member.array.job_id:
+            self._system.detail(member.key, know)
+        else:  # faster than the answer to its submission
+            know(None)
 
     def _how(self, member: _Member) -> str:
         state = member.last
