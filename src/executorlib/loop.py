@@ -656,6 +656,8 @@ class Loop(Poller, Events):
 
     def on_connected(self, process: Process) -> None:
         """See `Events.on_connected`."""
+        if process.worker.number not in self._processes:
+            return  # given up by `detach`
         if self._jobs:
             self._settled = False
             self.scheduler.on_started(process.worker)
@@ -726,14 +728,16 @@ class Loop(Poller, Events):
         self._known_functions.pop(worker.number, None)
         recalled = self._take_back(process, len(worker.calls)) + self._held(worker, end.unstarted)
         expected = worker.stopping
-        if end.planned and self._block is not None:
+        # One that was never ready would come to the same end each time.
+        if end.planned and self._block is not None and worker.ready:
             self._block.on_planned_exit(worker)
         lost = self.scheduler.on_exit(worker, recalled)
         where = f" (process {process.pid} on {process.host})" if process.pid else ""
         tail = tail_text(process.stderr)
         said = f" Its last lines on standard error:\n{tail}" if tail else " It wrote nothing to standard error."
         if not expected:
-            self._last_death = f"The last worker to die{where}: {end.text}.{said}"
+            why = str(process.verdict or f"{end.text}.")
+            self._last_death = f"The last worker to die{where}: {why}{said}"
         if process.on_gone is not None:
             process.on_gone()
         advice = "Only this call fails; it can be submitted again."

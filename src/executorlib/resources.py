@@ -204,19 +204,25 @@ def _seconds(what: str, value: object) -> float:
 def _text(what: str, value: object) -> str:
     if not isinstance(value, str) or not value:
         raise TypeError(f"{what} is {value!r} ({type(value).__name__}), expected a non-empty str.")
-    return value
+    return _without_null(what, value)
+
+
+def _without_null(what: str, text: str) -> str:
+    if "\0" in text:
+        raise ValueError(f"{what} is {text!r}: no program can be given a null character.")
+    return text
 
 
 def _plain(what: str, value: object) -> object:
     if not isinstance(value, (str, int, float)):
         raise TypeError(f"{what} is {value!r} ({type(value).__name__}), expected a str or a number for the template.")
-    return value
+    return _without_null(what, value) if isinstance(value, str) else value
 
 
 def _path(what: str, value: object) -> str:
     if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
         raise TypeError(f"{what} is {value!r} ({type(value).__name__}), expected a path as str or os.PathLike.")
-    return os.path.abspath(os.fsdecode(value))
+    return os.path.abspath(_without_null(what, os.fsdecode(value)))
 
 
 def _flag(what: str, value: object) -> bool:

@@ -13,6 +13,7 @@ from executorlib.launchers import job_workers
 from executorlib.launchers.base import Exit, Process
 from executorlib.launchers.job_workers import JobWorkerLauncher
 from executorlib.launchers.queue import JobState, Phase
+from executorlib.launchers.systems import Refused
 from executorlib.ledger import Allocation
 from executorlib.resources import Resources
 from executorlib.scheduler import Worker
@@ -53,7 +54,7 @@ class System:
     """Notes what is submitted."""
 
     name = "a queue"
-    first_query = last_query = 1.0
+    first_query = last_query = 0.0
     array_limit = 10
     busy = False
 
@@ -61,7 +62,8 @@ class System:
         self.batches: list[Any] = []
         self.answers: list[Callable[[Any], None]] = []
         self.asked: list[tuple[Any, Callable[[Any], None]]] = []
-        self.cancelled: list[Any] = []
+        self.cancels: list[list[Any]] = []
+        self.queries: list[Callable[[Any], None]] = []
 
     def prepare(self, on_ready: Callable[[], None]) -> None:
         on_ready()
@@ -74,7 +76,14 @@ class System:
         self.asked.append((job, on_state))
 
     def cancel(self, jobs: Any) -> None:
-        self.cancelled += jobs
+        self.cancels.append(list(jobs))
+
+    @property
+    def cancelled(self) -> list[Any]:
+        return [job for jobs in self.cancels for job in jobs]
+
+    def query(self, job_ids: Any, on_states: Callable[[Any], None]) -> None:
+        self.queries.append(on_states)
 
     def close(self) -> None:
         pass
@@ -211,3 +220,65 @@ def test_a_job_that_comes_up_when_nobody_wants_it(
     monkeypatch.setattr(launcher._router, "send", lambda peer, header, frames: sent.append((peer, header)))
     launcher._on_message(b"1-0.b", ["hello", {"host": "node7", "pid": 71, "size": 1, "library": ""}], [])
     assert sent == [(b"1-0.b", ["stop"])]
+
+
+def hello(launcher: JobWorkerLauncher, peer: bytes) -> None:
+    launcher._on_message(peer, ["hello", {"host": "node7", "pid": 70, "size": 1, "library": ""}], [])
+
+
+def test_a_query_that_misses_a_job(make: Callable[[], JobWorkerLauncher], system: System, events: Events) -> None:
+    """Where the system, asked again, has it, or the worker connects, it is as healthy as any."""
+    launcher = make()
+    launcher.launch(process(1))
+    system.answers[0]("17")
+    for state, connects in ((JobState(Phase.PENDING, "PENDING"), False), (None, True)):
+        events.run_timers()
+        system.queries.pop()({})
+        if connects:
+            hello(launcher, PEER)
+        system.asked.pop()[1](state)
+        events.run_timers()
+        assert system.asked == []
+    launcher._on_lost(PEER)
+    assert [job for job, _ in system.asked] == [("17", None)]
+    assert events.ends == []
+
+
+def test_jobs_that_are_not_needed_are_cancelled_together(
+    make: Callable[[], JobWorkerLauncher], system: System, events: Events, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(system, "prepare", lambda on_ready: None)
+    launcher = make()
+    workers = [process(number) for number in (1, 2, 3)]
+    for worker in workers:
+        launcher.launch(worker)
+    launcher._on_prepared()
+    system.answers[0]("17")
+    monkeypatch.setattr(events, "call_later", lambda seconds, callback: events.timers.append(callback))
+    for worker in workers:
+        launcher.kill(worker, 9)
+    assert launcher.busy
+    events.run_timers()
+    assert system.cancels == [[("17", 0), ("17", 1), ("17", 2)]]
+    assert not launcher.busy
+
+
+def test_a_system_that_does_not_answer_after_a_long_time(
+    make: Callable[[], JobWorkerLauncher], system: System, events: Events, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that is replaced late in a session has as much patience as the first one; in the end it is an error."""
+    now = 0.0
+    monkeypatch.setattr(job_workers.time, "monotonic", lambda: now)
+    launcher = make()
+    launcher.launch(process(1))
+    system.answers.pop()("17")
+    away = Refused("the controller cannot be reached", transient=True)
+    now = 10_000.0
+    launcher.launch(process(2))
+    for moment in (10_000.0, 10_200.0, 10_400.0):
+        now = moment
+        assert events.ends == []
+        system.answers.pop()(away)
+        now += 6.0
+        events.run_timers()
+    assert "did not take its job: the controller cannot be reached" in events.ends[0]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import os
 import socket
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -552,3 +554,79 @@ def test_batch_that_cannot_be_made_ready(
     while system.answer is None:
         events.run_timers()
     assert [path.name for path in tmp_path.glob("*_i.h5")] == ["b_i.h5"]
+
+
+def test_leaving_while_the_system_is_asked(events: Events, tmp_path: Path) -> None:
+    """Its answer is about calls that are not ours any more."""
+    system = System()
+    launcher, _, _ = launched(events, system, tmp_path)
+    while system.answer is None:
+        events.run_timers()
+    launcher.detach(lambda: events.told.append("taken"))
+    system.answer({("7", None): JobState(Phase.RUNNING, "RUNNING")})
+    assert events.told == ["taken"]
+
+
+def test_input_of_another_system(events: Events, tmp_path: Path) -> None:
+    """Nothing is known of its job, so what depends on it is submitted once its result is there."""
+    system = System()
+    submitted: list[Any] = []
+    system.submit = lambda batch, on_done: (submitted.append(batch), on_done("7"))[0]  # type: ignore[method-assign]
+    claimed(tmp_path, "another queue")
+    launcher, task, _ = launched(events, system, tmp_path)
+    launched(events, system, tmp_path, "b", launcher, after=[task])
+    for _ in range(5):
+        events.run_timers()
+    assert submitted == []
+    assert task.cache_path is not None
+    entries.write_output(task.cache_path, function=abs, args=[], kwargs={}, resource_dict={}, runtime=0.1, output=1)
+    for _ in range(5):
+        events.run_timers()
+    (batch,) = submitted
+    assert batch.dependencies == ()
+
+
+def test_submissions_are_repeated_from_their_first_refusal_on(
+    events: Events, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not from when the call was made: it may have waited for its inputs for hours."""
+    now = 0.0
+    monkeypatch.setattr("executorlib.launchers.submitter.time.monotonic", lambda: now)
+    system = System()
+    answers: list[Callable[[Any], None]] = []
+    system.submit = lambda batch, on_done: answers.append(on_done)  # type: ignore[method-assign]
+    launched(events, system, tmp_path)
+    now = 1.0
+    events.run_timers()
+    away = Refused("the controller cannot be reached", transient=True)
+    tries = 0
+    now = 10_000.0
+    while answers:
+        tries += 1
+        answers.pop()(away)
+        now += 100.0
+        for _ in range(3):
+            events.run_timers()
+    assert tries in (3, 4)
+    assert "the controller cannot be reached" in events.exits[1]
+
+
+def test_results_are_not_kept_by_what_comes_after(events: Events, tmp_path: Path) -> None:
+    """Of a chain of calls, the last one would keep them all."""
+    system = System()
+    launcher, task, process = launched(events, system, tmp_path)
+    _, last, _ = launched(events, system, tmp_path, "b", launcher, after=[task])
+    job = weakref.ref(launcher._jobs[process.worker.number])
+    assert task.cache_path is not None
+    entries.write_output(task.cache_path, function=abs, args=[], kwargs={}, resource_dict={}, runtime=0.1, output=1)
+    for _ in range(5):
+        events.run_timers()
+    task.move(RUNNING)
+    assert process.transport is not None
+    process.transport.flush()
+    assert events.told == ["connected", "result", "exit"]
+    process.transport = system.answer = None
+    events.timers.clear()
+    assert [each.task for each in launcher._jobs.values()] == [last]
+    gc.collect()
+    assert job() is None

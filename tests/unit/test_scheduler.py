@@ -21,10 +21,11 @@ from hypothesis import assume, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from contract.functions import until
 from executorlib import scheduler as module
 from executorlib.errors import ExecutorlibSocketError
 from executorlib.launchers.base import Events, Exit, Process
-from executorlib.ledger import Ledger, Node
+from executorlib.ledger import Allocation, Ledger, Node
 from executorlib.loop import Loop
 from executorlib.resources import Demand, Resources
 from executorlib.scheduler import (
@@ -1906,15 +1907,17 @@ class InstantLauncher:
 
 
 @contextlib.contextmanager
-def loop_with(then: Callable[[InstantLauncher, Process], None]) -> Iterator[Loop]:
+def loop_with(
+    then: Callable[[InstantLauncher, Process], None], scheduler: FreshScheduler | BlockScheduler | None = None
+) -> Iterator[Loop]:
     def make(events: Events) -> InstantLauncher:
         launcher = InstantLauncher(events, lambda _, process: then(launcher, process))
         return launcher
 
     loop = Loop(
-        FreshScheduler(Ledger([node(1)])),
+        scheduler or FreshScheduler(Ledger([node(1)])),
         make,
-        block_resources=None,
+        block_resources=Resources() if isinstance(scheduler, BlockScheduler) else None,
         init_function=None,
         pin=False,
         log_sizes=False,
@@ -1966,3 +1969,48 @@ def test_loop_cancel_just_before_the_cache_is_asked(tmp_path: Path) -> None:
         with pytest.raises(ExecutorlibSocketError, match="it was killed"):
             submit_to(loop).result(10)
         assert future.cancelled()
+
+
+def test_loop_news_of_a_worker_that_it_has_given_up() -> None:
+    with loop_with(lambda launcher, process: launcher.exit(process)) as loop:
+        unknown = Process(Worker(99, 0, Allocation.__new__(Allocation)), Resources())
+        loop.post(lambda: loop.on_connected(unknown))
+        with pytest.raises(ExecutorlibSocketError, match="it was killed"):
+            submit_to(loop).result(10)
+
+
+@pytest.mark.parametrize("ready", [False, True])
+def test_loop_worker_whose_time_is_up(ready: bool) -> None:
+    """It is replaced, but not if it was never ready for a call: so would be the next one, and so on for ever."""
+    launches = []
+
+    def then(launcher: InstantLauncher, process: Process) -> None:
+        launches.append(process)
+        if len(launches) > 3:
+            return  # the one that is replaced no more waits for calls
+        if ready:
+            launcher.events.on_message(process, ["ready"], [])
+        launcher.events.on_exit(process, Exit(None, "its time was up", planned=True))
+
+    with loop_with(then, BlockScheduler(1, 0, Ledger([node(1)]), Demand(1))) as loop:
+        future = submit_to(loop)
+        if ready:
+            until(lambda: len(launches) == 4)
+            loop.end_workers(signal.SIGKILL)
+            assert future.exception(10) is not None
+        else:
+            with pytest.raises(ExecutorlibSocketError, match="its time was up"):
+                future.result(10)
+            assert len(launches) == 1
+
+
+def test_loop_tells_why_a_worker_was_ended() -> None:
+    """What is wrong with it says more than how it was killed for that."""
+
+    def then(launcher: InstantLauncher, process: Process) -> None:
+        process.verdict = RuntimeError("Its ranks do not find each other.")
+        launcher.exit(process)
+
+    with loop_with(then, BlockScheduler(1, 0, Ledger([node(1)]), Demand(1))) as loop:
+        error = submit_to(loop).exception(10)
+    assert "Its ranks do not find each other." in str(error)

@@ -159,7 +159,10 @@ class Launcher(Protocol):
         ...
 
     def kill(self, process: Process, signal_number: int) -> None:
-        """Signal a worker and all that it started; `Events.on_exit` follows once it is gone."""
+        """Signal a worker and all that it started; `Events.on_exit` follows once it is gone, or is as good as gone.
+
+        It may not have started yet, may have been signalled already, and questions about it may be open.
+        """
         ...
 
     @property

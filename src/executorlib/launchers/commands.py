@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
+import weakref
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -126,8 +127,9 @@ class _Command:
                 # A Ctrl-C at the terminal is for the user's program, which says what becomes of the jobs.
                 start_new_session=True,
             )
-        except OSError as error:
-            failed = Answer(127, "", f"{self._argv[0]} cannot be run: {error.strerror or error}")
+        except (OSError, ValueError) as error:  # ValueError: a null byte in an argument
+            said = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.filename else error
+            failed = Answer(127, "", f"{self._argv[0]} cannot be run: {said}")
             events.call_later(0.0, lambda: self._owner.on_end(self, failed))
             return
         assert self._popen.stdout is not None
@@ -137,7 +139,9 @@ class _Command:
             os.set_blocking(fd, False)
             self._open[name] = fd
             events.watch(fd, self._reader(events, name, fd))
-        events.call_later(_TIME_LIMIT, self._expire)
+        # Weakly: what is told of the answer may keep calls and their results, and the answer itself can be long.
+        expire = weakref.WeakMethod(self._expire)
+        events.call_later(_TIME_LIMIT, lambda: (known := expire()) and known())
 
     def _reader(self, events: Events, name: str, fd: int) -> Callable[[], None]:
         def read() -> None:

@@ -237,6 +237,10 @@ class FluxInstance:
             with self._wake_lock, contextlib.suppress(OSError):  # full: the loop is awake already; closed: it has ended
                 os.write(self._wake_write, b"\0")
 
+        if self.lost:
+            lost = Refused(self.lost)
+            self._events.call_later(0.0, lambda: on_answer(lost))
+            return
         try:
             self._submit_by.submit(json.dumps(spec), urgency=urgency).add_jobid_callback(tell)
         except RuntimeError as error:  # it was shut down

@@ -120,6 +120,8 @@ class FluxLauncher:
         identity = member.identity
         process.host = "Flux"
         resources = process.resources
+        if not process.single:
+            resources = replace(resources, run_time_max=None)  # that is for each of its calls
         files = ("flux_{{id.f58plain}}.out", "flux_{{id.f58plain}}.err") if self._log_files else ("", "")
         spec = jobspec(
             resources,
@@ -340,7 +342,7 @@ class FluxLauncher:
         if log.status is not None:
             text = f"it {describe_exit(log.status)}; {text}"
         error: BaseException | None = None
-        limit = member.process.resources.run_time_max
+        limit = member.process.resources.run_time_max if member.process.single else None
         if state.cause is Cause.TIME_LIMIT and limit is not None:
             error = TimeoutError(
                 f"{self._subject(member)} ran longer than its run_time_max of {limit:g} s and was ended; give it more "

@@ -20,7 +20,7 @@ from executorlib.launchers.base import Events, Exit, Process, Timer, boot_file
 from executorlib.launchers.connecting import ConnectingWorker, dismiss
 from executorlib.launchers.job import read_tail
 from executorlib.launchers.queue import Batch, JobState, Phase
-from executorlib.launchers.systems import JobSystem, Refused, States
+from executorlib.launchers.systems import JobKey, JobSystem, Refused, States
 from executorlib.resources import Resources
 from executorlib.serialize import Frame
 from executorlib.transports.router import Router, worker_of
@@ -40,7 +40,8 @@ class _Member:
         worker: The worker.
         array: What it was submitted with.
         index: Its place there.
-        lost_at: When its connection, or its job, was first seen to be gone.
+        lost_at: When its connection, or its job, was first seen to be gone; then the system is asked how it ended.
+        lost: Whether its connection is.
         last: What the system said of the job last.
     """
 
@@ -50,6 +51,7 @@ class _Member:
         self.array = array
         self.index = index
         self.lost_at: float | None = None
+        self.lost = False
         self.last: JobState | None = None
 
     @property
@@ -101,7 +103,8 @@ class JobWorkerLauncher:
         self._members: dict[str, _Member] = {}  # by identity
         self._by_worker: dict[int, str] = {}
         self._prepared = False
-        self._began = time.monotonic()  # or when a submission was last answered for good
+        self._refused_since: float | None = None  # for the moment, that is
+        self._to_cancel: list[JobKey] = []
         self._asking = False
         self._ask_after = system.first_query
         self._submissions = Timer(events, self._submit)
@@ -141,12 +144,18 @@ class JobWorkerLauncher:
 
     def _cancel(self, member: _Member) -> None:
         if member.array.job_id:  # otherwise see `_answered`
-            self._system.cancel([member.key])
+            self._to_cancel.append(member.key)
+            if len(self._to_cancel) == 1:
+                self._events.call_later(0.0, self._cancel_all)
+
+    def _cancel_all(self) -> None:
+        keys, self._to_cancel = self._to_cancel, []
+        self._system.cancel(keys)
 
     @property
     def busy(self) -> bool:
         """See `Launcher.busy`."""
-        return self._system.busy
+        return bool(self._to_cancel) or self._system.busy
 
     def detach(self, on_taken: Callable[[], None]) -> None:
         """See `Launcher.detach`; workers end with their executor."""
@@ -218,7 +227,9 @@ class JobWorkerLauncher:
     def _answered(self, array: _Array, answer: str | Refused) -> None:
         members = list(array.members.values())
         now = time.monotonic()
-        if isinstance(answer, Refused) and answer.transient and now - self._began < _RETRY_SECONDS:
+        since = now if self._refused_since is None else self._refused_since
+        if isinstance(answer, Refused) and answer.transient and now - since < _RETRY_SECONDS:
+            self._refused_since = since
             # The same workers again, as new ones of the system.
             for member in members:
                 del self._members[self._by_worker.pop(member.process.worker.number)]
@@ -226,7 +237,7 @@ class JobWorkerLauncher:
             shutil.rmtree(array.directory, ignore_errors=True)
             self._submissions.within(_RETRY_AFTER)
             return
-        self._began = now
+        self._refused_since = None
         if isinstance(answer, Refused):
             for member in members:
                 identity = self._by_worker[member.process.worker.number]
@@ -255,8 +266,13 @@ class JobWorkerLauncher:
         if member.process.worker.stopping:
             self._end(identity, "it ended")
             return
-        member.lost_at = time.monotonic()
-        self._find_out(identity)
+        member.lost = True
+        self._begin_to_find_out(identity, member)
+
+    def _begin_to_find_out(self, identity: str, member: _Member) -> None:
+        if member.lost_at is None:
+            member.lost_at = time.monotonic()
+            self._find_out(identity)
 
     def _find_out(self, identity: str) -> None:
         """Ask the system how a worker ended that is gone."""
@@ -271,6 +287,8 @@ class JobWorkerLauncher:
                 member.last = state
             if state is not None and state.phase is Phase.ENDED:
                 self._end(identity, self._how(member))
+            elif not member.lost and (state is not None or member.worker.peer is not None):
+                member.lost_at = None  # the query came too early, or missed it
             elif time.monotonic() - (member.lost_at or 0.0) > _KNOW_SECONDS:
                 # Stopped, or on a node that is cut off: it would keep what it holds.
                 self._cancel(member)
@@ -313,11 +331,10 @@ class JobWorkerLauncher:
             if state is not None:
                 member.last = state
             if state is not None and state.hopeless:
-                self._system.cancel([member.key])
+                self._cancel(member)
                 self._end(identity, f"{self._system.name} would let it wait for ever: {state.state}, {state.reason}")
-            elif (state is None or state.phase is Phase.ENDED) and member.lost_at is None:
-                member.lost_at = time.monotonic()
-                self._find_out(identity)
+            elif state is None or state.phase is Phase.ENDED:
+                self._begin_to_find_out(identity, member)
         self._ask_after = min(1.5 * self._ask_after, self._system.last_query)
         self._questions.within(self._ask_after)
 
@@ -329,7 +346,7 @@ class JobWorkerLauncher:
         del self._by_worker[process.worker.number]
         del array.members[member.index]
         process.stderr += read_tail(os.path.join(array.directory, f"output.{member.index}"))
-        planned = member.last is not None and member.last.cause.ends_early and member.worker.peer is not None
+        planned = member.last is not None and member.last.cause.ends_early
         if not array.members and not process.stderr:
             shutil.rmtree(array.directory, ignore_errors=True)
         self._events.on_exit(process, Exit(None, text, planned=planned))

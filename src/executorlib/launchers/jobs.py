@@ -215,7 +215,7 @@ class JobLauncher:
                 self._end(job, Exit(None, "", advise_unpicklable(error, task.number, task.name)))
                 return
             pending = [self._by_output[path] for path in task.after if path in self._by_output]
-            after = [other for other in pending if not other.over and other.batch is not None]
+            after = [other for other in pending if not other.over]
             batch, index = self._submitter.place(job, after)
             values["batch"] = entries.Snapshot.of(batch.directory)
             # Two tries: the entry may be finished, or removed, between the first one and the look at who has it.
@@ -354,7 +354,7 @@ class JobLauncher:
 
     def deliver(self, job: Job) -> None:
         """Hand a result over; the call was told that it runs."""
-        ending = job.ending
+        ending, job.ending = job.ending, None  # jobs that come after this one know it longer than the result is needed
         assert ending is not None
         kind, text = ("error", ending.traceback) if ending.failed else ("result", "")
         frames: list[Frame] = [ending.data]
@@ -441,6 +441,8 @@ class JobLauncher:
     def _on_state(self, job: Job, states: States, now: float) -> None:
         if job.over or job.batch is None or job.batch.job_id is None:
             return
+        if self._jobs.get(job.process.worker.number) is not job:
+            return  # it was left to itself while the system was asked
         job_id = job.batch.job_id
         state = states.get((job_id, job.index)) or states.get((job_id, None))
         if state is not None:

@@ -155,6 +155,7 @@ class Agent:
         self._stderr = bytearray()
         self._number = 0
         self._wanted: dict[int, Process] = {}  # asked for, not started yet
+        self._unwanted: dict[Process, int] = {}  # of these, what they are to be sent once they are there
         self._orders = 0  # of these and of those for the stock, how many are on their way for the stock
         self._stock: deque[_Child] = deque()
         self._children: dict[int, _Child] = {}
@@ -230,11 +231,13 @@ class Agent:
         self._flush()
 
     def kill(self, process: Process, signal_number: int) -> None:
-        """Signal a worker's process group."""
+        """Signal a worker's process group, as soon as there is one."""
         child = self._by_worker.get(process.worker.number)
         if child is not None:
             self._put(["kill", child.number, signal_number])
             self._flush()
+        elif self._unwanted.get(process) != signal.SIGKILL and any(each is process for each in self._wanted.values()):
+            self._unwanted[process] = signal_number
 
     def wait(self, process: Process, seconds: float) -> bool:
         """Wait for the end of a worker when the loop is through with all else; whether it came in time."""
@@ -262,6 +265,7 @@ class Agent:
             self._forget(child)
         self._stock.clear()
         self._wanted.clear()
+        self._unwanted.clear()
         self._disconnect()
 
     # -- the agent's messages -------------------------------------------------------------------------------------
@@ -298,6 +302,7 @@ class Agent:
         if process is None:
             self._orders -= 1
         else:
+            self._unwanted.pop(process, None)
             self._on_exit(process, Exit(None, text))
 
     def _on_started(self, number: int, pid: int, fds: list[int]) -> None:
@@ -313,6 +318,8 @@ class Agent:
         process = self._wanted.pop(number, None)
         if process is not None:
             self._assign(child, process)
+            if process in self._unwanted:
+                self.kill(process, self._unwanted.pop(process))
             return
         self._orders -= 1
         self._stock.append(child)
@@ -417,6 +424,7 @@ class Agent:
         self._orders = 0
         wanted = list(self._wanted.values())
         self._wanted.clear()
+        self._unwanted.clear()
         for child in list(self._children.values()):
             # They die with their agent where the system can do that; elsewhere, and with what they started:
             with contextlib.suppress(ProcessLookupError, PermissionError):

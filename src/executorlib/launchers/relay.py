@@ -1,6 +1,7 @@
-"""The node's side of `launchers.nodes`: holds the connection to the executor, and drives a `LocalLauncher` here.
+"""The node's side of `launchers.relays`: holds the connection to the executor, and drives a `LocalLauncher` here.
 
-One relay runs on every node of an allocation. It passes the executor's messages on to workers, which the node agent
+One relay runs on every node of a Slurm allocation (`launchers.nodes`), or in the job of each worker of a block
+(`launchers.flux_workers`). It passes the executor's messages on to workers, which the node agent
 starts, and theirs to the executor, many at once where many come at once.
 
 From the executor comes ``["do", [[worker number, header, number of frames], ...]]`` with the frames of all behind,
@@ -72,7 +73,6 @@ class _Worker:
         leaving: Whether it has said that it is about to exit.
         process: Its process.
         waiting: Messages that came before it could take any.
-        signal: What it was sent before it was there.
     """
 
     def __init__(self, number: int, resources: Resources, single: bool) -> None:
@@ -82,7 +82,6 @@ class _Worker:
         self.leaving = False
         self.process = Process(cast("Worker", self), resources, single=single)
         self.waiting: list[tuple[list[Any], list[Frame]]] = []
-        self.signal = 0
 
     @property
     def calls(self) -> list[_Call]:
@@ -192,15 +191,17 @@ class Relay(Poller):
         if kind == "start":
             needs = header[1]
             worker = self._workers[number] = _Worker(number, Resources(**needs["resources"]), needs["single"])
-            self._launcher.launch(worker.process)
+            try:
+                self._launcher.launch(worker.process)
+            except Exception as error:  # no room for its files, for example
+                if number in self._workers:
+                    text = f"it could not be started: {type(error).__name__}: {error}"
+                    self.on_exit(worker.process, Exit(None, text))
             return None
         known = self._workers.get(number)
         if known is None:
             return None  # it has ended, which the executor learns, or has learnt
-        if kind == "kill" and not known.process.pid:
-            if known.signal != signal.SIGKILL:
-                known.signal = header[1]
-        elif kind == "kill":
+        if kind == "kill":
             self._launcher.kill(known.process, header[1])
         elif kind == "recall":
             self._pass_on(known)
@@ -255,8 +256,6 @@ class Relay(Poller):
         worker = self._workers[process.worker.number]
         if process.permits is not None:
             cast(PipeTransport, process.transport).channel.pass_on()
-        if worker.signal:
-            self._launcher.kill(process, worker.signal)
         self._pass_on(worker)
 
     def on_message(self, process: Process, header: list[Any], frames: list[Frame]) -> None:

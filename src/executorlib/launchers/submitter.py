@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from executorlib import batches, entries, machine
 from executorlib.launchers.base import Events, Timer, boot_file
@@ -37,6 +37,14 @@ _LEAVING_SECONDS = 30.0
 _HEARTBEAT_SECONDS = 60.0
 # More dependencies than these make no command line: such a batch waits here for its inputs.
 _MOST_DEPENDENCIES = 100
+
+
+class _Retry(NamedTuple):
+    """A submission that was refused for the moment: since when it is, when to try again, and how long to wait then."""
+
+    since: float
+    due: float
+    wait: float
 
 
 class Submitter:
@@ -69,11 +77,12 @@ class Submitter:
         self._pending: dict[JobBatch, None] = {}  # to be looked at when the timer fires
         self._held: dict[Job, dict[JobBatch, None]] = {}  # by jobs of which one has to change before that is of use
         self._submitting: set[JobBatch] = set()
-        self._retries: dict[JobBatch, tuple[float, float]] = {}  # when to try again, and how long to wait after that
+        self._retries: dict[JobBatch, _Retry] = {}
         self._window = _FIRST_WINDOW
         self._last_call = 0.0
         self._number = 0
         self._leaving = False
+        self._left_at = 0.0
 
     @property
     def busy(self) -> bool:
@@ -140,6 +149,7 @@ class Submitter:
     def leave(self) -> None:
         """Submit all that can be, now, and give up what only this session could bring about."""
         self._leaving = True
+        self._left_at = time.monotonic()
         self._open.clear()
         self._held.clear()
         self._pending = {batch: None for batch in self._waiting if batch not in self._submitting}
@@ -160,9 +170,9 @@ class Submitter:
         if now - self._last_call > _LAST_WINDOW:
             self._window = _FIRST_WINDOW
         for batch in list(self._pending):
-            due = self._retries.get(batch, (0.0, 0.0))[0]
-            if now < due:
-                self._timer.within(due - now)
+            retry = self._retries.get(batch)
+            if retry is not None and now < retry.due:
+                self._timer.within(retry.due - now)
                 continue
             if self._open.get(batch.key) is batch:
                 if not self._is_complete(batch, now):
@@ -290,14 +300,14 @@ class Submitter:
                     self._system.cancel([(answer, None)])
                 answer = noted
         if isinstance(answer, Refused):
-            wait = self._retries.get(batch, (0.0, _FIRST_RETRY))[1]
+            retry = self._retries.get(batch) or _Retry(now, now, _FIRST_RETRY)
             limit = _LEAVING_SECONDS if self._leaving else _RETRY_SECONDS
-            if answer.transient and now + wait - batch.touched < limit:
-                if wait == _FIRST_RETRY:
+            if answer.transient and now + retry.wait - max(retry.since, self._left_at) < limit:
+                if retry.since == now:
                     logger.warning("%s; trying again for %g s", answer, limit)
-                self._retries[batch] = now + wait, 2 * wait
+                self._retries[batch] = _Retry(retry.since, now + retry.wait, 2 * retry.wait)
                 self._pending[batch] = None
-                self._timer.within(wait)
+                self._timer.within(retry.wait)
                 return
         del self._waiting[batch]
         self._retries.pop(batch, None)
@@ -312,6 +322,11 @@ class Submitter:
             logger.warning("the id of job %s cannot be noted in %s: %s", answer, batch.directory, error)
         if batch.cancelled:
             self._system.cancel([(answer, index if batch.is_array else None) for index in sorted(batch.cancelled)])
+        # Of no use any more, and a chain of calls would be kept by its last one.
+        batch.after.clear()
+        batch.corresponds = None
+        if not batch.jobs:  # all were cancelled meanwhile
+            batch.remove_files()
         for job in batch.jobs.values():
             self.changed(job)
         self._on_submitted(batch)

@@ -350,8 +350,10 @@ class Channel:
         """
         out = self._out
         while out:
-            batch = [out[index] for index in range(min(len(out), 64))]
-            fds = self._out_fds[:_MOST_DESCRIPTORS]
+            # One descriptor at a time: the other end, if it cannot have any more open files, does not learn how many of
+            # those that came together it has lost. A message with one is a single piece, so none is left over.
+            fds = self._out_fds[:1]
+            batch = [out[index] for index in range(1 if len(self._out_fds) > 1 else min(len(out), 64))]
             ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
             try:
                 sent = self._sock.sendmsg(batch, ancillary)
