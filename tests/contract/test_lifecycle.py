@@ -216,6 +216,24 @@ def test_end_at_once_without_calls(make_executor: Callable[..., Any], method: st
     used.shutdown()
 
 
+@pytest.mark.rows(block=True)
+@pytest.mark.parametrize("method", ["terminate_workers", "kill_workers"])
+def test_end_at_once_before_workers_have_started(make_executor: Callable[..., Any], method: str) -> None:
+    """Nobody waits until they are through with their init function, which may take for ever."""
+
+    def last() -> dict[str, Any]:
+        import time
+
+        time.sleep(60)
+        return {}
+
+    executor = make_executor(init_function=last)
+    future = executor.submit(add, 1, 2)
+    getattr(executor, method)()
+    executor.shutdown()
+    assert future.cancelled() or isinstance(future.exception(0), BrokenExecutor)
+
+
 def test_kill_ends_what_ignores_signals(make_executor: Callable[..., Any], tmp_path: Path) -> None:
     log = tmp_path / "log"
 

@@ -575,3 +575,26 @@ def test_worker_that_writes_garbage_fails_its_own_call_alone(garbage: str, block
     finally:
         executor.kill_workers()
         executor.shutdown()
+
+
+@memory_files
+@needs_proc
+@pytest.mark.parametrize("left", [0, 1])
+def test_several_large_messages_and_too_many_open_files(pair: tuple[socket.socket, socket.socket], left: int) -> None:
+    """Sent at once, they are lost one by one; what comes behind them is not."""
+    channel, connection = Channel(pair[0]), Connection(pair[1])
+    for number in range(3):
+        channel.put(["call", number], [b"x" * LARGE])
+    channel.put(["call", 3], [b"small"])
+    channel.flush()
+    with files_left(left):
+        for _ in range(3):
+            if left:
+                assert len(connection.receive().frames[0]) == LARGE  # mapped, and closed again
+            else:
+                with pytest.raises(OSError, match="open files"):
+                    connection.receive()
+    assert contents(connection.receive()) == (["call", 3], [b"small"])
+    channel.put(["call", 4], [b"y" * LARGE])
+    channel.flush()
+    assert bytes(connection.receive().frames[0]) == b"y" * LARGE

@@ -10,14 +10,18 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from executorlib import SlurmJobExecutor
 from executorlib.errors import ExecutorlibSocketError
 from executorlib.launchers.base import Process
+from executorlib.launchers.local import Agent
 from executorlib.launchers.relay import Relay
+from executorlib.ledger import Allocation
+from executorlib.resources import Resources
+from executorlib.scheduler import Worker
 
 
 def test_outside_an_allocation(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,24 +144,44 @@ def test_call_that_is_a_step_and_fails(allocation: Callable[..., Any]) -> None:
     ids=str,
 )
 def test_signals_before_a_worker_is_there(sent: list[int], passed_on: int) -> None:
+    """It gets the last one, unless that could be less than what it was to get."""
+
+    class Events:
+        def watch(self, fileobj: Any, callback: Callable[[], None]) -> None: ...
+
+    agent = Agent(
+        cast("Any", Events()), spawn=False, pooled=False, stock=0, preload=[], threads=1, on_exit=lambda *_: None
+    )
+    orders: list[Any] = []
+    agent._put = orders.append  # type: ignore[method-assign]
+    agent._flush = lambda: None  # type: ignore[method-assign]
+    process = Process(Worker(1, 0, Allocation.__new__(Allocation)), Resources())
+    agent._wanted[7] = process
+    for number in sent:
+        agent.kill(process, number)
+    assert orders == []
+    reading, writing = os.pipe()
+    agent._on_started(7, 4711, [reading])
+    assert orders == [["kill", 7, passed_on]]
+    for fd in (reading, writing):
+        os.close(fd)
+
+
+def test_worker_that_cannot_be_launched_on_its_node() -> None:
+    """Its node goes on without it."""
+
     class Launcher:
-        launched: Process
-        killed: tuple[Process, int]
-
         def launch(self, process: Process) -> None:
-            self.launched = process
-
-        def kill(self, process: Process, signal_number: int) -> None:
-            self.killed = process, signal_number
+            raise OSError(28, "No space left on device")
 
     relay = Relay.__new__(Relay)
     launcher: Any = Launcher()
     relay._workers, relay._launcher = {}, launcher
-    relay._obey(1, ["start", {"resources": {}, "single": True}], [])
-    for number in sent:
-        relay._obey(1, ["kill", number], [])
-    relay.on_connected(launcher.launched)
-    assert launcher.killed == (launcher.launched, passed_on)
+    relay._parts, relay._frames = [], []
+    assert relay._obey(1, ["start", {"resources": {}, "single": True}], []) is None
+    ((number, (kind, about), _),) = relay._parts
+    assert (number, kind, relay._workers) == (1, "exit", {})
+    assert "could not be started: OSError: [Errno 28] No space left" in about["text"]
 
 
 def test_many_arguments(allocation: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -183,3 +183,20 @@ def test_mpiexec_is_asked_where_a_call_is_submitted(
         assert not asked
         executor.submit(os.path.basename, "b", resource_dict={"cores": 2})
         assert len(asked) == (0 if pmi_mode else 1)
+
+
+@pytest.mark.parametrize(
+    ("argv", "cwd", "said"),
+    [
+        (["no-such-command"], None, "no-such-command cannot be run: No such file or directory: no-such-command"),
+        (["true"], "/no/such/folder", "true cannot be run: No such file or directory: /no/such/folder"),
+        (["true", "a\0b"], None, "true cannot be run: embedded null byte"),
+    ],
+)
+def test_command_that_cannot_be_run(argv: list[str], cwd: str | None, said: str) -> None:
+    """That is an answer like others, and names what is not there."""
+    events, answers = Events(), []
+    Commands(cast("Any", events)).run(argv, answers.append, cwd=cwd)
+    for _ in range(3):
+        events.run_timers()
+    assert [(answer.ok, answer.error) for answer in answers] == [(False, said)]
