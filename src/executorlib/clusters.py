@@ -31,7 +31,7 @@ from executorlib.launchers.slurm import (
 from executorlib.launchers.systems import CommandSystem
 from executorlib.launchers.templates import Templates
 from executorlib.ledger import Ledger, Node, Unlimited
-from executorlib.resources import Demand, Resources, listed
+from executorlib.resources import Demand, Resources, check_ranks_of_nodes, listed
 
 logger = logging.getLogger("executorlib")
 
@@ -278,6 +278,10 @@ class QueueExecutor(ClusterExecutor):
     def _checked_demand(self, resources: Resources, subject: str) -> Demand:
         # Of GPUs and nodes only the system knows; max_cores is about cores.
         return super()._checked_demand(replace(resources, gpus_per_core=0, exclusive=False), subject)
+
+    def _check(self, resources: Resources, subject: str) -> None:
+        if resources.submission_template is None:  # else that says what comes of it
+            check_ranks_of_nodes(resources, subject)
 
 
 class SlurmClusterExecutor(QueueExecutor):

@@ -60,6 +60,8 @@ _NAME_BYTES = 255  # of one file name, on all common file systems
 
 # How long the result of an input may take to show on another node's file system, in seconds.
 _SHOW_SECONDS = 30.0
+# In the mark of one that was cancelled for all who wait for it.
+_TERMINATED = b"terminated"
 # Who has marked an entry as dead removes it at once; after so long, whoever it was is dead as well.
 _MARKER_SECONDS = 60.0
 
@@ -393,11 +395,7 @@ def take_over(path: str, name: str, batch: str | None = None, root: str | None =
         batch: The dead job's batch directory; an entry of another one stays. None where that cannot be read.
         root: The cache directory; by default the file's folder.
     """
-    import hashlib  # jobs do without
-
-    # A digest: names have batches and keys in them, which may be as long as file names can be.
-    digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:32]
-    marker = os.path.join(os.path.dirname(path), batches.FOLDER, f"dead-{digest}")
+    marker = _marker(path, name)
     os.makedirs(os.path.dirname(marker), files.FOLDER_MODE, exist_ok=True)
     try:
         os.close(files.create(marker, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
@@ -406,6 +404,52 @@ def take_over(path: str, name: str, batch: str | None = None, root: str | None =
             return
     if batch is None or claimed_for(path, root) in (None, batch):
         remove_input(path)
+
+
+def job_name(path: str, batch: str) -> str:
+    """What `take_over` is to be told of the job of an entry.
+
+    Args:
+        path: The entry's file.
+        batch: The job's batch directory.
+    """
+    return f"{os.path.basename(batch)}-{os.path.basename(path)}"
+
+
+def _marker(path: str, name: str) -> str:
+    """The file that marks the job of an entry as dead."""
+    import hashlib  # jobs do without
+
+    # A digest: names have batches and keys in them, which may be as long as file names can be.
+    digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:32]
+    return os.path.join(os.path.dirname(path), batches.FOLDER, f"dead-{digest}")
+
+
+def terminate(path: str, batch: str | None) -> None:
+    """Remove an entry whose job was cancelled, so that sessions which wait for it do not submit it anew.
+
+    Args:
+        path: The entry's file.
+        batch: The job's batch directory; None where there is none.
+    """
+    if batch is not None:
+        with contextlib.suppress(OSError):
+            files.write(_marker(path, job_name(path, batch)), _TERMINATED)
+    remove_input(path)
+
+
+def is_terminated(path: str, batch: str) -> bool:
+    """Whether the job of an entry was cancelled by `terminate`.
+
+    Args:
+        path: The entry's file.
+        batch: The job's batch directory.
+    """
+    try:
+        with open(_marker(path, job_name(path, batch)), "rb") as file:
+            return file.read(len(_TERMINATED)) == _TERMINATED
+    except OSError:
+        return False
 
 
 def claimed_for(path: str, root: str | None = None) -> str | None:

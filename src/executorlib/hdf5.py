@@ -44,8 +44,10 @@ _SINGLE_CHUNK = struct.Struct("<BQIQ")
 # IV.A.2.g, version 1, flags 0: a hard link with a name of less than 256 bytes.
 _LINK_START = struct.Struct("<BBB")
 
-# Large arrays of floats hardly shrink at any level, so the fastest.
+# Large arrays of floats hardly shrink at any level, so the fastest; and what does not shrink by a tenth, as its middle
+# tells, is only wrapped: that is twenty times as fast again, and the file is as good for all who read it.
 _LEVEL = 1
+_SAMPLE_BYTES, _WORTH_IT = 1 << 16, 0.9
 # Chunks have sizes of 32 bits.
 MOST_BYTES = 0xFFFFFFFF
 
@@ -63,7 +65,7 @@ def pack(values: Mapping[str, bytes | memoryview]) -> bytearray:
     ]
     for name, value in values.items():
         size = len(value)
-        data = zlib.compress(value, _LEVEL)
+        data = _compressed(value)
         address = len(file)
         file += data
         encoded = name.encode()
@@ -80,6 +82,15 @@ def pack(values: Mapping[str, bytes | memoryview]) -> bytearray:
     head = _SUPERBLOCK.pack(SIGNATURE, 3, 8, 8, 0, 0, _UNDEFINED, len(file), root)
     file[:_SUPERBLOCK_BYTES] = head + struct.pack("<I", checksum(head))
     return file
+
+
+def _compressed(value: bytes | memoryview) -> bytes:
+    if len(value) > 4 * _SAMPLE_BYTES:
+        middle = len(value) // 2
+        sample = value[middle : middle + _SAMPLE_BYTES]
+        if len(zlib.compress(sample, _LEVEL)) > _WORTH_IT * _SAMPLE_BYTES:
+            return zlib.compress(value, 0)
+    return zlib.compress(value, _LEVEL)
 
 
 def _layout(size: int) -> bytes:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from executorlib.resources import Demand, Resources
+from executorlib.resources import Demand, Resources, check_ranks_of_nodes
 
 if TYPE_CHECKING:
     from executorlib.allocation import NodeShape
@@ -426,12 +426,7 @@ def spread_over(nodes: Ledger, resources: Resources, subject: str, what: str, ad
     Raises:
         ValueError: They cannot, or it has no rank for each of its nodes.
     """
-    if resources.num_nodes is not None and resources.num_nodes > resources.cores:
-        raise ValueError(
-            f"{subject}: num_nodes={resources.num_nodes} with cores={resources.cores} cannot be honoured: each node "
-            f"runs one rank of a call at least. Ask for cores={resources.num_nodes} or more, where the result is the "
-            "list of all ranks' results, or leave num_nodes out."
-        )
+    check_ranks_of_nodes(resources, subject)
     spread = nodes.spread(resources)
     if spread is None:
         demand = resources.demand

@@ -154,13 +154,40 @@ class Resources:
         return {key: value for key, value in values.items() if value is not None}
 
 
+def check_ranks_of_nodes(resources: Resources, subject: str) -> None:
+    """Make sure that a call has a rank for each of its nodes.
+
+    Args:
+        resources: What it needs.
+        subject: Whose that is, for the error text.
+
+    Raises:
+        ValueError: It has not.
+    """
+    if resources.num_nodes is not None and resources.num_nodes > resources.cores:
+        raise ValueError(
+            f"{subject}: num_nodes={resources.num_nodes} with cores={resources.cores} cannot be honoured: each node "
+            f"runs one rank of a call at least. Ask for cores={resources.num_nodes} or more, where the result is the "
+            "list of all ranks' results, or leave num_nodes out."
+        )
+
+
 def nearest_key(key: object) -> str | None:
     """The known key that somebody may have meant."""
     near = difflib.get_close_matches(str(key), _CHECKS, n=1, cutoff=0.5)
     return near[0] if near else None
 
 
+# Not keys of every executor, but of what a job script is made from, and what executors are given themselves.
+_OF_JOBS = ("memory_max", "partition", "queue", "account", "qos", "constraint", "reservation", "job_name")
+_OF_EXECUTORS = ("pmi_mode", "restart_limit", "max_workers", "max_cores", "block_allocation", "init_function")
+
+
 def _unknown_key(key: object, subject: str) -> str:
+    if key in _OF_JOBS:
+        return f"{subject}: {key!r} in resource_dict is for executors that submit jobs; nothing here would heed it."
+    if key in _OF_EXECUTORS:
+        return f"{subject}: {key!r} is no key of resource_dict, but an argument of executors that have it."
     near = nearest_key(key)
     hint = f"did you mean {near!r}?" if near else f"known keys are {', '.join(_CHECKS)}."
     return f"{subject}: unknown key {key!r} in resource_dict; {hint}"
@@ -192,12 +219,16 @@ def _any_integer(what: str, value: object) -> int:
     return operator.index(value)
 
 
+# Thirty years, which systems can count in whatever unit they have.
+_MOST_SECONDS = 1e9
+
+
 def _seconds(what: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{what} is {value!r} ({type(value).__name__}), expected a number of seconds above 0.")
     seconds = float(value)
-    if not 0 < seconds < float("inf"):
-        raise ValueError(f"{what} is {value!r}, expected a finite number of seconds above 0.")
+    if not 0 < seconds <= _MOST_SECONDS:
+        raise ValueError(f"{what} is {value!r}, expected a number of seconds above 0, up to {_MOST_SECONDS:g}.")
     return seconds
 
 

@@ -840,8 +840,9 @@ class BlockScheduler(Scheduler):
                 idle -= count
 
     def _fail_all(self) -> None:
+        often = f", each more often than restart_limit={self.restart_limit}" if self.restart_limit else ""
         reason = self._broken or (
-            f"all {self.size} workers of the block have died, each more often than restart_limit={self.restart_limit}"
+            f"all {self.size} workers of the block have died{often}"
             if self.ledger.could_hold(self.demand)
             else f"no node that could hold a worker of the block is left since {', '.join(self._lost[-8:])} failed"
         )

@@ -76,6 +76,7 @@ class SlurmJobExecutor(BaseExecutor):
             restart_limit=restart_limit,
             restarts_calls=True,
         )
+        self._pmi_mode = pmi_mode
         defaults = common.resources
         shapes = [] if common.graph is not None else allocated_nodes(common.max_cores)
         nodes = [Node.of(shape) for shape in shapes]
@@ -126,6 +127,11 @@ class SlurmJobExecutor(BaseExecutor):
 
     def _check(self, resources: Resources, subject: str) -> None:
         refuse(resources, subject, "inside an allocation", {"submission_template": "no job is submitted"})
+        if resources.slurm_cmd_args and resources.cores > 1 and self._pmi_mode is None:
+            raise ValueError(
+                f"{subject}: slurm_cmd_args are options of srun, but without pmi_mode it is mpiexec that starts ranks. "
+                "Give the executor a pmi_mode ('pmi2' for MPICH, 'pmix' for Open MPI), or leave them out here."
+            )
 
     def _checked_demand(self, resources: Resources, subject: str) -> Demand:
         if self._capacity is None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 
-from executorlib import cache, entries
+from executorlib import cache, entries, files
 from executorlib.launchers.flux_instance import FLUX_NAME, cancel_jobs
 from executorlib.launchers.pysqa_queue import PysqaQueue, open_queue
 from executorlib.launchers.queue import means
@@ -42,6 +43,9 @@ def terminate_task_in_cache(
     backend: str | None = None,
 ) -> None:
     """Cancel one call that waits or runs, and remove its entry; one that is done stays as it is.
+
+    Sessions that wait for it are told so. A job of `TestClusterExecutor` that runs already is not ended, only
+    forgotten.
 
     Args:
         cache_directory: The cache directory.
@@ -91,7 +95,10 @@ def _terminate(root: str | os.PathLike[str], paths: list[str], configuration: st
         cancel_jobs(instance, names)
     # A job that starts all the same finds its entry gone, and ends.
     for path in paths:
-        entries.remove_input(path)
+        batch = None
+        with contextlib.suppress(files.UntrustedFile):
+            batch = entries.claimed_for(path, os.fspath(root))
+        entries.terminate(path, batch)
 
 
 def _queue_of(systems: dict[str, str], configuration: str | None) -> SlurmQueue | PysqaQueue:

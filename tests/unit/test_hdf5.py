@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 
 import pytest
 from hypothesis import given
@@ -43,6 +44,18 @@ def test_sizes_at_which_the_format_changes(size: int) -> None:
         dataset = file["value"]
         assert dataset[()].tobytes() == value
         assert (dataset.shape, dataset.dtype, dataset.compression) == ((size,), "u1", "gzip")
+
+
+@pytest.mark.parametrize("size", [1_000_000, 3_000_000])
+def test_what_does_not_shrink_is_only_wrapped(size: int) -> None:
+    """Compressing it takes seconds for a hundred megabytes, and gains nothing."""
+    value = os.urandom(size)
+    packed = bytes(hdf5.pack({"value": value, "zeros": bytes(size)}))
+    assert size < len(packed) < 1.02 * size
+    assert value[1000:20_000] in packed
+    assert hdf5.unpack(packed) == {"value": value, "zeros": bytes(size)}
+    with h5py.File(io.BytesIO(packed), "r") as file:
+        assert file["value"][()].tobytes() == value
 
 
 def test_only_what_was_asked_for() -> None:

@@ -630,3 +630,26 @@ def test_results_are_not_kept_by_what_comes_after(events: Events, tmp_path: Path
     assert [each.task for each in launcher._jobs.values()] == [last]
     gc.collect()
     assert job() is None
+
+
+@pytest.mark.parametrize("terminated", [False, True])
+def test_a_job_of_another_session_that_is_cancelled(
+    events: Events, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, terminated: bool
+) -> None:
+    """Who waits for it submits it anew, unless it was to end for all."""
+    monkeypatch.setattr("executorlib.launchers.jobs._GRACE", -1.0)
+    batch = claimed(tmp_path, System.name)
+    system = Vanishing()
+    system.end = JobState(Phase.ENDED, "CANCELLED", cause=Cause.CANCELLED)
+    submitted: list[Any] = []
+    system.submit = lambda batch, on_done: (submitted.append(batch), on_done("18"))[0]  # type: ignore[method-assign]
+    launched(events, system, tmp_path)
+    while system.answer is None:
+        events.run_timers()
+    if terminated:
+        entries.terminate(str(tmp_path / "a_i.h5"), str(batch))
+    system.answer({("17", None): system.end})
+    for _ in range(10):
+        events.run_timers()
+    assert bool(submitted) is not terminated
+    assert ("was terminated" in events.exits.get(1, "")) is terminated

@@ -214,6 +214,12 @@ def test_a_plain_call_is_on_one_node(allocation: Callable[..., Any]) -> None:
         allocation().submit(node, resource_dict={"num_nodes": 2})
 
 
+def test_options_of_srun_where_it_starts_no_ranks(allocation: Callable[..., Any]) -> None:
+    """mpiexec would not heed them."""
+    with pytest.raises(ValueError, match="Give the executor a pmi_mode"):
+        allocation().submit(node, resource_dict={"cores": 2, "slurm_cmd_args": ["--mem=1G"]})
+
+
 def test_nodes_are_told_apart(allocation: Callable[..., Any]) -> None:
     executor = allocation()
     needs = {"threads_per_core": 2}

@@ -73,7 +73,10 @@ BAD: list[tuple[str, Any, type[Exception], str]] = [
     *((key, bad, TypeError, "non-empty str") for key in ("cache_key", "submission_template") for bad in (3, "", b"a")),
     *((key, bad, TypeError, "True or False") for key in ("exclusive", "openmpi_oversubscribe") for bad in (1, "yes")),
     *(("run_time_max", bad, TypeError, "number of seconds") for bad in (True, "60", [1], decimal.Decimal(1))),
-    *(("run_time_max", bad, ValueError, "above 0") for bad in (0, -1.5, math.inf, math.nan)),
+    *(("run_time_max", bad, ValueError, "above 0") for bad in (0, -1.5, 1e10, math.inf, math.nan)),
+    ("submission_template", "a\0b", ValueError, "null character"),
+    ("cwd", "/a\0b", ValueError, "null character"),
+    ("slurm_cmd_args", ["--comment=\0"], ValueError, "null character"),
     ("slurm_cmd_args", "--mem=4G", TypeError, "expected a list of str"),
     ("slurm_cmd_args", {"--mem": "4G"}, TypeError, "expected a list of str"),
     ("slurm_cmd_args", ["--mem", 4], TypeError, r"'slurm_cmd_args'\]\[1\] is 4"),
@@ -122,6 +125,12 @@ def test_none_stands_for_as_before(key: str) -> None:
 )
 def test_unknown_key_names_the_nearest(key: str, near: str) -> None:
     with pytest.raises(ValueError, match=f"call of 'f': unknown key '{key}' in resource_dict; did you mean '{near}'"):
+        Resources().updated({key: 1}, "call of 'f'")
+
+
+@pytest.mark.parametrize(("key", "text"), [("memory_max", "submit jobs"), ("pmi_mode", "argument of executors")])
+def test_key_of_something_else_says_of_what(key: str, text: str) -> None:
+    with pytest.raises(ValueError, match=f"call of 'f': {key!r} .*{text}"):
         Resources().updated({key: 1}, "call of 'f'")
 
 

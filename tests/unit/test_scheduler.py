@@ -1581,7 +1581,8 @@ def test_restarts(limit: int) -> None:
     assert len(driver.launched) == limit + 1
     assert [worker.slot for worker in driver.launched] == [0] * (limit + 1)
     assert [driver.calls[task.number].ends for task in tasks] == [["lost"]] * (limit + 1) + [["failed"]] * 2
-    assert f"restart_limit={limit}" in driver.reasons[tasks[-1].number]
+    # Not every executor has such an argument.
+    assert (f"restart_limit={limit}" in driver.reasons[tasks[-1].number]) == (limit > 0)
     late = driver.submit()
     driver.turn()
     assert "have died" in driver.reasons[late.number]

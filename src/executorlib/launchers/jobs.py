@@ -261,7 +261,7 @@ class JobLauncher:
         owner = {} if directory is None else owner_of(directory)
         if directory is None or not means(owner.get("system", own), own):
             if directory is not None and self._system.is_gone(owner):
-                entries.take_over(job.path, _dead(directory, job), directory, job.root)
+                entries.take_over(job.path, entries.job_name(job.path, directory), directory, job.root)
                 return False
             # Of a job of another system nothing is known here but its result.
             if job.task.number not in self._told:
@@ -399,7 +399,9 @@ class JobLauncher:
                 if self._jobs.get(job.process.worker.number) is not job:
                     raise
                 if isinstance(error, OSError) and not isinstance(error, files.UntrustedFile):
-                    self._end(job, Exit(None, f"its entry {job.path} cannot be read or written: {error}"))
+                    text = f"its entry {job.path} cannot be read or written: {error}"
+                    call = f"Call {job.task.number} of {job.task.name}"
+                    self._end(job, Exit(None, text, ExecutorlibSocketError(f"{call} was not run: {text}")))
                 else:
                     self._end(job, Exit(None, "", error))
 
@@ -509,9 +511,13 @@ class JobLauncher:
         if job.batch is None or not job.batch.ours:
             # Nobody was there to see it end. The call is free again, for one of all sessions that see it now.
             batch = job.batch
+            if batch is not None and entries.is_terminated(job.path, batch.directory):
+                text = f"Call {job.task.number} of {job.task.name} was terminated (`terminate_task_in_cache`)"
+                self._end(job, Exit(None, "", ExecutorlibSocketError(f"{text}; it can be submitted again.")))
+                return
             self._start_over(job)
             if batch is not None:
-                entries.take_over(job.path, _dead(batch.directory, job), batch.directory, job.root)
+                entries.take_over(job.path, entries.job_name(job.path, batch.directory), batch.directory, job.root)
             self._claim(job)
             return
         is_taken = entries.claimed_for(job.path, job.root) not in (None, job.batch.directory)
@@ -567,11 +573,6 @@ class JobLauncher:
     def _cancel(self) -> None:
         jobs, self._to_cancel = self._to_cancel, []
         self._system.cancel(jobs)
-
-
-def _dead(directory: str, job: Job) -> str:
-    """What marks a call as that of a job which will leave no result."""
-    return f"{os.path.basename(directory)}-{os.path.basename(job.path)}"
 
 
 def _remove_input(job: Job) -> None:
