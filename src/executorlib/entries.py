@@ -18,11 +18,10 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import pickle
 import time
 from typing import NamedTuple
 
-from executorlib import batches, files, hdf5
+from executorlib import batches, files, foreign, hdf5
 from executorlib.serialize import dumps_in_band
 
 # Nothing is loaded here that jobs do without: what a job loads, it pays for at every start.
@@ -145,7 +144,7 @@ def _load_result(path: str, keys: tuple[Any, ...], root: str | None = None) -> A
     return value
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(foreign.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if name == "FutureItem" and module.startswith("executorlib."):
             return StoredResult
@@ -610,7 +609,7 @@ def _bytes_of(h5py: ModuleType, file: Any, name: bytes) -> bytes:
 
 
 def _load(data: bytes) -> Any:
-    return _Unpickler(io.BytesIO(data)).load()
+    return foreign.loads(data, _Unpickler)
 
 
 def _warn(text: str, *values: object) -> None:

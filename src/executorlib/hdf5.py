@@ -45,7 +45,7 @@ _SINGLE_CHUNK = struct.Struct("<BQIQ")
 _LINK_START = struct.Struct("<BBB")
 
 # Large arrays of floats hardly shrink at any level, so the fastest; and what does not shrink by a tenth, as its middle
-# tells, is only wrapped: that is twenty times as fast again, and the file is as good for all who read it.
+# tells, is only wrapped: that is more than ten times as fast, and the file is as good for all who read it.
 _LEVEL = 1
 _SAMPLE_BYTES, _WORTH_IT = 1 << 16, 0.9
 # Chunks have sizes of 32 bits.

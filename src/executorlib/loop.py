@@ -28,7 +28,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from typing import Any
 
-from executorlib import serialize
+from executorlib import foreign, serialize
 from executorlib.errors import ExecutorlibSocketError, RemoteTraceback, advise_unpicklable
 from executorlib.futures import Stored, StoredCall, fill_in, input_error, stored
 from executorlib.launchers.base import Events, Exit, Launcher, Process, tail_text
@@ -804,7 +804,7 @@ class Loop(Poller, Events):
         if text:
             logger.warning("call %d of %s: %s", task.number, task.name, text)
         try:
-            value = _load_ranks(frames, more["counts"]) if "counts" in more else serialize.loads(frames)
+            value = _load_ranks(frames, more["counts"]) if "counts" in more else self._loads(frames)
         except BaseException as error:
             error.__cause__ = error.__cause__ or RemoteTraceback(
                 f"call {task.number} of {task.name} returned, but its result could not be unpickled here"
@@ -813,10 +813,14 @@ class Loop(Poller, Events):
             return
         self._conclude(task, value, None)
 
+    def _loads(self, frames: list[Frame]) -> Any:
+        # A job may be another session's.
+        return foreign.loads(frames[0]) if self._jobs else serialize.loads(frames)
+
     def _load_error(self, frames: list[Frame], text: str, subject: str) -> BaseException:
         error: BaseException
         try:
-            error = serialize.loads(frames)
+            error = self._loads(frames)
             if not isinstance(error, BaseException):
                 raise TypeError(f"{type(error).__name__} is no exception")
         except BaseException as reason:

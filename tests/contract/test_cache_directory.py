@@ -254,3 +254,40 @@ def test_results_of_strangers_are_not_read(make_executor: Callable[..., Any], tm
             future.result(WAIT)
         assert executor.submit(record, log, 2).result(WAIT) == 2
     assert lines(log) == ["1", "2"]
+
+
+@pytest.mark.rows("fork", "jobs")
+def test_classes_of_a_program_in_its_next_run(scripts: Any, row: Any, tmp_path: Path) -> None:
+    """They are the same ones for the program: as results, as exceptions, and as inputs of other calls."""
+    source = """
+        from dataclasses import dataclass
+
+        @dataclass
+        class Point:
+            x: int
+
+        class TooCold(Exception):
+            pass
+
+        def make(x):
+            return Point(x)
+
+        def check(point, run):
+            return isinstance(point, Point), point == Point(1), run
+
+        def fail():
+            raise TooCold
+
+        with Executor(**OPTIONS) as executor:
+            point = executor.submit(make, 1)
+            checked = executor.submit(check, point, len(os.listdir(OPTIONS["cache_directory"])) > 3)
+            print(isinstance(point.result(), Point), point.result() == Point(1), checked.result()[:2])
+            try:
+                executor.submit(fail).result()
+            except TooCold:
+                print("caught")
+    """
+    options = {**row.options, "cache_directory": str(tmp_path / "store")}
+    (tmp_path / "store").mkdir()
+    for _ in range(2):
+        assert scripts.run(source, options).split() == ["True", "True", "(True,", "True)", "caught"]

@@ -1,0 +1,90 @@
+"""Classes of programs in what another session has pickled."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from executorlib import foreign, serialize
+
+PROGRAM = """
+    import enum, sys
+    from dataclasses import dataclass
+    from typing import Any, NamedTuple
+
+    from executorlib import foreign, serialize
+
+    LIMIT = 3
+
+    @dataclass
+    class Point:
+        x: int
+
+        def is_far(self):
+            return self.x > LIMIT
+
+    class Color(enum.Enum):
+        RED = 1
+
+    class Pair(NamedTuple):
+        point: Point
+        color: Color
+
+    class TooCold(Exception):
+        pass
+
+    class Changed:
+        version = CHANGED
+
+    def local():
+        class Inner:
+            pass
+        return Inner()
+
+    value = [Point(5), Color.RED, Pair(Point(1), Color.RED), TooCold("brr"), Changed(), local(), Point]
+    if sys.argv[1] == "write":
+        open("pickle", "wb").write(serialize.dumps_in_band(value))
+    else:
+        point, color, pair, error, changed, inner, again = foreign.loads(open("pickle", "rb").read())
+        LIMIT = 10
+        print(point == Point(5), again is Point, point.is_far(), Point(11).is_far())
+        print(color is Color.RED, pair == Pair(Point(1), Color.RED), isinstance(pair, Pair))
+        print(type(error) is TooCold, error.args)
+        print(type(changed) is Changed, changed.version, type(inner).__name__)
+"""
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Path:
+    return tmp_path / "program.py"
+
+
+def run(program: Path, what: str, changed: int) -> str:
+    program.write_text(textwrap.dedent(PROGRAM).replace("CHANGED", str(changed)))
+    command = [sys.executable, str(program), what]
+    return subprocess.run(command, cwd=program.parent, capture_output=True, text=True, check=True).stdout
+
+
+def test_classes_of_the_program_are_its_own(program: Path) -> None:
+    """Where they are the same as they were; and methods see the globals of the program, not those that were pickled."""
+    run(program, "write", 1)
+    assert run(program, "read", 1).splitlines() == [
+        "True True False True",
+        "True True True",
+        "True ('brr',)",
+        "True 1 Inner",
+    ]
+
+
+def test_a_class_that_was_changed_is_another_one(program: Path) -> None:
+    run(program, "write", 1)
+    assert run(program, "read", 2).splitlines()[-1] == "False 1 Inner"
+
+
+@pytest.mark.parametrize("value", [1, "text", [1.5, {"a": (None,)}], abs, Path("/tmp")])
+def test_what_has_no_classes_in_it(value: object) -> None:
+    assert foreign.loads(serialize.dumps_in_band(value)) == value
