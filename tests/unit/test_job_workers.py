@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import pytest
 
-from executorlib.launchers import job_workers
+from executorlib.launchers import connecting, job_workers
 from executorlib.launchers.base import Exit, Process
 from executorlib.launchers.job_workers import JobWorkerLauncher
 from executorlib.launchers.queue import JobState, Phase
@@ -282,3 +282,29 @@ def test_a_system_that_does_not_answer_after_a_long_time(
         now += 6.0
         events.run_timers()
     assert "did not take its job: the controller cannot be reached" in events.ends[0]
+
+
+@pytest.mark.parametrize("seconds", [0.1, 25.0])
+def test_a_worker_that_was_told_to_stop(
+    make: Callable[[], JobWorkerLauncher],
+    system: System,
+    events: Events,
+    monkeypatch: pytest.MonkeyPatch,
+    seconds: float,
+) -> None:
+    """It closes its connection at once, then takes its time. One that is suspended does not, and is cancelled."""
+    now = 100.0
+    monkeypatch.setattr(connecting.time, "monotonic", lambda: now)
+    launcher = make()
+    worker = process(1)
+    launcher.launch(worker)
+    system.answers[0]("17")
+    hello(launcher, PEER)
+    worker.worker.stopping = True
+    assert worker.transport is not None
+    monkeypatch.setattr(launcher._router, "send", lambda *message: None)
+    worker.transport.put(["stop"])
+    now += seconds
+    launcher._on_lost(PEER)
+    assert events.ends == ["it ended"]
+    assert bool(system.cancelled) == (seconds > 1)

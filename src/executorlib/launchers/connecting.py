@@ -8,14 +8,16 @@ have in common is here; how one is started, ended and given up is the launcher's
 
 from __future__ import annotations
 
+import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from executorlib.errors import describe_split_world
 from executorlib.launchers.base import Events, Process
 from executorlib.serialize import Frame
 from executorlib.transports.router import Router, RouterTransport
+from executorlib.transports.zeromq import SILENCE_SECONDS
 
 # What a worker that has given its only result may take for MPI_Finalize and exit handlers, in seconds.
 _FINALIZE_SECONDS = 10.0
@@ -24,6 +26,22 @@ _FINALIZE_SECONDS = 10.0
 def dismiss(router: Router, peer: bytes) -> None:
     """Tell a worker that nobody waits for to end, instead of leaving it to hold what it was given."""
     router.send(peer, ["stop"], [])
+
+
+class _Transport(RouterTransport):
+    """The way to a worker.
+
+    Attributes:
+        told_to_stop: When it was, on the monotonic clock.
+    """
+
+    told_to_stop: float | None = None
+
+    def put(self, header: Any, frames: Sequence[Frame] = ()) -> int:
+        """See `Transport.put`."""
+        if header[0] == "stop":
+            self.told_to_stop = time.monotonic()
+        return super().put(header, frames)
 
 
 class ConnectingWorker:
@@ -64,8 +82,17 @@ class ConnectingWorker:
         self._starter = starter
         self._advice = advice
         self._leaves = leaves
+        self._transport: _Transport | None = None
         self.peer: bytes | None = None
         self.done = False
+
+    def left_in_silence(self) -> bool:
+        """Whether a worker that was told to stop did not, when its connection has ended: it was suspended, say.
+
+        Others close it at once, before they run exit handlers.
+        """
+        told = None if self._transport is None else self._transport.told_to_stop
+        return told is not None and time.monotonic() - told > SILENCE_SECONDS / 2
 
     def on_message(self, peer: bytes, header: list[Any], frames: list[Frame]) -> None:
         """Take a message of the worker, or of one of its ranks."""
@@ -98,7 +125,7 @@ class ConnectingWorker:
             self.peer = peer
             if not process.pid:
                 process.host, process.pid = about["host"], about["pid"]
-            process.transport = RouterTransport(self._router, peer)
+            process.transport = self._transport = _Transport(self._router, peer)
             self._events.on_connected(process)
 
     def _finish(self, failed: bool) -> None:

@@ -264,6 +264,8 @@ class JobWorkerLauncher:
         if member is None or member.worker.peer != peer:
             return
         if member.process.worker.stopping:
+            if member.worker.left_in_silence():
+                self._cancel(member)  # it would hold what it has for ever
             self._end(identity, "it ended")
             return
         member.lost = True
