@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -153,3 +155,9 @@ def test_a_job_that_comes_up_again(bench: Bench) -> None:
     assert bench.said == ["connected"]
     assert bench.sent == [(b"1.0b", ["stop"])]
     assert worker.peer == b"1.0"
+
+
+def test_one_machine_does_without() -> None:
+    """Only ranks need ZeroMQ there, whose loading takes a good part of an executor's start."""
+    code = "import sys, executorlib.launchers.local; sys.exit('zmq' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from executorlib.launchers.base import Events, Exit, Process
-from executorlib.launchers.connecting import ConnectingWorker
 from executorlib.serialize import Frame
 from executorlib.worker.call import THREAD_VARIABLES
 
 if TYPE_CHECKING:
+    from executorlib.launchers.connecting import ConnectingWorker
     from executorlib.launchers.local import Agent
     from executorlib.transports.router import Router
 
@@ -154,6 +154,7 @@ class MpiLauncher:
             from executorlib.transports.router import Router
 
             self._router = Router(self._events, self._on_message)
+        from executorlib.launchers.connecting import ConnectingWorker
         from executorlib.transports.curve import CONNECTION_VARIABLE
 
         resources = process.resources
