@@ -20,7 +20,7 @@ from executorlib.launchers.base import Events, Exit, Process, Timer, boot_file
 from executorlib.launchers.connecting import ConnectingWorker, dismiss
 from executorlib.launchers.job import read_tail
 from executorlib.launchers.queue import Batch, JobState, Phase
-from executorlib.launchers.systems import JobKey, JobSystem, Refused, States
+from executorlib.launchers.systems import Cancellations, JobSystem, Refused, States
 from executorlib.resources import Resources
 from executorlib.serialize import Frame
 from executorlib.transports.router import Router, worker_of
@@ -104,7 +104,7 @@ class JobWorkerLauncher:
         self._by_worker: dict[int, str] = {}
         self._prepared = False
         self._refused_since: float | None = None  # for the moment, that is
-        self._to_cancel: list[JobKey] = []
+        self._cancellations = Cancellations(events, system)
         self._asking = False
         self._ask_after = system.first_query
         self._submissions = Timer(events, self._submit)
@@ -144,18 +144,12 @@ class JobWorkerLauncher:
 
     def _cancel(self, member: _Member) -> None:
         if member.array.job_id:  # otherwise see `_answered`
-            self._to_cancel.append(member.key)
-            if len(self._to_cancel) == 1:
-                self._events.call_later(0.0, self._cancel_all)
-
-    def _cancel_all(self) -> None:
-        keys, self._to_cancel = self._to_cancel, []
-        self._system.cancel(keys)
+            self._cancellations.add(member.key)
 
     @property
     def busy(self) -> bool:
         """See `Launcher.busy`."""
-        return bool(self._to_cancel) or self._system.busy
+        return self._cancellations.pending or self._system.busy
 
     def detach(self, on_taken: Callable[[], None]) -> None:
         """See `Launcher.detach`; workers end with their executor."""

@@ -27,7 +27,7 @@ from executorlib.launchers.base import Events, Exit, Process, Timer
 from executorlib.launchers.job import SUBMIT_SECONDS, Job, JobBatch, owner_of
 from executorlib.launchers.queue import JobState, Phase, means
 from executorlib.launchers.submitter import Submitter
-from executorlib.launchers.systems import JobSystem, Refused, States
+from executorlib.launchers.systems import Cancellations, JobSystem, Refused, States
 from executorlib.resources import Resources
 from executorlib.task import RUNNING
 from executorlib.worker.job import RAISED, RESULT
@@ -89,7 +89,7 @@ class JobLauncher:
         self._same: dict[str, dict[int, Job]] = {}  # likewise, but first by their output
         self._by_output: dict[str, Job] = {}  # of several calls that are the same, the first
         self._followed: dict[str, JobBatch] = {}  # other sessions', by directory
-        self._to_cancel: list[tuple[str, int | None]] = []
+        self._cancellations = Cancellations(events, system)
         self._ended_now: set[str] = set()  # outputs that do not come, of which dependents have not heard yet
         self._told: set[int] = set()  # calls of which the user knows that they wait for another system
         self._refreshed: set[str] = set()  # folders that were looked into anew in this look
@@ -157,9 +157,7 @@ class JobLauncher:
                 job = twin
         elif batch is not None and batch.ours:
             if batch.job_id is not None:
-                if not self._to_cancel:
-                    self._events.call_later(0.0, self._cancel)
-                self._to_cancel.append(job.key)
+                self._cancellations.add(job.key)
             else:
                 batch.cancelled.add(job.index)  # it may be on its way to the system already
             _remove_input(job)
@@ -168,7 +166,7 @@ class JobLauncher:
     @property
     def busy(self) -> bool:
         """See `Launcher.busy`."""
-        return bool(self._early or self._submitter.busy or self._to_cancel or self._system.busy)
+        return bool(self._early or self._submitter.busy or self._cancellations.pending or self._system.busy)
 
     def detach(self, on_taken: Callable[[], None]) -> None:
         """See `Launcher.detach`: submit what waits to be submitted, and let all jobs go on."""
@@ -569,10 +567,6 @@ class JobLauncher:
             job.index = index
             batch.jobs.setdefault(index, job)
             self._submitter.changed(job)
-
-    def _cancel(self) -> None:
-        jobs, self._to_cancel = self._to_cancel, []
-        self._system.cancel(jobs)
 
 
 def _remove_input(job: Job) -> None:

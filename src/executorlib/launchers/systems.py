@@ -120,6 +120,35 @@ class JobSystem(Protocol):
         ...
 
 
+class Cancellations:
+    """Gathers jobs that are to be cancelled, so that those of one turn of the loop are one request.
+
+    Args:
+        events: The loop.
+        system: Has the jobs.
+    """
+
+    def __init__(self, events: Events, system: JobSystem) -> None:
+        self._events = events
+        self._system = system
+        self._jobs: list[JobKey] = []
+
+    @property
+    def pending(self) -> bool:
+        """Whether any have not been asked for yet."""
+        return bool(self._jobs)
+
+    def add(self, job: JobKey) -> None:
+        """Cancel a job, in a moment."""
+        self._jobs.append(job)
+        if len(self._jobs) == 1:
+            self._events.call_later(0.0, self._send)
+
+    def _send(self) -> None:
+        jobs, self._jobs = self._jobs, []
+        self._system.cancel(jobs)
+
+
 class Silence:
     """Tells the user, once, that a system does not answer, and once that it does again.
 
