@@ -31,7 +31,7 @@ import re
 import sys
 import types
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 # Changing how anything is described means changing this, so that no new key meets an old entry.
@@ -83,8 +83,24 @@ _READS_ATTRIBUTE = frozenset({"LOAD_ATTR", "LOAD_METHOD"})
 _CLASS_BOOKKEEPING = frozenset({"__firstlineno__", "__static_attributes__"})
 
 
-def call_key(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    """Derive the name of a call's cache entry from its function and inputs.
+class Key(NamedTuple):
+    """The key of a call, in plain data that travels as JSON.
+
+    Attributes:
+        name: Of the call's entry in the cache.
+        versions: The installed distributions that the call reaches, and the version of each.
+        by_version: Whether the name tells these versions apart.
+        sources: What is known of the user's modules, so that `recompute` need not read them again.
+    """
+
+    name: str
+    versions: dict[str, str]
+    by_version: bool = False
+    sources: Sequence[Any] = ()
+
+
+def key_of(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, by_version: bool = False) -> Key:
+    """Derive the key of a call that another process will run.
 
     The key is the same in another process or session, with any ``PYTHONHASHSEED``, and for the same function
     defined again. It is another one for another body, default, closure variable or global that the function,
@@ -94,9 +110,11 @@ def call_key(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
         fn: The function to be called.
         args: Its positional arguments.
         kwargs: Its keyword arguments; their order does not count.
+        by_version: Whether another version of a distribution that the call reaches makes it another key.
 
     Returns:
-        Name of the function followed by 32 hexadecimal digits; ASCII letters, digits and underscores only.
+        The key; its name is that of the function followed by 32 hexadecimal digits: ASCII letters, digits and
+        underscores only.
 
     Raises:
         TypeError: If the function or an input holds an object that cannot be described, such as a lock.
@@ -119,7 +137,32 @@ def call_key(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
             'Name the cache entry yourself with resource_dict={"cache_key": "..."}, '
             "or do without that object."
         ) from error.__cause__
-    return name + _digest(_FORMAT, b"".join(tokens)).hex()
+    return Key(name + _digest(_FORMAT, b"".join(tokens)).hex(), {}, by_version)
+
+
+def recompute(key: Key, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Key:
+    """Derive the key of a call in the process that is about to run it.
+
+    Args:
+        key: What `key_of` told the process that submitted the call.
+        fn: The function, as it was unpickled here.
+        args: Its positional arguments, unpickled here.
+        kwargs: Its keyword arguments, unpickled here.
+
+    Returns:
+        The key of what this process runs. Another name than that of ``key`` means that it would run something
+        else than what was looked up: something has changed in between, or this process has loaded a module of
+        the user's before its file changed.
+
+    Raises:
+        TypeError: If the function or an input cannot be described.
+    """
+    return key_of(fn, args, kwargs, by_version=key.by_version)
+
+
+def call_key(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """Derive the name of a call's cache entry; see `key_of`."""
+    return key_of(fn, args, kwargs).name
 
 
 def same_definition(first: type, second: type) -> bool:
