@@ -31,6 +31,70 @@ _OUT_OF_BAND_BYTES = 4096
 _PLAIN = frozenset({int, float, complex, bool, str, bytes, type(None)})
 
 
+# What `functools` makes of a function: by itself each pickles as a name, which means nothing where the program that
+# defines it is not loaded, or not at all. A cache arrives empty.
+_CachedFunction = type(functools.cache(len))
+_dispatching: Any = functools.singledispatch(len)
+_DISPATCHING = _dispatching.__code__
+
+
+def _is_found_by_name(obj: Any) -> bool:
+    """Whether a worker finds an object by importing its module."""
+    name = getattr(obj, "__module__", None)
+    if not isinstance(name, str) or name == "__main__":
+        return False
+    by_value = sys.modules["cloudpickle"].list_registry_pickle_by_value()
+    if by_value and any(name == each or name.startswith(f"{each}.") for each in by_value):
+        return False
+    found: Any = sys.modules.get(name)
+    for part in getattr(obj, "__qualname__", "").split("."):
+        found = getattr(found, part, None)
+    return found is obj
+
+
+def _reduce_cached(cached: Any) -> str | tuple[Any, ...]:
+    """Reduce what `functools.lru_cache` made of a function."""
+    if _is_found_by_name(cached):
+        return str(cached.__qualname__)
+    parameters = cached.cache_parameters()
+    attributes = {name: value for name, value in vars(cached).items() if name != "cache_parameters"}
+    return _make_cached, (cached.__wrapped__, parameters["maxsize"], parameters["typed"]), attributes
+
+
+def _make_cached(fn: Callable[..., Any], maxsize: int | None, typed: bool) -> Any:
+    return functools.lru_cache(maxsize, typed)(fn)
+
+
+def _reduce_cached_property(obj: functools.cached_property[Any]) -> tuple[Any, ...]:
+    # Before Python 3.12 it holds a lock.
+    attributes = {name: value for name, value in vars(obj).items() if name not in ("func", "lock")}
+    return functools.cached_property, (obj.func,), attributes
+
+
+def _reduce_dispatching_method(obj: functools.singledispatchmethod[Any]) -> tuple[Any, ...]:
+    attributes = {name: value for name, value in vars(obj).items() if name not in ("func", "_method_cache")}
+    return functools.singledispatchmethod, (obj.func,), attributes
+
+
+def _reduce_single_dispatch(dispatching: Any) -> tuple[Any, ...]:
+    """Reduce what `functools.singledispatch` made of a function."""
+    wrapped = dispatching.__wrapped__
+    made_anew = ("register", "dispatch", "registry", "_clear_cache")
+    attributes = {name: value for name, value in vars(dispatching).items() if name not in made_anew}
+    names = {name: getattr(dispatching, name) for name in ("__module__", "__name__", "__qualname__", "__doc__")}
+    state = dict(dispatching.registry), names, attributes
+    return functools.singledispatch, (wrapped,), state, None, None, _fill_single_dispatch
+
+
+def _fill_single_dispatch(dispatching: Any, state: tuple[dict[type, Any], dict[str, Any], dict[str, Any]]) -> None:
+    registry, names, attributes = state
+    for cls, implementation in registry.items():
+        dispatching.register(cls, implementation)
+    for name, value in names.items():
+        setattr(dispatching, name, value)
+    vars(dispatching).update(attributes)
+
+
 @functools.cache
 def _pickler() -> Any:
     """The class that pickles what plain pickle cannot, or by reference only; loaded when it is first needed."""
@@ -41,6 +105,7 @@ def _pickler() -> Any:
 
     table = cloudpickle.Pickler.dispatch_table
     reduce_code = table[types.CodeType]
+    by_cloudpickle = cloudpickle.Pickler.reducer_override
 
     def keep_file_name(code: types.CodeType) -> tuple[Any, ...]:
         """Undo what cloudpickle 3.1.3 does: without the file's name a remote traceback has no lines of the function."""
@@ -49,8 +114,20 @@ def _pickler() -> Any:
             args = tuple(code.co_filename if arg == "<dynamic-code>" else arg for arg in args)
         return make, args
 
+    special = {
+        types.CodeType: keep_file_name,
+        _CachedFunction: _reduce_cached,
+        functools.cached_property: _reduce_cached_property,
+        functools.singledispatchmethod: _reduce_dispatching_method,
+    }
+
     class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
-        dispatch_table: ClassVar[Any] = ChainMap({types.CodeType: keep_file_name}, table)
+        dispatch_table: ClassVar[Any] = ChainMap(special, table)
+
+        def reducer_override(self, obj: Any) -> Any:
+            if type(obj) is FunctionType and obj.__code__ is _DISPATCHING and not _is_found_by_name(obj):
+                return _reduce_single_dispatch(obj)
+            return by_cloudpickle(self, obj)
 
     return Pickler
 

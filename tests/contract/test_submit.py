@@ -40,10 +40,32 @@ def test_function_is_positional_only(executor: Any) -> None:
         executor.submit()
 
 
+def _cached() -> Callable[..., Any]:
+    @functools.lru_cache
+    def fib(n: int) -> int:
+        return n if n < 2 else fib(n - 1) + fib(n - 2)
+
+    return lambda n: (fib(n), fib.cache_info().currsize)
+
+
+def _dispatching() -> Callable[..., Any]:
+    @functools.singledispatch
+    def kind(x: object) -> str:
+        return "something"
+
+    @kind.register
+    def _(x: int) -> str:
+        return "whole"
+
+    return kind
+
+
 CALLABLES: dict[str, tuple[Callable[..., Any], tuple[Any, ...], Any]] = {
     "function": (add, (1, 2), 3),
     "lambda": (lambda x: x + 1, (1,), 2),
     "partial": (functools.partial(add, 1), (2,), 3),
+    "uses a cached function": (_cached(), (10,), (55, 11)),
+    "dispatches by type": (_dispatching(), (1,), "whole"),
     "partial of a lambda": (functools.partial(lambda a, b: a - b, b=1), (3,), 2),
     "bound method": (Thing(3).method, (2,), 6),
     "class method": (Thing.make, (5,), Thing(5)),

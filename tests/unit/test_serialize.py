@@ -64,6 +64,99 @@ def test_what_plain_pickle_cannot_do() -> None:
     assert loads([dumps_in_band(functools.partial(function, 3))])() == 15
 
 
+CACHING = """
+import functools
+
+@functools.cache
+def fib(n):
+    return n if n < 2 else fib(n - 1) + fib(n - 2)
+
+@functools.lru_cache(maxsize=7, typed=True)
+def limited(x):
+    "Its text."
+    return x
+
+limited.unit = "eV"
+
+@functools.singledispatch
+def kind(x):
+    "What it is."
+    return "something"
+
+@kind.register
+def _(x: int):
+    return "whole"
+
+@kind.register(list)
+def _(x):
+    return [kind(each) for each in x]
+
+kind.attribute = 3
+
+class Model:
+    made = 0
+
+    @functools.lru_cache
+    def heavy(self, x):
+        return x + 1
+
+    @functools.cached_property
+    def table(self):
+        "A table."
+        self.made += 1
+        return [self.made]
+
+    @functools.singledispatchmethod
+    def of(self, x):
+        return "something"
+
+    @of.register
+    def _(self, x: int):
+        return "whole"
+
+def f():
+    return fib(20), limited(2), kind(3), kind([1, "a"]), Model().heavy(1), Model().table, Model().of(1), Model().of("")
+"""
+
+
+def test_what_functools_makes_of_functions() -> None:
+    """A script's own caches and dispatchers go along with what uses them, by value, as its functions do."""
+    function, names = of_main(CACHING)
+    assert loads(dumps(function))() == (6765, 2, "whole", ["whole", "something"], 2, [1], "whole", "something")
+    fib = loads(dumps(names["fib"]))
+    assert fib(30) == 832040
+    assert fib.cache_info().currsize == 31  # it calls itself, not a copy without a cache
+    assert fib.__wrapped__.__globals__["fib"] is fib
+    limited = loads(dumps(names["limited"]))
+    assert limited.cache_parameters() == {"maxsize": 7, "typed": True}
+    assert (limited.__name__, limited.__doc__, limited.unit) == ("limited", "Its text.", "eV")
+    kind = loads(dumps(names["kind"]))
+    assert kind([1, ""]) == ["whole", "something"]
+    assert (kind.__name__, kind.__doc__, kind.attribute) == ("kind", "What it is.", 3)
+    assert kind.__wrapped__.__globals__["kind"] is kind
+    kind.register(str, lambda x: "text")
+    assert kind("") == "text"
+    assert names["kind"]("") == "something"
+    model = loads(dumps(names["Model"]))
+    first = model()
+    assert first.table is first.table
+    assert (model.table.__doc__, model.table.attrname) == ("A table.", "table")
+
+
+def test_a_cache_of_what_has_no_name() -> None:
+    cached = functools.lru_cache(functools.partial(of_main("def f(x, y): return x + y")[0], 1))
+    assert loads(dumps(cached))(2) == 3
+
+
+def test_caches_of_importable_modules_go_by_name() -> None:
+    import fnmatch
+    import pkgutil
+
+    assert loads(dumps(fnmatch._compile_pattern)) is fnmatch._compile_pattern  # an lru_cache
+    assert loads(dumps(pkgutil.get_importer)) is pkgutil.get_importer
+    assert loads(dumps(pkgutil.iter_importer_modules)) is pkgutil.iter_importer_modules  # dispatches
+
+
 def test_what_cannot_be_pickled() -> None:
     with pytest.raises(TypeError, match="pickle"):
         dumps([threading.Lock()])
