@@ -500,10 +500,12 @@ def read_output(path: str | os.PathLike[str], root: str | os.PathLike[str] | Non
     if "error" in values:
         error = values["error"]
         traceback = values.get("traceback", "")
-        if isinstance(error, BaseException) and traceback:
-            from executorlib.errors import RemoteTraceback  # takes a third of a job's start
+        if isinstance(error, BaseException):
+            from executorlib.errors import RemoteTraceback, contained  # takes a third of a job's start
 
-            error.__cause__ = RemoteTraceback(traceback)
+            if traceback:
+                error.__cause__ = RemoteTraceback(traceback)
+            error = contained(error, f"the call of {path}: the function")
         return Output(None, error, values.get("runtime"))
     if "output" in values:
         return Output(values["output"], None, values.get("runtime"))

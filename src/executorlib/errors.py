@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import signal
+import sys
 from concurrent.futures import BrokenExecutor
+from pickle import PicklingError
 
 
 class ExecutorlibSocketError(BrokenExecutor):
@@ -25,8 +27,40 @@ class RemoteTraceback(Exception):
         return f'\n"""\n{self.text}"""'
 
 
+def contained(error: BaseException, who: str, kind: type[Exception] = ExecutorlibSocketError) -> BaseException:
+    """Replace an exception that ends a program, or an asyncio task, where it is raised anew: a future must not hold it.
+
+    Those of the user's own classes stay as they are, although they may be no `Exception`: who waits can catch them.
+
+    Args:
+        error: What was raised, elsewhere or in code of the user's.
+        who: Raised it, as the subject of a sentence.
+        kind: What to replace it by.
+
+    Returns:
+        Its replacement, whose cause is that of the error; or the error itself.
+    """
+    asyncio = sys.modules.get("asyncio.exceptions")
+    if isinstance(error, SystemExit):
+        try:
+            code = "" if error.code is None else repr(error.code)[:200]
+        except Exception:  # the user's own object
+            code = f"<{type(error.code).__name__}>"
+        did = f"called sys.exit({code})"
+    elif isinstance(error, (KeyboardInterrupt, GeneratorExit)) or (
+        asyncio is not None and isinstance(error, asyncio.CancelledError)
+    ):
+        did = f"raised {type(error).__name__}"
+    else:
+        return error
+    replacement = kind(f"{who} {did}")
+    replacement.__cause__ = error.__cause__
+    return replacement
+
+
 def advise_unpicklable(error: BaseException, number: int, name: str) -> BaseException:
     """Add to what went wrong while a call was pickled which call it was, and what to do."""
+    error = contained(error, "pickling its function or arguments", PicklingError)
     if isinstance(error, (OSError, MemoryError)):
         reason = (
             "the system gave out as its function and arguments were pickled. Submit less at once, or raise this "

@@ -26,10 +26,11 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
+from pickle import PicklingError
 from typing import Any
 
 from executorlib import foreign, serialize
-from executorlib.errors import ExecutorlibSocketError, RemoteTraceback, advise_unpicklable
+from executorlib.errors import ExecutorlibSocketError, RemoteTraceback, advise_unpicklable, contained
 from executorlib.futures import Stored, StoredCall, fill_in, input_error, stored
 from executorlib.launchers.base import Events, Exit, Launcher, Process, tail_text
 from executorlib.poller import Poller
@@ -50,7 +51,7 @@ from executorlib.scheduler import (
 )
 from executorlib.serialize import Frame
 from executorlib.task import CANCELLED, FAILED, LAUNCHING, RUNNING, CallFuture, Task
-from executorlib.worker.call import PERMIT
+from executorlib.worker.call import PERMIT, traceback_text
 
 logger = logging.getLogger("executorlib")
 
@@ -315,7 +316,7 @@ class Loop(Poller, Events):
             try:
                 task.args, task.kwargs = fill_in(task.args), fill_in(task.kwargs)
             except BaseException as caught:
-                self._fail(task, caught)
+                self._fail(task, contained(caught, "filling in the results of its inputs"))
                 return
         self.scheduler.on_input(task)
 
@@ -592,7 +593,8 @@ class Loop(Poller, Events):
                 self._refer_to_results(task, key)
             output = entries.read_output(task.cache_path, directory)
         except BaseException as error:
-            self._fail(task, error)
+            # To find its key, objects are asked what they tell pickle.
+            self._fail(task, contained(error, f"pickling the arguments of {task.name}", PicklingError))
             return
         if output is None:
             if self._jobs or not may_wait or not self._waits_for_equal(task):
@@ -678,7 +680,7 @@ class Loop(Poller, Events):
             try:
                 frames = serialize.dumps(self._init_function)
             except BaseException as error:
-                self._break(error)
+                self._break(contained(error, "pickling the init_function"))
                 self._kill(worker)
                 return
         transport.put(["setup", setup], frames)
@@ -806,10 +808,12 @@ class Loop(Poller, Events):
         try:
             value = _load_ranks(frames, more["counts"]) if "counts" in more else self._loads(frames)
         except BaseException as error:
-            error.__cause__ = error.__cause__ or RemoteTraceback(
-                f"call {task.number} of {task.name} returned, but its result could not be unpickled here"
-            )
-            self._conclude(task, None, error)
+            call = f"call {task.number} of {task.name}"
+            told = f"{call} returned, but its result could not be unpickled here"
+            if not isinstance(error, Exception):
+                told += "\n" + traceback_text(error)
+            error.__cause__ = error.__cause__ or RemoteTraceback(told)
+            self._conclude(task, None, contained(error, f"{call}: unpickling the result of the function"))
             return
         self._conclude(task, value, None)
 
@@ -829,7 +833,7 @@ class Loop(Poller, Events):
                 "its traceback is shown above as the cause."
             )
         error.__cause__ = RemoteTraceback(text)
-        return error
+        return contained(error, f"{subject}: the function")  # of a job that another version ran
 
     def _fail(self, task: Task, error: BaseException) -> None:
         """Fail a call that has not started."""

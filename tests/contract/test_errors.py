@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import os
 import pickle
 import random
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ from typing import Any
 import pytest
 
 from contract.functions import CustomError, add, fail, identity
+from executorlib.api import ExecutorlibSocketError
 
 WAIT = 30
 pytestmark = pytest.mark.essential
@@ -89,15 +93,77 @@ def test_errors_of_the_users_own_making(executor: Any) -> None:
     assert error.code == 5
 
 
+class UsersOwn(BaseException):
+    pass
+
+
 def test_base_exceptions(executor: Any) -> None:
-    """As with the standard library they arrive; no process ends for them."""
+    """What would end the program that waits is told instead; no process ends for it."""
 
-    def raise_it(kind: type[BaseException]) -> None:
-        raise kind("text")
+    def raise_it(error: BaseException) -> None:
+        raise error
 
-    for kind in (KeyboardInterrupt, SystemExit, GeneratorExit, StopIteration, BaseException):
-        error = executor.submit(raise_it, kind).exception(WAIT)
-        assert type(error) is kind
+    for error, told in (
+        (KeyboardInterrupt("text"), "the function raised KeyboardInterrupt"),
+        (GeneratorExit(), "the function raised GeneratorExit"),
+        (SystemExit(), "the function called sys.exit()"),
+        (SystemExit("bye"), "the function called sys.exit('bye')"),
+        (asyncio.CancelledError(), "the function raised CancelledError"),
+    ):
+        seen = executor.submit(raise_it, error).exception(WAIT)
+        assert type(seen) is ExecutorlibSocketError
+        assert told in str(seen)
+        assert type(error).__name__ in str(seen.__cause__)
+        assert "in raise_it" in str(seen.__cause__)
+    for error in (StopIteration(), BaseException("text"), UsersOwn("text")):
+        seen = executor.submit(raise_it, error).exception(WAIT)
+        assert type(seen) is type(error)
+    assert executor.submit(add, 1, 2).result(WAIT) == 3
+
+
+class Exits:
+    """Ends the program that unpickles it, unless that is the one that is left out."""
+
+    def __init__(self, spared: int = 0) -> None:
+        self.spared = spared
+
+    def __reduce__(self) -> Any:
+        return _exit_unless, (self.spared,)
+
+
+def _exit_unless(spared: int) -> Any:
+    if os.getpid() == spared:
+        return None
+    sys.exit(1)
+
+
+class ExitsAsItIsPickled:
+    def __reduce__(self) -> Any:
+        sys.exit(2)
+
+
+def test_sys_exit_while_something_is_unpickled(executor: Any) -> None:
+    def return_it() -> Any:
+        import os
+
+        return Exits(os.getpid())
+
+    error = executor.submit(identity, Exits()).exception(WAIT)
+    assert type(error) is ExecutorlibSocketError
+    assert "unpickling the arguments of the function called sys.exit(1)" in str(error)
+    assert "in _exit_unless" in str(error.__cause__)
+    error = executor.submit(return_it).exception(WAIT)
+    assert type(error) is ExecutorlibSocketError
+    assert "unpickling the result of the function called sys.exit(1)" in str(error)
+    assert "in _exit_unless" in str(error.__cause__)
+    assert executor.submit(add, 1, 2).result(WAIT) == 3
+
+
+def test_sys_exit_while_something_is_pickled(executor: Any) -> None:
+    for call in ((identity, ExitsAsItIsPickled()), (ExitsAsItIsPickled,)):
+        error = executor.submit(*call).exception(WAIT)
+        assert type(error) is pickle.PicklingError
+        assert "called sys.exit(2)" in str(error)
     assert executor.submit(add, 1, 2).result(WAIT) == 3
 
 

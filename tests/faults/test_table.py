@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from contract.functions import CustomError, Gate, add, identity, wait_for
+from executorlib.api import ExecutorlibSocketError
 from faults.functions import (
     LAST_WORDS,
     FaultAtPickling,
@@ -35,7 +36,7 @@ DEATHS: dict[str, tuple[str, ...]] = {
     "SIGKILL": ("SIGKILL",),
 }
 ERRORS: dict[str, type[BaseException]] = {
-    "sys.exit": SystemExit,
+    "sys.exit": ExecutorlibSocketError,
     "out of memory": MemoryError,
     "raise": CustomError,
 }
@@ -73,12 +74,13 @@ def check(error: BaseException | None, fault: str, place: str, where: str) -> No
         assert LAST_WORDS in text
         return
     assert error is not None
-    if isinstance(error, BrokenExecutor):
+    if isinstance(error, BrokenExecutor) and fault != "sys.exit":
         # The worker could not report any more: fine on the way, and where no memory is left.
         assert place != "running" or fault == "out of memory"
         return
     shown = f"{error!r} {error} {error.__cause__}"
-    assert ERRORS[fault].__name__ in shown
+    assert (fault if fault == "sys.exit" else ERRORS[fault].__name__) in shown
+    assert isinstance(error, Exception)
     if place == "running":
         assert isinstance(error, ERRORS[fault])
 

@@ -170,12 +170,27 @@ def run(
         return Answer(serialize.dumps(result), "", warning)
     except BaseException as error:
         text = traceback_text(error)
+        name = getattr(fn, "__qualname__", type(fn).__qualname__) if fn is not None else "a function"
         if stage:
-            name = getattr(fn, "__qualname__", type(fn).__qualname__) if fn is not None else "a function"
             text = f"call of {name}: {stage}\n{text}"
         if "error_log_file" in options:
             log_error(options["error_log_file"], fn, args, kwargs, text)
+        if not isinstance(error, Exception):
+            error = _contained(error, name, loaded, bool(stage))
         return Answer(dump_error(error), text, loaded=loaded)
+
+
+def _contained(error: BaseException, name: str, loaded: bool, pickling: bool) -> BaseException:
+    """What of an exception that ends programs goes to the user's program."""
+    from pickle import PicklingError
+
+    from executorlib.errors import contained  # takes a third of a worker's start
+
+    if not loaded:
+        return contained(error, f"call of {name}: unpickling the arguments of the function")
+    if pickling:
+        return contained(error, f"call of {name}: pickling the result of the function", PicklingError)
+    return contained(error, f"call of {name}: the function")
 
 
 class Entry:
@@ -239,6 +254,15 @@ def dump_error(error: BaseException) -> list[Frame]:
             f"{type(reason).__name__}: {_safe_str(reason)})"
         )
         return serialize.dumps(RuntimeError(text))
+
+
+def dump_setup_error(error: BaseException) -> list[Frame]:
+    """The same for what was raised before the first call: by the init function, or by the system."""
+    if not isinstance(error, Exception):
+        from executorlib.errors import contained
+
+        error = contained(error, "setting up the worker, the init_function")
+    return dump_error(error)
 
 
 def _safe_str(obj: object) -> str:
@@ -338,7 +362,7 @@ def serve(connection: Connection, permits: Permits | None) -> None:
         if setup_message.frames:
             values.update(initial_values(setup_message.frames))
     except BaseException as error:
-        connection.send(["error", 0, 0.0, traceback_text(error), {}], dump_error(error))
+        connection.send(["error", 0, 0.0, traceback_text(error), {}], dump_setup_error(error))
         return
     del setup_message
     if permits is None:

@@ -113,7 +113,7 @@ class Rank:
             if frames:
                 values.update(call.initial_values(frames))
         except BaseException as error:
-            self._connection().send(["error", 0, 0.0, call.traceback_text(error), {}], call.dump_error(error))
+            self._connection().send(["error", 0, 0.0, call.traceback_text(error), {}], call.dump_setup_error(error))
             self._world.Barrier()  # until the executor ends us
             raise
         if not single:
