@@ -2,8 +2,10 @@
 #
 #   make test                      with the newest Python found, in .venv
 #   make test PYTHON=python3.12    with another one, in .venvs/3.12
+#   make test-debian SUITE=forky SUITE_PYTHON=python3.15              with one of another release of Debian
+#   make test-debian SUITE=forky SUITE_PYTHON=python3.14 GOAL=test-slurm   on its Slurm, too
 
-.PHONY: help demo test check lint docs bench bench-slurm bench-flux test-slurm test-gridengine test-flux clean
+.PHONY: help demo test check lint docs bench bench-slurm bench-flux test-slurm test-gridengine test-flux test-debian clean
 .DEFAULT_GOAL := help
 
 # Found is not enough: a shim may be there without its Python, and a Python without venv.
@@ -13,7 +15,7 @@ ifdef PYTHON
 VENV ?= .venvs/$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 else
 VENV ?= .venv
-PYTHON = $(shell for python in python3.13 python3.12 python3.11 python3.10 python3; do \
+PYTHON = $(shell for python in python3.15 python3.14 python3.13 python3.12 python3.11 python3.10 python3; do \
 	$$python $(USABLE) 2>/dev/null && { echo $$python; break; }; done)
 endif
 
@@ -30,6 +32,7 @@ help:
 	@echo "make bench-slurm measure jobs on such a cluster, into docs/performance.md"
 	@echo "make bench-flux measure calls as Flux jobs (where flux is on the PATH), into docs/performance.md"
 	@echo "make test-flux  run the tests that need Flux, in an instance of pretended nodes (where flux is on the PATH)"
+	@echo "make test-debian SUITE=forky  run the tests in a folder with another release of Debian (as root)"
 	@echo "make clean      remove what the other targets made"
 
 demo: $(VENV)/installed-demo
@@ -73,6 +76,14 @@ test-gridengine: $(VENV)/installed-dev
 
 test-flux: $(VENV)/installed-dev
 	@tests/on_flux/instance $(BIN)/python -m pytest -m flux $(ARGS)
+
+# The environment is in the folder, as its Python is; GOAL is what to make there.
+GOAL ?= test
+SUITE_PYTHON ?= python3
+test-debian:
+	@[ -n "$(SUITE)" ] || { echo "Name a release of Debian: make test-debian SUITE=forky"; exit 1; }
+	@DEBIAN_PACKAGES=$(SUITE_PYTHON)-venv tests/debian/run $(SUITE) \
+		make $(GOAL) PYTHON=$(SUITE_PYTHON) VENV=/opt/executorlib/$(SUITE_PYTHON) 'ARGS=$(ARGS)'
 
 clean:
 	rm -rf .venv .venvs site dist build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
