@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import inspect  # noqa: F401  # submit looks at signatures, which must not need a file when none can be opened any more
 import itertools
 import os
 import signal
