@@ -633,12 +633,48 @@ def test_what_the_format_cannot_hold_is_named(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_array_says_how_to_pass_it(tmp_path: Path) -> None:
+def test_numpy_goes_into_json(tmp_path: Path) -> None:
     numpy = pytest.importorskip("numpy")
+    values = {
+        "array": numpy.arange(6).reshape(2, 3),
+        "of floats": numpy.array([0.1, -2.5]),
+        "of truths": numpy.array([True, False]),
+        "of texts": numpy.array(["a", "b"]),
+        "of objects": numpy.array([None, numpy.float32(0.5), numpy.arange(2)], dtype=object),
+        "of one": numpy.array(3),
+        "long": numpy.array([0.25], dtype=numpy.longdouble),
+        "scalars": (numpy.bool_(True), numpy.int8(1), numpy.float32(0.5), numpy.str_("text"), numpy.longdouble(2)),
+    }
     graph = Graph()
-    record(graph, total, numpy.zeros(2))
-    with pytest.raises(ValueError, match=r"type ndarray; pass value\.tolist\(\)"):
-        graph.export(tmp_path / "workflow.json")
+    record(graph, settings, values)
+    graph.export(tmp_path / "workflow.json")
+    nodes = json.loads((tmp_path / "workflow.json").read_text())["nodes"]
+    assert [node["value"] for node in nodes if node["type"] == "input"] == [
+        {
+            "array": [[0, 1, 2], [3, 4, 5]],
+            "of floats": [0.1, -2.5],
+            "of truths": [True, False],
+            "of texts": ["a", "b"],
+            "of objects": [None, 0.5, [0, 1]],
+            "of one": 3,
+            "long": [0.25],
+            "scalars": [True, 1, 0.5, "text", 2.0],
+        }
+    ]
+
+
+def test_numpy_that_json_has_no_place_for(tmp_path: Path) -> None:
+    numpy = pytest.importorskip("numpy")
+    for value, told in (
+        (numpy.array([1j]), "type complex"),
+        (numpy.array([1], dtype=numpy.clongdouble), "type clongdouble"),
+        (numpy.array([numpy.inf]), "no number for inf"),
+        (numpy.datetime64("2020-01-01"), "type date"),
+    ):
+        graph = Graph()
+        record(graph, twice, value)
+        with pytest.raises(ValueError, match=told):
+            graph.export(tmp_path / "workflow.json")
 
 
 def test_no_workflow_to_export(tmp_path: Path) -> None:

@@ -16,6 +16,10 @@ class ExecutorlibSocketError(BrokenExecutor):
     """
 
 
+class TimeLimitError(ExecutorlibSocketError, TimeoutError):
+    """A call ran longer than its ``run_time_max`` and was ended."""
+
+
 class RemoteTraceback(Exception):
     """The traceback of an exception as it was in the worker; the ``__cause__`` of the exception."""
 

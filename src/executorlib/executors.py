@@ -284,7 +284,7 @@ class BaseExecutor(Executor):
     def map(
         self,
         fn: Callable[..., Any],
-        *iterables: Iterable[Any],
+        *iterables: Iterable[Any] | Future[Iterable[Any]],
         timeout: float | None = None,
         chunksize: int = 1,
         buffersize: int | None = None,
@@ -293,7 +293,8 @@ class BaseExecutor(Executor):
 
         Args:
             fn: A callable that takes as many arguments as there are iterables.
-            *iterables: The arguments, call by call.
+            *iterables: The arguments, call by call. A future may stand for an iterable. As nobody knows how many calls
+                there are before it is done, `map` waits for it; to go on meanwhile, pass futures of single arguments.
             timeout: Seconds from now within which each result must be there; None for no limit.
             chunksize: Calls that travel and run together as one, which saves time with very short ones.
             buffersize: Calls submitted ahead of the result that is asked for; None submits all at once.
@@ -302,14 +303,17 @@ class BaseExecutor(Executor):
             An iterator of the results, in order.
 
         Raises:
-            TimeoutError: From the iterator: a result was not there in time.
+            TimeoutError: From the iterator: a result was not there in time. From `map` itself: neither was the result
+                of a future that stands for an iterable.
             ValueError: ``chunksize`` or ``buffersize`` is below 1.
         """
         whole_number(1)("map: chunksize", chunksize)
         if buffersize is not None:
             whole_number(1)("map: buffersize", buffersize)
         deadline = None if timeout is None else time.monotonic() + timeout
-        calls: Iterator[tuple[Any, ...]] = zip(*iterables, strict=False)
+        calls: Iterator[tuple[Any, ...]] = zip(
+            *[self._iterable(each, fn, deadline) for each in iterables], strict=False
+        )
         # A chunk's result on several ranks would be the ranks' lists, not the calls'; a graph shows every call.
         chunked = chunksize > 1 and self._graph is None and self._resources.cores == 1
         if chunked:
@@ -321,6 +325,26 @@ class BaseExecutor(Executor):
         futures = deque(submitted if buffersize is None else itertools.islice(submitted, buffersize))
         results = _results(futures, submitted, deadline)
         return itertools.chain.from_iterable(results) if chunked else results
+
+    def _iterable(
+        self, iterable: Iterable[Any] | Future[Iterable[Any]], fn: Callable[..., Any], deadline: float | None
+    ) -> Iterable[Any]:
+        """One of the iterables of `map`."""
+        if not isinstance(iterable, Future):
+            return iterable
+        subject = f"map of {function_name(fn)}"
+        if self._graph is not None:
+            raise ValueError(
+                f"{subject}: a future stands for an iterable, but no call runs where a graph is made of them, so nobody "
+                "knows how many there are. Pass futures of its elements (split_future)."
+            )
+        if self._disable_dependencies:
+            raise ValueError(
+                f"{subject}: a future stands for an iterable, but the executor was made with "
+                "disable_dependencies=True. Pass future.result()."
+            )
+        self._check_open()
+        return iterable.result(None if deadline is None else deadline - time.monotonic())
 
     def batched(self, iterable: Iterable[Future[Any]], n: int) -> list[Future[list[Any]]]:
         """Group futures by ``n`` in the order in which they finish; see `executorlib.futures.batched`."""
@@ -382,25 +406,30 @@ class BaseExecutor(Executor):
         return True
 
     @property
-    def info(self) -> dict[str, Any]:
-        """The executor's settings."""
+    def info(self) -> dict[str, Any] | None:
+        """The executor's settings; None after shutdown."""
+        if self._is_shut_down:
+            return None
         return {**self._resources.as_dict(), **self._settings, "max_workers": self._worker_count}
 
     @property
-    def max_workers(self) -> int:
-        """Calls at once, or the number of workers of a block.
+    def max_workers(self) -> int | None:
+        """Calls at once, or the number of workers of a block; None after shutdown.
 
         Setting it grows or shrinks a block: new workers start at once, surplus ones end after their calls.
 
         Raises:
-            ValueError: Set without ``block_allocation=True``, below 1, or to more than the cores or GPUs allow.
+            NotImplementedError: Set without ``block_allocation=True``; it is a ValueError, too.
+            ValueError: Set below 1, or to more than the cores or GPUs allow.
+            RuntimeError: Set after shutdown.
         """
-        return self._worker_count
+        return None if self._is_shut_down else self._worker_count
 
     @max_workers.setter
     def max_workers(self, value: int) -> None:
+        self._check_open()
         if not self._block or self._loop is None:
-            raise ValueError(
+            raise _NotInThisModeError(
                 "max_workers can be changed only with block_allocation=True; otherwise make a new executor with it."
             )
         size = positive("max_workers", value)
@@ -410,8 +439,8 @@ class BaseExecutor(Executor):
         self._loop.resize(size)
 
     @property
-    def _max_workers(self) -> int:
-        return self._worker_count
+    def _max_workers(self) -> int | None:
+        return self.max_workers
 
     @property
     def future_queue(self) -> CallQueue | None:
@@ -484,6 +513,10 @@ class BaseExecutor(Executor):
             return None
         demand = self._demand if self._count_cores else self._demand._replace(cores=0)
         return self._capacity.room_for(demand) if demand.cores or demand.gpus else None
+
+
+class _NotInThisModeError(NotImplementedError, ValueError):
+    """Only blocks of workers can do it: to executorlib 1.x that is not implemented, here it is a wrong value."""
 
 
 class CallQueue:

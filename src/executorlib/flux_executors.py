@@ -138,10 +138,13 @@ class FluxJobExecutor(BaseExecutor):
         )
 
     @property
-    def info(self) -> dict[str, Any]:
-        """The executor's settings, and under ``nodes`` what the instance has."""
+    def info(self) -> dict[str, Any] | None:
+        """The executor's settings, and under ``nodes`` what the instance has; None after shutdown."""
+        info = super().info
+        if info is None:
+            return None
         nodes = {node.name: {"cores": node.total_cores, "gpus": node.total_gpus} for node in self._nodes}
-        return {**super().info, "nodes": nodes}
+        return {**info, "nodes": nodes}
 
     def _check(self, resources: Resources, subject: str) -> None:
         reasons = {**_USELESS, "submission_template": "no script is submitted"}

@@ -206,8 +206,8 @@ class Graph:
         """Write the graph as Python Workflow Definition 0.1.0; missing folders are made.
 
         The result of the exported workflow is that of the one call whose result no other call uses,
-        or, where there are several, the list of theirs in the order of submission. Tuples become
-        lists and numpy's scalars become numbers, as JSON has them. Resources are left out.
+        or, where there are several, the list of theirs in the order of submission. Tuples and
+        numpy's arrays become lists, numpy's scalars numbers, as JSON has them. Resources are left out.
 
         Args:
             filename: The JSON file.
@@ -676,6 +676,11 @@ def _json_value(value: Any) -> Any:
         for key in value:
             _check_key(key)
         return {key: _json_value(element) for key, element in value.items()}
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and isinstance(value, (numpy.ndarray, numpy.generic)):
+        plain = value.tolist()
+        if type(plain) is not type(value):  # as numbers are that Python has nothing for
+            return _json_value(plain)
     remedy = "pass value.tolist()" if hasattr(value, "tolist") else "build it inside the function"
     raise ValueError(f"JSON has no place for a value of type {type(value).__name__}; {remedy}")
 

@@ -30,7 +30,7 @@ from pickle import PicklingError
 from typing import Any
 
 from executorlib import foreign, serialize
-from executorlib.errors import ExecutorlibSocketError, RemoteTraceback, advise_unpicklable, contained
+from executorlib.errors import ExecutorlibSocketError, RemoteTraceback, TimeLimitError, advise_unpicklable, contained
 from executorlib.futures import Stored, StoredCall, fill_in, input_error, stored
 from executorlib.launchers.base import Events, Exit, Launcher, Process, tail_text
 from executorlib.poller import Poller
@@ -779,7 +779,7 @@ class Loop(Poller, Events):
             if task is None or process is None or task.state is not RUNNING or task not in process.worker.calls:
                 return
             worker = process.worker
-            process.verdict = TimeoutError(
+            process.verdict = TimeLimitError(
                 f"Call {number} of {task.name} ran longer than its run_time_max of {seconds:g} s and was ended; "
                 "give it more time with resource_dict={'run_time_max': seconds}."
             )

@@ -112,8 +112,11 @@ class SlurmJobExecutor(BaseExecutor):
         )
 
     @property
-    def info(self) -> dict[str, Any]:
-        """The executor's settings, and under ``nodes`` what is there and what is free now."""
+    def info(self) -> dict[str, Any] | None:
+        """The executor's settings, and under ``nodes`` what is there and what is free now; None after shutdown."""
+        info = super().info
+        if info is None:
+            return None
         nodes = {
             node.name: {
                 "cores": node.total_cores,
@@ -123,7 +126,7 @@ class SlurmJobExecutor(BaseExecutor):
             }
             for node in list(self._ledger.nodes)
         }
-        return {**super().info, "nodes": nodes}
+        return {**info, "nodes": nodes}
 
     def _check(self, resources: Resources, subject: str) -> None:
         refuse(resources, subject, "inside an allocation", {"submission_template": "no job is submitted"})

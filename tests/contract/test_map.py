@@ -251,3 +251,38 @@ def test_map_from_threads(executor: Any) -> None:
     for thread in threads:
         thread.join()
     assert found == {start: [start, start + 1, start + 2] for start in (10, 20, 30)}
+
+
+# Futures of iterables.
+
+
+def test_a_future_stands_for_an_iterable(executor: Any) -> None:
+    numbers = executor.submit(identity, [1, 2, 3])
+    assert list(executor.map(add, numbers, [10, 20, 30], timeout=WAIT)) == [11, 22, 33]
+    assert list(executor.map(add, numbers, numbers, timeout=WAIT, chunksize=2)) == [2, 4, 6]
+
+
+def test_a_future_of_an_iterable_that_fails(executor: Any) -> None:
+    with pytest.raises(CustomError):
+        executor.map(identity, executor.submit(fail, "no list"))
+
+
+def test_a_future_of_an_iterable_that_takes_too_long(executor: Any, gate: Callable[..., Gate]) -> None:
+    held = gate()
+    late = executor.submit(held, [1])
+    with pytest.raises(FuturesTimeoutError):
+        executor.map(identity, late, timeout=0.01)
+    held.open()
+    assert list(executor.map(identity, late)) == [1]
+
+
+def test_futures_of_iterables_that_cannot_be_honoured(make_executor: Callable[..., Any], tmp_path: Path) -> None:
+    with make_executor(disable_dependencies=True) as executor, pytest.raises(ValueError, match="disable_dependencies"):
+        executor.map(identity, executor.submit(identity, [1]))
+    with (
+        make_executor(plot_dependency_graph_filename=str(tmp_path / "graph.dot")) as executor,
+        pytest.raises(ValueError, match="split_future"),
+    ):
+        executor.map(identity, executor.submit(identity, [1]))
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        executor.map(identity, [1])

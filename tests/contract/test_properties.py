@@ -100,10 +100,22 @@ def test_future_queue(executor: Any) -> None:
 @pytest.mark.rows(block=False)
 def test_max_workers_is_fixed_without_a_block(executor: Any) -> None:
     before = executor.max_workers
-    with pytest.raises(Exception, match="block_allocation"):
-        executor.max_workers = 5
+    for kind in (NotImplementedError, ValueError):
+        with pytest.raises(kind, match="block_allocation"):
+            executor.max_workers = 5
     assert executor.max_workers == before
     assert executor.submit(add, 1, 2).result(WAIT) == 3
+
+
+def test_nothing_is_told_after_shutdown(make_executor: Callable[..., Any]) -> None:
+    with make_executor() as executor:
+        assert executor.info["max_workers"] == executor.max_workers
+        assert isinstance(executor.max_workers, int)
+    assert executor.max_workers is None
+    assert executor._max_workers is None
+    assert executor.info is None
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        executor.max_workers = 2
 
 
 # The size of a block.

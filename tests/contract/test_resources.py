@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from contract.functions import Gate, add, affinity, environment, identity, put, wait_for, wait_until_gone
+from executorlib.api import ExecutorlibSocketError
 
 WAIT = 30
 THREADS = (
@@ -225,6 +226,7 @@ def test_run_time_max(make_executor: Callable[..., Any], gate: Callable[..., Gat
         pid = held.pid()
         error = future.exception(WAIT)
         assert isinstance(error, TimeoutError)
+        assert isinstance(error, ExecutorlibSocketError)
         assert "1.25" in str(error)
         wait_until_gone(pid)
         assert executor.submit(add, 1, 2).result(WAIT) == 3

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from executorlib.errors import ExecutorlibSocketError, describe_exit
+from executorlib.errors import ExecutorlibSocketError, TimeLimitError, describe_exit
 from executorlib.launchers.base import STDERR_TAIL_BYTES, Events, Exit, Process, boot_command
 from executorlib.launchers.connecting import ConnectingWorker
 from executorlib.launchers.flux import JobLog, job_name, jobspec, output_of, run_command, urgency
@@ -344,7 +344,7 @@ class FluxLauncher:
         error: BaseException | None = None
         limit = member.process.resources.run_time_max if member.process.single else None
         if state.cause is Cause.TIME_LIMIT and limit is not None:
-            error = TimeoutError(
+            error = TimeLimitError(
                 f"{self._subject(member)} ran longer than its run_time_max of {limit:g} s and was ended; give it more "
                 "time with resource_dict={'run_time_max': seconds}."
             )

@@ -11,7 +11,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from executorlib import batches, entries, files, machine
-from executorlib.errors import ExecutorlibSocketError
+from executorlib.errors import ExecutorlibSocketError, TimeLimitError
 from executorlib.launchers.base import Process, tail_text
 from executorlib.launchers.queue import Cause, JobState, Phase
 
@@ -125,7 +125,8 @@ class Job:
         # MPICH's mpiexec exits with the number of the signal that a rank died of.
         alarmed = signal.SIGALRM in (state.died_of, state.code if task.resources.cores > 1 else 0)
         if limit is not None and (state.cause is Cause.TIME_LIMIT or alarmed):
-            return TimeoutError(f"{text} It ran longer than its run_time_max of {limit:g} s; give it more time.{said}")
+            told = f"{text} It ran longer than its run_time_max of {limit:g} s; give it more time."
+            return TimeLimitError(f"{told}{said}")
         cause = state.cause if state.cause is not Cause.NONE else system.cause_in(tail)
         advice = f"{cause.advice}. {_GENERAL_ADVICE}" if cause.advice else _GENERAL_ADVICE
         return ExecutorlibSocketError(f"{text} {advice}{said}")
