@@ -7,6 +7,10 @@ import sys
 from concurrent.futures import BrokenExecutor
 from pickle import PicklingError
 
+TYPE_CHECKING = False  # typing's own would load typing, of which a starting worker needs nothing
+if TYPE_CHECKING:
+    from typing import Any, NoReturn
+
 
 class ExecutorlibSocketError(BrokenExecutor):
     """The process that ran a call ended, or could not be started, before it gave a result.
@@ -62,9 +66,40 @@ def contained(error: BaseException, who: str, kind: type[Exception] = Executorli
     return replacement
 
 
-def advise_unpicklable(error: BaseException, number: int, name: str) -> BaseException:
-    """Add to what went wrong while a call was pickled which call it was, and what to do."""
+FUTURE_ADVICE = (
+    "Futures are replaced by their results where they are arguments of a call, or in lists, tuples, sets, dicts and "
+    "dataclasses of its arguments, at any depth. Nobody looks for them in arrays, data frames, attributes, partials, "
+    "closures and the like: pass the future as an argument of its own, or its result, future.result(), once it is done."
+)
+EXECUTOR_ADVICE = (
+    "An executor belongs to the process that made it. Make one inside the function, or pass what it is to be made with."
+)
+
+
+def refuse_future(self: Any) -> NoReturn:
+    """The ``__reduce__`` of futures.
+
+    Raises:
+        TypeError: Always.
+    """
+    raise TypeError(f"a {type(self).__name__} cannot be pickled. {FUTURE_ADVICE}")
+
+
+def advise_unpicklable(error: BaseException, number: int, name: str, misplaced: str = "") -> BaseException:
+    """Add to what went wrong while a call was pickled which call it was, and what to do.
+
+    Args:
+        error: What pickling has raised.
+        number: Number of the call.
+        name: Name of its function.
+        misplaced: What `futures.misplaced` says of it.
+    """
     error = contained(error, "pickling its function or arguments", PicklingError)
+    subject = f"call {number} of {name} could not be sent to a worker"
+    if misplaced:
+        told = TypeError(f"{subject}: {misplaced}")
+        told.__cause__ = error
+        return told
     if isinstance(error, (OSError, MemoryError)):
         reason = (
             "the system gave out as its function and arguments were pickled. Submit less at once, or raise this "
@@ -75,7 +110,7 @@ def advise_unpicklable(error: BaseException, number: int, name: str) -> BaseExce
             "its function or one of its arguments cannot be pickled. Create such objects (open files, locks, "
             "connections) inside the function instead."
         )
-    text = f"call {number} of {name} could not be sent to a worker: {reason}"
+    text = f"{subject}: {reason}"
     if hasattr(error, "add_note"):
         error.add_note(text)
     elif error.__cause__ is None:

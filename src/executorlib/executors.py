@@ -16,9 +16,10 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from executorlib import machine
+from executorlib.errors import EXECUTOR_ADVICE
 from executorlib.futures import batched, find_futures_in_call
 from executorlib.launchers.base import Events, Launcher
 from executorlib.launchers.local import LocalLauncher
@@ -335,8 +336,8 @@ class BaseExecutor(Executor):
         subject = f"map of {function_name(fn)}"
         if self._graph is not None:
             raise ValueError(
-                f"{subject}: a future stands for an iterable, but no call runs where a graph is made of them, so nobody "
-                "knows how many there are. Pass futures of its elements (split_future)."
+                f"{subject}: a future stands for an iterable, but no call runs where a graph is made of them, so "
+                "nobody knows how many there are. Pass futures of its elements (split_future)."
             )
         if self._disable_dependencies:
             raise ValueError(
@@ -394,6 +395,9 @@ class BaseExecutor(Executor):
         self.shutdown(wait=self._wait)
         if self._graph is not None and self._finish_graph is not None and exc_type is None:
             self._finish_graph(self._graph)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(f"a {type(self).__name__} cannot be pickled: {EXECUTOR_ADVICE}")
 
     # -- looking --------------------------------------------------------------------------------------------------
 

@@ -6,9 +6,12 @@ import copy
 import dataclasses
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
-from concurrent.futures import CancelledError, Future
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import CancelledError, Executor, Future
 from typing import Any, NamedTuple
+
+from executorlib import serialize
+from executorlib.errors import EXECUTOR_ADVICE, FUTURE_ADVICE, refuse_future
 
 # Types that cannot hold a future: the common arguments, skipped without a closer look.
 _LEAVES = frozenset({int, float, complex, bool, str, bytes, bytearray, type(None)})
@@ -152,11 +155,33 @@ def _rebuilt(obj: Any, children: list[Any]) -> Any:
     return result
 
 
+def misplaced(fn: object, args: Sequence[object], kwargs: Mapping[str, object]) -> str:
+    """Say where a call that cannot be pickled has a future or an executor, and how to pass it; empty if it has none."""
+    parts = [("the function", fn)]
+    parts += [(f"argument {index}", value) for index, value in enumerate(args, 1)]
+    parts += [(f"argument {name!r}", value) for name, value in kwargs.items()]
+    for where, value in parts:
+        found = serialize.find(value, (Future, Executor))
+        if found is not None:
+            what, advice = (
+                ("a future", FUTURE_ADVICE) if isinstance(found, Future) else ("an executor", EXECUTOR_ADVICE)
+            )
+            verb = "is" if found is value else "holds"
+            return f"{where} {verb} {what} ({type(found).__name__}). {advice}"
+    return ""
+
+
 def input_error(future: Future[Any]) -> BaseException | None:
     """The exception with which a future that is done fails a call that has it as input."""
     if future.cancelled():
         return CancelledError("an input of this call was cancelled")
     return future.exception()
+
+
+class DerivedFuture(Future[Any]):
+    """A future that is made from others."""
+
+    __reduce__ = refuse_future
 
 
 class _Derive:
@@ -190,7 +215,7 @@ class _Derive:
 
 def derived_future(source: Future[Any], compute: Callable[[Any], Any]) -> Future[Any]:
     """A future of something computed, cheaply, from another's result as soon as that is done."""
-    derived: Future[Any] = Future()
+    derived: Future[Any] = DerivedFuture()
     source.add_done_callback(_Derive(derived, compute))
     return derived
 
@@ -250,7 +275,7 @@ def batched(iterable: Iterable[Future[Any]], n: int) -> list[Future[list[Any]]]:
     if n < 1:
         raise ValueError(f"batched needs n of at least 1, got {n}.")
     futures = [item if isinstance(item, Future) else _done(item) for item in iterable]
-    groups: list[Future[list[Any]]] = [Future() for _ in range(-(-len(futures) // n))]
+    groups: list[Future[list[Any]]] = [DerivedFuture() for _ in range(-(-len(futures) // n))]
     collector = _Batches(groups, n, len(futures))
     for future in futures:
         future.add_done_callback(collector.on_done)

@@ -30,6 +30,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from executorlib.errors import refuse_future
+
 _FORMATS = ("png", "svg", "pdf", "dot")
 
 # Names that the format's own package gives its version and its helper functions,
@@ -59,6 +61,8 @@ class RecordedFuture(Future[Any]):
         self.graph = graph
         self.origin = origin
         self.set_result(None)
+
+    __reduce__ = refuse_future
 
     def item(self, key: Any) -> RecordedFuture:
         """Record one element of the result: what `get_item_from_future` returns for this future.

@@ -31,7 +31,7 @@ from typing import Any
 
 from executorlib import foreign, serialize
 from executorlib.errors import ExecutorlibSocketError, RemoteTraceback, TimeLimitError, advise_unpicklable, contained
-from executorlib.futures import Stored, StoredCall, fill_in, input_error, stored
+from executorlib.futures import Stored, StoredCall, fill_in, input_error, misplaced, stored
 from executorlib.launchers.base import Events, Exit, Launcher, Process, tail_text
 from executorlib.poller import Poller
 from executorlib.resources import Demand, Resources
@@ -477,7 +477,8 @@ class Loop(Poller, Events):
             except BaseException as error:  # whatever the user's objects raise while they are pickled
                 self._settled = False
                 self.scheduler.on_unsent(worker, task, FAILED)
-                self._conclude(task, None, advise_unpicklable(error, task.number, task.name))
+                hidden = misplaced(task.fn, task.args, task.kwargs)
+                self._conclude(task, None, advise_unpicklable(error, task.number, task.name, hidden))
                 continue
             if process.permits is not None and not now:
                 held.append(task.number)
@@ -594,6 +595,9 @@ class Loop(Poller, Events):
             output = entries.read_output(task.cache_path, directory)
         except BaseException as error:
             # To find its key, objects are asked what they tell pickle.
+            hidden = misplaced(*self._named_inputs(task)) if isinstance(error, TypeError) else ""
+            if hidden:
+                error = advise_unpicklable(error, task.number, task.name, hidden)
             self._fail(task, contained(error, f"pickling the arguments of {task.name}", PicklingError))
             return
         if output is None:

@@ -172,6 +172,33 @@ def dumps_in_band(obj: object) -> bytes:
     return stream.getvalue()
 
 
+class _Found(Exception):
+    """Ends a search."""
+
+    def __init__(self, what: object) -> None:
+        super().__init__()
+        self.what = what
+
+
+def find(obj: object, kinds: tuple[type, ...]) -> object | None:
+    """The first object of these types that pickling something meets; None where it meets none, or fails before."""
+
+    class Finder(_pickler()):  # type: ignore[misc]
+        def reducer_override(self, each: Any) -> Any:
+            if isinstance(each, kinds):
+                raise _Found(each)
+            return super().reducer_override(each)
+
+    try:
+        # Large buffers stay where they are.
+        Finder(io.BytesIO(), PROTOCOL, buffer_callback=lambda buffer: False).dump(obj)
+    except _Found as found:
+        return found.what
+    except BaseException:  # whatever the user's objects raise
+        return None
+    return None
+
+
 def loads(frames: Sequence[Frame]) -> Any:
     """Rebuild an object from its frames.
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
+from executorlib.errors import refuse_future
 from executorlib.resources import Demand, Resources
 
 
@@ -114,6 +115,8 @@ class CallFuture(Future[Any]):
         if cancelled and notify is not None:
             notify()
         return cancelled
+
+    __reduce__ = refuse_future
 
     def abandon(self) -> None:
         """Become cancelled, even where the call runs already: it goes on, but nobody here waits for it."""

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import collections
+import functools
+import pickle
 import socket
 import sys
 import threading
 import weakref
 from collections.abc import Callable
-from concurrent.futures import BrokenExecutor
+from concurrent.futures import BrokenExecutor, Future, ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
-from contract.functions import CustomError, Thing, add, fail, identity
+from contract.functions import CustomError, Thing, add, fail, identity, keywords
+from executorlib import get_item_from_future
 from faults.functions import HoldingError, PickyError, Unloadable, Unsavable
 
 WAIT = 30
@@ -115,6 +119,85 @@ def test_error_says_which_call_and_why(executor: Any, kind: str) -> None:
 
     assert "identity" in told(executor.submit(identity, unpicklable(kind)).exception(WAIT))
     assert "unpicklable" in told(executor.submit(unpicklable, kind).exception(WAIT))
+
+
+def array_of(value: object) -> Any:
+    numpy = pytest.importorskip("numpy")
+    return numpy.array([value, None], dtype=object)
+
+
+class Holder:
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+    def get(self) -> object:
+        return self.value
+
+
+def closure_of(value: object) -> Callable[[], object]:
+    return lambda: value
+
+
+# Where nobody looks for futures: the call that has one there, and where the text says that it is.
+PLACES: dict[str, tuple[Callable[[object], tuple[Any, ...]], str]] = {
+    "array": (lambda value: (identity, array_of(value)), "argument 1 holds"),
+    "attribute": (lambda value: (add, 1, Holder(value)), "argument 2 holds"),
+    "deque": (lambda value: (identity, collections.deque([value])), "argument 1 holds"),
+    "partial": (lambda value: (functools.partial(add, value), 1), "the function holds"),
+    "bound method": (lambda value: (Holder(value).get,), "the function holds"),
+    "closure": (lambda value: (closure_of(value),), "the function holds"),
+    "in a list": (lambda value: (identity, [Holder(value)]), "argument 1 holds"),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_futures_where_nobody_looks_for_them(executor: Any, place: str) -> None:
+    """The text says what it is, where, and how to pass it."""
+    source = executor.submit(add, 1, 2)
+    call, where = PLACES[place]
+    for future in (source, get_item_from_future(source, 0), Future()):
+        error = executor.submit(*call(future)).exception(WAIT)
+        assert isinstance(error, TypeError)
+        assert f"{where} a future" in str(error)
+        assert "as an argument of its own, or its result" in str(error)
+    assert executor.submit(add, source, 1).result(WAIT) == 4
+
+
+def test_executors_as_inputs(executor: Any) -> None:
+    with ThreadPoolExecutor(1) as threads:
+        for other in (executor, threads):
+            for call, where in (
+                ((identity, other), "argument 1 is"),
+                ((identity, [other]), "argument 1 holds"),
+                ((other.shutdown,), "the function holds"),
+            ):
+                error = executor.submit(*call).exception(WAIT)
+                assert isinstance(error, TypeError)
+                assert f"{where} an executor" in str(error)
+                assert "Make one inside the function" in str(error)
+        error = executor.submit(keywords, other=executor).exception(WAIT)
+        assert "argument 'other' is an executor" in str(error)
+    assert executor.submit(add, 1, 2).result(WAIT) == 3
+
+
+@pytest.mark.rows("fork")
+def test_futures_and_executors_refuse_to_be_pickled(executor: Any) -> None:
+    source = executor.submit(add, 1, 2)
+    derived = [get_item_from_future(source, 0), *executor.batched([source], 1)]
+    for future in (source, *derived):
+        with pytest.raises(TypeError, match=r"Future cannot be pickled\. .*future\.result\(\)"):
+            pickle.dumps(future)
+    with pytest.raises(TypeError, match=r"Executor cannot be pickled: .*inside the function"):
+        pickle.dumps(executor)
+    error = executor.submit(return_a_future).exception(WAIT)
+    assert "CallFuture cannot be pickled" in str(error)
+
+
+def return_a_future() -> Any:
+    from executorlib import SingleNodeExecutor
+
+    with SingleNodeExecutor(max_workers=1) as executor:
+        return executor.submit(add, 1, 2)
 
 
 def test_function(executor: Any) -> None:

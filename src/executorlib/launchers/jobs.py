@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from executorlib import batches, entries, files, machine
 from executorlib.errors import ExecutorlibSocketError, advise_unpicklable
+from executorlib.futures import misplaced
 from executorlib.launchers.base import Events, Exit, Process, Timer
 from executorlib.launchers.job import SUBMIT_SECONDS, Job, JobBatch, owner_of
 from executorlib.launchers.queue import JobState, Phase, means
@@ -210,7 +211,8 @@ class JobLauncher:
                     )
                 }
             except BaseException as error:  # whatever the user's objects raise
-                self._end(job, Exit(None, "", advise_unpicklable(error, task.number, task.name)))
+                hidden = misplaced(task.fn, task.args, task.kwargs)
+                self._end(job, Exit(None, "", advise_unpicklable(error, task.number, task.name, hidden)))
                 return
             pending = [self._by_output[path] for path in task.after if path in self._by_output]
             after = [other for other in pending if not other.over]
