@@ -8,14 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import functools
 import ipaddress
+import os
 import socket
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 
 LOOPBACK = "127.0.0.1"
+
+# The kernel's limit for the path of a Unix socket (sun_path, which also holds a zero byte); TMPDIR may be longer.
+_MOST_PATH_BYTES = 107 if sys.platform.startswith("linux") else 103
+# Where a short path can be had.
+_SHORT_DIRECTORIES = ("/tmp", "/var/tmp", "/dev/shm")
 
 # net/if.h, the same on Linux, macOS and the BSDs.
 _IFF_UP = 0x1
@@ -55,6 +63,37 @@ def addresses() -> list[str]:
         found += _of_interfaces()
     unique = [each for each in dict.fromkeys(found) if not (each.is_loopback or each.is_link_local)]
     return [str(each) for each in sorted(unique, key=lambda each: each.version)]
+
+
+def socket_directory(name: str) -> str:
+    """Make a directory for a Unix socket, accessible to this user alone, where the path is not too long for one.
+
+    Args:
+        name: Of the socket.
+
+    Returns:
+        A directory among those for temporary files if its path is short enough, else one elsewhere. The caller removes
+        it.
+
+    Raises:
+        OSError: There is no such place.
+    """
+    failures = []
+    for parent in (None, *_SHORT_DIRECTORIES):
+        try:
+            directory = tempfile.mkdtemp(prefix="executorlib-", dir=parent)
+        except OSError as error:
+            failures.append(f"{parent}: {error.strerror}")
+            continue
+        if len(os.fsencode(os.path.join(directory, name))) <= _MOST_PATH_BYTES:
+            return directory
+        os.rmdir(directory)
+        failures.append(f"{parent or tempfile.gettempdir()}: its path is too long")
+    raise OSError(
+        errno.ENAMETOOLONG,
+        f"there is no place for a Unix socket, whose path may have {_MOST_PATH_BYTES} bytes ({'; '.join(failures)}). "
+        "Set TMPDIR to a short path that can be written to",
+    )
 
 
 _IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address

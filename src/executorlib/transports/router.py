@@ -11,7 +11,6 @@ of another connection by then. So it is asked after a little later, by sending i
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -36,6 +35,8 @@ from executorlib.transports.zeromq import (
 if TYPE_CHECKING:
     from executorlib.launchers.base import Events
 
+# Name of the Unix socket in its directory.
+_SOCKET = "router"
 # Connections of workers that come at the same moment wait in this queue; the system's own limit applies, too.
 _BACKLOG = 4096
 # Read in one turn of the loop; and the pause then, in seconds, in which it gets to the rest.
@@ -103,9 +104,8 @@ class Router:
                 hosts = [address.LOOPBACK] if hostname_localhost else list(interfaces)
                 self.endpoints = self._listen(hosts)
             else:
-                # mkdtemp makes it accessible to this user alone (mode 0700).
-                self._directory = tempfile.mkdtemp(prefix="executorlib-")
-                self.endpoints = [f"ipc://{self._directory}/router"]
+                self._directory = address.socket_directory(_SOCKET)
+                self.endpoints = [f"ipc://{self._directory}/{_SOCKET}"]
                 self._socket.bind(self.endpoints[0])
         except BaseException:
             self._close()
