@@ -50,6 +50,26 @@ def test_remote_traceback_shows_the_users_lines(executor: Any) -> None:
     assert remote.index("in outer") < remote.index("in inner")
 
 
+@pytest.mark.rows("fork", "block-fork")
+def test_exception_with_a_text_that_is_too_long_for_a_traceback(executor: Any) -> None:
+    """The exception arrives whole; its text in the traceback has a note of what was left out."""
+
+    def complain() -> None:
+        raise ValueError("x" * 18_000_000 + "the end")
+
+    error = executor.submit(complain).exception(WAIT)
+    assert isinstance(error, ValueError)
+    assert str(error) == "x" * 18_000_000 + "the end"
+    remote = str(error.__cause__)
+    assert len(remote) < 1_100_000
+    assert "in complain" in remote
+    left_out = re.search(r"(\d+) characters were left out", remote)
+    assert left_out is not None
+    assert 16_000_000 < int(left_out[1]) < 18_000_000
+    assert remote.rstrip('"\n ').endswith("the end")
+    assert executor.submit(add, 1, 2).result(WAIT) == 3
+
+
 def test_remote_traceback_of_chained_errors(executor: Any) -> None:
     def chained() -> None:
         try:

@@ -20,6 +20,7 @@ from executorlib.errors import ExecutorlibSocketError
 from executorlib.serialize import Frame
 from executorlib.transports import messages
 from executorlib.transports.messages import Channel, Connection, Decoder, Message, Undecoded, encode
+from executorlib.worker import call
 from unit import repeatable
 
 LARGE = messages.MAPPED_BYTES
@@ -224,6 +225,16 @@ def test_memory_file_that_cannot_be_filled_gives_way_to_the_socket() -> None:
 def test_header_that_is_not_plain_data() -> None:
     with pytest.raises(TypeError, match="JSON"):
         encode(["call", object()], [])
+
+
+@pytest.mark.parametrize("character", ["x", "\n", "\N{GRINNING FACE}"])
+def test_longest_text_fits_into_a_header(character: str) -> None:
+    text = call.bounded(character * 20_000_000)
+    stream = wire(encode(["error", 1, 0.5, text, {}], [b"frame"])[0])
+    [message] = Decoder().feed(stream, [])
+    assert message.header[3] == text
+    assert "19000000 characters were left out here" in text
+    assert call.bounded(character * 1_000_000) == character * 1_000_000
 
 
 # Over sockets.

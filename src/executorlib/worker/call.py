@@ -46,6 +46,9 @@ GPU_VARIABLES = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 
 PERMIT = struct.Struct("<Q")
 
+# Characters of a text that travels in a message's header, where one takes twelve bytes at most: see `bounded`.
+_MOST_TEXT = 1_000_000
+
 
 class Permits:
     """Says which of the calls that a worker holds it may start.
@@ -85,8 +88,8 @@ class Answer:
 
     def __init__(self, frames: list[Frame], traceback: str, warning: str = "", loaded: bool = True) -> None:
         self.frames = frames
-        self.traceback = traceback
-        self.warning = warning
+        self.traceback = bounded(traceback)
+        self.warning = bounded(warning)
         self.loaded = loaded
 
 
@@ -241,6 +244,17 @@ def traceback_text(error: BaseException) -> str:
     return "".join(traceback.format_exception(type(error), error, trace))
 
 
+def bounded(text: str) -> str:
+    """The text without its middle where it is too long for a message's header, which is no place for data.
+
+    The exception itself, with all that it says, travels beside it whatever its size.
+    """
+    if len(text) <= _MOST_TEXT:
+        return text
+    half = _MOST_TEXT // 2
+    return f"{text[:half]}\n... {len(text) - 2 * half} characters were left out here ...\n{text[-half:]}"
+
+
 def dump_error(error: BaseException) -> list[Frame]:
     """Pickle an exception; one that cannot be pickled and rebuilt is replaced by one that can."""
     try:
@@ -362,7 +376,7 @@ def serve(connection: Connection, permits: Permits | None) -> None:
         if setup_message.frames:
             values.update(initial_values(setup_message.frames))
     except BaseException as error:
-        connection.send(["error", 0, 0.0, traceback_text(error), {}], dump_setup_error(error))
+        connection.send(["error", 0, 0.0, bounded(traceback_text(error)), {}], dump_setup_error(error))
         return
     del setup_message
     if permits is None:
