@@ -45,6 +45,7 @@ import zmq
 
 from executorlib import serialize
 from executorlib.errors import ExecutorlibSocketError, RemoteTraceback, describe_exit
+from executorlib.launchers import streams
 from executorlib.transports.curve import ClientKeys, Door
 from executorlib.worker import call
 
@@ -466,8 +467,8 @@ class _Relay:
                 break
             self._shown += len(data)
             self._tail = (self._tail + data)[-_STDERR_TAIL_BYTES:]
-            if sys.stderr is not None:
-                with contextlib.suppress(OSError, ValueError):  # ours is closed
+            if sys.stderr is not sys.__stderr__ or streams.is_users(2):
+                with contextlib.suppress(OSError, ValueError, AttributeError):  # ours is closed, or there is none
                     sys.stderr.write(data.decode(errors="replace"))
         if self._shown > _STDERR_FILE_BYTES:
             self.file.truncate(0)
@@ -555,6 +556,7 @@ class SubprocessSpawner:
                 self.generate_command(command_lst),
                 cwd=self._cwd,
                 stdin=subprocess.DEVNULL,
+                stdout=None if streams.is_users(1) else subprocess.DEVNULL,
                 stderr=self._relay.file,
                 env={**os.environ, **self._environment()},
                 # A group of its own, so that what the program starts can be ended with it.

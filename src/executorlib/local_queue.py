@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from executorlib.executors import SingleNodeExecutor
-from executorlib.worker import job
+from executorlib.worker import family, job
 
 # A query is answered for jobs that ended only so often, as after the first time the executor knows.
 _TELL_ENDED = 3
@@ -126,6 +126,7 @@ def main(fd: int, options: dict[str, Any]) -> None:
     """
     # A terminal that closes is no reason to end, nor is a session that does not read any more.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    family.unblock()
     os.set_inheritable(fd, False)
     with SingleNodeExecutor(**options) as executor, socket.socket(fileno=fd) as sock:
         queue = LocalQueue(executor)

@@ -32,6 +32,7 @@ from typing import Any
 from executorlib import foreign, serialize
 from executorlib.errors import ExecutorlibSocketError, RemoteTraceback, TimeLimitError, advise_unpicklable, contained
 from executorlib.futures import Stored, StoredCall, fill_in, input_error, misplaced, stored
+from executorlib.launchers import streams
 from executorlib.launchers.base import Events, Exit, Launcher, Process, tail_text
 from executorlib.poller import Poller
 from executorlib.resources import Demand, Resources
@@ -61,8 +62,11 @@ _FUNCTION_BYTES_PER_WORKER = 256 * 1024 * 1024
 # Pickles above this size are known by their digest, so that they need not be kept here.
 _DIGEST_BYTES = 256 * 1024
 
-# Between SIGINT or SIGTERM and SIGKILL, in seconds: time for a function to tidy up.
+# Between SIGINT, SIGTERM or a limit that is over and SIGKILL, in seconds: time to tidy up.
 _GRACE_SECONDS = 2.0
+
+# How often suspended helpers are continued once the executor is to end, in seconds.
+_RESUME_SECONDS = 1.0
 
 # What sends these signals to all workers.
 _ENDED_BY = {signal.SIGKILL: "kill_workers()", signal.SIGTERM: "terminate_workers()", signal.SIGINT: "Ctrl-C"}
@@ -138,6 +142,7 @@ class Loop(Poller, Events):
         name: str,
         jobs: bool = False,
     ) -> None:
+        streams.fill()
         super().__init__()
         self._number = next(_loop_numbers)
         self._jobs = jobs
@@ -328,11 +333,18 @@ class Loop(Poller, Events):
             self._drop(task)
 
     def _on_shutdown(self, cancel: bool) -> None:
+        if not self._closing:
+            self._resume()
         self._closing = True
         if cancel:
             for task in list(self._tasks.values()):
                 if not task.announced and task.future.cancel():
                     self.on_cancelled(task)
+
+    def _resume(self) -> None:
+        # Whoever waits for our end must not wait for a process that somebody has suspended, now or later.
+        self._launcher.resume()
+        self.call_later(_RESUME_SECONDS, self._resume)
 
     def _on_detach(self) -> None:
         self._closing = True
@@ -539,10 +551,13 @@ class Loop(Poller, Events):
             self._launcher.kill(process, signal.SIGKILL)
 
     def _stop(self, worker: Worker) -> None:
-        transport = self._processes[worker.number].transport
-        if transport is not None:
-            transport.put(["stop"])
-            transport.flush()
+        process = self._processes[worker.number]
+        if process.transport is not None:
+            process.transport.put(["stop"])
+            process.transport.flush()
+        if process.resources.run_time_max is not None:
+            seconds = process.resources.run_time_max + _GRACE_SECONDS
+            self.call_later(seconds, lambda: self._end_leftover(process))
 
     def _recall(self, worker: Worker, count: int) -> None:
         process = self._processes[worker.number]
@@ -780,9 +795,15 @@ class Loop(Poller, Events):
         def expire() -> None:
             task = self._tasks.get(number)
             process = self._processes.get(worker_number)
-            if task is None or process is None or task.state is not RUNNING or task not in process.worker.calls:
+            if process is None:
                 return
             worker = process.worker
+            if process.single and (task is None or task.over):
+                # It may be about to exit, as it should.
+                self.call_later(_GRACE_SECONDS, lambda: self._end_leftover(process))
+                return
+            if task is None or task.state is not RUNNING or task not in worker.calls:
+                return
             process.verdict = TimeLimitError(
                 f"Call {number} of {task.name} ran longer than its run_time_max of {seconds:g} s and was ended; "
                 "give it more time with resource_dict={'run_time_max': seconds}."
@@ -792,6 +813,18 @@ class Loop(Poller, Events):
             self._kill(worker)
 
         self.call_later(seconds, expire)
+
+    def _end_leftover(self, process: Process) -> None:
+        """Kill a worker that is to end and does not: exit handlers and threads of calls have a limit, too."""
+        if process.worker.number in self._processes:
+            logger.warning(
+                "process %d on %s was killed: its calls are over, but what they left (exit handlers, threads) went on "
+                "beyond their run_time_max of %g s",
+                process.pid,
+                process.host,
+                process.resources.run_time_max,
+            )
+            self._kill(process.worker)
 
     # -- futures ------------------------------------------------------------------------------------------------------
 

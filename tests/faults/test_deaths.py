@@ -23,9 +23,11 @@ from contract.functions import (
     identity,
     put,
     record,
+    until,
     wait_for,
     wait_until_gone,
 )
+from executorlib import loop
 from faults.functions import die, die_or_add
 
 WAIT = 30
@@ -303,6 +305,87 @@ def test_agent_is_stopped_for_a_while(make_executor: Callable[..., Any]) -> None
         for pid in children() - before:
             os.kill(pid, signal.SIGCONT)
         assert [future.result(WAIT) for future in futures] == [1, 2, 3, 4, 5]
+
+
+def suspend(*pids: int) -> None:
+    """Suspend processes, and wait until they are."""
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+        until(lambda pid=pid: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T")
+
+
+@pytest.mark.linux
+@pytest.mark.parametrize("method", ["kill_workers", "terminate_workers"])
+@pytest.mark.rows("fork", "block-fork")
+def test_workers_of_a_suspended_agent_are_ended(
+    make_executor: Callable[..., Any], gate: Callable[..., Gate], method: str
+) -> None:
+    held = gate()
+    before = children()
+    executor = make_executor(max_workers=1)
+    future = executor.submit(held)
+    pid = held.pid()
+    suspend(*(children() - before - {pid}))
+    getattr(executor, method)()
+    assert isinstance(future.exception(WAIT), BrokenExecutor)
+    executor.shutdown()
+    wait_until_gone(pid)
+
+
+@pytest.mark.linux
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.rows("fork", "spawn", "block-fork")
+def test_shutdown_with_a_suspended_agent(
+    make_executor: Callable[..., Any], gate: Callable[..., Gate], when: str
+) -> None:
+    """What is at hand is finished, and it returns; whether the agent was suspended before it or while it waits."""
+    held = gate()
+    before = children()
+    executor = make_executor(max_workers=1)
+    future = executor.submit(held, "finished")
+    agents = children() - before - {held.pid()}
+    if when == "before":
+        suspend(*agents)
+    else:
+        executor.shutdown(wait=False)
+        for pid in agents:  # and continued soon
+            os.kill(pid, signal.SIGSTOP)
+    held.open()
+    executor.shutdown()
+    assert future.result(WAIT) == "finished"
+    assert not children() - before
+
+
+@pytest.mark.linux
+@block
+def test_shutdown_with_a_suspended_idle_worker(make_executor: Callable[..., Any]) -> None:
+    executor = make_executor(max_workers=1)
+    suspend(executor.submit(os.getpid).result(WAIT))
+    executor.shutdown()
+
+
+@pytest.mark.rows("fork", "spawn", "block-fork")
+def test_what_a_call_leaves_has_its_time_limit(
+    make_executor: Callable[..., Any],
+    row: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """An exit handler that never returns must not hold the call's core, nor `shutdown`, for ever."""
+
+    def leave() -> int:
+        import atexit
+
+        atexit.register(time.sleep, 600)
+        return os.getpid()
+
+    monkeypatch.setattr(loop, "_GRACE_SECONDS", 0.05)
+    with make_executor(max_workers=1, resource_dict={"run_time_max": 2}) as executor:
+        pid = executor.submit(leave).result(WAIT)
+        assert executor.submit(add, 1, 2).result(WAIT) == 3
+    wait_until_gone(pid)
+    assert f"process {pid}" in caplog.text
+    assert "run_time_max of 2 s" in caplog.text
 
 
 # The user's process.

@@ -155,6 +155,108 @@ def test_cache_that_may_not_be_written(row: Any, scripts: Any, tmp_path: Path) -
     check_full(quietly(scripts, FULL, row.arguments(), env={"FOLDER": str(tmp_path / "store")}))
 
 
+# What a session inherits from whoever started it.
+
+
+SIGNALS = """
+    import signal
+
+    def signals():
+        chld = signal.getsignal(signal.SIGCHLD) is signal.SIG_DFL
+        return len(signal.pthread_sigmask(signal.SIG_BLOCK, ())), chld
+
+    if STATE == "blocked":
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    else:
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    with Executor(**OPTIONS) as executor:
+        print(executor.submit(signals, resource_dict=NEEDS).result(40))
+        print(type(executor.submit(os._exit, 3, resource_dict=NEEDS).exception(40)).__name__)
+        executor.submit(sys.stderr.write, "to be ended", resource_dict=NEEDS)
+"""
+
+
+@pytest.mark.parametrize("state", ["blocked", "ignored"])
+@pytest.mark.rows("fork", "spawn", "block-fork", "block-spawn", "jobs")
+def test_signals_that_the_session_does_not_get(row: Any, scripts: Any, state: str) -> None:
+    """Workers get them all the same, and deaths are noticed."""
+    source = f"NEEDS, STATE = {{}}, {state!r}\n{textwrap.dedent(SIGNALS)}"
+    out = quietly(scripts, source, {**row.arguments(), **({"restart_limit": 1} if row.block else {})})
+    assert out.splitlines() == ["(0, True)", "ExecutorlibSocketError"]
+
+
+@pytest.mark.mpi
+def test_signals_that_a_session_with_ranks_does_not_get(scripts: Any) -> None:
+    source = f"NEEDS, STATE = {{'cores': 2}}, 'blocked'\n{textwrap.dedent(SIGNALS)}"
+    out = quietly(scripts, source, {"max_cores": 2})
+    assert out.splitlines() == ["[(0, True), (0, True)]", "ExecutorlibSocketError"]
+
+
+@pytest.mark.linux
+def test_standard_streams_that_are_closed(row: Any, scripts: Any) -> None:
+    """Their numbers go to the user's next files, which get nothing of what workers write."""
+    out = scripts.run(
+        """
+        from pathlib import Path
+
+        def noisy():
+            for number in (1, 2):
+                os.write(number, b"from the worker")
+            return os.read(0, 1)
+
+        streams = [os.dup(number) for number in range(3)]
+        files = []
+        for number in range(3):
+            os.close(number)
+        for number in range(3):
+            files.append(open(f"data{number}", "wb", buffering=0))
+            assert files[-1].fileno() == number
+            files[-1].write(b"begin ")
+        with Executor(**OPTIONS) as executor:
+            answers = [executor.submit(noisy).result(30) for _ in range(3)]
+        for file in files:
+            file.write(b"end")
+            file.close()
+        with Executor(**OPTIONS) as executor:  # nothing at all has these numbers now
+            answers += [executor.submit(noisy).result(30) for _ in range(3)]
+            targets = {os.readlink(f"/proc/self/fd/{number}") for number in range(3)}
+        for number, stream in enumerate(streams):
+            os.dup2(stream, number)
+        print(answers == [b""] * 6, targets)
+        print({Path(file.name).read_bytes() for file in files})
+        """,
+        row.arguments(),
+    )
+    assert out.splitlines() == ["True {'/dev/null'}", "{b'begin end'}"]
+
+
+def test_standard_streams_that_were_never_open(row: Any, scripts: Any, tmp_path: Path) -> None:
+    def close() -> None:
+        for number in range(3):
+            os.close(number)
+
+    process = scripts.start(
+        """
+        def noisy():
+            os.write(1, b"out")
+            os.write(2, b"err")
+            return 7
+
+        with open("data", "wb", buffering=0) as file, Executor(**OPTIONS) as executor:
+            assert file.fileno() == 0
+            other = open("other", "wb", buffering=0)
+            result = executor.submit(noisy).result(30)
+            other.write(str(result).encode())
+            other.close()
+        """,
+        row.arguments(),
+        preexec_fn=close,
+    )
+    assert process.wait(WAIT) == 0
+    assert (tmp_path / "data").read_bytes() == b""
+    assert (tmp_path / "other").read_bytes() == b"7"
+
+
 # Without MPI.
 
 
@@ -341,6 +443,30 @@ def test_long_temporary_directory(row: Any, scripts: Any, tmp_path: Path) -> Non
         env={"TMPDIR": str(folder)},
     )
     assert out == "1\n"
+
+
+@pytest.mark.mpi
+def test_long_temporary_directory_of_ranks(scripts: Any, tmp_path: Path) -> None:
+    """The socket of a world is elsewhere then, for this user alone, and only as long as it is needed."""
+    folder = tmp_path / ("long" * 20)
+    folder.mkdir()
+    out = scripts.run(
+        """
+        import glob, stat
+        from executorlib.transports import address
+
+        made = []
+        address.socket_directory = lambda name, make=address.socket_directory: made.append(make(name)) or made[-1]
+        with Executor(**OPTIONS) as executor:
+            print(executor.submit(abs, -1, resource_dict={"cores": 2}).result(40))
+            (folder,) = made
+            print(oct(stat.S_IMODE(os.stat(folder).st_mode)), os.listdir(folder))
+        print(os.path.exists(folder), os.listdir(os.environ["TMPDIR"]))
+        """,
+        {"max_cores": 2},
+        env={"TMPDIR": str(folder)},
+    )
+    assert out.splitlines() == ["[1, 1]", "0o700 ['router']", "False []"]
 
 
 def test_working_directory_that_was_removed(row: Any, scripts: Any, tmp_path: Path) -> None:

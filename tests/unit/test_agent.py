@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import select
 import signal
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 
 from contract.functions import alive, until, wait_until_gone
 from executorlib import serialize
+from executorlib.launchers import local
 from executorlib.transports.messages import Connection, Message
 from executorlib.worker.agent import _kill_group
 from executorlib.worker.call import PERMIT, Permits
@@ -266,6 +268,20 @@ def of_main(fn: Callable[..., Any]) -> Callable[..., Any]:
 # Starting and ending workers.
 
 
+def test_agent_that_is_started_with_signals_blocked(make_agent: Callable[..., Client]) -> None:
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        client = make_agent()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    assert client.receive().header[0] == "hello"
+    assert client.start(1).run(signal.pthread_sigmask, signal.SIG_BLOCK, ()) == set()
+    assert client.status(1) == 0
+    client.start(2)
+    client.kill(2, signal.SIGTERM)
+    assert client.status(2) == signal.SIGTERM
+
+
 def test_worker_runs_one_call_and_ends(agent: Client) -> None:
     worker = agent.start(7)
     assert worker.number == 7
@@ -317,6 +333,24 @@ def test_what_a_worker_writes_to_standard_error(agent: Client) -> None:
     worker.run(complain)
     assert agent.status() == 0
     assert worker.errors() == "something is wrong\nin C, too\n"
+
+
+@linux
+def test_whoever_writes_errors_without_end_gets_one_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rest waits: the loop has others to see to."""
+    shown: list[bytes] = []
+    monkeypatch.setattr(local, "_write_stderr", shown.append)
+    reading, writing = os.pipe()
+    fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 1 << 20)
+    assert os.write(writing, b"x" * (1 << 20)) == 1 << 20
+    tail = bytearray()
+    assert local._forward(reading, tail)
+    assert shown == [b"x" * 65536]
+    assert readable(reading, WAIT)
+    os.close(writing)
+    assert not local._forward(reading, tail, local._LAST_PIECES)
+    assert sum(map(len, shown)) == 1 << 20
+    os.close(reading)
 
 
 def test_worker_of_a_block(agent: Client) -> None:

@@ -220,6 +220,34 @@ def test_options_of_srun_where_it_starts_no_ranks(allocation: Callable[..., Any]
         allocation().submit(node, resource_dict={"cores": 2, "slurm_cmd_args": ["--mem=1G"]})
 
 
+@pytest.mark.parametrize("needs", [{}, {"slurm_cmd_args": ["--quiet"]}], ids=["relay", "step"])
+def test_signals_that_the_session_does_not_get(allocation: Callable[..., Any], needs: dict[str, Any]) -> None:
+    """Workers get them all the same, and their deaths are noticed."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        executor = allocation(resource_dict=needs)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    assert executor.submit(signal.pthread_sigmask, signal.SIG_BLOCK, ()).result(SECONDS) == set()
+    assert isinstance(executor.submit(os._exit, 3).exception(SECONDS), ExecutorlibSocketError)
+
+
+def agent_and_relay() -> tuple[int, int]:
+    return os.getppid(), relay()
+
+
+def test_shutdown_with_a_suspended_agent_on_a_node(allocation: Callable[..., Any], tmp_path: Path) -> None:
+    executor = allocation(block_allocation=True, max_workers=1)
+    agent, _ = executor.submit(agent_and_relay).result(SECONDS)
+    future = executor.submit(begin, str(tmp_path), 0)
+    while not (tmp_path / "0").exists():
+        time.sleep(0.01)
+    os.kill(agent, signal.SIGSTOP)
+    (tmp_path / "end").touch()
+    executor.shutdown()
+    assert future.result()[1] == 0
+
+
 def test_nodes_are_told_apart(allocation: Callable[..., Any]) -> None:
     executor = allocation()
     needs = {"threads_per_core": 2}

@@ -165,6 +165,10 @@ class Launcher(Protocol):
         """
         ...
 
+    def resume(self) -> None:
+        """Continue what looks after workers, in case it was suspended; asked again and again once we are to end."""
+        ...
+
     @property
     def busy(self) -> bool:
         """Whether it has to go on although no call is left, to hand over what it was told."""

@@ -192,6 +192,9 @@ class FluxLauncher:
             self._instance.end(member.job, "cancel")
             self._later(_CANCEL_SECONDS, member.identity, lambda it: self._end(it, "Flux has not ended its job"))
 
+    def resume(self) -> None:
+        """See `Launcher.resume`; Flux looks after its workers."""
+
     @property
     def busy(self) -> bool:
         """See `Launcher.busy`."""

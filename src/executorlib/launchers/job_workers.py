@@ -146,6 +146,9 @@ class JobWorkerLauncher:
         if member.array.job_id:  # otherwise see `_answered`
             self._cancellations.add(member.key)
 
+    def resume(self) -> None:
+        """See `Launcher.resume`; the system looks after its jobs."""
+
     @property
     def busy(self) -> bool:
         """See `Launcher.busy`."""

@@ -164,6 +164,9 @@ class JobLauncher:
             _remove_input(job)
         self._end(job, Exit(None, "its job was cancelled"))
 
+    def resume(self) -> None:
+        """See `Launcher.resume`; the system looks after its jobs."""
+
     @property
     def busy(self) -> bool:
         """See `Launcher.busy`."""

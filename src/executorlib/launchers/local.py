@@ -20,6 +20,7 @@ from typing import Any
 
 from executorlib import serialize
 from executorlib.errors import ExecutorlibSocketError, describe_exit
+from executorlib.launchers import streams
 from executorlib.launchers.base import (
     STDERR_TAIL_BYTES,
     Events,
@@ -40,6 +41,9 @@ from executorlib.worker.call import THREAD_VARIABLES
 _AGENT_END_SECONDS = 10.0
 # How long a worker whose connection has ended may take to exit, in seconds, before it counts as running on without.
 _EXIT_SECONDS = 1.0
+# A pipe that is read when its writer has ended holds so many pieces at most (1 MiB, `/proc/sys/fs/pipe-max-size`);
+# other processes may still be writing.
+_LAST_PIECES = 17
 
 
 class Surroundings:
@@ -175,6 +179,7 @@ class Agent:
         if self._preload:
             environ.update(dict.fromkeys(THREAD_VARIABLES, str(self._threads)))
         preload = [] if self._spawn else self._preload
+        streams.fill()
         with contextlib.ExitStack() as on_failure:
             ours, theirs = socket.socketpair()
             on_failure.callback(ours.close)
@@ -186,6 +191,7 @@ class Agent:
                     self._popen = subprocess.Popen(
                         command,
                         stdin=subprocess.DEVNULL,
+                        stdout=None if streams.is_users(1) else subprocess.DEVNULL,
                         stderr=error_write,
                         env=environ,
                         pass_fds=[theirs.fileno()],
@@ -232,12 +238,27 @@ class Agent:
 
     def kill(self, process: Process, signal_number: int) -> None:
         """Signal a worker's process group, as soon as there is one."""
+        self._continue()
         child = self._by_worker.get(process.worker.number)
         if child is not None:
             self._put(["kill", child.number, signal_number])
             self._flush()
         elif self._unwanted.get(process) != signal.SIGKILL and any(each is process for each in self._wanted.values()):
             self._unwanted[process] = signal_number
+
+    def resume(self) -> None:
+        """Continue the agent, and its workers that run no call and so have nothing to do but to end."""
+        self._continue()
+        for child in self._by_worker.values():
+            assert child.process is not None
+            if all(task.over for task in child.process.worker.calls):
+                self._put(["kill", child.number, signal.SIGCONT])
+        self._flush()
+
+    def _continue(self) -> None:
+        """Have the agent go on if somebody has suspended it: nobody else can do what it is about to be asked for."""
+        if self._popen is not None:
+            self._popen.send_signal(signal.SIGCONT)
 
     def wait(self, process: Process, seconds: float) -> bool:
         """Wait for the end of a worker when the loop is through with all else; whether it came in time."""
@@ -389,7 +410,7 @@ class Agent:
                 self._stock.remove(child)
             self._forget(child)
             return
-        _forward(child.stderr, process.stderr)
+        _forward(child.stderr, process.stderr, _LAST_PIECES)
         self._on_exit(process, Exit(status, text))
         self._forget(child)
 
@@ -413,7 +434,7 @@ class Agent:
             self._events.unwatch(self._error_fd)
 
     def _on_agent_death(self) -> None:
-        _forward(self._error_fd, self._stderr)
+        _forward(self._error_fd, self._stderr, _LAST_PIECES)
         status = self._disconnect()
         how = describe_exit(status)
         tail = tail_text(self._stderr)
@@ -441,6 +462,7 @@ class Agent:
         self._events.unwatch(self._error_fd)
         self._channel.close()
         self._channel = None
+        self._continue()
         popen, self._popen = self._popen, None
         try:
             code = popen.wait(_AGENT_END_SECONDS)
@@ -570,6 +592,11 @@ class LocalLauncher:
         else:
             agent.kill(process, signal_number)
 
+    def resume(self) -> None:
+        """See `Launcher.resume`."""
+        for agent in self._agents.values():
+            agent.resume()
+
     @property
     def busy(self) -> bool:
         """See `Launcher.busy`."""
@@ -589,6 +616,8 @@ class LocalLauncher:
 
 def _write_stderr(data: bytes) -> None:
     """Write what the user's standard error takes without waiting; a full pipe or a stopped terminal gets no more."""
+    if not streams.is_users(2):
+        return
     poll = select.poll()
     poll.register(2, select.POLLOUT)
     for start in range(0, len(data), select.PIPE_BUF):
@@ -599,9 +628,15 @@ def _write_stderr(data: bytes) -> None:
             os.write(2, data[start : start + select.PIPE_BUF])
 
 
-def _forward(fd: int, tail: bytearray) -> bool:
-    """Pass on what a process wrote to standard error, keeping its end; False at the end of it."""
-    while True:
+def _forward(fd: int, tail: bytearray, most: int = 1) -> bool:
+    """Pass on what a process wrote to standard error, keeping its end; False at the end of it.
+
+    Args:
+        fd: Where to read it.
+        tail: The end of all so far.
+        most: Pieces to read, of up to 64 KB. Whoever writes without end must not keep the loop from all else.
+    """
+    for _ in range(most):
         try:
             data = os.read(fd, 65536)
         except BlockingIOError:
@@ -613,3 +648,4 @@ def _forward(fd: int, tail: bytearray) -> bool:
         tail += data
         del tail[:-STDERR_TAIL_BYTES]
         _write_stderr(data)
+    return True

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from executorlib import machine
+from executorlib.launchers import streams
 from executorlib.launchers.base import Events, boot_command
 from executorlib.launchers.local import Surroundings
 from executorlib.launchers.queue import Batch, Cause, JobState, Phase
@@ -79,6 +80,7 @@ class LocalSystem:
     def _start(self) -> None:
         if self._socket is not None:
             return
+        streams.fill()
         ours, theirs = socket.socketpair()
         with theirs:
             theirs.set_inheritable(True)

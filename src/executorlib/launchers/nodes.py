@@ -176,6 +176,12 @@ class NodesLauncher:
         elif str(number) in self._steps:
             self._end_step(process)
 
+    def resume(self) -> None:
+        """See `Launcher.resume`."""
+        self._agent.resume()
+        for peer in self._by_peer:
+            self._router.send(peer, ["resume"], [])
+
     @property
     def busy(self) -> bool:
         """See `Launcher.busy`."""

@@ -14,7 +14,7 @@ relay something for each turn and not for each call: ``["stream", number of call
 the bytes for the worker's connection, and from the worker what `messages.Undecoded` makes. Only large calls come as
 messages, because they need a memory file.
 
-Further ones are ``["hello", {...}]`` and ``["bye", reason]`` from the relay, and ``["end"]`` to it.
+Further ones are ``["hello", {...}]`` and ``["bye", reason]`` from the relay, ``["resume"]`` and ``["end"]`` to it.
 
 The relay ends with its executor and takes all workers of its node along.
 """
@@ -39,6 +39,7 @@ from executorlib.resources import Resources
 from executorlib.serialize import Frame
 from executorlib.transports.curve import CONNECTION_VARIABLE, Credentials
 from executorlib.transports.dealer import Dealer
+from executorlib.worker import family
 from executorlib.worker.call import PERMIT
 from executorlib.worker.remote import hello
 
@@ -154,6 +155,9 @@ class Relay(Poller):
         while not self._ended_by and (message := self._dealer.take()) is not None:
             if message.header[0] == "end":
                 raise EOFError
+            if message.header[0] == "resume":
+                self._launcher.resume()
+                continue
             each = iter(message.frames)
             touched: dict[_Worker, None] = {}
             calls = [header[1] for _, header, _ in message.header[1] if header[0] == "stream"]
@@ -302,6 +306,7 @@ def main(environ: dict[str, str], launcher: dict[str, Any]) -> None:
         environ: Slurm's variables as the executor has them.
         launcher: Arguments of `LocalLauncher`.
     """
+    family.unblock()
     credentials = Credentials.parse(os.environ.pop(CONNECTION_VARIABLE, ""))
     for name in [name for name in os.environ if name.startswith("SLURM_") and name not in _KEPT]:
         del os.environ[name]

@@ -250,6 +250,7 @@ def main(fd: int, preload: list[str]) -> None:
         fd: Descriptor of the socket to the executor.
         preload: Modules to import before any child is forked.
     """
+    family.unblock()
     connection = Connection(socket.socket(fileno=fd))
     os.set_inheritable(fd, False)
     agent = Agent(connection)

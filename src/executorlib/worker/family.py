@@ -28,6 +28,15 @@ def prctl(option: int, value: int) -> None:
         _libc.prctl(option, value, 0, 0, 0)
 
 
+def unblock() -> None:
+    """Let all signals in.
+
+    Some programs start others with signals blocked, and that is inherited: the agent would never hear of its children's
+    ends, and a worker could not be asked to end. What is ignored (by `nohup`, say) stays so, as in any other program.
+    """
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
 def adopt() -> None:
     """Become the parent of descendants that lose their own, so that they can be found."""
     prctl(PR_SET_CHILD_SUBREAPER, 1)

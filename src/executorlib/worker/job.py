@@ -39,6 +39,7 @@ def main(directory: str) -> None:
     Args:
         directory: The batch directory.
     """
+    family.unblock()
     family.guard()
     family.adopt()
     code = FAILED

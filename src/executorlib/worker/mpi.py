@@ -36,6 +36,7 @@ def main(single: bool, path: str = "", identity: str = "", numbered: bool = Fals
         identity: The world's name, where the credentials are for several; by default the one in them.
         numbered: Whether the job's number in its array is to be appended to the name.
     """
+    family.unblock()
     family.guard()
     given = os.environ.pop(CONNECTION_VARIABLE, "")
 
@@ -113,7 +114,8 @@ class Rank:
             if frames:
                 values.update(call.initial_values(frames))
         except BaseException as error:
-            self._connection().send(["error", 0, 0.0, call.traceback_text(error), {}], call.dump_setup_error(error))
+            text = call.bounded(call.traceback_text(error))
+            self._connection().send(["error", 0, 0.0, text, {}], call.dump_setup_error(error))
             self._world.Barrier()  # until the executor ends us
             raise
         if not single:

@@ -75,6 +75,7 @@ def main(path: str = "", identity: str = "", numbered: bool = False) -> None:
         identity: The worker's name, where the file is for several workers; by default the one in the file.
         numbered: Whether the job's number in its array is to be appended to the name.
     """
+    family.unblock()
     family.lead()
     family.guard()
     family.adopt()
