@@ -6,6 +6,7 @@ directory, has small text files, each written by one process and read by others,
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import os
 import stat
@@ -14,8 +15,8 @@ from executorlib import files
 
 # In the cache directory.
 FOLDER = ".executorlib"
-# In a batch directory: which entries its jobs run, what the system calls it, who has submitted it, and what its jobs
-# have to set up to see the user's process as it was.
+# In a batch directory: which entries its jobs run, what the system calls it (see `JobIds`), who has submitted it, and
+# what its jobs have to set up to see the user's process as it was.
 ENTRIES_FILE = "entries"
 JOB_ID_FILE = "job_id"
 OWNER_FILE = "owner"
@@ -94,3 +95,64 @@ def entries_of(directory: str) -> dict[int, str]:
 def write_text(path: str, text: str) -> None:
     """Put a small text file in place, whole or not at all."""
     files.write(path, text.encode())
+
+
+class JobIds:
+    """Which jobs run the calls of a batch.
+
+    That is one, a job array, whose id is in the file ``job_id``. Where a limit of the system's lets in only some calls
+    at a time, there are several, and ``job_id.5-9`` has the id of the one that runs the calls 5 to 9.
+    """
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[int, int, str]] = []  # first call, last call and id, in order
+
+    @staticmethod
+    def file(part: str) -> str:
+        """Name of the file with the id of the job that runs a part, such as ``5-9``; empty for the whole batch."""
+        return f"{JOB_ID_FILE}.{part}" if part else JOB_ID_FILE
+
+    @classmethod
+    def read(cls, directory: str, last: int) -> JobIds:
+        """Read what was submitted so far.
+
+        Args:
+            directory: The batch directory.
+            last: The index of its last call.
+
+        Raises:
+            UntrustedFile: Anybody could have put a file there.
+        """
+        found = cls()
+        whole = read_text(directory, JOB_ID_FILE)
+        if whole is not None:
+            found.add(0, last, whole)
+            return found
+        names: list[str] = []
+        with contextlib.suppress(OSError):
+            names = os.listdir(directory)
+        for name in names:
+            start, _, part = name.rpartition(".")
+            first, _, end = part.partition("-")
+            job_id = read_text(directory, name) if start == JOB_ID_FILE and (first + end).isdecimal() else None
+            if job_id is not None:
+                found.add(int(first), int(end), job_id)
+        return found
+
+    def add(self, first: int, last: int, job_id: str) -> None:
+        """A job was submitted that runs these calls."""
+        bisect.insort(self._parts, (first, last, job_id))
+
+    def __bool__(self) -> bool:
+        return bool(self._parts)
+
+    def part(self, index: int) -> tuple[int, int, str] | None:
+        """First and last call, and the id, of the job that runs a call; None where it was not submitted."""
+        at = bisect.bisect(self._parts, (index + 1,)) - 1
+        return self._parts[at] if at >= 0 and self._parts[at][1] >= index else None
+
+    def of(self, index: int) -> tuple[str, int | None] | None:
+        """The job that runs a call: its id, and the call's index in the job array, None for a plain job."""
+        part = self.part(index)
+        # A single call at index 0 is a plain job.
+        return None if part is None else (part[2], index if part[1] else None)

@@ -144,8 +144,8 @@ def job_of(path: str, root: str | os.PathLike[str]) -> tuple[str | None, int | N
     index = indices.get(path)
     if index is None:
         return None, None, owner.get("system")
-    is_array = len(indices) > 1 or index > 0
-    return batches.read_text(directory, batches.JOB_ID_FILE), index if is_array else None, owner.get("system")
+    job = batches.JobIds.read(directory, max(indices.values())).of(index)
+    return *(job or (None, None)), owner.get("system")
 
 
 def _files(directory: str | os.PathLike[str], endings: tuple[str, ...]) -> Iterator[str]:

@@ -226,14 +226,15 @@ def _jobs_of(batch: str) -> Iterator[Job]:
     except files.UntrustedFile:
         return  # whatever it says
     try:
-        name = Path(batch, batches.JOB_ID_FILE).read_text(encoding="utf-8").strip() or None
-    except FileNotFoundError:
-        name = None
+        ids = batches.JobIds.read(batch, max(calls, default=0))
+    except files.UntrustedFile:
+        ids = batches.JobIds()
     for index, path in calls.items():
         output = f"output.{index}"
+        job_id, element = ids.of(index) or (None, None)
         yield Job(
             os.path.join(_realpath(os.path.dirname(path)), _stem(os.path.basename(path))),
-            f"{name}_{index}" if name and len(calls) > 1 else name,
+            job_id if element is None else f"{job_id}_{element}",
             os.path.join(batch, output) if output in printed else None,
         )
 

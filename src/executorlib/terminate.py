@@ -87,7 +87,8 @@ def _terminate(root: str | os.PathLike[str], paths: list[str], configuration: st
         queue = _queue_of(systems, configuration)
         if not isinstance(queue, SlurmQueue):
             # Other queues refuse to cancel what has ended, and pysqa's have no job arrays.
-            known = queue.parse_status(_run(queue.status_command([job_id for job_id, _ in jobs])))
+            ids = [job_id for job_id, _ in jobs]
+            known = queue.parse_status(_run(queue.status_command(ids)), ids)
             jobs = [job for job in jobs if (job[0], 0) in known]
     if jobs:
         _run(queue.cancel_command(jobs))

@@ -66,7 +66,7 @@ class Jobs:
         return job_id
 
     def states(self) -> dict[tuple[str, int], JobState]:
-        return self.queue.parse_status(output_of(self.queue.status_command(self.submitted)))
+        return self.queue.parse_status(output_of(self.queue.status_command(self.submitted)), self.submitted)
 
     def ends(self, job_id: str, count: int = 1) -> list[JobState]:
         """The states of a job, or of the elements of an array, once all have ended."""
@@ -320,7 +320,7 @@ def test_ends_by_the_database(jobs: Jobs) -> None:
 
 def test_jobs_that_nobody_knows(queue: SlurmQueue) -> None:
     unknown = "67000000"
-    assert (unknown, 0) not in queue.parse_status(output_of(queue.status_command([unknown])))
+    assert (unknown, 0) not in queue.parse_status(output_of(queue.status_command([unknown])), [unknown])
     assert queue.parse_detail(run(queue.detail_command(unknown, 3)).stdout) is None
     assert queue.parse_detail(run(["scontrol", "show", "job", unknown]).stdout) is None
 

@@ -12,7 +12,7 @@ import pytest
 from executorlib.launchers import connecting, job_workers
 from executorlib.launchers.base import Exit, Process
 from executorlib.launchers.job_workers import JobWorkerLauncher
-from executorlib.launchers.queue import JobState, Phase
+from executorlib.launchers.queue import JobState, Limit, Phase
 from executorlib.launchers.systems import Refused
 from executorlib.ledger import Allocation
 from executorlib.resources import Resources
@@ -282,6 +282,77 @@ def test_a_system_that_does_not_answer_after_a_long_time(
         now += 6.0
         events.run_timers()
     assert "did not take its job: the controller cannot be reached" in events.ends[0]
+
+
+# More workers than the system lets in.
+
+TOO_MANY = Refused("too many jobs", limit=Limit.OWN)
+
+
+def submitted(system: System) -> tuple[list[int], Callable[[Any], None]]:
+    """How many workers each request that is not answered has, and the answer to the last one."""
+    sizes = [batch.count for batch in system.batches[-len(system.answers) :]] if system.answers else []
+    return sizes, system.answers.pop()
+
+
+def test_more_workers_than_the_system_lets_in(
+    make: Callable[[], JobWorkerLauncher],
+    system: System,
+    events: Events,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Those that fit start, and the others when there is room; the user is told at once."""
+    now = 100.0
+    monkeypatch.setattr(job_workers.time, "monotonic", lambda: now)
+    monkeypatch.setattr(system, "prepare", lambda on_ready: None)
+    launcher = make()
+    workers = [process(number) for number in range(1, 9)]
+    for worker in workers:
+        launcher.launch(worker)
+    launcher._on_prepared()
+    sizes, answer = submitted(system)
+    assert sizes == [8]
+    answer(TOO_MANY)
+    (record,) = caplog.records
+    assert "8 workers are more jobs than a queue takes now" in record.getMessage()
+    in_system = 0
+    while system.answers:
+        (size,), answer = submitted(system)
+        fits = in_system + size <= 5
+        in_system += size if fits else 0
+        answer(str(100 + len(system.batches)) if fits else TOO_MANY)
+    assert in_system == 5
+    launcher.kill(workers[0], 9)
+    launcher.kill(workers[1], 9)
+    assert not system.answers, "the system has to see their ends first"
+    now += 1.0
+    events.run_timers()
+    sizes, answer = submitted(system)
+    assert sizes == [2]
+    answer("200")
+    assert len(caplog.records) == 1
+    launcher.kill(workers[7], 9)
+    assert events.ends == ["its job was cancelled"] * 2 + ["it was not needed any more"]
+
+
+def test_a_limit_under_which_no_worker_ever_fits(
+    make: Callable[[], JobWorkerLauncher], system: System, events: Events, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the user has other jobs, they may end; else it is an error after some minutes."""
+    now = 100.0
+    monkeypatch.setattr(job_workers.time, "monotonic", lambda: now)
+    make().launch(process(1))
+    for states in ({("1", None): JobState(Phase.RUNNING, "RUNNING")},) * 20 + ({("1", None): ENDED}, {}) * 8:
+        if not system.answers:
+            break
+        assert events.ends == []
+        system.answers.pop()(TOO_MANY)
+        system.queries.pop()(states)
+        now += 60.0
+        events.run_timers()
+    assert "did not take its job: too many jobs" in events.ends[0]
+    assert len(system.batches) > 20
 
 
 @pytest.mark.parametrize("seconds", [0.1, 25.0])

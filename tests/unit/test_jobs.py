@@ -15,16 +15,17 @@ from typing import Any, cast
 
 import pytest
 
-from executorlib import batches, entries
+from executorlib import batches, cache, entries
 from executorlib.launchers.base import Exit, Process
 from executorlib.launchers.jobs import JobLauncher
-from executorlib.launchers.queue import Cause, JobState, Phase
+from executorlib.launchers.queue import Cause, JobState, Limit, Phase
 from executorlib.launchers.submitter import Submitter
 from executorlib.launchers.systems import Refused
 from executorlib.ledger import Allocation
 from executorlib.resources import Resources
 from executorlib.scheduler import Worker
 from executorlib.task import LAUNCHING, READY, RUNNING, Task
+from executorlib.worker import job
 
 pytestmark = pytest.mark.cache
 
@@ -260,6 +261,262 @@ def test_a_job_that_would_wait_for_ever_and_was_taken_over(events: Events, tmp_p
     assert entries.claimed_for(str(tmp_path / "a_i.h5")) == str(batch)
 
 
+# More calls than the system lets in.
+
+
+class Limited(System):
+    """Has a limit to the number of jobs, those of others among them; runs them when the test says so.
+
+    Args:
+        limit: The limit.
+    """
+
+    array_limit = 1000
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.others = 0
+        self.whose = Limit.OWN
+        self.jobs: dict[tuple[str, int | None], str] = {}  # that have not ended, and their entries
+        self.waits_for: dict[tuple[str, int | None], tuple[str, int | None]] = {}
+        self.ran: list[str] = []
+        self.most = 0
+        self.taken: list[Any] = []
+        self.refused: list[Any] = []
+        self.cancelled: list[Any] = []
+
+    def submit(self, batch: Any, on_done: Callable[[Any], None]) -> None:
+        if len(self.jobs) + self.others + batch.count > self.limit:
+            self.refused.append(batch)
+            on_done(Refused("too many jobs", limit=self.whose))
+            return
+        self.taken.append(batch)
+        job_id = str(100 + len(self.taken))
+        paths = batches.entries_of(batch.directory)
+        is_array = batch.count > 1 or batch.first > 0
+        for index in range(batch.first, batch.first + batch.count):
+            element = (job_id, index if is_array else None)
+            self.jobs[element] = paths[index]
+            for each in batch.dependencies:
+                self.waits_for[element] = (each.job_id, index if each.corresponding else each.index)
+        self.most = max(self.most, len(self.jobs))
+        on_done(job_id)
+
+    def query(self, job_ids: Any, on_states: Callable[[Any], None]) -> None:
+        on_states(
+            {
+                **{("1", index): JobState(Phase.RUNNING, "RUNNING") for index in range(self.others)},
+                **{element: JobState(Phase.PENDING, "PENDING") for element in self.jobs},
+                ("2", 0): JobState(Phase.ENDED, "COMPLETED"),
+            }
+        )
+
+    def cancel(self, jobs: Any) -> None:
+        self.cancelled += jobs
+        for element in jobs:
+            self.jobs.pop(element, None)
+
+    def run(self) -> None:
+        """Run all that are here and do not wait for another one."""
+        for element, path in list(self.jobs.items()):
+            if self.waits_for.get(element) not in self.jobs:
+                del self.jobs[element]
+                self.ran.append(path)
+                entries.write_output(
+                    entries.output_of(path), function=abs, args=[], kwargs={}, resource_dict={}, runtime=0.1, output=1
+                )
+                entries.remove_input(path)
+
+
+class Loop(Events):
+    """Tells calls that they run, as the loop does."""
+
+    def on_connected(self, process: Process) -> None:
+        super().on_connected(process)
+        (task,) = process.worker.calls
+        task.move(RUNNING)
+        assert process.transport is not None
+        process.transport.flush()
+
+
+@pytest.fixture
+def impatient(events: Events, monkeypatch: pytest.MonkeyPatch) -> Loop:
+    for name in ("_SETTLE", "_FIRST_PAUSE", "_LAST_PAUSE"):
+        monkeypatch.setattr(f"executorlib.launchers.room.{name}", 0.0)
+    return Loop()
+
+
+@pytest.mark.parametrize(("limit", "calls"), [(5, 60), (1, 20), (1000, 20)])
+def test_however_small_the_limit_all_calls_run(
+    impatient: Loop, tmp_path: Path, caplog: pytest.LogCaptureFixture, limit: int, calls: int
+) -> None:
+    """As many at once as it lets in. The user is told at once, and once."""
+    system = Limited(limit)
+    launcher = None
+    for number in range(1, calls + 1):
+        launcher, _, _ = launched(impatient, system, tmp_path, f"a{number}", launcher, number)
+    while len(impatient.exits) < calls:
+        for _ in range(10):
+            impatient.run_timers()
+        system.run()
+    assert set(impatient.exits.values()) == {""}
+    assert len(system.ran) == len(set(system.ran)) == calls
+    assert system.most == min(limit, calls)
+    told = [record.getMessage() for record in caplog.records]
+    if limit < calls:
+        (text,) = told
+        assert f"{calls} calls, the first of abs, are more jobs than a queue takes now" in text
+        assert "too many jobs" in text
+    else:
+        assert told == []
+        assert len(system.taken) == 1
+    assert launcher is not None
+    assert not launcher.busy
+    assert not list((tmp_path / batches.FOLDER).iterdir())
+
+
+def test_inputs_of_which_only_some_are_in_the_system(impatient: Loop, tmp_path: Path) -> None:
+    """Each call waits there for its own input, in whatever part of its batch that was submitted."""
+    system = Limited(5)
+    launcher = None
+    tasks = []
+    for number in range(1, 13):
+        launcher, task, _ = launched(impatient, system, tmp_path, f"a{number}", launcher, number)
+        tasks.append(task)
+    for number, task in enumerate(tasks, 21):
+        launched(impatient, system, tmp_path, f"b{number}", launcher, number, after=[task])
+    launched(impatient, system, tmp_path, "c", launcher, 40, after=tasks)
+    while len(impatient.exits) < 25:
+        impatient.run_timers()
+        system.run()
+    assert set(impatient.exits.values()) == {""}
+    names = [Path(path).name for path in system.ran]
+    assert len(names) == len(set(names)) == 25
+    for number in range(1, 13):
+        assert names.index(f"a{number}_i.h5") < names.index(f"b{number + 20}_i.h5")
+    assert system.waits_for, "some were submitted while their inputs were there"
+    assert launcher is not None
+    assert not launcher.busy
+
+
+def test_calls_that_wait_under_a_limit_can_be_cancelled(impatient: Loop, tmp_path: Path) -> None:
+    system = Limited(2)
+    launcher = None
+    processes = []
+    for number in range(1, 7):
+        launcher, _, process = launched(impatient, system, tmp_path, f"a{number}", launcher, number)
+        processes.append(process)
+    while len(system.jobs) < 2:
+        impatient.run_timers()
+    assert launcher is not None
+    for process in (processes[0], processes[2], processes[4], processes[5]):
+        launcher.kill(process, 9)
+    while len(impatient.exits) < 6:
+        impatient.run_timers()
+        system.run()
+    assert [Path(path).name for path in system.ran] == ["a2_i.h5", "a4_i.h5"]
+    assert not launcher.busy
+    assert not list(tmp_path.glob("*_i.h5"))
+
+
+def test_others_that_fill_a_limit(impatient: Loop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While there are jobs of this user's, or where others' count, it is waited; else it is an error in the end."""
+    now = 0.0
+    monkeypatch.setattr("executorlib.launchers.submitter.time.monotonic", lambda: now)
+    system = Limited(3)
+    system.others = 3
+    _launcher, _, process = launched(impatient, system, tmp_path)
+    for _ in range(20):
+        now += 100.0
+        impatient.run_timers()
+    assert not impatient.exits
+    system.limit, system.others, system.whose = 0, 0, Limit.SHARED
+    for _ in range(20):
+        now += 100.0
+        impatient.run_timers()
+    assert not impatient.exits
+    system.whose = Limit.OWN
+    for _ in range(4):
+        now += 100.0
+        impatient.run_timers()
+    assert "a queue did not take its job: too many jobs" in impatient.exits[process.worker.number]
+
+
+def test_a_session_that_leaves_with_calls_under_a_limit(
+    impatient: Loop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What the limit does not let in soon is given up, and said; it can be submitted again."""
+    now = 100.0
+    monkeypatch.setattr("executorlib.launchers.submitter.time.monotonic", lambda: now)
+    system = Limited(2)
+    launcher = None
+    for number in range(1, 7):
+        launcher, _, _ = launched(impatient, system, tmp_path, f"a{number}", launcher, number)
+    while len(system.jobs) < 2:
+        now += 1.0
+        impatient.run_timers()
+    assert launcher is not None
+    launcher.detach(lambda: None)
+    caplog.clear()
+    while launcher.busy:
+        now += 1.0
+        impatient.run_timers()
+    assert "did not take jobs of this session, which has left: too many jobs" in caplog.text
+    assert sorted(path.name for path in tmp_path.glob("*_i.h5")) == ["a1_i.h5", "a2_i.h5"]
+
+
+def test_another_session_finds_calls_of_a_batch_that_is_in_the_system_in_parts(impatient: Loop, tmp_path: Path) -> None:
+    """It asks for each by its own job's number, and that of one that waits as soon as that is submitted."""
+    first = Limited(3)
+    launcher = None
+    for number in range(1, 7):
+        launcher, _, _ = launched(impatient, first, tmp_path, f"a{number}", launcher, number)
+    while len(first.jobs) < 3:
+        impatient.run_timers()
+    jobs = {path: element for element, path in first.jobs.items()}
+    for number in range(1, 7):
+        path = str(tmp_path / f"a{number}_i.h5")
+        assert cache.job_of(path, str(tmp_path))[:2] == jobs.get(path, (None, None))
+
+    theirs = Loop()
+    second = System()
+    other, _, _ = launched(theirs, second, tmp_path, "a2")
+    _, _, late = launched(theirs, second, tmp_path, "a6", other)
+    while second.answer is None:
+        theirs.run_timers()
+    assert [job.key for job in other._jobs.values() if job.submitted] == [jobs[str(tmp_path / "a2_i.h5")]]
+    while str(tmp_path / "a6_i.h5") not in first.jobs.values():
+        first.run()
+        impatient.run_timers()
+    second.answer({})
+    second.answer = None
+    while second.answer is None:
+        theirs.run_timers()
+    (element,) = (element for element, path in first.jobs.items() if path.endswith("a6_i.h5"))
+    assert other._jobs[late.worker.number].key == element
+
+
+@pytest.mark.parametrize(("own", "code"), [("101", job.RESULT), ("999", job.NOT_MINE)])
+def test_a_job_of_a_part_of_a_batch(
+    impatient: Loop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: str, code: int
+) -> None:
+    """It runs its call unless another job has been noted for that part; of other parts it does not matter."""
+    system = Limited(2)
+    system.setup = lambda: {"id_variables": ("TEST_JOB_ID",)}  # type: ignore[method-assign]
+    launcher = None
+    for number in range(1, 5):
+        launcher, _, _ = launched(impatient, system, tmp_path, f"a{number}", launcher, number)
+    while len(system.jobs) < 2:
+        impatient.run_timers()
+    directory = system.taken[0].directory
+    assert (system.taken[0].first, system.taken[0].count) == (0, 2)
+    monkeypatch.setenv("TEST_JOB_ID", own)
+    assert job.run(directory, 1, "0-1") == code
+    monkeypatch.setenv("TEST_JOB_ID", "102")
+    assert job.run(directory, 3, "2-3") == job.RESULT
+    assert batches.JobIds.read(directory, 3).of(3) == ("102", 3)
+
+
 # Calls that wait for their inputs.
 
 
@@ -291,9 +548,9 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> list[None]:
     looks: list[None] = []
     dependencies = Submitter._dependencies
 
-    def look(submitter: Submitter, batch: Any) -> Any:
+    def look(submitter: Submitter, *part: Any) -> Any:
         looks.append(None)
-        return dependencies(submitter, batch)
+        return dependencies(submitter, *part)
 
     monkeypatch.setattr(Submitter, "_dependencies", look)
     return looks
@@ -537,10 +794,10 @@ def test_batch_that_cannot_be_made_ready(
     """Its calls fail with the reason, and leave nothing; the next batch is submitted."""
     whole = Submitter._write_files
 
-    def write_files(submitter: Submitter, batch: Any, resources: Resources) -> list[str]:
+    def write_files(submitter: Submitter, batch: Any, *more: Any) -> list[str]:
         if next(iter(batch.jobs.values())).path.endswith("a_i.h5"):
             raise wrong
-        return whole(submitter, batch, resources)
+        return whole(submitter, batch, *more)
 
     monkeypatch.setattr(Submitter, "_write_files", write_files)
     system = System()

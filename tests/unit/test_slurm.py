@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from executorlib.launchers import slurm, templates
 from executorlib.launchers.pysqa_queue import PysqaQueue, open_queue
-from executorlib.launchers.queue import Batch, Cause, Dependency, JobState, Phase, Queue
+from executorlib.launchers.queue import Batch, Cause, Dependency, JobState, Limit, Phase, Queue
 from executorlib.launchers.slurm import Settings, SlurmQueue, command_environment, parse_settings, rank_command
 from executorlib.launchers.templates import Templates, minutes
 from executorlib.resources import Resources
@@ -310,9 +310,29 @@ OUTAGES = [
     "sbatch: error: If munged is up, restart with --num-threads=10\n"
     "sbatch: error: Munge encode failed: Failed to access socket\n"
     "sbatch: error: Batch job submission failed: Protocol authentication error",
-    "sbatch: error: QOSMaxSubmitJobPerUserLimit\nsbatch: error: Batch job submission failed: Job violates "
-    "accounting/QOS policy (job submit limit, user's size and/or time limits)",
 ]
+# What Slurm 22.05 says where one more job would be too many, by each of the limits that sacctmgr sets.
+FULL = {
+    "QOSMaxSubmitJobPerUserLimit": Limit.OWN,
+    "AssocMaxSubmitJobLimit": Limit.OWN,
+    "AssocGrpSubmitJobsLimit": Limit.SHARED,
+    "QOSGrpSubmitJobsLimit": Limit.SHARED,
+    "MaxSubmitJobsPerAccount": Limit.SHARED,
+}
+
+
+@pytest.mark.parametrize("word", FULL)
+def test_a_limit_to_the_number_of_jobs(word: str) -> None:
+    violates = "Batch job submission failed: Job violates accounting/QOS policy (job submit limit, user's size and/or"
+    text = f"sbatch: error: {word}\nsbatch: error: {violates} time limits)"
+    assert SlurmQueue().limit_in(text) is FULL[word]
+    assert not SlurmQueue().is_transient(text)
+
+
+def test_refusals_that_are_no_limit_to_the_number_of_jobs() -> None:
+    busy, *others = sorted([*REFUSALS, *OUTAGES], key=lambda text: "unable to accept" not in text)
+    assert SlurmQueue().limit_in(busy) is Limit.SHARED  # of the controller
+    assert {SlurmQueue().limit_in(text) for text in others} == {Limit.NONE}
 
 
 @pytest.mark.parametrize(("texts", "transient"), [(REFUSALS, False), (OUTAGES, True)], ids=["refusals", "outages"])
@@ -339,10 +359,11 @@ SQUEUE = """\
 20097|N/A|PENDING|0||Nodes required for job are DOWN, DRAINED or reserved for jobs in higher priority partitions|
 20001|0|RUNNING|0|node1|None|
 """
+IDS = [line.partition("|")[0] for line in SQUEUE.splitlines()]
 
 
 def test_status() -> None:
-    states = SlurmQueue().parse_status("CLUSTER: virtual\n\n" + SQUEUE)
+    states = SlurmQueue().parse_status("CLUSTER: virtual\n\n" + SQUEUE, IDS)
     waits = JobState(Phase.PENDING, "PENDING", "JobArrayTaskLimit")
     assert states == {
         ("20046", 2): JobState(Phase.ENDED, "CANCELLED", "DependencyNeverSatisfied", "0:0", cause=Cause.CANCELLED),
@@ -367,7 +388,29 @@ def test_status() -> None:
         ),
         ("20001", 0): JobState(Phase.RUNNING, "RUNNING", "", "", "node1"),
     }
-    assert SlurmQueue().parse_status("") == {}
+    assert SlurmQueue().parse_status("", IDS) == {}
+
+
+def test_jobs_that_were_not_asked_for() -> None:
+    """They may be arrays of millions, so no more is told than that there are some."""
+    printed = (
+        "7|5|FAILED|256|node1|NonZeroExitCode|\n"
+        "7|0-3999999|PENDING|0||Priority|\n"
+        "7|4|COMPLETED|0|node1|None|\n"
+        "8|1|RUNNING|0|node1|None|\n"
+    )
+    states = SlurmQueue().parse_status(printed, ["8"])
+    assert states == {
+        ("7", None): JobState(Phase.PENDING, "PENDING", "Priority"),
+        ("8", 1): JobState(Phase.RUNNING, "RUNNING", node="node1"),
+    }
+
+
+@pytest.mark.parametrize("indices", ["0-4294967295", "4294967295", "0-99999999999999999999", "0-4000001", "0-9:0"])
+def test_indices_that_no_cluster_gives(indices: str) -> None:
+    """That is no answer, and nothing that memory would have to hold."""
+    with pytest.raises(ValueError, match="none that Slurm can have given"):
+        SlurmQueue().parse_status(f"7|{indices}|PENDING|0||Priority|\n", ["7"])
 
 
 @pytest.mark.parametrize(
@@ -375,7 +418,7 @@ def test_status() -> None:
 )
 def test_status_that_is_incomplete(line: str) -> None:
     with pytest.raises(ValueError, match="incomplete"):
-        SlurmQueue().parse_status(SQUEUE + line + "\n")
+        SlurmQueue().parse_status(SQUEUE + line + "\n", ["20044"])
 
 
 def test_the_status_query_does_not_grow() -> None:
@@ -398,7 +441,7 @@ def test_the_status_query_does_not_grow() -> None:
     ],
 )
 def test_waiting_for_what_does_not_come(reason: str, hopeless: bool) -> None:
-    assert SlurmQueue().parse_status(f"1|N/A|PENDING|0||{reason}|\n")["1", 0].hopeless is hopeless
+    assert SlurmQueue().parse_status(f"1|N/A|PENDING|0||{reason}|\n", ["1"])["1", 0].hopeless is hopeless
 
 
 # An array, an srun step over its memory, a cancelled job, one whose node failed.
@@ -571,16 +614,16 @@ def test_grid_engine(tmp_path: Path) -> None:
     for name, allowed in {"f.<locals>.<lambda>": "f._locals_._lambda_", "2nd": "_2nd"}.items():
         assert f"#$ -N {allowed} " in queue.script(replace(batch(), name=name))
     waiting = "".join(QSTAT_JOB.format(43 + i, word) for i, word in enumerate(["qw", "hqw", "hRqw", "Eqw", "Ehqw"]))
-    states = queue.parse_status(QSTAT.format(running=QSTAT_JOB.format(42, "r"), waiting=waiting))
+    states = queue.parse_status(QSTAT.format(running=QSTAT_JOB.format(42, "r"), waiting=waiting), [])
     assert {key[0]: (state.phase, state.hopeless) for key, state in states.items()} == {
         "42": (Phase.RUNNING, False),
         **dict.fromkeys(["43", "44", "45"], (Phase.PENDING, False)),
         **dict.fromkeys(["46", "47"], (Phase.PENDING, True)),
     }
-    assert queue.parse_status(QSTAT.format(running="", waiting="")) == {}
+    assert queue.parse_status(QSTAT.format(running="", waiting=""), []) == {}
     for wrong in ("", "error: commlib error: got select error (Connection refused)"):
         with pytest.raises(ValueError, match="no list of jobs"):
-            queue.parse_status(wrong)
+            queue.parse_status(wrong, [])
     assert queue.is_transient("error: commlib error: got select error (Connection refused)")
     assert not queue.is_transient("Unable to run job: unknown queue")
     assert queue.parse_detail(
@@ -612,7 +655,7 @@ def test_torque_and_lsf(
     queue = other_queue(tmp_path, kind)
     assert queue.submit_command(batch(), "/s") == [*submission, "/cache/.executorlib/b1/output.0", "/s"]
     assert queue.parse_job_id(printed) == "42"
-    assert queue.parse_status(listing)["42", 0].phase is expected
+    assert queue.parse_status(listing, [])["42", 0].phase is expected
     assert queue.detail_command("42", None) == []
     with pytest.raises(ValueError, match="no job id"):
         queue.parse_job_id("thanks\n")
@@ -635,7 +678,7 @@ def test_completed_jobs_of_torque(tmp_path: Path) -> None:
         TORQUE_JOB.format(job, "C", f"    exec_host = node1/0+node1/1\n    exit_status = {code}\n")
         for job, code in ends.items()
     )
-    states = queue.parse_status(listing + TORQUE_JOB.format("44", "Q", "") + TORQUE_JOB.format("45", "C", ""))
+    states = queue.parse_status(listing + TORQUE_JOB.format("44", "Q", "") + TORQUE_JOB.format("45", "C", ""), [])
     ended = {job: states[job, 0] for job in [*ends, "45"]}
     assert {state.phase for state in ended.values()} == {Phase.ENDED}
     assert [state.exit_code for state in ended.values()] == ["0", "83", "0:15", "-3", ""]

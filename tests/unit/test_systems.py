@@ -57,7 +57,7 @@ class Stumbles:
     def parse_job_id(self, output: str) -> str:
         raise IndexError("no word")
 
-    def parse_status(self, output: str) -> dict[tuple[str, int], JobState]:
+    def parse_status(self, output: str, job_ids: Any) -> dict[tuple[str, int], JobState]:
         raise KeyError("jobid")
 
     def parse_detail(self, output: str) -> JobState | None:
@@ -67,8 +67,8 @@ class Stumbles:
 class UnderstandsFine(Stumbles):
     """... but for one word."""
 
-    def parse_status(self, output: str) -> dict[tuple[str, int], JobState]:
-        return {} if output == "fine" else super().parse_status(output)
+    def parse_status(self, output: str, job_ids: Any) -> dict[tuple[str, int], JobState]:
+        return {} if output == "fine" else super().parse_status(output, job_ids)
 
 
 @pytest.fixture
@@ -102,6 +102,32 @@ def test_answers_that_nobody_understands(said: list[Answer], tmp_path: Path) -> 
     assert isinstance(answers[-1], Refused)
     assert not answers[-1].transient
     assert "no word" in str(answers[-1])
+
+
+class Accepts(Stumbles):
+    def parse_job_id(self, output: str) -> str:
+        return output.strip()
+
+
+def test_what_is_said_of_a_job_that_is_taken_is_told_once(
+    said: list[Answer], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """... with the call; the same about another job is the same."""
+    warning = "submit: Warning: can't run 1 processes on 4 nodes, setting nnodes to 1"
+    said += [
+        Answer(0, "20001\n", ""),
+        Answer(0, "20002\n", f"{warning}\n\n"),
+        Answer(0, "20003\n", f"{warning}\nsubmit: job 20003 costs nothing\n"),
+        Answer(0, "20004\n", f"{warning}\nsubmit: job 20004 costs nothing\n"),
+    ]
+    queue, answers = system(Accepts()), []
+    for _ in range(4):
+        queue.submit(batch(tmp_path), answers.append)
+    assert answers == ["20001", "20002", "20003", "20004"]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"submit took the job of a and said: {warning}",
+        "submit took the job of a and said: submit: job 20003 costs nothing",
+    ]
 
 
 def test_silence_is_told_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -67,11 +67,16 @@ class Job:
         self.ending: entries.Ending | None = None
 
     @property
+    def submitted(self) -> tuple[str, int | None] | None:
+        """What the system calls it; None where it was not submitted (yet)."""
+        return None if self.batch is None else self.batch.ids.of(self.index)
+
+    @property
     def key(self) -> tuple[str, int | None]:
         """What the system calls it, once it was submitted."""
-        assert self.batch is not None
-        assert self.batch.job_id is not None
-        return self.batch.job_id, self.index if self.batch.is_array else None
+        submitted = self.submitted
+        assert submitted is not None
+        return submitted
 
     def trade_places(self, other: Job) -> None:
         """Stand for the call of another one, which waits for the same job, and have that stand for this one's."""
@@ -133,7 +138,7 @@ class Job:
 
 
 class JobBatch:
-    """Calls that are submitted together, by this session or another.
+    """Calls that are submitted together, by this session or another; in parts, where a limit lets in no more.
 
     Attributes:
         directory: Its files.
@@ -143,8 +148,7 @@ class JobBatch:
         jobs: Its calls by index, as long as they are not over.
         first: Index of the first call.
         size: Number of calls that it has had.
-        job_id: What the system calls it, once submitted.
-        is_array: Whether it is a job array; otherwise a plain job, with one call.
+        ids: What the system calls what was submitted.
         after: Jobs that have to succeed first.
         corresponds: Batch of which each job has to succeed before the one of the same index here.
         cancelled: Indices of calls that were cancelled before the job's id was known.
@@ -160,8 +164,7 @@ class JobBatch:
         self.jobs: dict[int, Job] = {}
         self.first = first
         self.size = 0
-        self.job_id: str | None = None
-        self.is_array = False
+        self.ids = batches.JobIds()
         self.after: list[Job] = []
         self.corresponds: JobBatch | None = None
         self.cancelled: set[int] = set()
@@ -179,8 +182,30 @@ class JobBatch:
                 self._indices = {entry: index for index, entry in batches.entries_of(self.directory).items()}
             except (FileNotFoundError, ValueError):
                 return False
-            self.is_array = len(self._indices) > 1 or any(self._indices.values())
         return True
+
+    def read_ids(self) -> bool:
+        """Find out which jobs a batch of another session became; returns whether there are any (yet).
+
+        Raises:
+            UntrustedFile: Anybody could have put a file there.
+            OSError: The list of its entries cannot be read.
+        """
+        # In this order: once there is a job, the list is complete.
+        is_submitted = bool(batches.JobIds.read(self.directory, 0))
+        if is_submitted and self.read_entries():
+            self.ids = batches.JobIds.read(self.directory, max((self._indices or {}).values(), default=0))
+        return is_submitted
+
+    @property
+    def last(self) -> int:
+        """Index of the last call."""
+        return self.first + self.size - 1
+
+    @property
+    def has_entries(self) -> bool:
+        """Whether the entries of a batch of another session are known."""
+        return self._indices is not None
 
     def index_of(self, path: str) -> int | None:
         """The place of an entry in a batch of another session; None where that is not known."""

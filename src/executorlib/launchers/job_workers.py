@@ -6,6 +6,7 @@ others run already, calls go to those that are there.
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import shutil
@@ -19,11 +20,14 @@ from executorlib import batches
 from executorlib.launchers.base import Events, Exit, Process, Timer, boot_file
 from executorlib.launchers.connecting import ConnectingWorker, dismiss
 from executorlib.launchers.job import read_tail
-from executorlib.launchers.queue import Batch, JobState, Phase
-from executorlib.launchers.systems import Cancellations, JobSystem, Refused, States
+from executorlib.launchers.queue import Batch, JobState, Limit, Phase
+from executorlib.launchers.room import Room
+from executorlib.launchers.systems import Cancellations, JobSystem, Refused, States, ask_whether_more_may_end
 from executorlib.resources import Resources
 from executorlib.serialize import Frame
 from executorlib.transports.router import Router, worker_of
+
+logger = logging.getLogger("executorlib")
 
 # Workers that are wanted within so many seconds become one job array.
 _LINGER = 0.02
@@ -104,6 +108,8 @@ class JobWorkerLauncher:
         self._by_worker: dict[int, str] = {}
         self._prepared = False
         self._refused_since: float | None = None  # for the moment, that is
+        self._room: Room | None = None  # under the limit that has been met
+        self._submitting = 0
         self._cancellations = Cancellations(events, system)
         self._asking = False
         self._ask_after = system.first_query
@@ -169,10 +175,19 @@ class JobWorkerLauncher:
     # -- starting -------------------------------------------------------------------------------------------------
 
     def _submit(self) -> None:
-        wanted, self._wanted = self._wanted[: self._system.array_limit], self._wanted[self._system.array_limit :]
-        if not wanted:
+        if not self._wanted:
             return
-        if self._wanted:
+        most = self._system.array_limit
+        if self._room is not None:
+            if self._submitting:
+                return
+            now = time.monotonic()
+            most = self._room.size(now)
+            if not most:
+                self._submissions.within(self._room.due - now)
+                return
+        wanted, self._wanted = self._wanted[:most], self._wanted[most:]
+        if self._wanted and self._room is None:  # else the answer tells how much fits
             self._submissions.within(_LINGER)
         self._arrays += 1
         name = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-workers{self._arrays}-{os.urandom(3).hex()}"
@@ -209,7 +224,15 @@ class JobWorkerLauncher:
             template_values=resources.template_values,
             cwd=resources.cwd or self._cwd,
         )
-        self._system.submit(batch, lambda answer: self._answered(array, answer))
+        self._submitting += 1
+
+        def answered(answer: str | Refused) -> None:
+            self._submitting -= 1
+            self._answered(array, answer)
+            if self._wanted and self._room is not None:
+                self._submissions.within(_LINGER)  # they have waited for this answer
+
+        self._system.submit(batch, answered)
 
     def _connecting(self, process: Process) -> ConnectingWorker:
         return ConnectingWorker(
@@ -222,29 +245,70 @@ class JobWorkerLauncher:
         )
 
     def _answered(self, array: _Array, answer: str | Refused) -> None:
-        members = list(array.members.values())
         now = time.monotonic()
-        since = now if self._refused_since is None else self._refused_since
-        if isinstance(answer, Refused) and answer.transient and now - since < _RETRY_SECONDS:
-            self._refused_since = since
-            # The same workers again, as new ones of the system.
-            for member in members:
-                del self._members[self._by_worker.pop(member.process.worker.number)]
-                self._wanted.append(member.process)
-            shutil.rmtree(array.directory, ignore_errors=True)
-            self._submissions.within(_RETRY_AFTER)
+        if isinstance(answer, Refused) and answer.limit is not Limit.NONE:
+            self._over_limit(array, answer, now)
             return
+        if isinstance(answer, Refused) and answer.transient:
+            if self._refused_since is None:
+                self._refused_since = now
+                logger.warning("%s; trying again for %g s", answer, _RETRY_SECONDS)
+            if now - self._refused_since < _RETRY_SECONDS:
+                self._put_back(array)
+                self._submissions.within(_RETRY_AFTER)
+                return
         self._refused_since = None
         if isinstance(answer, Refused):
-            for member in members:
-                identity = self._by_worker[member.process.worker.number]
-                self._end(identity, f"{self._system.name} did not take its job: {answer}")
+            self._refuse(array, answer)
             return
+        if self._room is not None:
+            self._room.taken(array.size, now)
         array.job_id = answer
         cancelled = [index for index in range(array.size) if index not in array.members]
         if cancelled:
             self._system.cancel([(answer, index if array.is_array else None) for index in cancelled])
         self._questions.within(self._ask_after)
+
+    def _put_back(self, array: _Array) -> None:
+        """The same workers again, later, as new ones of the system."""
+        members = list(array.members.values())
+        for member in members:
+            del self._members[self._by_worker.pop(member.process.worker.number)]
+        self._wanted[:0] = [member.process for member in members]
+        shutil.rmtree(array.directory, ignore_errors=True)
+
+    def _refuse(self, array: _Array, refusal: Refused) -> None:
+        for member in list(array.members.values()):
+            identity = self._by_worker[member.process.worker.number]
+            self._end(identity, f"{self._system.name} did not take its job: {refusal}")
+
+    def _over_limit(self, array: _Array, refusal: Refused, now: float) -> None:
+        """There would be more jobs than may be there: fewer are tried, and then it is waited until some have ended."""
+        if self._room is None:
+            self._room = Room()
+            logger.warning(
+                "%d workers are more jobs than %s takes now. Those that wait start as other jobs end; calls go to "
+                "those that run. %s",
+                array.size + len(self._wanted),
+                self._system.name,
+                refusal,
+            )
+        room = self._room
+        room.refused(array.size, now)
+
+        def decide(may_end: bool) -> None:
+            later = time.monotonic()
+            if room.is_hopeless(later, may_end):
+                self._refuse(array, refusal)
+                return
+            self._put_back(array)
+            self._submissions.within(max(0.0, room.due - later))
+
+        if room.is_full:
+            own = any(member.array.job_id for member in self._members.values())
+            ask_whether_more_may_end(self._system, refusal, own, decide)
+        else:
+            decide(True)
 
     # -- messages -------------------------------------------------------------------------------------------------
 
@@ -341,6 +405,11 @@ class JobWorkerLauncher:
 
     def _end(self, identity: str, text: str) -> None:
         member = self._members.pop(identity)
+        if self._room is not None and member.array.job_id:
+            now = time.monotonic()
+            self._room.ended(now)
+            if self._wanted:
+                self._submissions.within(max(0.0, self._room.due - now))
         process, array = member.process, member.array
         del self._by_worker[process.worker.number]
         del array.members[member.index]

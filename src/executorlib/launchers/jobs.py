@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from executorlib import batches, entries, files, machine
+from executorlib import entries, files, machine
 from executorlib.errors import ExecutorlibSocketError, advise_unpicklable
 from executorlib.futures import misplaced
 from executorlib.launchers.base import Events, Exit, Process, Timer
@@ -157,7 +157,7 @@ class JobLauncher:
                     each.process.transport = JobTransport(self, each) if each.begun else None
                 job = twin
         elif batch is not None and batch.ours:
-            if batch.job_id is not None:
+            if job.submitted is not None:
                 self._cancellations.add(job.key)
             else:
                 batch.cancelled.add(job.index)  # it may be on its way to the system already
@@ -179,7 +179,7 @@ class JobLauncher:
             return
         self._leaving = True
         for job in list(self._jobs.values()):
-            if job.batch is None or not job.batch.ours or job.batch.job_id is not None:
+            if job.batch is None or not job.batch.ours or job.submitted is not None:
                 self._forget(job)
         on_taken()
         self._submitter.leave()
@@ -282,7 +282,7 @@ class JobLauncher:
         if batch is None:
             batch = self._followed[directory] = JobBatch(directory, ours=False)
         index = 0
-        if batch.job_id is not None:
+        if batch.has_entries:
             known = batch.index_of(job.path)
             if known is None:
                 self._follow(job, None, 0)
@@ -304,7 +304,7 @@ class JobLauncher:
 
     def _on_submitted(self, batch: JobBatch) -> None:
         if self._leaving:
-            for job in list(batch.jobs.values()):
+            for job in [job for job in batch.jobs.values() if job.submitted is not None]:
                 self._forget(job)
         self._looks.within(_LOOK_SECONDS)
         self._ask_soon()
@@ -313,7 +313,7 @@ class JobLauncher:
         if self._leaving:
             logger.error("%s did not take jobs of this session, which has left: %s", self._system.name, refusal)
         same = [twin for job in batch.jobs.values() for twin in self._same.get(job.output, {}).values()]
-        for job in [job for job in same if job.batch is batch]:
+        for job in [job for job in same if job.batch is batch and job.submitted is None]:
             _remove_input(job)
             text = f"Call {job.task.number} of {job.task.name} was not run: {self._system.name} did not take its job: "
             self._end(job, Exit(None, "", ExecutorlibSocketError(f"{text}{refusal}")))
@@ -386,7 +386,7 @@ class JobLauncher:
         del batch.jobs[job.index]
         if not batch.jobs and not batch.ours:
             self._followed.pop(batch.directory, None)
-        elif not batch.jobs and batch.job_id is not None and not self._leaving:
+        elif not batch.jobs and batch.ids and not self._leaving:
             batch.remove_files()
 
     def _each(self, jobs: Iterable[Job], step: Callable[[Job], None]) -> None:
@@ -426,7 +426,7 @@ class JobLauncher:
         if self._asking or self._leaving or not self._jobs:
             return
         self._find_job_ids()
-        asked = [job for job in self._jobs.values() if job.batch is not None and job.batch.job_id is not None]
+        asked = [job for job in self._jobs.values() if job.submitted is not None]
         if not asked:
             self._questions.within(self._ask_after)
             return
@@ -444,11 +444,11 @@ class JobLauncher:
             self._questions.within(self._ask_after)
 
     def _on_state(self, job: Job, states: States, now: float) -> None:
-        if job.over or job.batch is None or job.batch.job_id is None:
+        if job.over or job.submitted is None:
             return
         if self._jobs.get(job.process.worker.number) is not job:
             return  # it was left to itself while the system was asked
-        job_id = job.batch.job_id
+        job_id = job.submitted[0]
         state = states.get((job_id, job.index)) or states.get((job_id, None))
         if state is not None:
             job.last, job.seen = state, True
@@ -545,33 +545,38 @@ class JobLauncher:
             # Nobody says whether a job has it. When it is removed, or was not finished for long, it is free again.
             if not os.path.exists(job.path) or files.is_older(job.path, SUBMIT_SECONDS):
                 self._claim(job)
-        unknown = {batch for batch in self._followed.values() if batch.job_id is None}
-        if unknown:
-            self._each([job for job in self._jobs.values() if job.batch in unknown], self._find_job_id)
+        followed = set(self._followed.values())
+        unknown = [job for job in self._jobs.values() if job.batch in followed and job.submitted is None]
+        looked: dict[JobBatch, bool] = {}
+        self._each(unknown, lambda job: self._find_job_id(job, looked))
 
-    def _find_job_id(self, job: Job) -> None:
+    def _find_job_id(self, job: Job, looked: dict[JobBatch, bool]) -> None:
         batch = job.batch
         assert batch is not None
-        if batch.job_id is None:
-            job_id = batches.read_text(batch.directory, batches.JOB_ID_FILE)
-            if job_id is None:
-                if batch.is_abandoned():
-                    self._give_up(job)
-                return
-            # The list of its calls is complete by now. Where it does not come, its jobs cannot read it either.
-            if not batch.read_entries():
-                if files.is_older(job.path, SUBMIT_SECONDS):
-                    self._give_up(job)
-                return
-            batch.job_id = job_id
-            batch.jobs.clear()
+        if batch not in looked:
+            known = batch.has_entries
+            looked[batch] = batch.read_ids()
+            if batch.has_entries and not known:
+                batch.jobs.clear()
+        if not looked[batch]:
+            if batch.is_abandoned():
+                self._give_up(job)
+            return
+        # Where the list of its calls does not come, its jobs cannot read it either.
+        if not batch.has_entries:
+            if files.is_older(job.path, SUBMIT_SECONDS):
+                self._give_up(job)
+            return
         index = batch.index_of(job.path)
         if index is None:
             job.batch = None
-        else:
-            job.index = index
-            batch.jobs.setdefault(index, job)
+            return
+        job.index = index
+        batch.jobs.setdefault(index, job)
+        if job.submitted is not None:
             self._submitter.changed(job)
+        elif batch.is_abandoned():
+            self._give_up(job)  # it was in a part that has not been submitted
 
 
 def _remove_input(job: Job) -> None:

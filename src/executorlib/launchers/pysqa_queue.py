@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
-from executorlib.launchers.queue import Batch, Cause, JobState, Phase
+from executorlib.launchers.queue import Batch, Cause, JobState, Limit, Phase
 from executorlib.launchers.slurm import DEFAULT_TEMPLATE, Settings, SlurmQueue
 from executorlib.launchers.templates import Templates, load_commands
 
@@ -29,6 +29,13 @@ _AT_LIMIT = "37"
 _TRANSIENT = re.compile(
     r"can(not|'t) (connect|contact|reach)|unable to (connect|contact|send)|connection refused|timed? ?out"
     r"|commlib|communication|try again|not responding|LSF is (down|not responding)",
+    re.IGNORECASE,
+)
+
+# How many jobs there may be, in the words of Grid Engine, Torque, PBS Pro and LSF.
+_LIMIT = re.compile(
+    r"jobs are allowed per (user|cluster)|maximum number of (user )?jobs already in queue.*"
+    r"|would exceed .*limit.*|pending job threshold reached",
     re.IGNORECASE,
 )
 
@@ -108,11 +115,18 @@ class PysqaQueue:
         """See `queue.Queue.is_transient`."""
         return _TRANSIENT.search(error_text) is not None
 
+    def limit_in(self, error_text: str) -> Limit:
+        """See `queue.Queue.limit_in`."""
+        found = _LIMIT.search(error_text)
+        if found is None:
+            return Limit.NONE
+        return Limit.OWN if "user" in found[0] else Limit.SHARED
+
     def status_command(self, job_ids: Sequence[str]) -> list[str]:
         """See `queue.Queue.status_command`."""
         return list(self._commands.get_queue_status_command)
 
-    def parse_status(self, output: str) -> dict[tuple[str, int | None], JobState]:
+    def parse_status(self, output: str, job_ids: Sequence[str]) -> dict[tuple[str, int | None], JobState]:
         """See `queue.Queue.parse_status`."""
         if self._templates.queue_type == "SGE" and "<job_list" not in output:
             if "</job_info>" not in output:

@@ -50,6 +50,14 @@ class Cause(enum.Enum):
         return _ADVICE.get(self, "")
 
 
+class Limit(enum.Enum):
+    """Whose jobs fill a limit to how many there may be."""
+
+    NONE = "none"  # there is no such limit, or it is not reached
+    OWN = "own"
+    SHARED = "shared"  # others' count, too
+
+
 _ADVICE = {
     Cause.OUT_OF_MEMORY: "Give it more memory with resource_dict={'memory_max': GB}",
     Cause.TIME_LIMIT: "Give it more time with resource_dict={'run_time_max': seconds}",
@@ -222,12 +230,20 @@ class Queue(Protocol):
         """Whether a command that failed, saying this, may succeed when repeated as it is."""
         ...
 
+    def limit_in(self, error_text: str) -> Limit:
+        """Whether a submission that failed, saying this, was refused because there are, or would be, too many jobs."""
+        ...
+
     def status_command(self, job_ids: Sequence[str]) -> list[str]:
         """One query for all of these jobs."""
         ...
 
-    def parse_status(self, output: str) -> dict[tuple[str, int | None], JobState]:
+    def parse_status(self, output: str, job_ids: Sequence[str]) -> dict[tuple[str, int | None], JobState]:
         """States by job id and array index (0 for a plain job). Jobs that the queue no longer knows are absent.
+
+        Args:
+            output: What the query printed.
+            job_ids: The jobs that were asked for. Of others only some state is told, at the index None.
 
         Raises:
             ValueError: The output is incomplete; what is absent from it cannot be told from what is gone.

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from executorlib.launchers.queue import Batch, Cause, Dependency, JobState, Phase
+from executorlib.launchers.queue import Batch, Cause, Dependency, JobState, Limit, Phase
 from executorlib.launchers.templates import Templates
 
 if TYPE_CHECKING:
@@ -111,9 +111,13 @@ _RESERVED = re.compile(
 _TRANSIENT = re.compile(
     r"unable to contact|connection (refused|reset|timed out)|connect failure|timed out|timeout|temporarily"
     r"|try(ing)? again|zero bytes were transmitted|communication|transport endpoint|standby mode|no route to host"
-    r"|network is unreachable|munge|protocol authentication|broken pipe|MaxSubmitJob|database.*(down|connection)",
+    r"|network is unreachable|munge|protocol authentication|broken pipe|database.*(down|connection)",
     re.IGNORECASE,
 )
+# How many jobs there may be: words such as AssocMaxSubmitJobLimit, QOSGrpSubmitJobsLimit, MaxSubmitJobsPerAccount, and
+# what sbatch says of the controller's own limit (MaxJobCount) before it tries again for minutes.
+_LIMIT = re.compile(r"\w*(Max|Grp)Submit\w*|temporarily unable to accept job")
+_LIMIT_OF_ALL = re.compile(r"GrpSubmit|PerAccount|temporarily")
 _SQUEUE_FIELDS = ("ArrayJobID", "ArrayTaskID", "State", "exit_code", "NodeList", "Reason")
 
 
@@ -142,6 +146,9 @@ def parse_settings(output: str) -> Settings:
     limit = int(found.get("MaxArraySize", settings.array_limit))
     # Of all users, ended ones of the last minutes included. What does not fit is refused as a whole.
     limit = min(limit, int(found.get("MaxJobCount", 2 * limit)) // 2)
+    most = re.search(r"\bmax_array_tasks=(\d+)", found.get("SchedulerParameters", ""))
+    if most is not None and int(most[1]):
+        limit = min(limit, int(most[1]))
     storage = found.get("AccountingStorageType", "")
     return Settings(
         array_limit=max(1, limit),
@@ -284,6 +291,13 @@ class SlurmQueue:
         """See `queue.Queue.is_transient`."""
         return _TRANSIENT.search(error_text) is not None
 
+    def limit_in(self, error_text: str) -> Limit:
+        """See `queue.Queue.limit_in`."""
+        found = _LIMIT.search(error_text)
+        if found is None:
+            return Limit.NONE
+        return Limit.SHARED if _LIMIT_OF_ALL.search(found[0]) else Limit.OWN
+
     def status_command(self, job_ids: Sequence[str]) -> list[str]:
         """See `queue.Queue.status_command`.
 
@@ -297,9 +311,10 @@ class SlurmQueue:
             *(f"--user={self._user}", f"--Format={fields}"),
         ]
 
-    def parse_status(self, output: str) -> dict[tuple[str, int | None], JobState]:
+    def parse_status(self, output: str, job_ids: Sequence[str]) -> dict[tuple[str, int | None], JobState]:
         """See `queue.Queue.parse_status`."""
         states: dict[tuple[str, int | None], JobState] = {}
+        asked = frozenset(job_ids)
         for line in output.splitlines():
             if not line.strip() or line.startswith("CLUSTER:"):
                 continue
@@ -308,6 +323,11 @@ class SlurmQueue:
                 raise ValueError(f"squeue printed a line that is incomplete: {line!r}.")
             job_id, indices, word, exit_code, node, reason = (part.strip() for part in parts)
             state = _state(word, reason.rstrip("|"), exit_code, node)
+            if job_id not in asked:
+                # Not ours: an array of somebody's can have millions of elements. One that has not ended says most.
+                if state.phase is not Phase.ENDED or (job_id, None) not in states:
+                    states[job_id, None] = state
+                continue
             for index in _expand(indices):
                 states[job_id, index] = state
         return states
@@ -413,6 +433,10 @@ def _parse_scontrol(output: str) -> JobState | None:
     return _state(state[1], reason, exit_code[1] if exit_code else "", node[1] if node else "")
 
 
+# No cluster can be set to more (MaxArraySize).
+_MOST_ELEMENTS = 4_000_001
+
+
 def _expand(indices: str) -> Iterator[int]:
     """The numbers of an array's index expression, such as ``0,3-9,20-30:2%5``; 0 for a plain job."""
     if indices in ("N/A", ""):
@@ -423,6 +447,8 @@ def _expand(indices: str) -> Iterator[int]:
         if match is None:
             raise ValueError(f"array indices {indices!r} are incomplete; SLURM_BITSTR_LEN=0 has squeue print all.")
         first, last, step = match.groups()
+        if max(len(first), len(last or "")) > 7 or int(last or first) >= _MOST_ELEMENTS or step == "0":
+            raise ValueError(f"array indices {indices!r} are none that Slurm can have given.")
         yield from range(int(first), int(last or first) + 1, int(step or 1))
 
 

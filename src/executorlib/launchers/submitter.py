@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 from executorlib import batches, entries, machine
 from executorlib.launchers.base import Events, Timer, boot_file
 from executorlib.launchers.job import Job, JobBatch
-from executorlib.launchers.queue import Batch, Dependency
-from executorlib.launchers.systems import JobSystem, Refused
+from executorlib.launchers.queue import Batch, Dependency, Limit
+from executorlib.launchers.room import Room
+from executorlib.launchers.systems import JobSystem, Refused, ask_whether_more_may_end
 from executorlib.resources import Resources
 
 logger = logging.getLogger("executorlib")
@@ -37,6 +38,24 @@ _LEAVING_SECONDS = 30.0
 _HEARTBEAT_SECONDS = 60.0
 # More dependencies than these make no command line: such a batch waits here for its inputs.
 _MOST_DEPENDENCIES = 100
+
+
+class _Part(NamedTuple):
+    """Calls of a batch that are submitted together: all of it, where nothing limits their number.
+
+    Attributes:
+        first: Index of the first.
+        last: Index of the last.
+        name: What its files have in their names; empty where it is all of the batch.
+    """
+
+    first: int
+    last: int
+    name: str
+
+    @property
+    def size(self) -> int:
+        return self.last - self.first + 1
 
 
 class _Retry(NamedTuple):
@@ -78,6 +97,8 @@ class Submitter:
         self._held: dict[Job, dict[JobBatch, None]] = {}  # by jobs of which one has to change before that is of use
         self._submitting: set[JobBatch] = set()
         self._retries: dict[JobBatch, _Retry] = {}
+        self._rooms: dict[Any, Room] = {}  # by what may decide on the limit that has been met
+        self._in_system: set[Job] = set()  # submitted and not over
         self._window = _FIRST_WINDOW
         self._last_call = 0.0
         self._number = 0
@@ -152,12 +173,20 @@ class Submitter:
         self._left_at = time.monotonic()
         self._open.clear()
         self._held.clear()
+        self._in_system.clear()
         self._pending = {batch: None for batch in self._waiting if batch not in self._submitting}
         self._submit()
 
     def changed(self, job: Job) -> None:
         """A job is over, or the system's number of it has become known: batches may have waited for that."""
         held = self._held.pop(job, {})
+        if job.over and job in self._in_system:
+            self._in_system.discard(job)
+            now = time.monotonic()
+            for room in self._rooms.values():
+                room.ended(now)
+                if self._pending:
+                    self._timer.within(max(0.0, room.due - now))
         if job.over and job.batch in self._waiting:
             held[job.batch] = None  # it may have been the last of its batch
         if held:
@@ -179,9 +208,18 @@ class Submitter:
                     self._timer.within(_LINGER)
                     continue
                 del self._open[batch.key]
+            room = self._rooms.get(_limited_by(batch))
+            size = self._system.array_limit
+            if room is not None and batch.jobs:
+                if any(self._rooms.get(_limited_by(other)) is room for other in self._submitting):
+                    continue  # its answer tells how much fits
+                size = room.size(now)
+                if not size:
+                    self._timer.within(room.due - now)
+                    continue
             self._pending.pop(batch, None)
             if batch in self._waiting and batch not in self._submitting:
-                self._submit_one(batch)
+                self._submit_one(batch, size)
 
     def _beat(self) -> None:
         """Sessions on other machines take a batch that nobody submits for one of a session that has died."""
@@ -199,134 +237,229 @@ class Submitter:
         self._window = min(2 * self._window, _LAST_WINDOW)
         return True
 
-    def _submit_one(self, batch: JobBatch) -> None:
-        if not batch.jobs:  # all were cancelled
-            del self._waiting[batch]
-            shutil.rmtree(batch.directory, ignore_errors=True)
+    def _submit_one(self, batch: JobBatch, most: int) -> None:
+        """Submit a batch, or its next part, of so many calls at most."""
+        first = next((index for index, job in batch.jobs.items() if job.submitted is None), None)
+        if first is None:  # all were cancelled
+            self._complete(batch)
             return
-        dependencies, missing = self._dependencies(batch)
+        last = min(batch.last, first + most - 1)
+        last, dependencies, missing = self._dependencies(batch, first, last)
         if missing and self._leaving:
-            missing = [job for job in batch.after if not job.over and job.batch in self._waiting]
+            missing = [job for job in missing if job.batch in self._waiting]
             if not missing:
                 del self._waiting[batch]
-                for job in batch.jobs.values():
+                for job in [job for job in batch.jobs.values() if job.submitted is None]:
                     with contextlib.suppress(OSError):
                         entries.remove_input(job.path)
                     self.changed(job)
                 return
+        part = _Part(first, last, "" if last - first + 1 == batch.size else f"{first}-{last}")
         if missing:
             for job in missing:
                 self._held.setdefault(job, {})[batch] = None
             return
         try:
-            submission = self._made_ready(batch, tuple(dependencies))
+            submission = self._made_ready(batch, part, tuple(dependencies))
         except Exception as error:  # of the file system, mostly
-            self._answered(batch, Refused(f"its batch directory {batch.directory} cannot be written: {error}"))
+            refusal = Refused(f"its batch directory {batch.directory} cannot be written: {error}")
+            self._answered(batch, part, refusal)
             return
         self._submitting.add(batch)
-        self._system.submit(submission, lambda answer: self._answered(batch, answer))
+        self._system.submit(submission, lambda answer: self._answered(batch, part, answer))
 
-    def _made_ready(self, batch: JobBatch, dependencies: tuple[Dependency, ...]) -> Batch:
-        """Write a batch's files and describe it to the system."""
-        batch.is_array = batch.size > 1 or batch.first > 0
-        task = next(iter(batch.jobs.values())).task
-        resources = task.resources
-        program = self._write_files(batch, resources)
-        name = batch.name if batch.size == 1 else f"{batch.name} and {batch.size - 1} more"
+    def _complete(self, batch: JobBatch) -> None:
+        """Nothing of a batch is to be submitted any more."""
+        del self._waiting[batch]
+        self._retries.pop(batch, None)
+        # Of no use any more, and a chain of calls would be kept by its last one.
+        batch.after.clear()
+        batch.corresponds = None
+        if not batch.ids:
+            shutil.rmtree(batch.directory, ignore_errors=True)
+        elif not batch.jobs:  # all were cancelled meanwhile
+            batch.remove_files()
+
+    def _made_ready(self, batch: JobBatch, part: _Part, dependencies: tuple[Dependency, ...]) -> Batch:
+        """Write what a part of a batch needs of files, and describe it to the system."""
+        resources = batch.jobs[part.first].task.resources
+        program = self._write_files(batch, part, resources)
+        name = batch.name if part.size == 1 else f"{batch.name} and {part.size - 1} more"
         return Batch(
             name=name,
             directory=batch.directory,
             command=shlex.join(self._command(resources, program)),
-            count=batch.size,
-            first=batch.first,
+            count=part.size,
+            first=part.first,
             resources=resources,
             template_values=resources.template_values,
             cwd=resources.cwd or os.path.expanduser("~"),
             dependencies=dependencies,
         )
 
-    def _dependencies(self, batch: JobBatch) -> tuple[list[Dependency], list[Job]]:
-        """What a batch has to wait for in the system; and jobs of which one has to change before it can be submitted.
+    def _dependencies(self, batch: JobBatch, first: int, last: int) -> tuple[int, list[Dependency], list[Job]]:
+        """What calls of a batch have to wait for in the system.
 
-        The latter are empty where it can be submitted now.
+        Returns:
+            The last call that can be submitted with the first; what to wait for; and jobs of which one has to change
+            before that is possible, none where it can be submitted now.
         """
         pending = [job for job in batch.after if not job.over]
-        if not pending:
-            return [], []
         for job in pending:
-            if job.batch is None or job.batch.job_id is None or not self._system.can_wait_for(job.batch.job_id):
-                return [], [job]
-        source = batch.corresponds
-        if source is not None and source.job_id is not None and source.is_array:
-            if batch.size == 1:
-                return [Dependency(source.job_id, batch.first)], []
-            return [Dependency(source.job_id, corresponding=True)], []
+            if job.submitted is not None and not self._system.can_wait_for(job.submitted[0]):
+                return last, [], [job]
+        if batch.corresponds is not None:
+            return self._corresponding(batch.corresponds, {job.index: job for job in pending}, first, last)
+        for job in pending:
+            if job.submitted is None:
+                return last, [], [job]
         dependencies: list[Dependency] = []
-        for other in dict.fromkeys(job.batch for job in pending if job.batch is not None):
-            its = [job for job in batch.after if job.batch is other]
-            if other.is_array and other.job_id is not None and len(its) == other.size:
-                dependencies.append(Dependency(other.job_id))  # all of an array is named by its id alone
+        parts: dict[tuple[JobBatch, int, int], list[Job]] = {}
+        for job in batch.after:
+            part = None if job.batch is None else job.batch.ids.part(job.index)
+            if job.batch is not None and part is not None:
+                parts.setdefault((job.batch, part[0], part[1]), []).append(job)
+        for (_, start, end), its in parts.items():
+            waits = [job for job in its if not job.over]
+            if waits and end and len(its) == end - start + 1:
+                dependencies.append(Dependency(waits[0].key[0]))  # all of an array is named by its id alone
             else:
-                dependencies += [Dependency(*job.key) for job in its if not job.over]
-        return dependencies, ([] if len(dependencies) <= _MOST_DEPENDENCIES else pending)
+                dependencies += [Dependency(*job.key) for job in waits]
+        return last, dependencies, ([] if len(dependencies) <= _MOST_DEPENDENCIES else pending)
 
-    def _write_files(self, batch: JobBatch, resources: Resources) -> list[str]:
-        """Fill the batch's directory; returns the program that runs one of its jobs."""
-        program = os.path.join(batch.directory, "run.py")
-        setup = {**self._system.setup(), "threads": resources.threads_per_core, "ranks": resources.cores}
-        setup["gpus_per_rank"] = resources.gpus_per_core
-        if resources.cwd is not None:
-            setup["cwd"] = resources.cwd
-        with open(os.path.join(batch.directory, batches.SETUP_FILE), "wb") as setup_file:
-            pickle.dump(setup, setup_file)
-        for name, text in (
-            (batches.ENTRIES_FILE, "".join(f"{index} {job.path}\n" for index, job in batch.jobs.items())),
-            ("run.py", boot_file("executorlib.worker.job", f"({batch.directory!r})")),
-        ):
+    @staticmethod
+    def _corresponding(
+        source: JobBatch, pending: dict[int, Job], first: int, last: int
+    ) -> tuple[int, list[Dependency], list[Job]]:
+        """See `_dependencies`; each call waits for that of the same index of another batch."""
+        part = source.ids.part(first)
+        if part is None:
+            # Its input has ended without having been submitted, or is still to be.
+            last = next((index - 1 for index in range(first + 1, last + 1) if index in pending), last)
+            return last, [], ([pending[first]] if first in pending else [])
+        last = min(last, part[1])
+        if not any(index in pending for index in range(first, last + 1)):
+            return last, [], []
+        if first == last:
+            return last, [Dependency(part[2], first if part[1] else None)], []
+        return last, [Dependency(part[2], corresponding=True)], []
+
+    def _write_files(self, batch: JobBatch, part: _Part, resources: Resources) -> list[str]:
+        """Write what the jobs of a part need; returns the program that runs one of them."""
+        program = f"run.{part.name}.py" if part.name else "run.py"
+        texts = {program: boot_file("executorlib.worker.job", f"({batch.directory!r}, {part.name!r})")}
+        if not batch.ids:  # else jobs may be reading them
+            setup = {**self._system.setup(), "threads": resources.threads_per_core, "ranks": resources.cores}
+            setup["gpus_per_rank"] = resources.gpus_per_core
+            if resources.cwd is not None:
+                setup["cwd"] = resources.cwd
+            with open(os.path.join(batch.directory, batches.SETUP_FILE), "wb") as setup_file:
+                pickle.dump(setup, setup_file)
+            texts[batches.ENTRIES_FILE] = "".join(f"{index} {job.path}\n" for index, job in batch.jobs.items())
+        for name, text in texts.items():
             with open(os.path.join(batch.directory, name), "w", encoding="utf-8") as file:
                 file.write(text)
-        return [sys.executable, program]
+        return [sys.executable, os.path.join(batch.directory, program)]
 
-    def _answered(self, batch: JobBatch, answer: str | Refused) -> None:
+    def _answered(self, batch: JobBatch, part: _Part, answer: str | Refused) -> None:
         self._submitting.discard(batch)
         now = time.monotonic()
-        if batch in self._retries:
+        room = self._rooms.get(_limited_by(batch))
+        if room is not None and self._pending:
+            self._timer.within(0.0)  # others have waited for this answer
+        if batch in self._retries or room is not None:
             # A system that did not answer in time may have taken the batch all the same, and its jobs may have begun.
             noted = None
             with contextlib.suppress(OSError, ValueError):
-                noted = batches.read_text(batch.directory, batches.JOB_ID_FILE)
-            if noted is not None and noted != answer:
+                noted = batches.JobIds.read(batch.directory, batch.last).of(part.first)
+            if noted is not None and noted[0] != answer:
                 if not isinstance(answer, Refused):
                     self._system.cancel([(answer, None)])
-                answer = noted
-        if isinstance(answer, Refused):
-            retry = self._retries.get(batch) or _Retry(now, now, _FIRST_RETRY)
-            limit = _LEAVING_SECONDS if self._leaving else _RETRY_SECONDS
-            if answer.transient and now + retry.wait - max(retry.since, self._left_at) < limit:
-                if retry.since == now:
-                    logger.warning("%s; trying again for %g s", answer, limit)
-                self._retries[batch] = _Retry(retry.since, now + retry.wait, 2 * retry.wait)
-                self._pending[batch] = None
-                self._timer.within(retry.wait)
-                return
-        del self._waiting[batch]
+                answer = noted[0]
+        if not isinstance(answer, Refused):
+            if room is not None:
+                room.taken(part.size, now)
+            self._taken(batch, part, answer)
+        elif answer.limit is not Limit.NONE:
+            self._over_limit(batch, part, answer, now)
+        else:
+            self._refused(batch, answer, now)
+
+    def _taken(self, batch: JobBatch, part: _Part, job_id: str) -> None:
+        """A part of a batch is in the system."""
         self._retries.pop(batch, None)
-        if isinstance(answer, Refused):
-            shutil.rmtree(batch.directory, ignore_errors=True)
-            self._on_refused(batch, answer)
-            return
-        batch.job_id = answer
+        batch.ids.add(part.first, part.last, job_id)
         try:
-            batches.write_text(os.path.join(batch.directory, batches.JOB_ID_FILE), answer)
+            batches.write_text(os.path.join(batch.directory, batches.JobIds.file(part.name)), job_id)
         except Exception as error:  # its jobs run all the same
-            logger.warning("the id of job %s cannot be noted in %s: %s", answer, batch.directory, error)
-        if batch.cancelled:
-            self._system.cancel([(answer, index if batch.is_array else None) for index in sorted(batch.cancelled)])
-        # Of no use any more, and a chain of calls would be kept by its last one.
-        batch.after.clear()
-        batch.corresponds = None
-        if not batch.jobs:  # all were cancelled meanwhile
-            batch.remove_files()
-        for job in batch.jobs.values():
+            logger.warning("the id of job %s cannot be noted in %s: %s", job_id, batch.directory, error)
+        jobs = [job for index, job in batch.jobs.items() if part.first <= index <= part.last]
+        self._in_system.update(jobs)
+        cancelled = [index for index in sorted(batch.cancelled) if part.first <= index <= part.last]
+        if cancelled:
+            self._system.cancel([(job_id, index if part.last else None) for index in cancelled])
+        if part.last < batch.last:
+            self._pending[batch] = None
+            self._timer.within(0.0)
+        else:
+            self._complete(batch)
+        for job in jobs:
             self.changed(job)
         self._on_submitted(batch)
+
+    def _over_limit(self, batch: JobBatch, part: _Part, refusal: Refused, now: float) -> None:
+        """There would be more jobs than may be there: fewer are tried, and then it is waited until some have ended."""
+        key = _limited_by(batch)
+        if key not in self._rooms:
+            self._rooms[key] = Room()
+            calls = sum(job.submitted is None for each in self._waiting for job in each.jobs.values())
+            logger.warning(
+                "%d calls, the first of %s, are more jobs than %s takes now. They wait in this session and become jobs "
+                "as others end; those that still wait when it ends are not run. %s",
+                calls,
+                batch.name,
+                self._system.name,
+                refusal,
+            )
+        room = self._rooms[key]
+        room.refused(part.size, now)
+
+        def decide(may_end: bool) -> None:
+            self._submitting.discard(batch)
+            later = time.monotonic()
+            given_up = later - self._left_at >= _LEAVING_SECONDS if self._leaving else room.is_hopeless(later, may_end)
+            if given_up:
+                self._give_up(batch, refusal)
+            else:
+                self._pending[batch] = None
+                self._timer.within(max(0.0, room.due - later))
+
+        if room.is_full:
+            self._submitting.add(batch)
+            ask_whether_more_may_end(self._system, refusal, bool(self._in_system), decide)
+        else:
+            decide(True)
+
+    def _refused(self, batch: JobBatch, refusal: Refused, now: float) -> None:
+        """A part of a batch was not taken, for the moment or for good."""
+        retry = self._retries.get(batch) or _Retry(now, now, _FIRST_RETRY)
+        limit = _LEAVING_SECONDS if self._leaving else _RETRY_SECONDS
+        if refusal.transient and now + retry.wait - max(retry.since, self._left_at) < limit:
+            if retry.since == now:
+                logger.warning("%s; trying again for %g s", refusal, limit)
+            self._retries[batch] = _Retry(retry.since, now + retry.wait, 2 * retry.wait)
+            self._pending[batch] = None
+            self._timer.within(retry.wait)
+        else:
+            self._give_up(batch, refusal)
+
+    def _give_up(self, batch: JobBatch, refusal: Refused) -> None:
+        """What of a batch has not been submitted will not be."""
+        self._complete(batch)
+        self._on_refused(batch, refusal)
+
+
+def _limited_by(batch: JobBatch) -> Any:
+    """What a limit to the number of jobs may depend on: accounts, partitions and the like are among these."""
+    needs = batch.key[0]
+    return needs.further, needs.slurm_cmd_args, needs.submission_template

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
 from executorlib.launchers.base import Events
 from executorlib.launchers.commands import Answer, Commands
-from executorlib.launchers.queue import Batch, Cause, JobState, Queue
+from executorlib.launchers.queue import Batch, Cause, JobState, Limit, Phase, Queue
 from executorlib.launchers.templates import warn_of_unused
 
 logger = logging.getLogger("executorlib")
@@ -33,11 +34,13 @@ class Refused(Exception):
     Args:
         text: What the system said.
         transient: Whether the same may be taken a little later.
+        limit: Whose jobs fill the limit, where there would be more than the system lets in at once.
     """
 
-    def __init__(self, text: str, transient: bool = False) -> None:
+    def __init__(self, text: str, transient: bool = False, limit: Limit = Limit.NONE) -> None:
         super().__init__(text)
         self.transient = transient
+        self.limit = limit
 
 
 class JobSystem(Protocol):
@@ -100,7 +103,10 @@ class JobSystem(Protocol):
         ...
 
     def query(self, job_ids: Sequence[str], on_states: Callable[[States | None], None]) -> None:
-        """Ask for the states of these jobs; absent ones are gone. Answers with None where there is no answer now."""
+        """Ask for the states of these jobs; absent ones are gone. Answers with None where there is no answer now.
+
+        The answer may tell of other jobs of the user's, too.
+        """
         ...
 
     def detail(self, job: JobKey, on_state: Callable[[JobState | None], None]) -> None:
@@ -118,6 +124,25 @@ class JobSystem(Protocol):
     def close(self) -> None:
         """Let go of everything; jobs go on."""
         ...
+
+
+def ask_whether_more_may_end(system: JobSystem, refusal: Refused, own: bool, on_known: Callable[[bool], None]) -> None:
+    """Find out whether there are jobs whose end would make room under a limit that a submission has met.
+
+    Args:
+        system: The system.
+        refusal: What it said.
+        own: Whether it has jobs of this session.
+        on_known: Is told. Where the system does not answer, there may be some.
+    """
+    if own or refusal.limit is Limit.SHARED:
+        on_known(True)
+    else:
+        # Of this user's other sessions and programs.
+        system.query(
+            [],
+            lambda states: on_known(states is None or any(state.phase is not Phase.ENDED for state in states.values())),
+        )
 
 
 class Cancellations:
@@ -303,8 +328,10 @@ class CommandSystem:
         def answered(answer: Answer) -> None:
             if not answer.ok:
                 transient = answer.code is None or queue.is_transient(answer.text)
-                on_done(Refused(f"{argv[0]} refused it: {answer.text}", transient))
+                limit = queue.limit_in(answer.text)
+                on_done(Refused(f"{argv[0]} refused it: {answer.text}", transient, limit))
                 return
+            self._tell(argv[0], batch.name, answer.error)
             taken: str | Refused
             try:
                 taken = queue.parse_job_id(answer.output)
@@ -314,6 +341,14 @@ class CommandSystem:
 
         # Some queues start a job where it was submitted.
         self._run(argv, answered, batch.cwd)
+
+    def _tell(self, program: str, name: str, said: str) -> None:
+        """Tell the user, once, what the system said of a job that it took all the same."""
+        for line in filter(None, map(str.strip, said.splitlines())):
+            words = re.sub(r"\d{3,}", "", line)  # the same, but for a job's number
+            if words not in self._warned:
+                self._warned.add(words)
+                logger.warning("%s took the job of %s and said: %s", program, name, line)
 
     def query(self, job_ids: Sequence[str], on_states: Callable[[States | None], None]) -> None:
         """See `JobSystem.query`."""
@@ -329,7 +364,7 @@ class CommandSystem:
             said = answer.text
             if answer.ok:
                 try:
-                    states = queue.parse_status(answer.output)
+                    states = queue.parse_status(answer.output, job_ids)
                 except Exception as error:  # whatever it stumbles over, that is no answer
                     said = str(error)
             if states is None:

@@ -33,29 +33,31 @@ NOT_MINE = 84  # somebody else has claimed the call since
 FAILED = 70  # EX_SOFTWARE of sysexits.h
 
 
-def main(directory: str) -> None:
+def main(directory: str, part: str = "") -> None:
     """Run this job's call and exit.
 
     Args:
         directory: The batch directory.
+        part: The part of the batch that this job is of, as `batches.JobIds.file` takes it.
     """
     family.unblock()
     family.guard()
     family.adopt()
     code = FAILED
     try:
-        code = run(directory, call.element_number())
+        code = run(directory, call.element_number(), part)
     except BaseException as error:
         sys.stderr.write(call.traceback_text(error))
     call.leave(code, family.end)
 
 
-def run(directory: str, index: int) -> int:
+def run(directory: str, index: int, part: str = "") -> int:
     """Run one call of a batch, on every rank where it has several.
 
     Args:
         directory: The batch directory.
         index: Number of the call in the batch.
+        part: The part of the batch that this job is of, as `batches.JobIds.file` takes it.
 
     Returns:
         The exit code.
@@ -64,24 +66,24 @@ def run(directory: str, index: int) -> int:
         setup = pickle.load(file)
     call.set_up(setup)
     if setup.get("ranks", 1) > 1:
-        return _run_ranks(directory, index, setup)
-    job = _claimed(directory, index, setup)
+        return _run_ranks(directory, index, part, setup)
+    job = _claimed(directory, index, part, setup)
     if isinstance(job, int):
         return job
     answer, seconds = _run(job)
     return _store(job, answer, seconds)
 
 
-def _claimed(directory: str, index: int, setup: dict[str, Any]) -> dict[str, Any] | int:
+def _claimed(directory: str, index: int, part: str, setup: dict[str, Any]) -> dict[str, Any] | int:
     """What is to be run; the exit code where it is not ours (any more)."""
     root = batches.root_of(directory)
     job_id = _job_id(setup)
-    noted = batches.read_text(directory, batches.JOB_ID_FILE)
+    noted = batches.JobIds.read(directory, index).of(index)
     if noted is None:
         # The session may have ended before it could note it, and who looks for this job needs it.
         if job_id:
-            batches.write_text(os.path.join(directory, batches.JOB_ID_FILE), job_id)
-    elif noted.isdecimal() and job_id.isdecimal() and noted != job_id:
+            batches.write_text(os.path.join(directory, batches.JobIds.file(part)), job_id)
+    elif noted[0].isdecimal() and job_id.isdecimal() and noted[0] != job_id:
         # A controller that is too busy to answer may take a batch all the same; the session then submitted it again.
         return NOT_MINE
     path = batches.entries_of(directory)[index]
@@ -191,7 +193,7 @@ def _choose_gpus(each: int) -> None:
             os.environ[name] = ",".join(devices[local_rank * each : (local_rank + 1) * each])
 
 
-def _run_ranks(directory: str, index: int, setup: dict[str, Any]) -> int:
+def _run_ranks(directory: str, index: int, part: str, setup: dict[str, Any]) -> int:
     from mpi4py import MPI
 
     ranks = setup["ranks"]
@@ -207,7 +209,7 @@ def _run_ranks(directory: str, index: int, setup: dict[str, Any]) -> int:
         sys.stderr.write(f"executorlib: {describe_split_world(ranks, 'the job', size, library, advice)}\n")
         return FAILED
     _choose_gpus(setup["gpus_per_rank"])
-    job: dict[str, Any] | int = world.bcast(_claimed(directory, index, setup) if rank == 0 else 0, 0)
+    job: dict[str, Any] | int = world.bcast(_claimed(directory, index, part, setup) if rank == 0 else 0, 0)
     if isinstance(job, int):
         return job
     answer, seconds = _run(job)
