@@ -126,7 +126,7 @@ class JobIds:
         found = cls()
         whole = read_text(directory, JOB_ID_FILE)
         if whole is not None:
-            found.add(0, last, whole)
+            found.add(0, last, whole.strip())
             return found
         names: list[str] = []
         with contextlib.suppress(OSError):
@@ -136,7 +136,7 @@ class JobIds:
             first, _, end = part.partition("-")
             job_id = read_text(directory, name) if start == JOB_ID_FILE and (first + end).isdecimal() else None
             if job_id is not None:
-                found.add(int(first), int(end), job_id)
+                found.add(int(first), int(end), job_id.strip())
         return found
 
     def add(self, first: int, last: int, job_id: str) -> None:
