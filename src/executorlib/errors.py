@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 from concurrent.futures import BrokenExecutor
@@ -64,6 +65,26 @@ def contained(error: BaseException, who: str, kind: type[Exception] = Executorli
     replacement = kind(f"{who} {did}")
     replacement.__cause__ = error.__cause__
     return replacement
+
+
+_FRAME = re.compile(r'([ |+-]*)File "(.+)", line (\d+), in ')
+
+
+def with_source_lines(text: str) -> str:
+    """Add to a traceback from elsewhere the lines that only this process has: those of notebooks and prompts."""
+    linecache = sys.modules.get("linecache")  # without it there are none
+    if linecache is None:
+        return text
+    lines = text.split("\n")
+    shown = []
+    for line, following in zip(lines, [*lines[1:], ""], strict=True):
+        shown.append(line)
+        frame = _FRAME.match(line)
+        if frame is not None and frame[2] in linecache.cache and not following.startswith(f"{frame[1]}  "):
+            code = linecache.getline(frame[2], int(frame[3])).strip()
+            if code:
+                shown.append(f"{frame[1]}  {code}")
+    return "\n".join(shown)
 
 
 FUTURE_ADVICE = (

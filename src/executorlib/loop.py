@@ -22,6 +22,7 @@ import os
 import signal
 import socket
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -30,10 +31,17 @@ from pickle import PicklingError
 from typing import Any
 
 from executorlib import foreign, serialize
-from executorlib.errors import ExecutorlibSocketError, RemoteTraceback, TimeLimitError, advise_unpicklable, contained
+from executorlib.errors import (
+    ExecutorlibSocketError,
+    RemoteTraceback,
+    TimeLimitError,
+    advise_unpicklable,
+    contained,
+    with_source_lines,
+)
 from executorlib.futures import Stored, StoredCall, fill_in, input_error, misplaced, stored
 from executorlib.launchers import streams
-from executorlib.launchers.base import Events, Exit, Launcher, Process, tail_text
+from executorlib.launchers.base import Events, Exit, Launcher, Process, has_stack, tail_text
 from executorlib.poller import Poller
 from executorlib.resources import Demand, Resources
 from executorlib.scheduler import (
@@ -67,6 +75,10 @@ _GRACE_SECONDS = 2.0
 
 # How often suspended helpers are continued once the executor is to end, in seconds.
 _RESUME_SECONDS = 1.0
+
+# A worker tells by itself where its call is when the time is over, which takes a moment to come in: how often to look
+# for that, in seconds, and how many times before it is ended all the same.
+_LOOK_SECONDS, _MOST_LOOKS = 0.02, 25
 
 # What sends these signals to all workers.
 _ENDED_BY = {signal.SIGKILL: "kill_workers()", signal.SIGTERM: "terminate_workers()", signal.SIGINT: "Ctrl-C"}
@@ -511,6 +523,8 @@ class Loop(Poller, Events):
         resources = task.resources
         if resources.error_log_file is not None:
             options["error_log_file"] = resources.error_log_file
+        if resources.run_time_max is not None:
+            options["limit"] = [resources.run_time_max, time.time() + resources.run_time_max]
         if task.cache_path is not None:
             options["cache"] = task.cache_path
             options["resources"] = resources.as_dict()
@@ -764,9 +778,12 @@ class Loop(Poller, Events):
         advice = "Only this call fails; it can be submitted again."
         if self._ended_by:
             advice = f"{self._ended_by} has ended all of the executor's workers."
+        verdict = process.verdict
+        if isinstance(verdict, TimeLimitError):
+            verdict = TimeLimitError(f"{verdict}{said}")
         for task in lost:
             error = (
-                process.verdict
+                verdict
                 or end.error
                 or ExecutorlibSocketError(
                     f"Call {task.number} of {task.name} has no result: its worker{where} ended before it gave one: "
@@ -792,7 +809,7 @@ class Loop(Poller, Events):
         worker_number = process.worker.number
 
         # By numbers: the timer stays until it is due, and must not keep the call, or its result, until then.
-        def expire() -> None:
+        def expire(seen: int = 0, looks: int = _MOST_LOOKS) -> None:
             task = self._tasks.get(number)
             process = self._processes.get(worker_number)
             if process is None:
@@ -803,6 +820,10 @@ class Loop(Poller, Events):
                 self.call_later(_GRACE_SECONDS, lambda: self._end_leftover(process))
                 return
             if task is None or task.state is not RUNNING or task not in worker.calls:
+                return
+            told = len(process.stderr) if has_stack(process.stderr) else 0
+            if looks and not (told and told == seen):  # where the call is has yet to be told, or to be told in full
+                self.call_later(_LOOK_SECONDS, lambda: expire(told, looks - 1))
                 return
             process.verdict = TimeLimitError(
                 f"Call {number} of {task.name} ran longer than its run_time_max of {seconds:g} s and was ended; "
@@ -869,7 +890,7 @@ class Loop(Poller, Events):
                 f"{subject} raised an exception that cannot be unpickled here ({type(reason).__name__}: {reason}); "
                 "its traceback is shown above as the cause."
             )
-        error.__cause__ = RemoteTraceback(text)
+        error.__cause__ = RemoteTraceback(with_source_lines(text))
         return contained(error, f"{subject}: the function")  # of a job that another version ran
 
     def _fail(self, task: Task, error: BaseException) -> None:

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
+import linecache
 import logging
 import os
 import pickle
 import random
 import re
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from contract.functions import CustomError, add, fail, identity
+from contract.functions import CustomError, add, fail, identity, put, wait_for
 from executorlib.api import ExecutorlibSocketError
+from executorlib.launchers.base import tail_text
 
 WAIT = 30
 pytestmark = pytest.mark.essential
@@ -274,3 +278,87 @@ def test_sizes_are_not_logged_without_asking(executor: Any, caplog: pytest.LogCa
     with caplog.at_level(logging.WARNING, logger="executorlib"):
         executor.submit(identity, bytes(50_000)).result(WAIT)
     assert not caplog.records
+
+
+# Where it was.
+
+
+@pytest.fixture
+def cell() -> Iterator[Callable[[str], dict[str, Any]]]:
+    """Runs code as a notebook does: its lines are known to this process alone."""
+    names = []
+
+    def run(source: str) -> dict[str, Any]:
+        name = f"ipykernel_1/{len(names)}.py"
+        names.append(name)
+        linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
+        namespace: dict[str, Any] = {"__name__": "__main__"}
+        exec(compile(source, name, "exec"), namespace)
+        return namespace
+
+    yield run
+    for name in names:
+        del linecache.cache[name]
+
+
+def test_remote_traceback_of_a_notebook_has_its_lines(executor: Any, cell: Any) -> None:
+    inner = cell("def inner(x):\n    return 1 / x  # the culprit\n")["inner"]
+    outer = cell("def outer(inner, x):\n\n    return inner(x)  # its caller\n")["outer"]
+    remote = str(executor.submit(outer, inner, 0).exception(WAIT).__cause__)
+    assert re.search(r'File "ipykernel_1/1.py", line 3, in outer\n    return inner\(x\)  # its caller\n', remote)
+    assert re.search(r'File "ipykernel_1/0.py", line 2, in inner\n    return 1 / x  # the culprit\n', remote)
+
+
+def crash() -> None:
+    ctypes.string_at(0)
+
+
+def crash_below(depth: int) -> None:
+    if depth:
+        crash_below(depth - 1)
+    else:
+        crash()
+
+
+def test_a_crash_says_where_it_was(make_executor: Callable[..., Any]) -> None:
+    with make_executor() as executor:
+        text = str(executor.submit(crash_below, 40).exception(WAIT))
+    assert re.search(r"Segmentation fault(.|\n)*test_errors.py\", line \d+ in crash\n.* in crash_below\n", text)
+    assert "executorlib/worker" not in text.partition("most recent call first")[2]
+
+
+def wait_for_ever(path: str) -> None:
+    put(path)
+    threading.Event().wait()
+
+
+def test_a_time_limit_says_where_it_was(make_executor: Callable[..., Any], tmp_path: Path) -> None:
+    with make_executor(resource_dict={"run_time_max": 1.5}) as executor:
+        error = executor.submit(wait_for_ever, str(tmp_path / "began")).exception(WAIT)
+    assert isinstance(error, TimeoutError)
+    wait_for(tmp_path / "began")
+    assert re.search(r"test_errors.py\", line \d+ in wait_for_ever", str(error))
+
+
+def test_what_error_texts_keep_of_a_stack() -> None:
+    """The innermost calls, what was said just before, and nothing of ours."""
+    told = [f"said {index}" for index in range(30)]
+    told += ["Fatal Python error: Segmentation fault", "", "Stack (most recent call first):"]
+    told += [f'  File "/home/me/model.py", line {line} in f' for line in range(40)]
+    told += ['  File "/opt/lib/executorlib/worker/call.py", line 173 in run', '  File "<string>", line 1 in <module>']
+    told += ["", "Extension modules: numpy, scipy (total: 2)"]
+    kept = tail_text("\n".join(told).encode()).splitlines()
+    assert kept[:5] == [
+        "    said 27",
+        "    said 28",
+        "    said 29",
+        "    Fatal Python error: Segmentation fault",
+        "    ",
+    ]
+    assert kept[5:8] == [
+        "    Stack (most recent call first):",
+        '      File "/home/me/model.py", line 0 in f',
+        '      File "/home/me/model.py", line 1 in f',
+    ]
+    assert len(kept) == 20
+    assert tail_text(b"\n".join(b"line %d" % index for index in range(50))).splitlines()[0] == "    line 30"

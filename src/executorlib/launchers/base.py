@@ -6,6 +6,7 @@ here needs a lock, and nothing may block.
 
 from __future__ import annotations
 
+import re
 import socket
 import sys
 import time
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from executorlib.serialize import Frame
 
 # What a dead worker wrote last is part of its error text; this much of it is kept.
-STDERR_TAIL_BYTES = 4096
+STDERR_TAIL_BYTES = 16 * 1024
 # Characters of source in one argument, which has up to 128 KiB (Linux's MAX_ARG_STRLEN); one takes four bytes at most.
 _PIECE = 30_000
 
@@ -259,7 +260,24 @@ def arguments() -> list[str]:
     return [str(argument) for argument in getattr(sys, "argv", [])]
 
 
+# How `faulthandler`, which workers have, begins to tell where a thread is.
+_STACK = "(most recent call first)"
+# Below it, what is no help to users: frames of ours that called their function, and what else the process had loaded.
+_OURS = re.compile(
+    r'  File "(<string>|.*executorlib.(worker|launchers|transports).\w+\.py|.*executorlib.local_queue\.py)", line '
+)
+
+
+def has_stack(stderr: bytes | bytearray) -> bool:
+    """Whether a process has told where it is, as `faulthandler` does."""
+    return _STACK.encode() in stderr
+
+
 def tail_text(stderr: bytes | bytearray) -> str:
-    """The last lines of what a process wrote, indented for an error text."""
-    lines = bytes(stderr).decode(errors="replace").rstrip().splitlines()[-20:]
-    return "\n".join(f"    {line}" for line in lines)
+    """The last lines of what a process wrote, indented for an error text; of a stack, its innermost calls."""
+    lines = bytes(stderr).decode(errors="replace").rstrip().splitlines()
+    stack = next((index for index in reversed(range(len(lines))) if _STACK in lines[index]), None)
+    if stack is not None:
+        calls = [line for line in lines[stack:] if not _OURS.match(line) and not line.startswith("Extension modules: ")]
+        lines = [*lines[:stack][-5:], *calls[:15]]
+    return "\n".join(f"    {line}" for line in lines[-20:]).rstrip()

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 # How long an entry of another machine's session may lack a job id, in seconds, before that session counts as dead.
 SUBMIT_SECONDS = 600.0
 
-_OUTPUT_TAIL_BYTES = 4096
+_OUTPUT_TAIL_BYTES = 16 * 1024
 _GENERAL_ADVICE = "Only this call fails; it can be submitted again."
 
 

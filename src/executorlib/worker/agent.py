@@ -251,6 +251,7 @@ def main(fd: int, preload: list[str]) -> None:
         preload: Modules to import before any child is forked.
     """
     family.unblock()
+    call.tell_crashes()
     connection = Connection(socket.socket(fileno=fd))
     os.set_inheritable(fd, False)
     agent = Agent(connection)

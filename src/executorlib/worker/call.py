@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import faulthandler
 import functools
 import importlib
 import os
@@ -152,7 +153,8 @@ def run(
         function: The pickled function.
         arguments: Frames of the pickled pair of positional and keyword arguments.
         values: Defaults for parameters that the caller left out.
-        options: ``error_log_file`` and ``cache``, as the executor sent them.
+        options: ``error_log_file``, ``cache`` and ``limit``, as the executor sent them. At its limit the call writes to
+            standard error where it is; it is for the executor to end it.
         finish: Whether to write the cache entry; False for the ranks of an MPI world, whose results are joined first.
     """
     fn: Any = None
@@ -160,6 +162,12 @@ def run(
     kwargs: dict[str, Any] = {}
     stage = "the call could not be unpickled in its worker"
     loaded = False
+    process = os.getpid()
+    if "limit" in options:
+        seconds, end = options["limit"]
+        left = end - time.time()  # less, as it may have taken this process a while to start
+        with contextlib.suppress(Exception):  # too long a time, or no thread to be had
+            faulthandler.dump_traceback_later(left if 0 < left < seconds else seconds, file=2)
     try:
         fn = serialize.loads([function])
         args, kwargs = serialize.loads(arguments)
@@ -181,6 +189,9 @@ def run(
         if not isinstance(error, Exception):
             error = _contained(error, name, loaded, bool(stage))
         return Answer(dump_error(error), text, loaded=loaded)
+    finally:
+        if "limit" in options and os.getpid() == process:  # a forked copy would wait for a thread that it does not have
+            faulthandler.cancel_dump_traceback_later()
 
 
 def _contained(error: BaseException, name: str, loaded: bool, pickling: bool) -> BaseException:
@@ -304,6 +315,16 @@ def log_error(path: str, fn: object, args: object, kwargs: object, text: str) ->
         sys.stderr.write(f"executorlib: cannot append to error_log_file {path}: {error}\n")
 
 
+def tell_crashes() -> None:
+    """Have this process write where it was, should it crash, to standard error, of which error texts have the end."""
+    if faulthandler.is_enabled():  # by the user's options, or before this process was forked
+        return
+    if sys.version_info >= (3, 14):
+        faulthandler.enable(2, all_threads=False, c_stack=False)
+    else:
+        faulthandler.enable(2, all_threads=False)
+
+
 def set_up(setup: dict[str, Any]) -> None:
     """Make the process what its call expects, before anything of the user is imported.
 
@@ -313,6 +334,7 @@ def set_up(setup: dict[str, Any]) -> None:
             names: ``cores`` and ``gpus`` count among these, which may be called otherwise here), ``shown_gpus``
             (whether what started the process has set one of the variables that name devices).
     """
+    tell_crashes()
     for name, value in setup.get("env", {}).items():
         if value is None:
             os.environ.pop(name, None)

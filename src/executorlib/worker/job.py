@@ -11,6 +11,7 @@ system shows.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
 import pickle
 import signal
@@ -121,6 +122,7 @@ def _run(job: dict[str, Any]) -> tuple[call.Answer, float]:
     if job["run_time_max"] is not None:
         # By the kernel, as the function may not let Python's threads run; SIGALRM is for nothing else by default.
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        faulthandler.register(signal.SIGALRM, file=2, chain=True)  # tells where the call is before it ends
         signal.setitimer(signal.ITIMER_REAL, job["run_time_max"])
     arguments = pickle.dumps((_Pickled(job["input_args"]), _Pickled(job["input_kwargs"])))
     options = {"error_log_file": job["error_log_file"]} if job["error_log_file"] else {}
@@ -129,6 +131,7 @@ def _run(job: dict[str, Any]) -> tuple[call.Answer, float]:
         answer = call.run(job["function"], [arguments], {"executorlib_worker_id": 0}, options, finish=False)
     seconds = time.perf_counter() - started
     signal.setitimer(signal.ITIMER_REAL, 0)
+    faulthandler.unregister(signal.SIGALRM)
     return answer, seconds
 
 
