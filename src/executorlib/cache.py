@@ -7,6 +7,7 @@ you trust. Where everybody may write, only this user's own files are read, and r
 from __future__ import annotations
 
 import json
+import logging
 import os
 import threading
 import time
@@ -26,6 +27,9 @@ from executorlib.entries import (
     read_output,
     read_values,
 )
+from executorlib.lean_future import LeanFuture
+
+logger = logging.getLogger("executorlib")
 
 _POLL_SECONDS = 0.2
 # Of many entries seldom enough to take no more of a core than this, but a result is seen within about a second.
@@ -99,7 +103,7 @@ def get_future_from_cache(cache_directory: str | os.PathLike[str], cache_key: st
             f"the cache directory {os.fspath(cache_directory)} has no entry {cache_key!r}; "
             "get_cache_data() lists those it has"
         )
-    future: Future[Any] = Future()
+    future: Future[Any] = LeanFuture()
     if output is None:
         _watcher.watch(future, path, os.path.abspath(cache_directory))
     elif output.error is not None:
@@ -199,13 +203,17 @@ class _Watcher:
                     return
             began = time.thread_time()
             for future, (path, root, seen) in list(watched.items()):
-                if future.cancelled():
-                    future.set_running_or_notify_cancel()  # tells those who wait for it
+                try:
+                    if future.cancelled():
+                        future.set_running_or_notify_cancel()  # tells those who wait for it
+                        del watched[future]
+                    elif self._look(future, path, root, seen):
+                        del watched[future]
+                    elif _is_pending(path):
+                        watched[future] = (path, root, time.monotonic())
+                except BaseException:  # a callback's: other futures must not wait for ever because of it
+                    logger.exception("a callback of a future raised")
                     del watched[future]
-                elif self._look(future, path, root, seen):
-                    del watched[future]
-                elif _is_pending(path):
-                    watched[future] = (path, root, time.monotonic())
             del future
             pause = (time.thread_time() - began) / _POLL_SHARE
             time.sleep(max(_POLL_SECONDS, min(pause, _LONGEST_POLL_SECONDS)))

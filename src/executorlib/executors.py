@@ -194,7 +194,7 @@ class BaseExecutor(Executor):
             scheduler = BlockScheduler(max_workers, common.restart_limit, ledger, self._demand, lookahead)
         else:
             scheduler = FreshScheduler(ledger, max_calls, common.restart_limit)
-        self._loop = Loop(
+        loop = self._loop = Loop(
             scheduler,
             make_launcher,
             block_resources=resources if block else None,
@@ -205,7 +205,12 @@ class BaseExecutor(Executor):
             jobs=jobs,
         )
         # An executor that is dropped without shutdown finishes its calls and ends. The loop knows nothing of it.
-        weakref.finalize(self, self._loop.shutdown, False).atexit = False
+        weakref.finalize(self, loop.shutdown, False).atexit = False
+        try:
+            loop.start()
+        except BaseException:  # a Ctrl-C: nobody will have this executor to shut it down
+            loop.shutdown(True)
+            raise
 
     # -- submitting -----------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from executorlib import serialize
 from executorlib.errors import EXECUTOR_ADVICE, FUTURE_ADVICE, refuse_future
+from executorlib.lean_future import LeanFuture
 
 # Types that cannot hold a future: the common arguments, skipped without a closer look.
 _LEAVES = frozenset({int, float, complex, bool, str, bytes, bytearray, type(None)})
@@ -111,7 +112,11 @@ def _children(obj: object) -> Iterable[object] | None:
     return None
 
 
-def fill_in(obj: Any, value_of: Callable[[Future[Any]], Any] = Future.result) -> Any:
+def _result(future: Future[Any]) -> Any:
+    return future.result()
+
+
+def fill_in(obj: Any, value_of: Callable[[Future[Any]], Any] = _result) -> Any:
     """Replace all futures by their values, results unless told otherwise; containers without any stay as they are."""
     return _fill(obj, value_of, {})
 
@@ -178,10 +183,48 @@ def input_error(future: Future[Any]) -> BaseException | None:
     return future.exception()
 
 
-class DerivedFuture(Future[Any]):
+class DerivedFuture(LeanFuture[Any]):
     """A future that is made from others."""
 
     __reduce__ = refuse_future
+
+
+class _Ours:
+    """The first callback of another library's future: calls all of ours.
+
+    Such a future stops at a callback that raises a `BaseException`, such as SystemExit, and the rest never hears of its
+    end. So ours come first, and all of them are called before the first of their own exceptions is raised.
+    """
+
+    __slots__ = ("receivers",)
+
+    def __init__(self) -> None:
+        self.receivers: list[Callable[[Future[Any]], object]] = []
+
+    def __call__(self, future: Future[Any]) -> None:
+        receivers, self.receivers = self.receivers, []
+        raised = None
+        for receiver in receivers:
+            try:
+                receiver(future)
+            except BaseException as error:
+                raised = raised or error
+        if raised is not None:
+            raise raised
+
+
+def when_done(future: Future[Any], receiver: Callable[[Future[Any]], object]) -> None:
+    """Have ``receiver(future)`` called when a future is done, whatever other callbacks of it raise."""
+    # A LeanFuture calls all of its callbacks; of a class that has ways of its own nothing but the interface is known.
+    if type(future).add_done_callback is Future.add_done_callback and not isinstance(future, LeanFuture):
+        with future._condition:
+            if not future.done():
+                callbacks: list[Any] = future._done_callbacks  # type: ignore[attr-defined]
+                if not callbacks or not isinstance(callbacks[0], _Ours):
+                    callbacks.insert(0, _Ours())
+                callbacks[0].receivers.append(receiver)
+                return
+    future.add_done_callback(receiver)
 
 
 class _Derive:
@@ -216,7 +259,7 @@ class _Derive:
 def derived_future(source: Future[Any], compute: Callable[[Any], Any]) -> Future[Any]:
     """A future of something computed, cheaply, from another's result as soon as that is done."""
     derived: Future[Any] = DerivedFuture()
-    source.add_done_callback(_Derive(derived, compute))
+    when_done(source, _Derive(derived, compute))
     return derived
 
 
@@ -278,12 +321,12 @@ def batched(iterable: Iterable[Future[Any]], n: int) -> list[Future[list[Any]]]:
     groups: list[Future[list[Any]]] = [DerivedFuture() for _ in range(-(-len(futures) // n))]
     collector = _Batches(groups, n, len(futures))
     for future in futures:
-        future.add_done_callback(collector.on_done)
+        when_done(future, collector.on_done)
     return groups
 
 
 def _done(value: Any) -> Future[Any]:
-    future: Future[Any] = Future()
+    future: Future[Any] = DerivedFuture()
     future.set_result(value)
     return future
 
@@ -316,11 +359,17 @@ class _Batches:
                     group_error = self._errors[0]
                     del self._errors[: self._n - len(values)]
                 ready.append((self._groups.popleft(), values, group_error))
-        # Outside the lock: callbacks of a group may finish further inputs.
+        # Outside the lock: callbacks of a group may finish further inputs. All groups, whatever callbacks raise.
+        raised = None
         for group, values, group_error in ready:
             if not group.set_running_or_notify_cancel():
                 continue
-            if group_error is None:
-                group.set_result(values)
-            else:
-                group.set_exception(group_error)
+            try:
+                if group_error is None:
+                    group.set_result(values)
+                else:
+                    group.set_exception(group_error)
+            except BaseException as error:
+                raised = raised or error
+        if raised is not None:
+            raise raised

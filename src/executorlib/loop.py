@@ -23,7 +23,7 @@ import signal
 import socket
 import threading
 import time
-import weakref
+from _thread import start_new_thread
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
@@ -39,7 +39,7 @@ from executorlib.errors import (
     contained,
     with_source_lines,
 )
-from executorlib.futures import Stored, StoredCall, fill_in, input_error, misplaced, stored
+from executorlib.futures import Stored, StoredCall, fill_in, input_error, misplaced, stored, when_done
 from executorlib.launchers import streams
 from executorlib.launchers.base import Events, Exit, Launcher, Process, has_stack, tail_text
 from executorlib.poller import Poller
@@ -128,7 +128,7 @@ class _Cancelled:
 
 
 class Loop(Poller, Events):
-    """Runs the calls of one executor.
+    """Runs the calls of one executor, from `start` on.
 
     Args:
         scheduler: Decides.
@@ -154,8 +154,7 @@ class Loop(Poller, Events):
         name: str,
         jobs: bool = False,
     ) -> None:
-        streams.fill()
-        super().__init__()
+        # Nothing here has to be freed again: a Ctrl-C may strike at any line. See `start`.
         self._number = next(_loop_numbers)
         self._jobs = jobs
         self.scheduler: Scheduler = scheduler
@@ -166,6 +165,8 @@ class Loop(Poller, Events):
         self._pin = pin
         self._log_sizes = log_sizes
         self._next_number = 1
+        self._last_posted = 0  # numbers of calls: of the last one that was put into the inbox,
+        self._last_taken = 0  # and of the last one that was taken out
         self._submit_lock = threading.Lock()
         self._refusal = ""  # why submit is refused
         self._inbox: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
@@ -186,14 +187,37 @@ class Loop(Poller, Events):
         self._real_paths: dict[str, str] = {}
         self._equal_calls: dict[str, list[Task]] = {}  # by file in the cache: one that is on its way, others that wait
         self._pid = os.getpid()
-        self._wake_read, self._wake_write = os.pipe()
-        os.set_blocking(self._wake_read, False)
-        os.set_blocking(self._wake_write, False)
-        self.watch(self._wake_read, self._on_wake)
-        self._launcher = make_launcher(self)
+        self._make_launcher = make_launcher
+        self._wake_read = self._wake_write = -1
+        self._failed_to_start: BaseException | None = None
+        # Locks, because a Ctrl-C could leave an Event or a Condition locked.
+        self._starting = threading.Lock()
+        self._alive = threading.Lock()  # held by the thread
         self._thread = threading.Thread(target=self._run, name=name, daemon=False)
-        _loops.add(self)
-        self._thread.start()
+
+    def start(self) -> None:
+        """Start the thread and return once it has all that it needs.
+
+        Whatever has to be freed again is made by the thread itself, because a Ctrl-C strikes in the main thread only.
+        When it strikes here, `shutdown` ends the thread, however far it has come.
+
+        Raises:
+            RuntimeError: There can be no further thread. Nothing is left behind, as after any other error.
+        """
+        self._starting.acquire()
+        # Not from this thread: `Thread.start` that is interrupted may keep the new thread from ever getting to `_run`.
+        start_new_thread(self._start_thread, ())
+        with self._starting:
+            pass
+        if self._failed_to_start is not None:
+            raise self._failed_to_start
+
+    def _start_thread(self) -> None:
+        try:
+            self._thread.start()
+        except BaseException as error:
+            self._failed_to_start = error
+            self._starting.release()
 
     # -- called from any thread ---------------------------------------------------------------------------------------
 
@@ -232,6 +256,8 @@ class Loop(Poller, Events):
                 if self._jobs:
                     future.stored = Stored(StoredCall(self._number, number))
             self.post(self._on_submit, task, inputs)
+            # Only now: a call that a Ctrl-C has kept from being posted must not be counted for ever.
+            self._last_posted = number
 
     def check_open(self) -> None:
         """Raise RuntimeError if calls are not taken (any more)."""
@@ -240,12 +266,17 @@ class Loop(Poller, Events):
 
     def post(self, function: Callable[..., None], *args: Any) -> None:
         """Have a function called in the loop's thread."""
-        self._inbox.append((function, args))
-        # The loop sets the flag, then looks into the inbox, then sleeps: either it sees this entry or we see the flag.
-        if self._sleeping:
-            # The flag is for the loop to clear. Done here it could hit the next sleep, or a Ctrl-C could come between.
-            with contextlib.suppress(OSError):  # full: it is awake already; closed: it has ended
-                os.write(self._wake_write, b"\0")
+        # With `finally`, and nothing in it that a Ctrl-C could come before: maybe nobody else wakes the loop.
+        try:
+            self._inbox.append((function, args))
+        finally:
+            # The loop sets the flag, then looks into the inbox, then sleeps: either it sees this entry or we see the
+            # flag, which is for the loop to clear: done here it could hit the next sleep.
+            if self._sleeping:
+                try:  # noqa: SIM105  # see above
+                    os.write(self._wake_write, b"\0")
+                except OSError:
+                    pass  # full: it is awake already; closed: it has ended
 
     def shutdown(self, cancel: bool, reason: str = "cannot schedule new futures after shutdown") -> None:
         """Take no more calls; end once those at hand are over.
@@ -280,14 +311,17 @@ class Loop(Poller, Events):
 
     def join(self) -> None:
         """Wait until the loop has ended."""
-        if threading.current_thread() is not self._thread and self._pid == os.getpid():
+        started = self._thread.ident is not None
+        if started and threading.current_thread() is not self._thread and self._pid == os.getpid():
+            with self._alive:  # before Python 3.13, a Ctrl-C makes `Thread.join` believe that the thread has ended
+                pass
             self._thread.join()
 
     @property
     def waiting(self) -> int:
         """Calls that have not started."""
         queued = self.scheduler.launching if self._jobs else 0  # elsewhere to launch is to start
-        return self.scheduler.not_started + queued + self._next_number - 1 - self.scheduler.submitted
+        return self.scheduler.not_started + queued + max(0, self._last_posted - self._last_taken)
 
     # -- events from the inbox ----------------------------------------------------------------------------------------
 
@@ -303,7 +337,8 @@ class Loop(Poller, Events):
                     producer.dependents = [task]
                 else:
                     producer.dependents.append(task)
-            source.add_done_callback(_InputDone(self, task, producer is not None))
+            when_done(source, _InputDone(self, task, producer is not None))
+        self._last_taken = task.number
         self.scheduler.on_submit(task)
 
     def _job_of(self, source: Future[Any]) -> Task | None:
@@ -339,7 +374,7 @@ class Loop(Poller, Events):
 
     def on_cancelled(self, task: Task) -> None:
         """A call's future was cancelled."""
-        if not task.over:
+        if not task.over and task.number in self._tasks:  # else its submission was interrupted
             self.scheduler.on_cancel(task)
             self._announce(task)
             self._drop(task)
@@ -350,7 +385,7 @@ class Loop(Poller, Events):
         self._closing = True
         if cancel:
             for task in list(self._tasks.values()):
-                if not task.announced and task.future.cancel():
+                if not task.announced and _cancel(task.future.cancel, task.future):
                     self.on_cancelled(task)
 
     def _resume(self) -> None:
@@ -374,7 +409,7 @@ class Loop(Poller, Events):
             future = task.future
             self._drop(task)
             if isinstance(future, CallFuture):
-                future.abandon()
+                _cancel(future.abandon, future)
         self._processes.clear()
 
     def _on_end_workers(self, signal_number: int) -> None:
@@ -401,6 +436,13 @@ class Loop(Poller, Events):
 
     def _run(self) -> None:
         try:
+            self._open()
+        except BaseException as error:
+            self._failed_to_start = error
+            return
+        finally:
+            self._starting.release()
+        try:
             self._launcher.prepare()
             import cloudpickle  # noqa: F401  # while the workers start; the first call may need it
 
@@ -419,6 +461,23 @@ class Loop(Poller, Events):
             self._crash(error)
         finally:
             self._end()
+
+    def _open(self) -> None:
+        """Get what has to be freed again: all of it, or nothing."""
+        streams.fill()
+        with contextlib.ExitStack() as on_failure:
+            super().__init__()
+            on_failure.callback(self.close_poll)
+            self._wake_read, self._wake_write = os.pipe()
+            on_failure.callback(os.close, self._wake_read)
+            on_failure.callback(os.close, self._wake_write)
+            os.set_blocking(self._wake_read, False)
+            os.set_blocking(self._wake_write, False)
+            self.watch(self._wake_read, self._on_wake)
+            self._launcher = self._make_launcher(self)
+            on_failure.pop_all()
+        self._alive.acquire()
+        _loops.add(self)
 
     def _work(self) -> None:
         """Handle what is at hand. Futures come last: who waits for them competes with this thread from then on."""
@@ -913,7 +972,7 @@ class Loop(Poller, Events):
             if not task.announced:
                 task.announced = True
                 future.set_running_or_notify_cancel()
-        except BaseException:  # a callback's: Future itself sees to those that are Exceptions only
+        except BaseException:  # a callback's: the future itself sees to those that are Exceptions only
             logger.exception("a callback of a future raised")
         if dependents:
             # After a failure they have been told by their callbacks.
@@ -960,13 +1019,16 @@ class Loop(Poller, Events):
             self._conclude(task, None, failure)
 
     def _end(self) -> None:
-        self._launcher.close()
-        self.close_poll()
-        os.close(self._wake_read)
-        os.close(self._wake_write)
-        self._function_pickler.clear()
-        self._init_function = None
-        _loops.discard(self)
+        try:
+            self._launcher.close()
+        finally:
+            self.close_poll()
+            os.close(self._wake_read)
+            os.close(self._wake_write)
+            self._function_pickler.clear()
+            self._init_function = None
+            _loops.discard(self)
+            self._alive.release()
 
     def after_fork(self) -> None:
         """In a forked copy of the user's process: let go of everything, without touching what the parent shares."""
@@ -979,6 +1041,7 @@ class Loop(Poller, Events):
             with contextlib.suppress(OSError):
                 os.close(fd)
         self._callbacks.clear()
+        _loops.discard(self)
 
 
 def _name_of_input(future: Future[Any]) -> Any:
@@ -992,7 +1055,17 @@ def _load_ranks(frames: list[Frame], counts: list[int]) -> list[Any]:
     return [serialize.loads(list(itertools.islice(each, count))) for count in counts]
 
 
-_loops: weakref.WeakSet[Loop] = weakref.WeakSet()
+def _cancel(cancel: Callable[[], object], future: Future[Any]) -> bool:
+    """Have a future cancelled, whatever its callbacks raise; whether it is."""
+    try:
+        cancel()
+    except BaseException:
+        logger.exception("a callback of a future raised")
+    return future.cancelled()
+
+
+# Each is kept by its thread anyway. Not a WeakSet: that cannot be listed while another thread takes something out.
+_loops: set[Loop] = set()
 
 
 def running_loops() -> list[Loop]:

@@ -176,7 +176,6 @@ class Scheduler:
         self._to_look_up: list[Task] = []
         self._worker_number = 0
         self.workers: dict[int, Worker] = {}
-        self.submitted = 0
         self.unfinished = 0  # calls submitted and not over
         self.not_started = 0  # of these, waiting or ready
 
@@ -189,7 +188,6 @@ class Scheduler:
 
     def on_submit(self, task: Task) -> None:
         """A new call. It waits for ``task.missing`` inputs first."""
-        self.submitted += 1
         self.unfinished += 1
         self.not_started += 1
         if not task.missing:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import enum
-import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
 from executorlib.errors import refuse_future
+from executorlib.lean_future import LeanFuture
 from executorlib.resources import Demand, Resources
 
 
@@ -43,78 +43,21 @@ LEGAL_MOVES: dict[State, frozenset[State]] = {
 _LEGAL = tuple(sum(1 << target for target in LEGAL_MOVES[state]) for state in State)
 
 
-class _LeanCondition:
-    """Stands for the `threading.Condition` of a future, which alone takes more memory than the rest of a queued call.
-
-    Those who wait are kept in a list that is made for the first of them.
-    """
-
-    __slots__ = ("_lock", "_waiters")
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-        self._waiters: list[threading.Lock] | None = None
-
-    def acquire(self) -> bool:
-        """See `threading.Condition.acquire`."""
-        return self._lock.acquire()
-
-    def release(self) -> None:
-        """See `threading.Condition.release`."""
-        self._lock.release()
-
-    def __enter__(self) -> bool:
-        return self._lock.__enter__()
-
-    def __exit__(self, *exc: Any) -> None:
-        self._lock.__exit__(*exc)
-
-    def wait(self, timeout: float | None = None) -> bool:
-        """See `threading.Condition.wait`; as `Future` does, the caller holds the lock once."""
-        waiter = threading.Lock()
-        waiter.acquire()
-        if self._waiters is None:
-            self._waiters = []
-        self._waiters.append(waiter)
-        self._lock.release()
-        notified = False
-        try:
-            if timeout is None:
-                notified = waiter.acquire()
-            else:
-                notified = waiter.acquire(timeout=timeout) if timeout > 0 else waiter.acquire(blocking=False)
-            return notified
-        finally:
-            self._lock.acquire()
-            if not notified and waiter in self._waiters:
-                self._waiters.remove(waiter)
-
-    def notify_all(self) -> None:
-        """See `threading.Condition.notify_all`."""
-        waiters = self._waiters
-        if waiters:
-            self._waiters = []
-            for waiter in waiters:
-                waiter.release()
-
-
-class CallFuture(Future[Any]):
+class CallFuture(LeanFuture[Any]):
     """The future of a submitted call; cancelling it tells the executor at once."""
 
     on_cancel: Callable[[], None] | None = None
     stored: Any = None  # see `futures.Stored`
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._condition = _LeanCondition()  # type: ignore[assignment]
-
     def cancel(self) -> bool:
         """Cancel the call if it has not started; see `concurrent.futures.Future.cancel`."""
         notify = self.on_cancel
-        cancelled = super().cancel()
-        if cancelled and notify is not None:
-            notify()
-        return cancelled
+        try:
+            return super().cancel()
+        finally:
+            # Also where one of its callbacks has raised.
+            if notify is not None and self.cancelled():
+                notify()
 
     __reduce__ = refuse_future
 
@@ -124,8 +67,11 @@ class CallFuture(Future[Any]):
         with self._condition:
             if self._state == "RUNNING":
                 self._state = "PENDING"
-        if super().cancel():
-            self.set_running_or_notify_cancel()
+        try:
+            super().cancel()
+        finally:
+            if self.cancelled():
+                self.set_running_or_notify_cancel()
 
 
 class Task:

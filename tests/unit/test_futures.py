@@ -306,7 +306,7 @@ def test_item_before_and_after() -> None:
     source.set_result({"a": 1})
     assert item.result(0) == 1
     assert get_item_from_future(source, "a").result(0) == 1
-    assert type(item) is Future
+    assert isinstance(item, Future)
 
 
 @pytest.mark.parametrize(("key", "error"), [("b", KeyError), (0, KeyError)])

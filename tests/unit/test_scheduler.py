@@ -1924,6 +1924,7 @@ def loop_with(
         log_sizes=False,
         name="tested",
     )
+    loop.start()
     try:
         yield loop
     finally:

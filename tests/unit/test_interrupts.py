@@ -1,0 +1,288 @@
+"""One Ctrl-C, at every point where Python could run its handler: nothing stays locked, and nothing is left."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, as_completed, wait
+from typing import Any
+
+import pytest
+
+from contract.functions import until
+from executorlib.launchers.base import Events, Exit, Process
+from executorlib.lean_future import LeanFuture
+from executorlib.ledger import Ledger, Node
+from executorlib.loop import Loop, running_loops
+from executorlib.resources import Demand, Resources
+from executorlib.scheduler import FreshScheduler
+from executorlib.task import CallFuture
+
+WAIT = 30
+
+
+class Interrupt(BaseException):
+    """Stands for KeyboardInterrupt."""
+
+
+def strikes(at: int, operation: Callable[[], Any]) -> bool:
+    """Interrupt an operation when it comes to its ``at``-th point; False if it is over before.
+
+    Handlers of signals run where a Python function begins and where any call has returned. Python also tells profilers
+    of these points, and an exception of a profiler goes the way of one that a handler raises.
+    """
+    left = at
+
+    def profile(frame: Any, event: str, arg: Any) -> None:
+        nonlocal left
+        # What callbacks of weak references raise is not raised further, but printed.
+        if event in ("call", "c_return") and not frame.f_code.co_filename.endswith("_weakrefset.py"):
+            left -= 1
+            if left == -1:
+                raise Interrupt
+
+    try:
+        sys.setprofile(profile)
+        operation()
+    except Interrupt:
+        pass
+    finally:
+        sys.setprofile(None)
+    return left < 0
+
+
+def strike_everywhere(case: Callable[[], tuple[Callable[[], Any], Callable[[], Any]]]) -> None:
+    """Interrupt an operation at each of its points, one at a time.
+
+    Args:
+        case: Prepares the operation; returns it, and what checks that all is well after it.
+    """
+    at = 0
+    while True:
+        operation, check = case()
+        struck = strikes(at, operation)
+        check()
+        if not struck:
+            break
+        at += 1
+    assert at > 3, "the operation has hardly any point, so the test shows nothing"
+
+
+def in_thread(function: Callable[[], Any]) -> None:
+    """Call a function in another thread, which must not wait for anything that is left locked."""
+    thread = threading.Thread(target=function, daemon=True)
+    thread.start()
+    thread.join(WAIT)
+    assert not thread.is_alive(), "waits for a lock that an interrupted thread has left"
+
+
+# Futures.
+
+
+USES: dict[str, Callable[[Future[int], Future[int]], Any]] = {
+    "done": lambda first, second: [first.done(), second.done()],
+    "running": lambda first, second: [first.running(), second.cancelled()],
+    "result": lambda first, second: first.result(0),
+    "result-soon": lambda first, second: first.result(0.001),
+    "exception": lambda first, second: first.exception(0),
+    "callback": lambda first, second: first.add_done_callback(lambda _: None),
+    "wait": lambda first, second: wait([first, second], 0),
+    "wait-soon": lambda first, second: wait([first, second], 0.001),
+    "wait-first": lambda first, second: wait([first, second], 0, FIRST_COMPLETED),
+    "as-completed": lambda first, second: list(as_completed([first, second], 0)),
+    "as-completed-soon": lambda first, second: list(as_completed([first, second], 0.001)),
+}
+
+
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+def test_future_can_be_resolved_after_an_interrupt(use: Callable[..., Any]) -> None:
+    def case() -> tuple[Callable[[], Any], Callable[[], Any]]:
+        futures: list[LeanFuture[int]] = [LeanFuture(), LeanFuture()]
+
+        def operation() -> None:
+            with contextlib.suppress(concurrent.futures.TimeoutError):
+                use(*futures)
+
+        def resolve() -> None:
+            for value, future in enumerate(futures):
+                assert future.set_running_or_notify_cancel()
+                future.set_result(value)
+
+        def check() -> None:
+            in_thread(resolve)
+            assert [future.result(0) for future in futures] == [0, 1]
+
+        return operation, check
+
+    strike_everywhere(case)
+
+
+def test_future_is_not_resolved_while_it_is_read() -> None:
+    """`wait` counts the futures that are not done, then has each tell of its end; in between none must be done."""
+    future: LeanFuture[int] = LeanFuture()
+    read, told = threading.Event(), threading.Event()
+
+    def reader() -> None:
+        future._condition.acquire()
+        read.set()
+        told.wait(WAIT)
+        seen.append(future._state)
+        future._condition.release()
+
+    def call_reader() -> None:
+        reader()
+
+    seen: list[str] = []
+    thread = threading.Thread(target=call_reader)
+    thread.start()
+    assert read.wait(WAIT)
+    resolving = threading.Thread(target=future.set_result, args=(1,))
+    resolving.start()
+    assert future.cancelled() is False  # others may look at it meanwhile
+    told.set()
+    thread.join()
+    resolving.join()
+    assert seen == ["PENDING"]
+    assert future.result(0) == 1
+
+
+@pytest.mark.parametrize("return_when", ["ALL_COMPLETED", "FIRST_COMPLETED", "FIRST_EXCEPTION"])
+def test_wait_for_futures_of_both_kinds(return_when: str) -> None:
+    ours: LeanFuture[int] = LeanFuture()
+    other: Future[int] = Future()
+    threads = [threading.Thread(target=future.set_result, args=(1,)) for future in (ours, other)]
+    for thread in threads:
+        thread.start()
+    done, _ = wait([ours, other], WAIT, return_when)
+    assert done
+    assert set(as_completed([ours, other], WAIT)) == {ours, other}
+    for thread in threads:
+        thread.join()
+
+
+# The loop.
+
+
+class Launcher:
+    """Has no workers: calls stay where they are until the loop ends."""
+
+    busy = False
+
+    def __init__(self, events: Events) -> None:
+        self.events = events
+
+    def prepare(self) -> None: ...
+
+    def launch(self, process: Process) -> None:
+        self.events.on_exit(process, Exit(None, "there are no workers"))
+
+    def kill(self, process: Process, signal_number: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def make_loop(make_launcher: Callable[[Events], Any] = Launcher) -> Loop:
+    return Loop(
+        FreshScheduler(Ledger([Node("n", range(1), [])])),
+        make_launcher,
+        block_resources=None,
+        init_function=None,
+        pin=False,
+        log_sizes=False,
+        name="tested",
+    )
+
+
+def test_start_that_is_interrupted_leaves_nothing() -> None:
+    """The leak guard of all tests looks for the threads and descriptors."""
+
+    def case() -> tuple[Callable[[], Any], Callable[[], Any]]:
+        loop = make_loop()
+        return loop.start, lambda: loop.shutdown(True)
+
+    strike_everywhere(case)
+
+
+def test_start_that_fails_leaves_nothing() -> None:
+    def make_launcher(events: Events) -> Any:
+        raise MemoryError("no room for a launcher")
+
+    loop = make_loop(make_launcher)
+    files = len(os.listdir("/dev/fd"))
+    with pytest.raises(MemoryError, match="no room"):
+        loop.start()
+    loop.join()
+    assert len(os.listdir("/dev/fd")) == files
+    assert loop not in running_loops()
+
+
+@pytest.mark.parametrize("name", ["start_new_thread", "threading.Thread.start"])
+def test_thread_that_cannot_start(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    def fail(*args: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(f"executorlib.loop.{name}", fail)
+    loop = make_loop()
+    files = len(os.listdir("/dev/fd"))
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        loop.start()
+    monkeypatch.undo()
+    assert len(os.listdir("/dev/fd")) == files
+    assert loop not in running_loops()
+    loop.join()  # which does not wait for a thread that never was
+
+
+@pytest.fixture
+def loop() -> Iterator[Loop]:
+    made = make_loop()
+    made.start()
+    yield made
+    made.shutdown(True)
+    made.join()
+
+
+def submit(loop: Loop, future: Future[Any], *inputs: Future[Any]) -> None:
+    loop.submit(abs, inputs or (-1,), {}, future, Resources(), Demand(1), list(inputs))
+
+
+def test_submit_that_is_interrupted_is_not_counted(loop: Loop) -> None:
+    """It is open whether the call was taken; but the loop takes further calls, and none is counted for ever."""
+    never: Future[Any] = Future()
+
+    def case() -> tuple[Callable[[], Any], Callable[[], Any]]:
+        future = CallFuture()
+
+        def check() -> None:
+            future.cancel()
+            last = CallFuture()
+            submit(loop, last)
+            assert "there are no workers" in str(last.exception(WAIT))
+            assert loop.waiting == 0
+
+        return lambda: submit(loop, future, never), check
+
+    strike_everywhere(case)
+
+
+def test_post_that_is_interrupted_wakes_the_loop(loop: Loop) -> None:
+    def case() -> tuple[Callable[[], Any], Callable[[], Any]]:
+        until(lambda: loop._sleeping and not loop._inbox)
+        posted = threading.Event()
+        made: list[object] = []
+
+        def check() -> None:
+            # It is there, or was never put there; but it does not lie there with the loop asleep.
+            until(lambda: not loop._inbox)
+            assert posted.is_set() or not made
+
+        def operation() -> None:
+            loop.post(posted.set)
+            made.append(True)
+
+        return operation, check
+
+    strike_everywhere(case)
