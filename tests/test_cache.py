@@ -373,7 +373,7 @@ def test_cache_data_gives_absolute_names(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_future_of_an_entry_that_is_done(tmp_path: Path) -> None:
     write(tmp_path / "a" / "b_o.h5", output=3)
     future = cache.get_future_from_cache(tmp_path, "a/b")
-    assert type(future) is concurrent.futures.Future
+    assert isinstance(future, concurrent.futures.Future)
     assert future.done()
     assert future.result() == 3
 

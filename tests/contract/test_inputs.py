@@ -22,6 +22,7 @@ from contract.functions import (
     keywords,
     total,
 )
+from executorlib import split_future
 
 WAIT = 30
 
@@ -315,3 +316,60 @@ def test_foreign_input_that_is_done_after_shutdown(make_executor: Callable[..., 
             assert isinstance(outcome(call), CancelledError)
         else:
             assert outcome(call) == 2
+
+
+# Callbacks of inputs that raise what is no Exception: a future of the standard library then skips its other callbacks.
+
+
+def leave(_: Future[Any]) -> None:
+    raise SystemExit("a callback has had enough")
+
+
+def leave_on(future: Future[Any]) -> Future[Any]:
+    future.add_done_callback(leave)
+    return future
+
+
+@pytest.mark.parametrize("kind", ["own", "foreign"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_callback_that_exits_keeps_no_call_waiting(
+    make_executor: Callable[..., Any], gate: Callable[..., Gate], kind: str, when: str
+) -> None:
+    held = gate()
+    executor = make_executor()
+    source: Future[Any] = executor.submit(held, [1, 2]) if kind == "own" else Future()
+    started = executor.submit(held, 0)
+    if when == "before":
+        leave_on(source)
+    items = [leave_on(item) for item in split_future(source, 2)]
+    [group] = executor.batched([source], 1)
+    leave_on(group)
+    dependents = [executor.submit(identity, [each]) for each in (source, *items, group)]
+    held.pids(2 if kind == "own" else 1)  # the loop has taken what was submitted, so the callbacks are in place
+    if when == "after":
+        leave_on(source)
+    held.open()
+    if kind == "foreign":
+        with pytest.raises(SystemExit):
+            source.set_result([1, 2])
+    assert [each.result(WAIT) for each in dependents] == [[[1, 2]], [1], [2], [[[1, 2]]]]
+    assert started.result(WAIT) == 0
+    executor.shutdown()
+
+
+def test_callback_that_exits_when_its_call_is_cancelled(
+    make_executor: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The call is given up all the same, whoever cancels it, and `shutdown` returns."""
+    executor = make_executor()
+    never: Future[Any] = Future()
+    first, second = (leave_on(executor.submit(identity, never)) for _ in range(2))
+    dependent = executor.submit(identity, first)
+    with pytest.raises(SystemExit):
+        first.cancel()
+    with pytest.raises(CancelledError):
+        dependent.result(WAIT)
+    executor.shutdown(cancel_futures=True)
+    assert first.cancelled()
+    assert second.cancelled()
+    assert "a callback of a future raised" in caplog.text

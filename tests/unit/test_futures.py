@@ -24,7 +24,9 @@ from executorlib.futures import (
     get_item_from_future,
     input_error,
     split_future,
+    when_done,
 )
+from executorlib.lean_future import LeanFuture
 from unit import repeatable
 
 
@@ -543,3 +545,58 @@ def test_derived_future_keeps_no_source(key: Any) -> None:
     del source, holder
     gc.collect()
     assert [reference() for reference in references] == [None, None]
+
+
+# Callbacks that raise what is no Exception.
+
+
+class Leave(BaseException):
+    """Stands for SystemExit and KeyboardInterrupt."""
+
+
+def leave(_: Future[Any]) -> None:
+    raise Leave
+
+
+@pytest.mark.parametrize("make", [Future, LeanFuture])
+def test_all_are_told_whatever_a_callback_raises(make: Callable[[], Future[Any]]) -> None:
+    source = make()
+    source.add_done_callback(leave)
+    told: list[Future[Any]] = []
+    for receiver in (told.append, leave, told.append):
+        when_done(source, receiver)
+    with pytest.raises(Leave):
+        source.set_result(1)
+    assert told == [source, source]
+    when_done(source, told.append)  # at once
+    assert len(told) == 3
+
+
+@pytest.mark.parametrize("make", [Future, LeanFuture])
+def test_futures_of_one_source_do_not_depend_on_each_others_callbacks(make: Callable[[], Future[Any]]) -> None:
+    source, other = make(), make()
+    items = split_future(source, 3)
+    groups = batched([other, source], 1)
+    for future in (items[0], groups[1]):
+        future.add_done_callback(leave)
+    with pytest.raises(Leave):
+        source.set_result("abc")
+    with pytest.raises(Leave):
+        other.set_exception(ZeroDivisionError())
+    assert [item.result(0) for item in items] == ["a", "b", "c"]
+    assert groups[0].result(0) == ["abc"]
+    assert isinstance(groups[1].exception(0), ZeroDivisionError)
+
+
+def test_callbacks_of_a_class_with_ways_of_its_own() -> None:
+    class Relayed(Future[Any]):
+        def add_done_callback(self, fn: Callable[[Future[Any]], object]) -> None:
+            relayed.append(fn)
+
+    relayed: list[Callable[[Future[Any]], object]] = []
+    future = Relayed()
+    told: list[Future[Any]] = []
+    when_done(future, told.append)
+    [callback] = relayed
+    callback(future)
+    assert told == [future]
