@@ -8,12 +8,17 @@ Each object becomes a *token*: short plain values are their own token, anything 
 description, which holds the tokens of its parts.
 
 - Data: by value. Dictionaries count their order, sets do not, arrays count dtype, shape and elements.
-- Functions: by code, defaults, closure and the globals they read, and so on through the functions and
-  classes found there. File names, line numbers and annotations do not count.
 - What the standard library and installed packages define: by name; if it is the function that is called,
   by the version of its package too. Their globals are often caches, so their code is not followed.
-- Classes: like functions, by bases and attributes.
+- What a module of the user's defines: by name, and by what its file says, as a worker imports it from there;
+  see `sources`.
+- Functions of `__main__` and those without a name of their own, which a worker is sent by value: by code, defaults,
+  closure, the modules they import and the globals they read, and so on through the functions and classes found there.
+  File names, line numbers and annotations of functions do not count.
+- Classes of that kind: by bases, attributes and annotations.
 - Everything else: by what it tells pickle (`object.__reduce_ex__`).
+
+So a key tells apart what another process gets to see, and that process derives the same key from what it was sent.
 
 Byte code differs between minor versions of Python, and so do the keys of most functions.
 """
@@ -26,7 +31,6 @@ import enum
 import functools
 import hashlib
 import marshal
-import os
 import re
 import sys
 import types
@@ -34,8 +38,11 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+from executorlib import sources
+from executorlib.sources import Root
+
 # Changing how anything is described means changing this, so that no new key meets an old entry.
-_FORMAT = b"executorlib 1"
+_FORMAT = b"executorlib 2"
 
 # Version 2 of marshal writes floats in binary and neither references nor interning, both of which depend on
 # who shares an object with whom; for exactly these types it is short, unambiguous and ends where it ends.
@@ -49,38 +56,38 @@ _SMALL = 64  # elements; up to here describing plain values again is cheaper tha
 # described in vain, the inputs are a dense net of sets that refer to each other.
 _MOST_DISCARDED = 1_000_000
 
+_DIGITS = 32  # of a key, in hexadecimal
 _PATH_PARTS = 12  # of the way to an object that an error text names
 
 _MAIN = frozenset({None, "__main__", "__mp_main__"})
-_NOWHERE = types.ModuleType("nowhere")
-_STANDARD_LIBRARY = os.path.join(os.path.dirname(os.__file__), "")
-_LIBRARY_FOLDERS = re.compile(r"[/\\](site|dist)-packages[/\\]")
-
-# In an importable module, globals of these types are constants; other objects there are state, such as locks,
-# loggers and caches, which the module makes anew in every process.
-_VALUE_MODULES = frozenset({"datetime", "decimal", "fractions", "pathlib"})
-_VALUE_TYPES = (type, enum.Enum, tuple, list, dict, set, frozenset, str, bytes, int, float, complex)
-
 # The generators behind `random.random`, `numpy.random.rand` and so on. Each process seeds its own, so that
 # their state is no input of a call.
 _SHARED_GENERATORS = {"Random": ("random", "_inst"), "RandomState": ("numpy.random.mtrand", "_rand")}
 
-# Attributes of a class that hold code of its own, as against its bookkeeping.
-_CODE_TYPES = (
-    types.FunctionType,
-    classmethod,
-    staticmethod,
-    property,
-    functools.cached_property,
-    functools.partialmethod,
-)
+# Attributes of a class that say nothing of it but where it is from and what is derived from the others. Python 3.13
+# and later store in each class body a line number, and a tuple that 3.13.0 puts in an order that changes with the
+# hash seed. Annotations are described apart.
+_CLASS_BOOKKEEPING = frozenset({"__firstlineno__", "__static_attributes__"})
+_NOT_OF_A_CLASS = _CLASS_BOOKKEEPING | {
+    "__module__",
+    "__qualname__",
+    "__doc__",
+    "__dict__",
+    "__weakref__",
+    "__abstractmethods__",
+    "__annotations__",
+    "__annotate__",
+    "__annotate_func__",
+    "__annotations_cache__",
+    "__classdictcell__",
+    "_abc_impl",
+}
 
 _READS_GLOBAL = frozenset({"LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"})
 _READS_ATTRIBUTE = frozenset({"LOAD_ATTR", "LOAD_METHOD"})
 
-# Python 3.13 and later store these in each class body: a line number, and a tuple that 3.13.0 puts in an order
-# that changes with the hash seed.
-_CLASS_BOOKKEEPING = frozenset({"__firstlineno__", "__static_attributes__"})
+_DOTTED_NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
+_IMPORTERS = frozenset({"import_module", "__import__"})
 
 
 class Key(NamedTuple):
@@ -119,25 +126,7 @@ def key_of(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     Raises:
         TypeError: If the function or an input holds an object that cannot be described, such as a lock.
     """
-    called = fn
-    while isinstance(called, functools.partial):
-        called = called.func
-    name = _call_name(called)
-    walk = _Walk()
-    try:
-        tokens = [walk.part(fn, "the function"), walk.token(_version(called))]
-        tokens += [walk.part(value, "args[{}]", index) for index, value in enumerate(args)]
-        tokens.append(b"kwargs")
-        for key in sorted(kwargs):
-            tokens += walk.token(key), walk.part(kwargs[key], "kwargs[{!r}]", key)
-    except _Indescribable as error:
-        where = "".join(error.path[: -1 - _PATH_PARTS : -1])
-        raise TypeError(
-            f"no cache key can be derived for the call of {name}: {where} {error}. "
-            'Name the cache entry yourself with resource_dict={"cache_key": "..."}, '
-            "or do without that object."
-        ) from error.__cause__
-    return Key(name + _digest(_FORMAT, b"".join(tokens)).hex(), {}, by_version)
+    return _derive(fn, args, kwargs, by_version)[0]
 
 
 def recompute(key: Key, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Key:
@@ -157,7 +146,14 @@ def recompute(key: Key, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: d
     Raises:
         TypeError: If the function or an input cannot be described.
     """
-    return key_of(fn, args, kwargs, by_version=key.by_version)
+    sources.remember_loaded()
+    if key.sources:
+        roots, known = key.sources
+        sources.learn(frozenset((module, tuple(chain)) for module, chain in roots), known)
+    found, read = _derive(fn, args, kwargs, key.by_version)
+    if sources.changed_here(read):
+        return found._replace(name=found.name[:-_DIGITS] + _digest(b"changed", found.name.encode()).hex())
+    return found
 
 
 def call_key(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
@@ -165,10 +161,43 @@ def call_key(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
     return key_of(fn, args, kwargs).name
 
 
+def _derive(
+    fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], by_version: bool
+) -> tuple[Key, sources.Slice]:
+    called = fn
+    while isinstance(called, functools.partial):
+        called = called.func
+    name = _call_name(called)
+    walk = _Walk()
+    try:
+        tokens = [walk.part(fn, "the function"), walk.token(_version(called))]
+        tokens += [walk.part(value, "args[{}]", index) for index, value in enumerate(args)]
+        tokens.append(b"kwargs")
+        for key in sorted(kwargs):
+            tokens += walk.token(key), walk.part(kwargs[key], "kwargs[{!r}]", key)
+    except _Indescribable as error:
+        where = "".join(error.path[: -1 - _PATH_PARTS : -1])
+        raise TypeError(
+            f"no cache key can be derived for the call of {name}: {where} {error}. "
+            'Name the cache entry yourself with resource_dict={"cache_key": "..."}, '
+            "or do without that object."
+        ) from error.__cause__
+    pieces = [_FORMAT, b"".join(tokens)]
+    if not walk.roots:
+        return Key(name + _digest(*pieces).hex(), {}, by_version), sources.NOTHING
+    read = sources.reach(frozenset(walk.roots))
+    pieces.append(read.digest.encode())
+    if by_version:
+        pieces.append(repr(sorted(read.versions.items())).encode())
+    known = [[*map(list, sorted(walk.roots))], [*read]]
+    return Key(name + _digest(*pieces).hex(), dict(read.versions), by_version, known), read
+
+
 def same_definition(first: type, second: type) -> bool:
     """Whether two classes are made by the same code, wherever it was run; no where that cannot be told."""
+    one, other = _Walk(), _Walk()
     try:
-        return _Walk().token(first) == _Walk().token(second)
+        return one.token(first) == other.token(second) and one.roots == other.roots
     except (_Indescribable, RecursionError):
         return False
 
@@ -183,7 +212,7 @@ def _call_name(fn: Callable[..., Any]) -> str:
 def _version(fn: Callable[..., Any]) -> str | None:
     """Return the version of the installed package that defines a function."""
     module = getattr(fn, "__module__", None)
-    if not isinstance(module, str) or not _is_library(module):
+    if not isinstance(module, str) or _home(module).users:
         return None
     version = getattr(sys.modules.get(module.partition(".")[0]), "__version__", None)
     return version if isinstance(version, str) else None
@@ -224,9 +253,13 @@ class _Walk:
     them becomes a distance on that stack, which is the same wherever the cycle hangs. A token is kept for
     reuse only once its component is complete, and not reused while another member of the component is open;
     so it is always the token that a new description would give, and sharing an object never shows.
+
+    Attributes:
+        roots: What the objects refer to by name: modules and what they define.
     """
 
     def __init__(self) -> None:
+        self.roots: set[Root] = set()
         self._open: dict[int, int] = {}
         self._stack: list[object] = []
         self._low = 0
@@ -296,26 +329,82 @@ class _Walk:
             self._leave(place)
         return b"".join(sorted(tokens))
 
-    def attempt(self, obj: Any) -> bytes:
-        """Return the token of an object, or of its type where it has none."""
-        place, low = len(self._stack), self._low
-        try:
-            return self.token(obj)
-        except (_Indescribable, RecursionError):
-            self._leave(place)
-            self._low = low
-            return _named(type(obj).__module__, type(obj).__qualname__)
+    def named(self, module: str | None, qualname: str) -> bytes:
+        """Return the token of what a module defines, and note that the call reaches it."""
+        home = _home(module)
+        if home.root:
+            self.roots.add((home.root, (qualname.partition(".")[0],) if home.users else ()))
+        return _named(module, qualname)
+
+    def module(self, name: str, chain: tuple[str, ...] = ()) -> None:
+        """Note that the call reaches a module, or, with a chain of attributes, what this leads to."""
+        home = _home(name)
+        if home.root:
+            self.roots.add((home.root, chain if home.users else ()))
 
 
-def _is_library(name: str | None) -> bool:
-    """Say whether a module belongs to the standard library or to an installed package."""
-    module = sys.modules.get(name or "")
-    if module is None or name in _MAIN:
-        return False
+class _Home(NamedTuple):
+    """What a module is to a key.
+
+    Attributes:
+        users: Whether it is the user's own.
+        root: The module to follow: itself, or the outermost one of its distribution; empty for the standard library
+            and for what has no file.
+    """
+
+    users: bool
+    root: str
+
+
+_PROGRAM, _STANDARD = _Home(True, ""), _Home(False, "")
+_HOMES: dict[str, tuple[object, _Home]] = {}
+
+
+def _home(name: str | None) -> _Home:
+    if name in _MAIN:
+        return _PROGRAM
+    assert name is not None
+    module = sys.modules.get(name)
     path = getattr(module, "__file__", None)
-    if path is None:
-        return name is not None and name.partition(".")[0] in sys.stdlib_module_names
-    return path.startswith(_STANDARD_LIBRARY) or _LIBRARY_FOLDERS.search(path) is not None
+    known = _HOMES.get(name)
+    if known is not None and known[0] == path:
+        return known[1]
+    found = _find_home(name, module, path)
+    if module is not None:
+        _HOMES[name] = path, found
+    return found
+
+
+def _find_home(name: str, module: types.ModuleType | None, path: Any) -> _Home:
+    top = name.partition(".")[0]
+    found: sources.Module | None
+    if module is None:
+        found = sources.find(name)
+    elif isinstance(path, str) or hasattr(module, "__path__"):
+        found = sources.module_at(name, path or "", getattr(module, "__path__", ()))
+    elif top in sys.stdlib_module_names:
+        return _STANDARD
+    else:
+        found = None
+    if found is None:
+        return _PROGRAM
+    if found.users:
+        return _Home(True, name)
+    if found.distribution is None:
+        return _STANDARD
+    return _Home(False, top if getattr(sys.modules.get(top), "__file__", None) else name)
+
+
+def _is_by_name(obj: object, module: str | None, qualname: str) -> bool:
+    """Whether an object is pickled as the name by which a module has it."""
+    if module in _MAIN or _find(module, qualname) is not obj:
+        return False
+    home = _home(module)
+    if home.users and not home.root:
+        return False
+    cloudpickle = sys.modules.get("cloudpickle")
+    by_value = cloudpickle.list_registry_pickle_by_value() if cloudpickle is not None else ()
+    return not any(f"{module}.".startswith(f"{each}.") for each in by_value)
 
 
 def _find(module: str | None, qualname: str) -> Any:
@@ -353,13 +442,15 @@ def _describe(walk: _Walk, obj: Any) -> bytes:
             element: bytes = obj.tobytes()
             return b"element:" + _dtype(walk, obj.dtype) + element
     if kind.__name__ in _SHARED_GENERATORS and _find(*_SHARED_GENERATORS[kind.__name__]) is obj:
-        return _named(*_SHARED_GENERATORS[kind.__name__])
+        return walk.named(*_SHARED_GENERATORS[kind.__name__])
     module, qualname = _own_name(obj)
-    if qualname is not None and _is_library(module) and _find(module, qualname) is obj:
-        return _named(module, qualname)
+    if qualname is not None and not _home(module).users and _find(module, qualname) is obj:
+        return walk.named(module, qualname)
     wrapped = getattr(obj, "__wrapped__", None) if callable(obj) else None
-    if callable(wrapped) and _is_library(kind.__module__):  # functools.lru_cache, numba.jit
-        return b"wrapped:" + _named(kind.__module__, kind.__qualname__) + walk.part(wrapped, "")
+    if callable(wrapped) and not _home(kind.__module__).users:  # functools.lru_cache, numba.jit
+        if qualname is not None and _is_by_name(obj, module, qualname) and isinstance(_reduce(obj), str):
+            return walk.named(module, qualname)
+        return b"wrapped:" + walk.named(kind.__module__, kind.__qualname__) + walk.part(wrapped, "")
     return _reduced(walk, obj)
 
 
@@ -425,12 +516,16 @@ def _array(walk: _Walk, obj: Any) -> bytes:
     return head + state.digest()
 
 
-def _reduced(walk: _Walk, obj: Any) -> bytes:
+def _reduce(obj: Any) -> Any:
     reducer = copyreg.dispatch_table.get(type(obj))
+    return reducer(obj) if reducer is not None else obj.__reduce_ex__(4)
+
+
+def _reduced(walk: _Walk, obj: Any) -> bytes:
     try:
-        reduced: Any = reducer(obj) if reducer is not None else obj.__reduce_ex__(4)
+        reduced = _reduce(obj)
         if isinstance(reduced, str):
-            return _named(getattr(obj, "__module__", None), reduced) + walk.token(type(obj))
+            return walk.named(getattr(obj, "__module__", None), reduced) + walk.token(type(obj))
         build, args, state, items, pairs, set_state = (*reduced, None, None, None, None)[:6]
         items, pairs = list(items or ()), dict(pairs or ())
     except Exception as error:
@@ -449,27 +544,37 @@ def _reduced(walk: _Walk, obj: Any) -> bytes:
 
 
 class _Code(NamedTuple):
+    """What byte code says.
+
+    Attributes:
+        digest: Stands for it, less where it was written.
+        globals: The globals that it reads, each with the attributes that it takes of it.
+        imports: The modules and names that it imports, with the level of relative imports.
+    """
+
     digest: bytes
-    globals: tuple[str, ...]
-    attributes: frozenset[str]
+    globals: dict[str, frozenset[tuple[str, ...]]]
+    imports: frozenset[tuple[str, int, str | None]]
 
 
 _CODES: weakref.WeakKeyDictionary[types.CodeType, _Code] = weakref.WeakKeyDictionary()
 
 
 def _code(code: types.CodeType) -> _Code:
-    """Describe byte code without where it was written, and name the globals and attributes that it reads."""
     known = _CODES.get(code)
     if known is not None:
         return known
-    instructions = list(dis.get_instructions(code))
-    names = {each.argval for each in instructions if each.opname in _READS_GLOBAL}
-    attributes = {each.argval for each in instructions if each.opname in _READS_ATTRIBUTE}
+    instructions = [each for each in dis.get_instructions(code) if each.opname not in ("EXTENDED_ARG", "CACHE")]
+    read: dict[str, set[tuple[str, ...]]] = {}
+    imports = set(_imported(code, instructions))
+    for name, chain in _chains(instructions):
+        read.setdefault(name, set()).add(chain)
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             nested = _code(constant)
-            names.update(nested.globals)
-            attributes.update(nested.attributes)
+            imports.update(nested.imports)
+            for name, chains in nested.globals.items():
+                read.setdefault(name, set()).update(chains)
     walk = _Walk()
     if _CLASS_BOOKKEEPING.isdisjoint(code.co_names):
         body = [code.co_code, walk.token(code.co_consts), walk.token(code.co_names)]
@@ -479,8 +584,39 @@ def _code(code: types.CodeType) -> _Code:
     variables = (code.co_varnames, code.co_cellvars, code.co_freevars)
     handlers = getattr(code, "co_exceptiontable", b"")
     digest = _digest(walk.token((parameters, variables, handlers)), *body)
-    described = _CODES[code] = _Code(digest, tuple(sorted(names)), frozenset(attributes))
+    names = {name: frozenset(read[name]) for name in sorted(read)}
+    described = _CODES[code] = _Code(digest, names, frozenset(imports))
     return described
+
+
+def _chains(instructions: list[dis.Instruction]) -> Iterable[tuple[str, tuple[str, ...]]]:
+    """The globals that instructions read, and the attributes that they take of each."""
+    name, chain = None, []
+    for each in instructions:
+        if name is not None and each.opname in _READS_ATTRIBUTE:
+            chain.append(each.argval)
+            continue
+        if name is not None:
+            yield name, tuple(chain)
+        name, chain = (each.argval, []) if each.opname in _READS_GLOBAL else (None, [])
+
+
+def _imported(code: types.CodeType, instructions: list[dis.Instruction]) -> Iterable[tuple[str, int, str | None]]:
+    """The modules that instructions import, the level of the import, and the names taken of the module."""
+    module: tuple[str, int] | None = None
+    for index, each in enumerate(instructions):
+        if each.opname == "IMPORT_NAME":
+            level, names = (before.argval for before in instructions[index - 2 : index])
+            module = (each.argval, level if isinstance(level, int) else 0)
+            if not names or "*" in names:
+                yield *module, None
+            else:
+                for name in names:
+                    yield *module, name
+    if not _IMPORTERS.isdisjoint(code.co_names):
+        for constant in code.co_consts:
+            if isinstance(constant, str) and _DOTTED_NAME.fullmatch(constant):
+                yield constant, 0, None
 
 
 def _class_body(instructions: list[dis.Instruction]) -> list[object]:
@@ -489,7 +625,7 @@ def _class_body(instructions: list[dis.Instruction]) -> list[object]:
     for each in instructions:
         if each.opname == "STORE_NAME" and each.argval in _CLASS_BOOKKEEPING:
             body.pop()  # the instruction that loaded its value
-        elif each.opname not in ("EXTENDED_ARG", "CACHE"):
+        else:
             by_number = each.opcode in dis.hasjrel or each.opcode in dis.hasjabs
             body.append((each.opname, each.arg if by_number else each.argval))
     return body
@@ -497,13 +633,14 @@ def _class_body(instructions: list[dis.Instruction]) -> list[object]:
 
 def _function(walk: _Walk, fn: types.FunctionType) -> bytes:
     module, qualname = fn.__module__, fn.__qualname__
-    importable = module not in _MAIN and _find(module, qualname) is fn
-    if importable and _is_library(module):
-        return _named(module, qualname)
+    if _is_by_name(fn, module, qualname):
+        return walk.named(module, qualname)
+    home: Any = fn.__globals__.get("__name__")
+    if home == "functools" and hasattr(fn, "registry"):  # of functools.singledispatch; else it is caches and state
+        registry = [walk.token(item) for item in fn.registry.items()]
+        return b"singledispatch:" + walk.part(fn.__wrapped__, "") + b"".join(registry)  # type: ignore[attr-defined]
     code = _code(fn.__code__)
     tokens = [b"function:", code.digest]
-    if importable:
-        tokens.append(_named(module, qualname))
     if fn.__defaults__:
         tokens.append(b"defaults:")
         tokens += [walk.part(value, ", default {}", i) for i, value in enumerate(fn.__defaults__)]
@@ -511,78 +648,86 @@ def _function(walk: _Walk, fn: types.FunctionType) -> bytes:
         tokens += b"default:", walk.token(name), walk.part(value, ", default of {!r}", name)
     for name, cell in zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True):
         tokens += b"closure:", walk.part(cell, ", closure variable {!r}", name)
-    home: Any = fn.__globals__.get("__name__")
-    loaded = home not in _MAIN and vars(sys.modules.get(home, _NOWHERE)) is fn.__globals__
     for name, value in sorted(fn.__dict__.items()):
-        tokens += b"attribute:", walk.token(name)
-        tokens.append(_module_global(walk, value) if loaded else walk.part(value, ", attribute {!r}", name))
-    if _is_library(home):
+        tokens += b"attribute:", walk.token(name), walk.part(value, ", attribute {!r}", name)
+    package = fn.__globals__.get("__package__")
+    for imported, level, name_in_it in code.imports:
+        absolute = sources.absolute(imported, level, package if isinstance(package, str) else None)
+        if absolute:
+            walk.roots.add((absolute, () if name_in_it is None else (name_in_it,)))
+    if not _home(home).users:
+        walk.module(home)
         return b"".join(tokens)
-    for name in code.globals:
+    for name, chains in code.globals.items():
         if name in fn.__globals__:
             value = fn.__globals__[name]
             tokens += b"global:", walk.token(name)
-            tokens.append(_module_global(walk, value) if loaded else walk.part(value, ", global {!r}", name))
-            if type(value) is types.ModuleType:
-                tokens += _used(walk, value, code.attributes, set())
+            if type(value) is types.ModuleType and _home(value.__name__).root:
+                tokens.append(_named(value.__name__, ""))
+                for chain in chains:
+                    walk.module(value.__name__, chain)
+            else:
+                tokens.append(walk.part(value, ", global {!r}", name))
     return b"".join(tokens)
 
 
-def _used(walk: _Walk, module: types.ModuleType, attributes: frozenset[str], seen: set[str]) -> list[bytes]:
-    """Describe what code that reads these attributes can use of a module of the user's own."""
-    tokens: list[bytes] = []
-    if _is_library(module.__name__) or module.__name__ in seen:
-        return tokens
-    seen.add(module.__name__)
-    for name in sorted(attributes.intersection(vars(module))):
-        value = vars(module)[name]
-        tokens += b"global:", walk.token(name), _module_global(walk, value)
-        if type(value) is types.ModuleType:
-            tokens += _used(walk, value, attributes, seen)
-    return tokens
-
-
-def _module_global(walk: _Walk, value: Any) -> bytes:
-    kind = type(value)
-    constant = (
-        kind in _BY_TYPE
-        or isinstance(value, _VALUE_TYPES)
-        or kind.__module__.partition(".")[0] in _VALUE_MODULES
-        or kind.__module__ == "numpy"
-        or hasattr(kind, "__dataclass_fields__")
-        or hasattr(value, "__wrapped__")
-    )
-    return walk.attempt(value) if constant else _named(kind.__module__, kind.__qualname__)
+def _module(walk: _Walk, module: types.ModuleType) -> bytes:
+    home = _home(module.__name__)
+    walk.module(module.__name__)
+    if home is not _PROGRAM or module.__name__ in _MAIN:
+        return b"module:" + walk.token(module.__name__)
+    # Made by code. It is sent by value.
+    held = {name: value for name, value in vars(module).items() if name != "__builtins__"}
+    return b"module:" + _mapping(walk, held, ".{}")
 
 
 def _class(walk: _Walk, cls: type) -> bytes:
     module, qualname = cls.__module__, cls.__qualname__
-    importable = module not in _MAIN and _find(module, qualname) is cls
-    if importable and _is_library(module):
-        return _named(module, qualname)
-    tokens = [b"class:", walk.token(qualname), walk.token(type(cls))]
-    if importable:
-        tokens.append(_named(module, qualname))
+    if _is_by_name(cls, module, qualname):
+        return walk.named(module, qualname)
+    tokens = [b"class:", walk.token(qualname), walk.token(type(cls)), walk.token(_annotations(cls))]
     tokens += [walk.part(base, ", base {}", base.__name__) for base in cls.__bases__]
-    is_enum = issubclass(cls, enum.Enum)
-    for name, member in getattr(cls, "__members__", {}).items() if is_enum else ():
+    members = getattr(cls, "__members__", {}) if issubclass(cls, enum.Enum) else None
+    for name, member in (members or {}).items():
         tokens += walk.token(name), walk.part(member._value_, ".{}", name)
     for name, value in sorted(vars(cls).items()):
-        is_code = isinstance(value, _CODE_TYPES)
-        private = name.startswith("__") and name.endswith("__") and name != "__slots__"
-        if not is_code and (private or is_enum or name == "_abc_impl"):
+        if name in _NOT_OF_A_CLASS:
             continue
-        if isinstance(value, types.MemberDescriptorType):  # made from __slots__; cloudpickle loses them
+        if members is not None and (name in members or _is_kept_by_enum(name)):
             continue
-        tokens += b"attribute:", walk.token(name)
-        tokens.append(walk.part(value, ".{}", name) if module in _MAIN else _module_global(walk, value))
+        # Made from __slots__; cloudpickle loses them.
+        if isinstance(value, types.MemberDescriptorType):
+            continue
+        tokens += b"attribute:", walk.token(name), walk.part(value, ".{}", name)
     return b"".join(tokens)
+
+
+def _is_kept_by_enum(name: str) -> bool:
+    """Whether an attribute of an enumeration is the library's own record of its members."""
+    return name != "_boundary_" and name[:1] == name[-1:] == "_" and name[1:2] != "_"
+
+
+def _annotations(cls: type) -> list[tuple[str, str]]:
+    """The annotations of a class's own, as text."""
+    if sys.version_info >= (3, 14):
+        import annotationlib
+
+        found = annotationlib.get_annotations(cls, format=annotationlib.Format.STRING)
+    else:
+        found = vars(cls).get("__annotations__", {})
+    return [(name, _text(value)) for name, value in found.items()]
+
+
+def _text(annotation: object) -> str:
+    if isinstance(annotation, type) and not hasattr(annotation, "__origin__"):
+        return f"{annotation.__module__}.{annotation.__qualname__}"
+    return annotation if isinstance(annotation, str) else repr(annotation)
 
 
 def _method(walk: _Walk, obj: Any) -> bytes:
     owner, name = obj.__self__, obj.__name__
     if owner is None or isinstance(owner, types.ModuleType):
-        return _named(obj.__module__, obj.__qualname__)
+        return walk.named(obj.__module__, obj.__qualname__)
     function = getattr(obj, "__func__", None)
     return b"method:" + walk.token(name) + walk.part(function, "") + walk.part(owner, ".__self__")
 
@@ -610,7 +755,7 @@ _BY_TYPE: dict[type, Callable[[_Walk, Any], bytes]] = {
     frozenset: _set,
     memoryview: _memory,
     types.MappingProxyType: lambda walk, obj: b"proxy:" + _mapping(walk, dict(obj)),
-    types.ModuleType: lambda walk, obj: b"module:" + walk.token(obj.__name__),
+    types.ModuleType: _module,
     types.CodeType: lambda walk, obj: b"code:" + _code(obj).digest,
     types.FunctionType: _function,
     types.MethodType: _method,
@@ -625,6 +770,9 @@ _BY_TYPE: dict[type, Callable[[_Walk, Any], bytes]] = {
     property: _property,
     classmethod: lambda walk, obj: b"classmethod:" + walk.part(obj.__func__, ""),
     staticmethod: lambda walk, obj: b"staticmethod:" + walk.part(obj.__func__, ""),
+    functools.singledispatchmethod: lambda walk, obj: (
+        b"singledispatchmethod:" + walk.part(obj.func, "") + walk.part(obj.dispatcher, "")
+    ),
     functools.cached_property: lambda walk, obj: b"cached_property:" + walk.part(obj.func, ""),
     # A cache that empties itself; functools.singledispatch keeps one.
     weakref.WeakKeyDictionary: lambda walk, obj: b"weak dictionary:",

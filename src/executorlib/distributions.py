@@ -1,0 +1,136 @@
+"""Which installed distribution has put a module into a folder, and its version.
+
+`importlib.metadata` answers that only for all of them at once, after reading every file list, which takes up to a
+second where much is installed. Here one folder is listed, and mostly one file list is read.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import NamedTuple
+
+_INFO = (".dist-info", ".egg-info")
+_LIBRARY_FOLDERS = ("site-packages", "dist-packages")
+# Of a folder by another name, as `pip install --target` fills it; the folder of a program may hold more, and listing it
+# whenever a file is added to it would take long.
+_MOST_FILES = 2000
+_FIRST_PARTS = re.compile("^([^/,\n]+)", re.MULTILINE)
+
+
+class Distribution(NamedTuple):
+    """An installed distribution."""
+
+    name: str
+    version: str
+
+
+class _Folder:
+    """The distributions of one folder, as long as nothing is added to it or removed."""
+
+    def __init__(self, path: str, modified: int) -> None:
+        self._path = path
+        self.modified = modified
+        by_name: dict[str, list[str]] = {}
+        for info in _infos(path):
+            by_name.setdefault(_normal(_split(info)[0]), []).append(info)
+        self._by_name = by_name
+        self._owners: dict[str, list[str]] | None = None
+        self._known: dict[str, Distribution | None] = {}
+
+    def owner(self, top: str, path: str) -> Distribution | None:
+        """The distribution of a module at this path, of which `top` is the first part of the name."""
+        if not self._by_name:
+            return None
+        if top in self._known:
+            return self._known[top]
+        infos = [each for each in self._by_name.get(_normal(top), ()) if top in self._tops(each)]
+        if not infos:
+            if self._owners is None:
+                self._owners = {}
+                for info in (each for known in self._by_name.values() for each in known):
+                    for name in self._tops(info):
+                        self._owners.setdefault(name, []).append(info)
+            infos = self._owners.get(top, [])
+        if len(infos) > 1:  # parts of a namespace package
+            listed = os.path.relpath(path, self._path).replace(os.sep, "/") + ","
+            infos = [each for each in infos if listed in "\n" + self._read(each, "RECORD")] or infos
+            return self._described(infos[0])
+        found = self._known[top] = self._described(infos[0]) if infos else None
+        return found
+
+    def _tops(self, info: str) -> set[str]:
+        """First parts of the names of modules that a distribution has here."""
+        files = self._read(info, "RECORD") or self._read(info, "top_level.txt")
+        if not files:
+            return {_split(info)[0].replace("-", "_")}  # Debian's, of some packages
+        return {name.partition(".")[0] for name in _FIRST_PARTS.findall(files)}
+
+    def _described(self, info: str) -> Distribution:
+        name, version = _split(info)
+        if not version:
+            file = "METADATA" if info.endswith(".dist-info") else "PKG-INFO"
+            line = re.search("^Version: *(.+)$", self._read(info, file), re.MULTILINE)
+            version = line[1].strip() if line else "unknown"
+        return Distribution(name, version)
+
+    def _read(self, info: str, file: str) -> str:
+        try:
+            with open(os.path.join(self._path, info, file), encoding="utf-8", errors="replace") as stream:
+                return stream.read()
+        except OSError:
+            return ""
+
+
+_FOLDERS: dict[str, _Folder] = {}
+
+
+def owner(folder: str, top: str, path: str) -> Distribution | None:
+    """Find the distribution that a module belongs to.
+
+    A distribution that is installed in editable mode has no modules of its own there; its code is where it is edited.
+
+    Args:
+        folder: The folder that holds the module or its outermost package.
+        top: Name of that module or package.
+        path: The module's file.
+
+    Returns:
+        The distribution, or None if the module belongs to none.
+    """
+    try:
+        modified = os.stat(folder).st_mtime_ns
+    except OSError:
+        return None
+    known = _FOLDERS.get(folder)
+    if known is None or known.modified != modified:
+        known = _FOLDERS[folder] = _Folder(folder, modified)
+    return known.owner(top, path)
+
+
+def _infos(folder: str) -> list[str]:
+    """The directories, and for egg-info files, that describe the distributions in a folder."""
+    is_library = os.path.basename(folder) in _LIBRARY_FOLDERS
+    endings = _INFO if is_library else _INFO[:1]  # an egg-info elsewhere belongs to sources that are being edited
+    found = []
+    try:
+        with os.scandir(folder) as files:
+            for number, file in enumerate(files):
+                if number >= _MOST_FILES and not is_library:
+                    return []
+                if file.name.endswith(endings):
+                    found.append(file.name)
+    except OSError:
+        return []
+    return sorted(found)
+
+
+def _split(info: str) -> tuple[str, str]:
+    """Name and version from a name such as ``numpy-2.1.0.dist-info``; the version may be empty."""
+    stem = re.sub(r"-py\d[\d.]*$", "", os.path.splitext(info)[0])
+    name, _, version = stem.partition("-")
+    return name, version
+
+
+def _normal(name: str) -> str:
+    return re.sub("[-_.]+", "_", name).lower()

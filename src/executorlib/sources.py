@@ -1,0 +1,515 @@
+"""What a call reaches in the modules of its user, read from their files.
+
+What a module defines travels to a worker by name, and the worker imports the module anew. So it counts in a key by what
+its file says, not by what this process has in memory; and nothing is imported to find out.
+
+A module is a row of statements. Of the statement that defines a name, all names in it are followed, into the functions
+and classes of this module and of others, with whatever was imported where. Besides, each statement counts that may
+change what others define (a call, a decorator of the user's, an assignment to an item), in every module that the import
+of a reached one runs. What cannot be followed counts whole: a module that uses `globals()`, one that is passed on as an
+object, one without source.
+
+Modules of the standard library and of installed distributions are not followed.
+"""
+
+from __future__ import annotations
+
+import builtins
+import hashlib
+import importlib.machinery
+import os
+import re
+import stat
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+from executorlib import distributions
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from executorlib.statements import Source
+
+# A name in a module, and attributes of it: ``("pkg.mod", ("Model", "fit"))``; without any, all of the module.
+Root: TypeAlias = tuple[str, tuple[str, ...]]
+
+# Among imports, under names that none can have: modules that are loaded without a name for them, and modules that are
+# had as objects by `import_module("...")`.
+LOADED, OBJECTS = "", "*"
+
+
+_STANDARD_LIBRARY = os.path.join(os.path.dirname(os.__file__), "")
+_LIBRARY_FOLDERS = re.compile(r"[/\\](site|dist)-packages[/\\]")
+_BUILTINS = frozenset(dir(builtins))
+
+# A file may be written twice within one tick of its file system's clock; the time of a change tells no more until then.
+_TICK_NS = 2_000_000_000
+
+_MOST_SLICES = 4096
+
+
+# -- modules ----------------------------------------------------------------------------------------------------------
+
+
+class Module(NamedTuple):
+    """Where a module is, and whose.
+
+    Attributes:
+        path: Its file; empty for what has none.
+        folders: Where its submodules are searched for; empty for what is no package.
+        users: Whether it is the user's own: neither of the standard library nor of an installed distribution.
+        distribution: The distribution that it belongs to.
+    """
+
+    path: str
+    folders: tuple[str, ...]
+    users: bool
+    distribution: distributions.Distribution | None
+
+
+def module_at(name: str, path: str, folders: Iterable[str] = ()) -> Module:
+    """Say whose a module at some path is."""
+    folders = tuple(folders)
+    file = path or next(iter(folders), "")
+    top, *_ = parts = name.split(".")
+    if top == "executorlib" or not file:
+        return Module(path, folders, False, None)
+    if file.startswith(_STANDARD_LIBRARY) and not _LIBRARY_FOLDERS.search(file):
+        return Module(path, folders, False, None)
+    folder = os.path.dirname(file)
+    for _ in range(len(parts) if _is_init(path) else len(parts) - 1):
+        folder = os.path.dirname(folder)
+    distribution = distributions.owner(folder, top, path)
+    return Module(path, folders, distribution is None, distribution)
+
+
+def _is_init(path: str) -> bool:
+    return os.path.basename(path).partition(".")[0] == "__init__"
+
+
+def find(name: str) -> Module | None:
+    """Find a module by name, without importing anything."""
+    return _Finder().find(name)
+
+
+def _is_namespace(module: Module) -> bool:
+    return not module.path and bool(module.folders)
+
+
+def absolute(module: str, level: int, package: str | None) -> str | None:
+    """The whole name of a module in an import statement, or None if it leads out of its package."""
+    if not level:
+        return module
+    parts = (package or "").split(".")
+    if not package or level > len(parts):
+        return None
+    return ".".join([*parts[: len(parts) - level + 1], *([module] if module else [])])
+
+
+class _Finder:
+    """Finds modules by name as an import statement would, without importing the packages that they are in."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, Module | None] = {}
+
+    def find(self, name: str) -> Module | None:
+        """The module of that name, or None."""
+        if name not in self.found:
+            self.found[name] = self._find(name)
+        return self.found[name]
+
+    def _find(self, name: str) -> Module | None:
+        package, _, _ = name.rpartition(".")
+        if not package:
+            if name in sys.builtin_module_names or importlib.machinery.FrozenImporter.find_spec(name):
+                return Module("", (), False, None)
+            spec = _spec(name, None)
+        else:
+            parent = self.find(package)
+            if parent is None or not (parent.users or _is_namespace(parent)):
+                return parent  # nothing in it is the user's
+            spec = _spec(name, parent.folders) if parent.folders else None
+        if spec is None:
+            return _loaded(name)
+        path = spec.origin if spec.has_location and spec.origin else ""
+        return module_at(name, path, spec.submodule_search_locations or ())
+
+
+def _spec(name: str, folders: Sequence[str] | None) -> importlib.machinery.ModuleSpec | None:
+    try:
+        spec = importlib.machinery.PathFinder.find_spec(name, folders)
+        if spec is not None or folders is not None:
+            return spec
+        for finder in sys.meta_path:  # of what is installed in editable mode
+            if getattr(finder, "__module__", "").startswith("__editable__"):
+                spec = finder.find_spec(name, None)
+                if spec is not None:
+                    return spec
+    except Exception:  # whatever other people's finders raise
+        return None
+    return None
+
+
+def _loaded(name: str) -> Module | None:
+    """A module that was loaded from elsewhere than where an import would find it now."""
+    module = sys.modules.get(name)
+    path = getattr(module, "__file__", None)
+    if module is None or not isinstance(path, str):
+        return None
+    return module_at(name, path, getattr(module, "__path__", ()))
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+Stamp: TypeAlias = list[int]
+
+
+def stamp(path: str) -> Stamp:
+    """What changes when a file or folder does; empty if there is none."""
+    while True:
+        try:
+            status = os.stat(path)
+        except NotADirectoryError:
+            path = os.path.dirname(path)  # a zip file with modules
+        except OSError:
+            return []
+        else:
+            break
+    if stat.S_ISDIR(status.st_mode):
+        return [status.st_mtime_ns, status.st_ino]
+    return [status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino]
+
+
+def _is_settled(stamp: Stamp) -> bool:
+    return not stamp or time.time_ns() - max(stamp[:2]) > _TICK_NS
+
+
+_SOURCES: dict[tuple[str, str], tuple[Stamp, bool, Source]] = {}
+
+
+def _source(name: str, module: Module) -> Source:
+    """Read a module, or take what was read before if its file has not changed."""
+    now = stamp(module.path)
+    known = _SOURCES.get((name, module.path))
+    if known is not None and known[0] == now and known[1]:
+        return known[2]
+    settled = _is_settled(now)
+    data = _read(module.path)
+    content = hashlib.blake2b(data, digest_size=16).digest()
+    source = known[2] if known is not None and known[2].content == content else None
+    if source is None:
+        from executorlib.statements import parse  # it takes long to load, and files that are known need it not
+
+        package = name if module.folders else name.rpartition(".")[0]
+        source = parse(data, module.path, package, content)
+    _SOURCES[name, module.path] = now, settled, source
+    return source
+
+
+def _read(path: str) -> bytes:
+    while path:
+        try:
+            with open(path, "rb") as file:
+                return file.read()
+        except NotADirectoryError:
+            path = os.path.dirname(path)  # a zip file with modules
+        except OSError:
+            return b""
+    return b""
+
+
+# -- slices -----------------------------------------------------------------------------------------------------------
+
+
+class Slice(NamedTuple):
+    """What can be reached from some names, in plain data that travels as JSON.
+
+    Attributes:
+        digest: Stands for it, in hexadecimal.
+        versions: The distributions that it uses, and their versions.
+        files: The files that it was read from, each with its stamp.
+        settled: Whether their stamps tell of every later change.
+        found: Where each module was found that was searched for.
+        search: Where they were searched for: the import path, and the folders with their stamps.
+    """
+
+    digest: str
+    versions: dict[str, str]
+    files: list[Any]
+    settled: bool
+    found: list[Any]
+    search: list[Any]
+
+
+class _Slicer:
+    """Gathers the statements that can be reached from some names."""
+
+    def __init__(self) -> None:
+        self._finder = _Finder()
+        self._files: dict[str, Stamp] = {}
+        self._versions: dict[str, str] = {}
+        self._sources: dict[str, Source] = {}
+        self._taken: dict[str, set[int]] = {}
+        self._seen: set[tuple[Root, bool]] = set()
+        self._work: list[tuple[Root, bool]] = []
+
+    def slice(self, roots: Iterable[Root]) -> Slice:
+        """Follow these names."""
+        search = _search_path()
+        for root in roots:
+            self._later(root)
+        while self._work:
+            root, own = self._work.pop()
+            self._reach(*root, own)
+            if not self._work:
+                self._take_subclasses()
+        state = hashlib.blake2b(digest_size=16)
+        for name in sorted(self._sources):
+            source, taken = self._sources[name], self._taken[name]
+            state.update(b"%s:%d;" % (name.encode(), len(taken)))
+            if source.whole:
+                state.update(source.content)
+            for index in sorted(taken):
+                state.update(source.statements[index].digest)
+        found = self._finder.found
+        missing = sorted(name for name, module in found.items() if module is None)
+        state.update("\0".join(missing).encode())
+        folders = [*search, *(each for module in found.values() if module and module.users for each in module.folders)]
+        return Slice(
+            state.hexdigest(),
+            self._versions,
+            [[path, stamp] for path, stamp in self._files.items()],
+            all(map(_is_settled, self._files.values())),
+            [[name, _plain(module)] for name, module in found.items()],
+            [search, [[folder, stamp(folder)] for folder in dict.fromkeys(folders)]],
+        )
+
+    def _later(self, root: Root, own: bool = False) -> None:
+        """Follow a name; one that was read in a module of its `own` may be local to a function, or a built-in."""
+        if (root, own) not in self._seen:
+            self._seen.add((root, own))
+            self._work.append((root, own))
+
+    def _load(self, name: str) -> Source | None:
+        """Take what the import of a module runs; None if it is not the user's."""
+        if name in self._sources:
+            return self._sources[name]
+        module = self._finder.find(name)
+        if module is None or not (module.users or _is_namespace(module)):
+            return None
+        if package := name.rpartition(".")[0]:
+            self._load(package)
+        if module.path:
+            self._files[module.path] = stamp(module.path)
+            source = _source(name, module)
+        else:
+            from executorlib.statements import NAMESPACE
+
+            source = NAMESPACE
+        self._sources[name] = source
+        self._taken[name] = set()
+        for roots in source.imports.values():
+            for root in roots:
+                self._import(root)
+        for star in source.stars:
+            self._import((star, ()))
+        if source.whole:
+            self._later((name, ()))
+        for index, statement in enumerate(source.statements):
+            if statement.runs or self._may_change(source, statement.runs_with):
+                self._take(name, index)
+        return source
+
+    def _import(self, root: Root) -> None:
+        """Take what an import statement runs."""
+        module, chain = root
+        if self._load(module) is not None and chain and (inner := self._submodule(module, chain[0])):
+            self._load(inner)
+
+    def _submodule(self, module: str, name: str) -> str | None:
+        found = self._finder.find(module)
+        if found is None or not found.folders:
+            return None
+        inner = f"{module}.{name}"
+        return inner if self._finder.find(inner) is not None else None
+
+    def _may_change(self, source: Source, names: Iterable[str]) -> bool:
+        """Whether one of these names stands for something of the user's."""
+        for name in names:
+            if name in source.imports:
+                found = [self._finder.find(module) for module, _ in source.imports[name]]
+                if any(module is None or module.users for module in found):
+                    return True
+            elif name in source.defined or (source.stars and name not in _BUILTINS):
+                return True
+        return False
+
+    def _take(self, module: str, index: int) -> None:
+        """Take a statement, and later what it uses."""
+        if index in self._taken[module]:
+            return
+        self._taken[module].add(index)
+        statement = self._sources[module].statements[index]
+        for chain in statement.uses:
+            for target in _targets(statement.imports, chain):
+                self._later(target)
+            self._later((module, chain), own=True)
+        for name, roots in statement.imports.items():
+            for root in roots:
+                self._later(root) if name == OBJECTS else self._import(root)
+
+    def _reach(self, name: str, chain: tuple[str, ...], own: bool) -> None:
+        """Take what defines a name in a module."""
+        source = self._load(name)
+        if source is None:
+            self._use(name)
+            return
+        if not chain:
+            self._take_all(name, source)
+            return
+        first, *rest = chain
+        indices = source.defined.get(first, ())
+        for index in indices:
+            self._take(name, index)
+        targets = [*_targets(source.imports, chain)]
+        inner = None if own and first not in source.imports else self._submodule(name, first)
+        if inner is not None:
+            targets.append((inner, tuple(rest)))
+        if not indices and not targets and not (own and first in _BUILTINS):
+            # Any of the modules whose names are all imported may have it.
+            targets += [(star, chain) for star in source.stars if own or self._defines(star, first, set())]
+            if not targets and not own:
+                self._take_all(name, source)  # defined in a way that does not show
+        for target in targets:
+            self._later(target, own=own and target[1] == chain)
+
+    def _use(self, name: str) -> None:
+        """Note the distribution of a module that is not the user's."""
+        module = self._finder.find(name)
+        if module is not None and module.distribution is not None:
+            self._versions[module.distribution.name] = module.distribution.version
+
+    def _take_all(self, name: str, source: Source) -> None:
+        for index in range(len(source.statements)):
+            self._take(name, index)
+        for roots in source.imports.values():
+            for root in roots:
+                self._later(root)
+        for star in source.stars:
+            self._later((star, ()))
+
+    def _defines(self, module: str, name: str, seen: set[str]) -> bool:
+        source = self._load(module) if module not in seen else None
+        if source is None:
+            return False
+        seen.add(module)
+        if name in source.defined or self._submodule(module, name):
+            return True
+        return any(self._defines(star, name, seen) for star in source.stars)
+
+    def _take_subclasses(self) -> None:
+        """Take the loaded classes that derive from those taken, which may have registered them."""
+        for name, source in list(self._sources.items()):
+            for index, statement in enumerate(source.statements):
+                if any(self._is_taken(name, chain, set()) for chain in statement.extends):
+                    self._take(name, index)
+
+    def _is_taken(self, module: str, chain: tuple[str, ...], seen: set[Root]) -> bool:
+        source = self._sources.get(module)
+        if source is None or not chain or (module, chain) in seen:
+            return False
+        seen.add((module, chain))
+        if chain[0] not in source.imports and not self._taken[module].isdisjoint(source.defined.get(chain[0], ())):
+            return True
+        return any(self._is_taken(*target, seen) for target in _targets(source.imports, chain))
+
+
+def _targets(imports: dict[str, list[Root]], chain: tuple[str, ...]) -> Iterator[Root]:
+    """What a name with attributes stands for, of what was imported."""
+    first, *rest = chain
+    for module, attributes in imports.get(first, ()):
+        yield module, (*attributes, *rest)
+        if not attributes and not rest:  # an object, whose attributes are the modules below it, too
+            yield from [root for root in imports.get(LOADED, ()) if root[0].startswith(module + ".")]
+
+
+def _plain(module: Module | None) -> list[Any] | None:
+    if module is None:
+        return None
+    path, folders, users, distribution = module
+    return [path, list(folders), users, None if distribution is None else list(distribution)]
+
+
+def _search_path() -> list[str]:
+    """The folders of the import path that can change."""
+    return [
+        path or os.getcwd()
+        for path in sys.path
+        if isinstance(path, str) and (not (path + os.sep).startswith(_STANDARD_LIBRARY) or "-packages" in path)
+    ]
+
+
+# -- slices that are known already ------------------------------------------------------------------------------------
+
+NOTHING = Slice("", {}, [], True, [], [[], []])
+
+_SLICES: dict[frozenset[Root], Slice] = {}
+
+# The files of the user's modules as they were when this process first came across them.
+_FIRST: dict[str, Stamp] = {}
+_CHECKED: set[str] = set()
+
+
+def reach(roots: frozenset[Root]) -> Slice:
+    """Read what can be reached from names in modules, as a process that starts now would import it."""
+    known = _SLICES.get(roots)
+    if known is not None:
+        current = _current(known)
+        if current is not None:
+            if current is not known:
+                _SLICES[roots] = current
+            return current
+    if len(_SLICES) >= _MOST_SLICES:
+        _SLICES.clear()
+    found = _SLICES[roots] = _Slicer().slice(roots)
+    return found
+
+
+def learn(roots: frozenset[Root], known: Sequence[Any]) -> None:
+    """Take over what another process has read; it is used as long as the files are the same here."""
+    if roots not in _SLICES and known:
+        _SLICES[roots] = Slice(*known)
+
+
+def _current(known: Slice) -> Slice | None:
+    """A slice as far as it holds, or None."""
+    if not known.settled:
+        return None
+    for path, then in known.files:
+        if stamp(path) != then:
+            return None
+    search, folders = known.search
+    if search == _search_path() and all(stamp(folder) == then for folder, then in folders):
+        return known
+    finder = _Finder()
+    if any(_plain(finder.find(name)) != module for name, module in known.found):
+        return None
+    here = _search_path()
+    folders = dict.fromkeys([*here, *(folder for folder, _ in folders if folder not in search)])
+    return known._replace(search=[here, [[folder, stamp(folder)] for folder in folders]])
+
+
+def remember_loaded() -> None:
+    """Note the files of the modules that this process has loaded; `changed_here` tells of changes since then."""
+    for name in sys.modules.keys() - _CHECKED:
+        _CHECKED.add(name)
+        path = getattr(sys.modules.get(name), "__file__", None)
+        if isinstance(path, str) and not path.startswith(_STANDARD_LIBRARY) and not _LIBRARY_FOLDERS.search(path):
+            _FIRST.setdefault(path, stamp(path))
+
+
+def changed_here(known: Slice) -> bool:
+    """Whether this process may have loaded a module from a file that has been changed since."""
+    changed = [path for path, then in known.files if _FIRST.setdefault(path, then) != then]
+    return bool(changed)
