@@ -364,24 +364,24 @@ def _home(name: str | None) -> _Home:
     if name in _MAIN:
         return _PROGRAM
     assert name is not None
-    module = sys.modules.get(name)
-    path = getattr(module, "__file__", None)
+    path = sources.loaded(name).get("__file__")
     known = _HOMES.get(name)
     if known is not None and known[0] == path:
         return known[1]
-    found = _find_home(name, module, path)
-    if module is not None:
+    found = _find_home(name)
+    if name in sys.modules:
         _HOMES[name] = path, found
     return found
 
 
-def _find_home(name: str, module: types.ModuleType | None, path: Any) -> _Home:
+def _find_home(name: str) -> _Home:
     top = name.partition(".")[0]
-    found: sources.Module | None
-    if module is None:
+    held = sources.loaded(name)
+    path, folders = held.get("__file__"), held.get("__path__")
+    if name not in sys.modules:
         found = sources.find(name)
-    elif isinstance(path, str) or hasattr(module, "__path__"):
-        found = sources.module_at(name, path or "", getattr(module, "__path__", ()))
+    elif path or folders:
+        found = sources.module_at(name, path or "", folders or ())
     elif top in sys.stdlib_module_names:
         return _STANDARD
     else:
@@ -392,7 +392,7 @@ def _find_home(name: str, module: types.ModuleType | None, path: Any) -> _Home:
         return _Home(True, name)
     if found.distribution is None:
         return _STANDARD
-    return _Home(False, top if getattr(sys.modules.get(top), "__file__", None) else name)
+    return _Home(False, top if sources.loaded(top).get("__file__") else name)
 
 
 def _is_by_name(obj: object, module: str | None, qualname: str) -> bool:
@@ -690,8 +690,12 @@ def _class(walk: _Walk, cls: type) -> bytes:
     members = getattr(cls, "__members__", {}) if issubclass(cls, enum.Enum) else None
     for name, member in (members or {}).items():
         tokens += walk.token(name), walk.part(member._value_, ".{}", name)
+    inherited: dict[str, Any] = {}
+    for base in reversed(cls.__bases__):
+        inherited.update(vars(base))
     for name, value in sorted(vars(cls).items()):
-        if name in _NOT_OF_A_CLASS:
+        # cloudpickle leaves out what a base has as well.
+        if name in _NOT_OF_A_CLASS or (name in inherited and inherited[name] is value):
             continue
         if members is not None and (name in members or _is_kept_by_enum(name)):
             continue

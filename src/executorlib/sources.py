@@ -88,6 +88,11 @@ def _is_init(path: str) -> bool:
     return os.path.basename(path).partition(".")[0] == "__init__"
 
 
+def loaded(name: str) -> dict[str, Any]:
+    """What a loaded module holds, without what it would make up when asked (``__getattr__``)."""
+    return getattr(sys.modules.get(name), "__dict__", {})
+
+
 def find(name: str) -> Module | None:
     """Find a module by name, without importing anything."""
     return _Finder().find(name)
@@ -131,7 +136,7 @@ class _Finder:
                 return parent  # nothing in it is the user's
             spec = _spec(name, parent.folders) if parent.folders else None
         if spec is None:
-            return _loaded(name)
+            return _find_loaded(name)
         path = spec.origin if spec.has_location and spec.origin else ""
         return module_at(name, path, spec.submodule_search_locations or ())
 
@@ -151,13 +156,11 @@ def _spec(name: str, folders: Sequence[str] | None) -> importlib.machinery.Modul
     return None
 
 
-def _loaded(name: str) -> Module | None:
+def _find_loaded(name: str) -> Module | None:
     """A module that was loaded from elsewhere than where an import would find it now."""
-    module = sys.modules.get(name)
-    path = getattr(module, "__file__", None)
-    if module is None or not isinstance(path, str):
-        return None
-    return module_at(name, path, getattr(module, "__path__", ()))
+    held = loaded(name)
+    path = held.get("__file__")
+    return module_at(name, path, held.get("__path__") or ()) if isinstance(path, str) else None
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
@@ -376,13 +379,16 @@ class _Slicer:
         inner = None if own and first not in source.imports else self._submodule(name, first)
         if inner is not None:
             targets.append((inner, tuple(rest)))
-        if not indices and not targets and not (own and first in _BUILTINS):
-            # Any of the modules whose names are all imported may have it.
-            targets += [(star, chain) for star in source.stars if own or self._defines(star, first, set())]
-            if not targets and not own:
-                self._take_all(name, source)  # defined in a way that does not show
         for target in targets:
-            self._later(target, own=own and target[1] == chain)
+            self._later(target)
+        if indices or targets or (own and first in _BUILTINS):
+            return
+        # Any of the modules whose names are all imported may have it.
+        stars = [star for star in source.stars if own or self._defines(star, first, set())]
+        for star in stars:
+            self._later((star, chain), own)
+        if not stars and not own:
+            self._take_all(name, source)  # defined in a way that does not show
 
     def _use(self, name: str) -> None:
         """Note the distribution of a module that is not the user's."""
@@ -504,7 +510,7 @@ def remember_loaded() -> None:
     """Note the files of the modules that this process has loaded; `changed_here` tells of changes since then."""
     for name in sys.modules.keys() - _CHECKED:
         _CHECKED.add(name)
-        path = getattr(sys.modules.get(name), "__file__", None)
+        path = loaded(name).get("__file__")
         if isinstance(path, str) and not path.startswith(_STANDARD_LIBRARY) and not _LIBRARY_FOLDERS.search(path):
             _FIRST.setdefault(path, stamp(path))
 

@@ -279,7 +279,7 @@ def _runs(node: ast.stmt, names: set[str]) -> bool:
             _add_names(part, names)
         _add_risks([base for base in node.bases if not _chain(base)], names)
         runs = [_runs(each, names) for each in node.body]  # of each, for the names
-        return any(runs)
+        return any(runs) or any(getattr(each, "name", "") == "__init_subclass__" for each in node.body)
     if isinstance(node, ast.Assign):
         if not all(_is_plain(target) for target in node.targets):
             return True
