@@ -321,6 +321,14 @@ def test_key_of_an_unpickled_function_is_the_same() -> None:
     assert there == here
 
 
+def test_pickling_an_instance_leaves_the_key_of_its_class() -> None:
+    cls = define("class C:\n  def __init__(self): self.a = 1", "C")
+    before = call_key(cls, (), {})
+    copy.copy(cls())
+    assert "__slotnames__" in vars(cls)
+    assert call_key(cls, (), {}) == before
+
+
 def test_running_and_tracing_a_function_leave_its_key() -> None:
     fn = define("def f(n):\n  total = 0\n  for i in range(n): total += i * 2.0\n  return [total].pop()")
     before = call_key(fn, (), {})

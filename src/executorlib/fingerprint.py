@@ -75,6 +75,7 @@ _NOT_OF_A_CLASS = _CLASS_BOOKKEEPING | {
     "__dict__",
     "__weakref__",
     "__abstractmethods__",
+    "__slotnames__",  # which pickling an instance leaves there
     "__annotations__",
     "__annotate__",
     "__annotate_func__",
