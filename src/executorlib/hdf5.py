@@ -21,15 +21,31 @@ SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _UNDEFINED = 0xFFFFFFFFFFFFFFFF
 # II.A, version 3: sizes of offsets and lengths, flags; base, extension, end of file, root group; checksum.
 _SUPERBLOCK = struct.Struct("<8sBBBBQQQQ")
-_SUPERBLOCK_BYTES = _SUPERBLOCK.size + 4
+_CHECKSUM = struct.Struct("<I")
+_SUPERBLOCK_BYTES = _SUPERBLOCK.size + _CHECKSUM.size
 
 # Types of messages in an object header (IV.A.2).
-_DATASPACE, _LINK_INFO, _DATATYPE, _FILL_VALUE, _LINK, _LAYOUT, _GROUP_INFO, _FILTERS = 1, 2, 3, 5, 6, 8, 10, 11
+_NIL, _DATASPACE, _LINK_INFO, _DATATYPE, _FILL_VALUE, _LINK, _LAYOUT, _GROUP_INFO, _FILTERS = (
+    0,
+    1,
+    2,
+    3,
+    5,
+    6,
+    8,
+    10,
+    11,
+)
 
 # IV.A.1.b, version 2, flags: the size of the messages takes four bytes.
 _HEADER = struct.Struct("<4sBBI")
 _HEADER_START = (b"OHDR", 2, 2)
 _MESSAGE = struct.Struct("<BHB")
+# IV.A.2.a: readers ignore messages of type 0. Ours is the last of the root group and has the place of the first header
+# and the CRC-32 of all headers up to here: Python computes HDF5's own checksums ten times slower than all else.
+_HEADERS = struct.Struct("<QI")
+# IV.A.2.b, version 2: one dimension, no greatest size, simple; then its size.
+_DATASPACE_START = bytes((2, 1, 0, 1))
 # IV.A.2.d: class 0 (integer), little-endian, unsigned, of one byte with eight bits.
 _UNSIGNED_BYTE = struct.pack("<B3sIHH", 0x10, b"\0\0\0", 1, 0, 8)
 # IV.A.2.f, version 3: allocated when written, no value.
@@ -63,24 +79,29 @@ def pack(values: Mapping[str, bytes | memoryview]) -> bytearray:
         _message(_LINK_INFO, struct.pack("<BBQQ", 0, 0, _UNDEFINED, _UNDEFINED)),
         _message(_GROUP_INFO, bytes(2)),
     ]
+    chunks = []
     for name, value in values.items():
-        size = len(value)
         data = _compressed(value)
-        address = len(file)
+        chunks.append((name, len(value), len(file), len(data)))
         file += data
+    headers = len(file)
+    for name, size, address, stored in chunks:
         encoded = name.encode()
         links.append(_message(_LINK, _LINK_START.pack(1, 0, len(encoded)) + encoded + struct.pack("<Q", len(file))))
         file += _object_header(
-            _message(_DATASPACE, struct.pack("<BBBBQ", 2, 1, 0, 1, size)),
+            _message(_DATASPACE, _DATASPACE_START + struct.pack("<Q", size)),
             _message(_DATATYPE, _UNSIGNED_BYTE),
             _message(_FILL_VALUE, _NO_FILL_VALUE),
             _message(_FILTERS, _DEFLATE.pack(2, 1, 1, 0, 1, _LEVEL)),
-            _message(_LAYOUT, _layout(size) + _SINGLE_CHUNK.pack(1, len(data), 0, address)),
+            _message(_LAYOUT, _layout(size) + _SINGLE_CHUNK.pack(1, stored, 0, address)),
         )
     root = len(file)
-    file += _object_header(*links)
+    content = b"".join(links)
+    head = _HEADER.pack(*_HEADER_START, len(content) + _MESSAGE.size + _HEADERS.size)
+    crc = zlib.crc32(head + content, zlib.crc32(memoryview(file)[headers:]))
+    file += _object_header(content, _message(_NIL, _HEADERS.pack(headers, crc)))
     head = _SUPERBLOCK.pack(SIGNATURE, 3, 8, 8, 0, 0, _UNDEFINED, len(file), root)
-    file[:_SUPERBLOCK_BYTES] = head + struct.pack("<I", checksum(head))
+    file[:_SUPERBLOCK_BYTES] = head + _CHECKSUM.pack(checksum(head))
     return file
 
 
@@ -105,23 +126,42 @@ def _message(kind: int, data: bytes) -> bytes:
 def _object_header(*messages: bytes) -> bytes:
     content = b"".join(messages)
     header = _HEADER.pack(*_HEADER_START, len(content)) + content
-    return header + struct.pack("<I", checksum(header))
+    return header + _CHECKSUM.pack(checksum(header))
+
+
+class Damaged(ValueError):
+    """The file is not as it was written."""
 
 
 def unpack(file: bytes, names: Collection[str] | None = None) -> dict[str, bytes] | None:
     """Return what a file holds.
+
+    All that is read has a checksum in the file and is compared with it, so bytes that have changed are `Damaged`, never
+    another value.
 
     Args:
         file: Its bytes.
         names: Datasets to return, where they are there; None for all.
 
     Returns:
-        Datasets by name; None where the file is not of the form that `pack` writes, or damaged.
+        Datasets by name; None where the file is HDF5, but not of the form that `pack` writes.
+
+    Raises:
+        Damaged: It is no HDF5 file, or not as it was written.
     """
+    if not file.startswith(SIGNATURE):
+        raise Damaged("it is no HDF5 file")
     try:
         return _unpack(file, names)
-    except (struct.error, UnicodeDecodeError, zlib.error, _OtherForm):
+    except _OtherForm:
         return None
+    except (struct.error, UnicodeDecodeError, zlib.error) as error:
+        raise Damaged(str(error)) from error
+
+
+def most_inflated(size: int) -> int:
+    """How many bytes so many compressed ones can make at most: gzip's best are 1,032 times as many."""
+    return 1032 * size + 1024
 
 
 class _OtherForm(Exception):
@@ -129,11 +169,20 @@ class _OtherForm(Exception):
 
 
 def _unpack(file: bytes, names: Collection[str] | None) -> dict[str, bytes]:
-    signature, version, offsets, lengths, _, base, _, end, root = _SUPERBLOCK.unpack_from(file)
-    if (signature, version, offsets, lengths, base) != (SIGNATURE, 3, 8, 8, 0) or end != len(file):
+    if len(file) < _SUPERBLOCK_BYTES:
+        raise Damaged("it ends too early")
+    _, version, offsets, lengths, _, base, _, end, root = _SUPERBLOCK.unpack_from(file)
+    if (version, offsets, lengths, base) != (3, 8, 8, 0):
         raise _OtherForm
+    if end != len(file):
+        raise Damaged(f"it has {len(file)} bytes, of {end}")
+    links = _messages(file, root)
+    checked = _are_headers_right(file, root, links)
+    if not checked:
+        _check(file, 0, _SUPERBLOCK.size)
+        _check_header(file, root)
     values = {}
-    for kind, data in _messages(file, root):
+    for kind, data in links:
         if kind != _LINK:
             continue
         version, flags, length = _LINK_START.unpack_from(data)
@@ -142,72 +191,112 @@ def _unpack(file: bytes, names: Collection[str] | None) -> dict[str, bytes]:
         name = data[_LINK_START.size : _LINK_START.size + length].decode()
         if names is None or name in names:
             (address,) = struct.unpack_from("<Q", data, _LINK_START.size + length)
-            values[name] = _dataset(file, address)
+            values[name] = _dataset(file, address, checked)
     return values
 
 
-def _dataset(file: bytes, address: int) -> bytes:
+def _are_headers_right(file: bytes, root: int, links: list[tuple[int, bytes]]) -> bool:
+    """Whether a checksum of ours says so; False where there is none.
+
+    Raises:
+        Damaged: It says that they are not.
+    """
+    kind, data = links[-1] if links else (_LINK, b"")
+    if kind != _NIL:
+        return False
+    start, expected = _HEADERS.unpack(data)
+    end = len(file) - _CHECKSUM.size - _HEADERS.size - _MESSAGE.size
+    if start > root or zlib.crc32(memoryview(file)[start:end]) != expected:
+        raise Damaged("the checksum of its headers is wrong")
+    return True
+
+
+def _dataset(file: bytes, address: int, checked: bool) -> bytes:
     messages = dict(_messages(file, address))
+    if not checked:
+        _check_header(file, address)
     if messages.get(_DATATYPE) != _UNSIGNED_BYTE or messages.get(_FILTERS) != _DEFLATE.pack(2, 1, 1, 0, 1, _LEVEL):
         raise _OtherForm
-    layout = messages.get(_LAYOUT, b"")
-    index, stored, mask, chunk = _SINGLE_CHUNK.unpack(layout[-_SINGLE_CHUNK.size :])
-    data = zlib.decompress(memoryview(file)[chunk : chunk + stored])
-    if (index, mask) != (1, 0) or layout[: -_SINGLE_CHUNK.size] != _layout(len(data)):
+    space, layout = messages.get(_DATASPACE, b""), messages.get(_LAYOUT, b"")
+    if not space.startswith(_DATASPACE_START) or len(layout) < _SINGLE_CHUNK.size:
         raise _OtherForm
+    (size,) = struct.unpack_from("<Q", space, len(_DATASPACE_START))
+    index, stored, mask, chunk = _SINGLE_CHUNK.unpack(layout[-_SINGLE_CHUNK.size :])
+    if (index, mask) != (1, 0) or layout[: -_SINGLE_CHUNK.size] != _layout(size):
+        raise _OtherForm
+    if chunk > len(file) or stored > len(file) - chunk or size > most_inflated(stored):
+        raise Damaged(f"a dataset of {size} bytes is not in {stored} bytes at {chunk}")
+    stream = zlib.decompressobj()
+    # One byte more than there are: so the end is reached, where the stream has its own checksum.
+    data = stream.decompress(memoryview(file)[chunk : chunk + stored], size + 1)
+    if len(data) != size or not stream.eof or stream.unused_data:
+        raise Damaged(f"a dataset has {len(data)} bytes, of {size}")
     return data
 
 
 def _messages(file: bytes, address: int) -> list[tuple[int, bytes]]:
+    if address > len(file) - _HEADER.size:
+        raise Damaged(f"it has nothing at {address}")
     *start, size = _HEADER.unpack_from(file, address)
     if tuple(start) != _HEADER_START:
         raise _OtherForm
-    found = []
     position = address + _HEADER.size
     end = position + size
+    if end > len(file) - _CHECKSUM.size:
+        raise Damaged(f"it ends before what is at {address}")
+    found = []
     while position < end:
         kind, length, _ = _MESSAGE.unpack_from(file, position)
         position += _MESSAGE.size
-        found.append((kind, bytes(file[position : position + length])))
+        found.append((kind, file[position : position + length]))
         position += length
+    if position != end:
+        raise Damaged(f"what is at {address} ends elsewhere than it says")
     return found
 
 
-def checksum(data: bytes) -> int:
+def _check_header(file: bytes, address: int) -> None:
+    _check(file, address, address + _HEADER.size + _HEADER.unpack_from(file, address)[-1])
+
+
+def _check(file: bytes, start: int, end: int) -> None:
+    """Make sure that a part of the file is as it was written, by the checksum behind it."""
+    if end > len(file) - _CHECKSUM.size or checksum(file[start:end]) != _CHECKSUM.unpack_from(file, end)[0]:
+        raise Damaged(f"its checksum at {end} is wrong")
+
+
+def checksum(data: bytes | memoryview) -> int:
     """Bob Jenkins' lookup3 (``hashlittle`` with 0), by which HDF5 guards its metadata."""
-    a = b = c = (0xDEADBEEF + len(data)) & 0xFFFFFFFF
+    # Written out, without a function for its rotations: every entry that is read needs it several times.
+    m = 0xFFFFFFFF
+    a: int
+    b: int
+    c: int
+    a = b = c = (0xDEADBEEF + len(data)) & m
     rest = len(data) % 12 or (12 if data else 0)
     body = len(data) - rest
-    for position in range(0, body, 12):
-        x, y, z = struct.unpack_from("<III", data, position)
-        a, b, c = _mix((a + x) & 0xFFFFFFFF, (b + y) & 0xFFFFFFFF, (c + z) & 0xFFFFFFFF)
+    for x, y, z in struct.iter_unpack("<III", data[:body]):
+        a, b, c = a + x & m, b + y & m, c + z & m
+        a = a - c & m ^ (c << 4 & m | c >> 28)
+        c = c + b & m
+        b = b - a & m ^ (a << 6 & m | a >> 26)
+        a = a + c & m
+        c = c - b & m ^ (b << 8 & m | b >> 24)
+        b = b + a & m
+        a = a - c & m ^ (c << 16 & m | c >> 16)
+        c = c + b & m
+        b = b - a & m ^ (a << 19 & m | a >> 13)
+        a = a + c & m
+        c = c - b & m ^ (b << 4 & m | b >> 28)
+        b = b + a & m
     if not rest:
         return c
-    x, y, z = struct.unpack("<III", data[body:] + bytes(12 - rest))
-    return _final((a + x) & 0xFFFFFFFF, (b + y) & 0xFFFFFFFF, (c + z) & 0xFFFFFFFF)
-
-
-def _mix(a: int, b: int, c: int) -> tuple[int, int, int]:
-    # In turns of a, c, b, as the original has it; each step takes one, adds another, and rotates in a third.
-    for first, second, third in ((4, 6, 8), (16, 19, 4)):
-        a = (a - c & 0xFFFFFFFF) ^ _rotated(c, first)
-        c = c + b & 0xFFFFFFFF
-        b = (b - a & 0xFFFFFFFF) ^ _rotated(a, second)
-        a = a + c & 0xFFFFFFFF
-        c = (c - b & 0xFFFFFFFF) ^ _rotated(b, third)
-        b = b + a & 0xFFFFFFFF
-    return a, b, c
-
-
-def _final(a: int, b: int, c: int) -> int:
-    c = (c ^ b) - _rotated(b, 14) & 0xFFFFFFFF
-    a = (a ^ c) - _rotated(c, 11) & 0xFFFFFFFF
-    b = (b ^ a) - _rotated(a, 25) & 0xFFFFFFFF
-    c = (c ^ b) - _rotated(b, 16) & 0xFFFFFFFF
-    a = (a ^ c) - _rotated(c, 4) & 0xFFFFFFFF
-    b = (b ^ a) - _rotated(a, 14) & 0xFFFFFFFF
-    return (c ^ b) - _rotated(b, 24) & 0xFFFFFFFF
-
-
-def _rotated(value: int, bits: int) -> int:
-    return (value << bits | value >> 32 - bits) & 0xFFFFFFFF
+    x, y, z = struct.unpack("<III", bytes(data[body:]) + bytes(12 - rest))
+    a, b, c = a + x & m, b + y & m, c + z & m
+    c = (c ^ b) - (b << 14 & m | b >> 18) & m
+    a = (a ^ c) - (c << 11 & m | c >> 21) & m
+    b = (b ^ a) - (a << 25 & m | a >> 7) & m
+    c = (c ^ b) - (b << 16 & m | b >> 16) & m
+    a = (a ^ c) - (c << 4 & m | c >> 28) & m
+    b = (b ^ a) - (a << 14 & m | a >> 18) & m
+    return (c ^ b) - (b << 24 & m | b >> 8) & m

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
+import struct
+import tracemalloc
+import zlib
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
@@ -71,13 +76,85 @@ def test_files_of_the_library_are_left_to_it(version: str) -> None:
     assert hdf5.unpack(image.getvalue()) is None
 
 
-def test_every_change_is_noticed_or_harmless() -> None:
-    values = {"value": b"some bytes " * 20, "other": b"1"}
-    packed = bytes(hdf5.pack(values))
+VALUES = {"output": b"some bytes " * 20, "input_args": b"1", "function": os.urandom(300)}
+
+
+def as_written_or_damaged(file: bytes) -> None:
+    """All of a file that can be read is as it was written."""
+    with contextlib.suppress(hdf5.Damaged):
+        found = hdf5.unpack(file)
+        assert found is None or found == VALUES
+
+
+def without_our_checksum(file: bytes) -> bytes:
+    """A file as other writers of this form would make it, with HDF5's own checksums alone."""
+    image = bytearray(file)
+    message = len(image) - 4 - 12 - 4
+    image[message] = 0x18  # another type that readers ignore
+    image[-4:] = struct.pack("<I", hdf5.checksum(image[image.rindex(b"OHDR") : -4]))
+    return bytes(image)
+
+
+@pytest.mark.parametrize("change", [bytes, without_our_checksum])
+def test_every_changed_byte_is_noticed(change: Callable[[bytes], bytes]) -> None:
+    packed = change(bytes(hdf5.pack(VALUES)))
+    assert hdf5.unpack(packed) == VALUES
     for position in range(len(packed)):
         damaged = bytearray(packed)
         damaged[position] ^= 0x41
-        found = hdf5.unpack(bytes(damaged))
-        assert found is None or all(found[name] == values[name] for name in found.keys() & values.keys())
+        as_written_or_damaged(bytes(damaged))
     for length in range(len(packed)):
-        assert hdf5.unpack(packed[:length]) is None
+        with pytest.raises(hdf5.Damaged):
+            hdf5.unpack(packed[:length])
+
+
+@repeatable
+@given(st.data())
+def test_no_damage_gives_another_value(data: st.DataObject) -> None:
+    """Pieces of a file in the place of others, as of blocks of a disk: what is moved may be whole in itself."""
+    change = data.draw(st.sampled_from([bytes, without_our_checksum]))
+    damaged = bytearray(change(bytes(hdf5.pack(VALUES))))
+    for _ in range(data.draw(st.integers(1, 4))):
+        size = data.draw(st.integers(1, 64))
+        target = data.draw(st.integers(0, len(damaged) - size))
+        source = data.draw(st.integers(0, len(damaged) - size))
+        replacement = data.draw(st.one_of(st.just(bytes(damaged[source : source + size])), st.binary(max_size=size)))
+        damaged[target : target + len(replacement)] = replacement
+    as_written_or_damaged(bytes(damaged))
+
+
+def test_links_that_change_places() -> None:
+    """The address of one dataset in the place of another's."""
+    for change in (bytes, without_our_checksum):
+        damaged = bytearray(change(bytes(hdf5.pack(VALUES))))
+        at = {name: damaged.index(bytes([len(name)]) + name.encode()) + 1 + len(name) for name in VALUES}
+        damaged[at["output"] : at["output"] + 8] = damaged[at["input_args"] : at["input_args"] + 8]
+        with pytest.raises(hdf5.Damaged):
+            hdf5.unpack(bytes(damaged))
+
+
+def test_what_inflates_to_more_than_it_says() -> None:
+    """A megabyte that says to be one byte, and would be a gigabyte, takes no memory."""
+    bomb = zlib.compress(bytes(50_000_000), 9)
+    packed = bytearray(hdf5.pack({"output": b"1"}))
+    # The one chunk, and all that tells its size, place and checksums.
+    small = zlib.compress(b"1", 1)
+    assert packed.count(small) == 1
+    start = packed.index(small)
+    forged = packed[:start] + bomb + packed[start + len(small) :]
+    added = len(bomb) - len(small)
+    header, root = forged.index(b"OHDR"), forged.rindex(b"OHDR")
+    single = struct.pack("<BQIQ", 1, len(small), 0, start)
+    forged = forged.replace(single, struct.pack("<BQIQ", 1, len(bomb), 0, start))
+    forged = forged.replace(struct.pack("<Q", header - added), struct.pack("<Q", header))
+    forged[28:44] = struct.pack("<QQ", len(forged), root)
+    forged[44:48] = struct.pack("<I", hdf5.checksum(forged[:44]))
+    crc = zlib.crc32(forged[header:-20])
+    forged[-16:-4] = struct.pack("<QI", header, crc)
+    tracemalloc.start()
+    try:
+        with pytest.raises(hdf5.Damaged, match=r"has 2 bytes, of 1"):
+            hdf5.unpack(bytes(forged))
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()
