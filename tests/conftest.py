@@ -613,3 +613,38 @@ def no_orphans() -> Iterator[None]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         pytest.fail("processes left behind: " + "; ".join(named))
+
+
+_AS_USER = """
+import locale, os, pwd, shutil, sys
+from executorlib import cache, commands, entries
+user = int(sys.argv.pop(1))
+os.setgroups([])
+os.setgid(user)
+os.setuid(user)
+try:
+    print({expression})
+except PermissionError as error:
+    print(error)
+"""
+
+
+@pytest.fixture
+def for_all() -> Iterator[Path]:
+    """A folder that every user reaches, which those of pytest are not."""
+    folder = tempfile.mkdtemp()
+    os.chmod(folder, 0o755)
+    yield Path(folder)
+    shutil.rmtree(folder)
+
+
+def as_user(user: int, expression: str, *arguments: object) -> str:
+    """Evaluate a Python expression as another user, alone in a group of the same number; what it prints."""
+    answer = subprocess.run(
+        [sys.executable, "-c", _AS_USER.format(expression=expression), str(user), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=TEST_SECONDS,
+    )
+    assert answer.returncode == 0, answer.stderr
+    return answer.stdout.strip()

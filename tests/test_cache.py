@@ -9,7 +9,9 @@ import logging
 import operator
 import os
 import pickle
+import re
 import resource
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -22,7 +24,9 @@ from typing import Any
 import cloudpickle
 import pytest
 
-from executorlib import batches, cache, entries, files, terminate
+from conftest import as_user
+from executorlib import SingleNodeExecutor, batches, cache, commands, entries, files, terminate
+from executorlib.api import TestClusterExecutor
 from executorlib.worker import job
 
 pytestmark = pytest.mark.cache
@@ -670,11 +674,13 @@ def test_files_of_strangers_are_not_unpickled(tmp_path: Path, mode: int, key: st
     call: dict[str, Any] = {"function": abs, "input_args": [1], "input_kwargs": {}, "resource_dict": {}}
     assert entries.write_input(waiting, call)
     give_away(store, Path(waiting))
-    with pytest.raises(PermissionError, match=f"{waiting} is not read.*everybody may write to {store}"):
+    with pytest.raises(PermissionError, match=f"{store}/.* is not .*nobody's.*everybody may write to {store}"):
         entries.read_input(waiting, str(store))
-    with pytest.raises(PermissionError, match="is not read"):
+    with pytest.raises(PermissionError, match="is not "):
         terminate.terminate_task_in_cache(store, key)
     assert Path(waiting).exists()
+    shutil.rmtree(store)
+    folder_for(store, mode)
     write(path, output=3)
     give_away(store, path)
     reference = pickle.dumps(entries.ResultOf(str(path), (), entries.root_of(str(path), key)))
@@ -703,13 +709,15 @@ def test_future_of_a_file_that_a_stranger_puts_there(tmp_path: Path) -> None:
 
 
 @needs_root
-@pytest.mark.parametrize("mode", [0o755, 0o2775])
-def test_files_of_those_whom_the_owner_lets_write(tmp_path: Path, mode: int) -> None:
-    """Also where the cache directory, of which they are the owner, is in a folder for everybody."""
-    store = folder_for(folder_for(tmp_path / "scratch", 0o1777) / "store", mode)
+@pytest.mark.parametrize("theirs", [False, True])
+def test_files_of_those_whom_the_owner_lets_write(tmp_path: Path, theirs: bool) -> None:
+    """Those of a group that this user is in, too; also where the cache directory is in a folder for everybody."""
+    store = folder_for(folder_for(tmp_path / "scratch", 0o1777) / "store", 0o2775)
     path = entries.entry_path(store, "sub/a")
     write(path, output=3)
-    give_away(store.parent, path)
+    give_away(store, path)
+    if theirs:
+        os.chown(store, STRANGER, os.getegid())
     assert cache.get_future_from_cache(store, "sub/a").result() == 3
     assert [row["output"] for row in cache.get_cache_data(store)] == [3]
 
@@ -725,14 +733,14 @@ def test_own_files_where_everybody_may_write(tmp_path: Path, link: bool) -> None
     assert [row["output"] for row in cache.get_cache_data(store)] == [3]
 
 
-def test_a_change_of_the_mode_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@needs_root
+def test_a_change_of_the_mode_is_seen(tmp_path: Path) -> None:
     store = folder_for(tmp_path / "store", 0o755)
     path = entries.entry_path(store, "a")
     write(path, output=3)
-    monkeypatch.setattr(files, "is_trusted", lambda owner: False)
+    give_away(store, path)
     assert entries.read_output(path, store) is not None
     store.chmod(0o757)
-    monkeypatch.setattr(files, "_MODE_SECONDS", 0.0)
     with pytest.raises(PermissionError):
         entries.read_output(path, store)
 
@@ -791,6 +799,172 @@ def test_files_of_batches_that_a_stranger_put_there(tmp_path: Path, name: str) -
     (batch / batches.ENTRIES_FILE).write_text(f"0 {path}\n")
     (batch / batches.JOB_ID_FILE).write_text("7")
     assert cache.job_of(str(path), store) == ("7", None, "Slurm")
-    give_away(batch.parent, batch / name)
+    give_away(batch, batch / name)
     with pytest.raises(PermissionError, match=f"{name} is not read"):
         job.run(str(batch), 0) if name == batches.SETUP_FILE else cache.job_of(str(path), store)
+
+
+# Links, and what else is in the place of files and folders.
+
+
+@pytest.mark.timeout(SECONDS)
+@pytest.mark.parametrize("target", ["b_o.h5", "/dev/zero", "nowhere"])
+def test_links_in_the_place_of_entries(tmp_path: Path, target: str) -> None:
+    """Another call's result of the same owner, and a file without end that counts as root's."""
+    write(entries.entry_path(tmp_path, "b"), output="of another call")
+    entries.entry_path(tmp_path, "a").symlink_to(target)
+    for read in (
+        lambda: cache.get_future_from_cache(tmp_path, "a"),
+        lambda: cache.get_cache_data(tmp_path),
+        lambda: entries.read_output(tmp_path / "a_o.h5"),
+    ):
+        with pytest.raises(PermissionError, match="is not used: it is a symbolic link"):
+            read()
+    assert entries.datasets_of(tmp_path / "a_o.h5") == set()
+
+
+def test_links_in_the_place_of_folders(tmp_path: Path) -> None:
+    """Nothing is read, written or removed where they lead to; a link to the cache directory itself is the user's."""
+    elsewhere, real = folder_for(tmp_path / "elsewhere", 0o755), folder_for(tmp_path / "real", 0o755)
+    store = tmp_path / "store"
+    store.symlink_to(real)
+    write(elsewhere / "a_o.h5", output=3)
+    (elsewhere / "a_i.h5").touch()
+    write(entries.entry_path(store, "sub/a"), output=4)
+    assert cache.get_future_from_cache(store, "sub/a").result() == 4
+    (store / "link").symlink_to(elsewhere)
+    path = str(entries.entry_path(store, "link/a", "i"))
+    before = sorted(elsewhere.iterdir())
+    for step in (
+        lambda: cache.get_future_from_cache(store, "link/a"),
+        lambda: entries.write_input(path, {"function": abs}, str(store)),
+        lambda: entries.write_pickles(entries.output_of(path), {"output": b"1"}, str(store)),
+        lambda: entries.remove_input(path, str(store)),
+        lambda: entries.take_over(path, "it", root=str(store)),
+    ):
+        with pytest.raises(PermissionError, match="link is not used: it is a symbolic link"):
+            step()
+    assert sorted(elsewhere.iterdir()) == before
+
+
+def test_only_what_a_file_has_now_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that grows all the time has no end."""
+    path = tmp_path / "file"
+    path.write_bytes(b"0123456789")
+    status = os.stat(path)
+    real = os.fstat
+
+    def grows(fd: int) -> os.stat_result:
+        found = real(fd)
+        if found.st_ino == status.st_ino:
+            with path.open("ab") as file:
+                file.write(b"more")
+        return found
+
+    monkeypatch.setattr(os, "fstat", grows)
+    assert files.read(path) == b"0123456789"
+    assert files.read(path, last=3) == b"ore"
+
+
+def test_a_claim_whose_answer_was_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client of NFS asks again, and its server says that the link is there already."""
+    real = os.link
+
+    def link(source: str, target: str, **keywords: Any) -> None:
+        real(source, target, **keywords)
+        raise FileExistsError
+
+    monkeypatch.setattr(os, "link", link)
+    assert entries.write_input(str(tmp_path / "a_i.h5"), {"function": abs})
+    monkeypatch.undo()
+    assert not entries.write_input(str(tmp_path / "a_i.h5"), {"function": abs})
+    assert [path.name for path in tmp_path.iterdir()] == ["a_i.h5"]
+
+
+def test_results_are_on_the_disk_before_they_have_their_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[str] = []
+    for name in ("fdatasync" if hasattr(os, "fdatasync") else "fsync", "rename"):
+        real = getattr(os, name)
+
+        def step(*args: Any, name: str = name, real: Any = real, **keywords: Any) -> None:
+            steps.append(name)
+            real(*args, **keywords)
+
+        monkeypatch.setattr(os, name, step)
+    write(tmp_path / "a_o.h5", output=1)
+    assert [step.replace("fdata", "f") for step in steps] == ["fsync", "rename"]
+    steps.clear()
+    entries.write_pickles(str(tmp_path / "b_o.h5"), {"output": b"1"})
+    assert [step.replace("fdata", "f") for step in steps] == ["fsync", "rename"]
+
+
+# Directories of strangers.
+
+
+@needs_root
+@pytest.mark.parametrize("mode", [0o755, 0o775, 0o777, 0o1777])
+def test_the_directory_of_a_stranger(tmp_path: Path, mode: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing in it is unpickled, whoever's file it is."""
+    store = folder_for(tmp_path / "store", mode)
+    entries.write_pickles(str(store / "a_o.h5"), {"output": pickle.dumps(Trace(tmp_path / "trace"))})
+    os.chown(store, STRANGER, STRANGER)
+    for read in (
+        lambda: cache.get_future_from_cache(store, "a"),
+        lambda: cache.get_cache_data(store),
+        lambda: batches.make(str(store), batches.new_name(1)),
+    ):
+        with pytest.raises(PermissionError, match=f"{store} is not used as a cache directory: it is nobody's"):
+            read()
+    for row in (SingleNodeExecutor, TestClusterExecutor):
+        with pytest.raises(ValueError, match="it is nobody's"):
+            row(cache_directory=store)
+        with row(cache_directory=tmp_path / "own") as executor, pytest.raises(ValueError, match="it is nobody's"):
+            executor.submit(abs, -1, resource_dict={"cache_directory": str(store)})
+    for command in (["ls"], ["show", "a"], ["rm", "a"], ["prune"]):
+        assert commands.main(["cache", *command, "-d", str(store)]) == 1
+        assert "it is nobody's" in capsys.readouterr().err
+    assert not (tmp_path / "trace").exists()
+    assert [path.name for path in store.iterdir()] == ["a_o.h5"]
+
+
+class Trace:
+    """A pickle that leaves a trace where it is loaded."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+@needs_root
+@pytest.mark.parametrize(
+    ("owner", "mode", "said"),
+    [
+        (1, 0o2755, "is daemon's|is user 1's"),
+        (1, 0o2775, "^3$"),  # of the reader's group
+        (0, 0o755, "^3$"),
+        (STRANGER, 0o755, "^3$"),  # the reader's own
+    ],
+)
+def test_whose_directories_are_read(for_all: Path, owner: int, mode: int, said: str) -> None:
+    store = folder_for(for_all / "store", 0o755)
+    write(store / "a_o.h5", output=3)
+    os.chown(store, owner, STRANGER)
+    store.chmod(mode)
+    text = as_user(STRANGER, "cache.get_cache_data(sys.argv[1])[0]['output']", store)
+    assert re.search(said, text), text
+
+
+def test_a_server_that_takes_this_user_for_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with ``root_squash``: all that this process makes is another user's, its cache directory as well."""
+    write(tmp_path / "a_o.h5", output=3)
+    monkeypatch.setattr(os, "geteuid", lambda: 1_000_000)
+    monkeypatch.setattr(files, "is_trusted", lambda owner: owner == 1_000_000)
+    monkeypatch.setattr(files, "_is_shared", lambda top, status: False)
+    monkeypatch.setattr(files, "_own_names", {})
+    output = entries.read_output(tmp_path / "a_o.h5", tmp_path)
+    assert output is not None
+    assert output.value == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["a_o.h5"]
+    assert files.is_own(os.stat(tmp_path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import operator
 import os
@@ -16,9 +17,9 @@ from typing import Any
 import cloudpickle
 import pytest
 
-from executorlib import commands, entries
+from conftest import as_user
+from executorlib import batches, commands, entries
 from executorlib._version import __version__
-from executorlib.files import temporary_beside
 
 pytestmark = pytest.mark.cache
 
@@ -32,11 +33,16 @@ def write(path: Path, **result: Any) -> Path:
     return path
 
 
+def batch_name(name: str) -> str:
+    """A name as batches have it."""
+    return f"20260101-000000-1-1-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
+
+
 def batch(
     directory: Path, name: str, entries: dict[int, str], job: str = "", outputs: dict[int, str] | None = None
 ) -> Path:
     """Make the batch directory of these keys; ``outputs`` is what the jobs that started printed."""
-    folder = directory / ".executorlib" / name
+    folder = directory / ".executorlib" / batch_name(name)
     folder.mkdir(parents=True)
     (folder / "entries").write_text("".join(f"{index} {directory}/{key}_i.h5\n" for index, key in entries.items()))
     if job:
@@ -215,7 +221,7 @@ def test_show_prints_what_an_entry_holds(tmp_path: Path, call: Call) -> None:
     shown = dict(re.findall(r"^(\w+): +(.*)$", out, re.MULTILINE))
     assert shown.pop("output") == "'" + "x" * 999 + "... (2002 characters)"
     assert shown.pop("file") == str(tmp_path.resolve() / "a" / "key_o.h5")
-    assert shown.pop("job_output").endswith("/.executorlib/b/output.0")
+    assert shown.pop("job_output").endswith(f"/.executorlib/{batch_name('b')}/output.0")
     assert shown.pop("size").endswith("K")
     assert shown == {
         "key": "a/key",
@@ -280,7 +286,7 @@ def test_show_of_a_call_that_failed_names_the_output_of_its_job(directory: Path,
     code, out, _ = call("cache", "show", "-d", directory, "died")
     assert code == 0
     assert re.search(r"^state: +failed$", out, re.MULTILINE)
-    assert re.search(r"^job_output: +.*/\.executorlib/first/output\.4$", out, re.MULTILINE)
+    assert re.search(rf"^job_output: +.*/\.executorlib/{batch_name('first')}/output\.4$", out, re.MULTILINE)
     assert "ended without a result" in out
 
 
@@ -417,8 +423,16 @@ def test_prune_removes_marks_of_jobs_that_died(tmp_path: Path, call: Call) -> No
     assert files(tmp_path) == [new]
 
 
-def test_the_files_of_writers_that_die_are_known_as_such(tmp_path: Path) -> None:
-    assert commands._TEMPORARY.fullmatch(os.path.basename(temporary_beside(str(tmp_path / "key_o.h5"))))
+def test_the_files_of_writers_that_die_are_known_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any, **keywords: Any) -> None:
+        raise BlockingIOError
+
+    for name in ("rename", "unlink"):
+        monkeypatch.setattr(os, name, fail)
+    with pytest.raises(BlockingIOError):
+        write(tmp_path / "key_o.h5", output=1)
+    (left,) = files(tmp_path)
+    assert commands._TEMPORARY.fullmatch(left)
 
 
 def test_prune_removes_batch_directories_that_nobody_needs(tmp_path: Path, call: Call) -> None:
@@ -442,6 +456,91 @@ def test_prune_removes_batch_directories_that_nobody_needs(tmp_path: Path, call:
     age(folders["incomplete"], 3600)
     call("cache", "prune", "-d", tmp_path)
     assert not folders["incomplete"].exists()
+
+
+def test_nothing_is_removed_by_way_of_links(tmp_path: Path, call: Call) -> None:
+    """Whoever may write to the directory can put links there, to the folders of whoever cleans it."""
+    home, store = tmp_path / "home", tmp_path / "store"
+    (home / batch_name("thesis")).mkdir(parents=True)
+    for path in (home / "a_o.h5", home / batch_name("thesis") / "thesis.tex"):
+        path.write_text("precious")
+    age(home, DAY)
+    (store / ".executorlib").mkdir(parents=True)
+    (store / ".executorlib" / batch_name("b")).symlink_to(home / batch_name("thesis"))
+    (store / "sub").symlink_to(home)
+    before = files(home)
+    assert call("cache", "prune", "-d", store, "--older-than", "1h")[0] == 0
+    code, _, error = call("cache", "rm", "-d", store, "sub/a")
+    assert code == 1
+    assert "sub is not used: it is a symbolic link" in error
+    (store / ".executorlib" / batch_name("b")).unlink()
+    (store / ".executorlib").rmdir()
+    (store / ".executorlib").symlink_to(home)
+    for command in (["prune"], ["prune", "--older-than", "1h"], ["ls"]):
+        code, _, error = call("cache", *command, "-d", store)
+        assert code == 1
+        assert ".executorlib is not used: it is a symbolic link" in error
+    assert files(home) == before
+
+
+def test_folders_that_are_swapped_for_links_meanwhile(
+    tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At any moment between looking and removing."""
+    home, store = tmp_path / "home", tmp_path / "store"
+    folder = batch(store, "b", {0: "gone"})
+    write(store / "sub" / "a_o.h5", output=1)
+    for path in (home / "b" / folder.name / "entries", home / "sub" / "a_o.h5"):
+        path.parent.mkdir(parents=True)
+        path.write_text("precious")
+    age(store, DAY)
+    before, remove = files(home), batches.remove
+
+    def swap(*arguments: Any) -> Any:
+        for name, target in ((".executorlib", "b"), ("sub", "sub")):
+            if not (store / name).is_symlink():
+                (store / name).rename(store / f"was-{target}")
+                (store / name).symlink_to(home / target)
+        return remove(*arguments)
+
+    monkeypatch.setattr(batches, "remove", swap)
+    call("cache", "prune", "-d", store)
+    assert (store / "was-b" / folder.name / "entries").exists()
+    monkeypatch.undo()
+    (store / ".executorlib").unlink()
+    (entry,) = [each for each in commands.scan(str(store)) if each.key == "was-sub/a"]
+    (store / "was-sub").rename(store / "aside")
+    (store / "was-sub").symlink_to(home / "sub")
+    with pytest.raises(PermissionError, match="symbolic link"):
+        commands.remove(str(store), [entry])
+    assert files(home) == before
+
+
+@pytest.mark.parametrize("what", ["name", "folder"])
+def test_only_batch_directories_are_removed(tmp_path: Path, call: Call, what: str) -> None:
+    folder = batch(tmp_path, "b", {0: "gone"})
+    if what == "name":
+        folder = folder.rename(folder.parent / "thesis")
+    else:
+        (folder / "thesis").mkdir()
+    age(folder, DAY)
+    call("cache", "prune", "-d", tmp_path)
+    assert (folder / "entries").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_users_remove_their_own_batch_directories(for_all: Path) -> None:
+    """In a directory of all, of which each may remove what is in the folders of others that let him."""
+    store = for_all / "store"
+    folders = {user: batch(store, f"of-{user}", {0: "gone"}) for user in (1, 2)}
+    for user, folder in folders.items():
+        os.chown(folder, user, -1)
+        folder.chmod(0o777)
+        age(folder, DAY)
+    for folder in (store, store / ".executorlib"):
+        folder.chmod(0o777)
+    assert as_user(1, "commands.main(['cache', 'prune', '-d', sys.argv[1]])", store).endswith("0")
+    assert [user for user, folder in folders.items() if folder.exists()] == [2]
 
 
 # -- words -------------------------------------------------------------------------------------------------------------

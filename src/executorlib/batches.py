@@ -9,7 +9,9 @@ from __future__ import annotations
 import bisect
 import contextlib
 import os
+import re
 import stat
+import time
 
 from executorlib import files
 
@@ -23,13 +25,32 @@ OWNER_FILE = "owner"
 SETUP_FILE = "setup"
 
 
+# What `new_name` makes; nothing else is ever removed.
+_NAME = re.compile(r"\d{8}-\d{6}-\d+-(?:workers)?\d+-[0-9a-f]{6}")
+
+
+def new_name(number: int, kind: str = "") -> str:
+    """Name a batch, as no other one is ever named.
+
+    Args:
+        number: Its number in this process.
+        kind: ``"workers"`` for workers of a block.
+    """
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{kind}{number}-{os.urandom(3).hex()}"
+
+
+def is_name(name: str) -> bool:
+    """Whether it is one that `new_name` may have made."""
+    return _NAME.fullmatch(name) is not None
+
+
 def make(root: str, name: str) -> str:
     """Make a batch directory, in which only this user and those whom the cache directory trusts can write.
 
     Jobs run programs that are in it, so nobody else may be able to put others in their place.
 
     Args:
-        root: The cache directory.
+        root: The cache directory, which is made where missing.
         name: The batch's name.
 
     Raises:
@@ -38,22 +59,57 @@ def make(root: str, name: str) -> str:
     """
     folder = os.path.join(root, FOLDER)
     directory = os.path.join(folder, name)
-    os.makedirs(folder, files.FOLDER_MODE, exist_ok=True)
-    os.mkdir(directory, files.FOLDER_MODE)
-    for above, below in ((root, folder), (folder, directory)):
-        mode = os.stat(above).st_mode
-        if not mode & stat.S_IWOTH:
-            continue
-        owner = os.lstat(below).st_uid
-        if mode & stat.S_ISVTX and files.is_trusted(owner):
-            continue
-        with contextlib.suppress(OSError):
-            os.rmdir(directory)
-        raise files.UntrustedFile(
-            f"jobs are not run from {below}, which is {files.name_of(owner)}'s: everybody may write to {above}, so "
-            f"anybody could put other programs in the place of those that jobs run. {files.advice_for(above)}"
-        )
+    files.within(folder, root, lambda fd: _make(fd, root, folder, directory))
     return directory
+
+
+def _make(fd: int, root: str, folder: str, directory: str) -> None:
+    status = os.fstat(fd)
+    for above, mode, below, owner in (
+        (root, os.stat(root).st_mode, folder, status.st_uid),
+        (folder, status.st_mode, directory, os.geteuid()),
+    ):
+        if mode & stat.S_IWOTH and not (mode & stat.S_ISVTX and files.is_trusted(owner)):
+            raise files.UntrustedFile(
+                f"jobs are not run from {below}, which is {files.name_of(owner)}'s: everybody may write to {above}, "
+                f"so anybody could put other programs in the place of those that jobs run. {files.advice_for(above)}"
+            )
+    os.mkdir(os.path.basename(directory), files.FOLDER_MODE, dir_fd=fd)
+
+
+def remove(directory: str) -> bool:
+    """Remove a batch directory and the files in it, if it is one, and this user's; says whether it was removed.
+
+    Nothing is followed: a link, or what was put in the place of a folder, stays as it is.
+    """
+    above, name = os.path.split(directory)
+    if not is_name(name):
+        return False
+    try:
+        with files.opened(above, root_of(directory)) as folder:
+            fd = os.open(name, files.LIST, dir_fd=folder)
+            try:
+                if not files.is_own(os.fstat(fd)):
+                    return False
+                # Batches have no folders in them.
+                names = os.listdir(fd)
+                if any(stat.S_ISDIR(os.stat(each, dir_fd=fd, follow_symlinks=False).st_mode) for each in names):
+                    return False
+                for each in names:
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(each, dir_fd=fd)
+            finally:
+                os.close(fd)
+            os.rmdir(name, dir_fd=folder)
+    except OSError:
+        return False  # it is gone, or a job still writes to it
+    return True
+
+
+def remove_folder(root: str) -> None:
+    """Remove the folder of a cache directory's batches, if there are none."""
+    with contextlib.suppress(OSError), files.opened(root) as folder:
+        os.rmdir(FOLDER, dir_fd=folder)
 
 
 def root_of(directory: str) -> str:
@@ -68,11 +124,10 @@ def read_text(directory: str, name: str) -> str | None:
         UntrustedFile: Anybody could have put it there.
     """
     try:
-        with files.open_trusted(os.path.join(directory, name), root_of(directory)) as file:
-            return file.read().decode() or None
+        return files.read(os.path.join(directory, name), root_of(directory)).decode() or None
     except files.UntrustedFile:
         raise
-    except OSError:
+    except (OSError, UnicodeDecodeError):
         return None
 
 
@@ -85,16 +140,15 @@ def entries_of(directory: str) -> dict[int, str]:
         ValueError: It is damaged.
     """
     found = {}
-    with files.open_trusted(os.path.join(directory, ENTRIES_FILE), root_of(directory)) as file:
-        for line in file.read().decode().splitlines():
-            index, _, path = line.partition(" ")
-            found[int(index)] = path
+    for line in files.read(os.path.join(directory, ENTRIES_FILE), root_of(directory)).decode().splitlines():
+        index, _, path = line.partition(" ")
+        found[int(index)] = path
     return found
 
 
-def write_text(path: str, text: str) -> None:
-    """Put a small text file in place, whole or not at all."""
-    files.write(path, text.encode())
+def write_text(directory: str, name: str, text: str) -> None:
+    """Put a small text file of a batch directory in place, whole or not at all."""
+    files.write(os.path.join(directory, name), text.encode(), root_of(directory))
 
 
 class JobIds:

@@ -132,7 +132,7 @@ def job_of(path: str, root: str | os.PathLike[str]) -> tuple[str | None, int | N
     Raises:
         PermissionError: Everybody may write to the directory, and a file that tells is another user's.
     """
-    path = os.path.realpath(path)  # as batches name it
+    path = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))  # as batches name it
     values = read_values(path, ("batch", "queue_id"), root) or {}
     directory = values.get("batch")
     if directory is None:

@@ -17,13 +17,12 @@ import itertools
 import json
 import os
 import re
-import shutil
 import signal
+import stat
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 from executorlib import batches, entries, files
@@ -181,7 +180,7 @@ def _stem(path: str) -> str:
 
 def _entry(root: str, path: str, state: State) -> Entry | None:
     try:
-        status = os.stat(path)
+        status = os.stat(path, follow_symlinks=False)
     except (FileNotFoundError, NotADirectoryError):
         return None
     return Entry(_stem(path)[len(root) + 1 :], state, status.st_size, status.st_mtime, path)
@@ -202,11 +201,12 @@ def _is_gone(stem: str) -> bool:
 
 def _batches(root: str) -> list[str]:
     """List the batch directories, the latest first: of two that name an entry, the latest counts."""
+    folder = os.path.join(root, batches.FOLDER)
     try:
-        with os.scandir(os.path.join(root, batches.FOLDER)) as items:
-            folders = [item.path for item in items if item.is_dir(follow_symlinks=False)]
+        found = list(files.listed(folder, root))
     except FileNotFoundError:
         return []
+    folders = [os.path.join(folder, name) for name, status in found if stat.S_ISDIR(status.st_mode)]
     return sorted(
         folders, key=lambda folder: (_modified(os.path.join(folder, batches.ENTRIES_FILE)), folder), reverse=True
     )
@@ -220,15 +220,10 @@ def _jobs(root: str) -> Iterator[Job]:
 def _jobs_of(batch: str) -> Iterator[Job]:
     try:
         calls = batches.entries_of(batch)
-        printed = {name for name in os.listdir(batch) if name.startswith("output.")}
-    except (FileNotFoundError, ValueError):
-        return  # removed meanwhile, or not complete
-    except files.UntrustedFile:
-        return  # whatever it says
-    try:
+        printed = {name for name, _ in files.listed(batch, batches.root_of(batch)) if name.startswith("output.")}
         ids = batches.JobIds.read(batch, max(calls, default=0))
-    except files.UntrustedFile:
-        ids = batches.JobIds()
+    except (OSError, ValueError):
+        return  # removed meanwhile, not complete, or a stranger's, whatever it says
     for index, path in calls.items():
         output = f"output.{index}"
         job_id, element = ids.of(index) or (None, None)
@@ -282,15 +277,15 @@ def remove(directory: str, entries: Iterable[Entry]) -> None:
     root = os.path.realpath(directory)
     stems = set()
     for entry in entries:
-        Path(entry.path).unlink(missing_ok=True)
+        files.remove(entry.path, root)
         stem = os.path.join(root, entry.key)
         if entry.state == "done":
-            Path(stem + _INPUT).unlink(missing_ok=True)
+            files.remove(stem + _INPUT, root)
         stems.add(os.path.join(_realpath(os.path.dirname(stem)), os.path.basename(stem)))
     # Else the job would count as failed: started, and nothing left.
     for job in _jobs(root) if stems else ():
         if job.output and job.stem in stems:
-            Path(job.output).unlink(missing_ok=True)
+            files.remove(job.output, root)
 
 
 def leftovers(directory: str, older_than: float) -> Iterator[Leftover]:
@@ -305,6 +300,7 @@ def leftovers(directory: str, older_than: float) -> Iterator[Leftover]:
     """
     root = os.path.realpath(directory)
     now = time.time()
+    directories = _batches(root)
     for item in itertools.chain(_files(root), _plain_files(os.path.join(root, batches.FOLDER))):
         kind = _leftover_kind(item)
         if kind:
@@ -314,17 +310,18 @@ def leftovers(directory: str, older_than: float) -> Iterator[Leftover]:
                 continue
             if now - status.st_mtime > max(_ABANDONED_SECONDS, older_than):
                 yield Leftover(kind, status.st_size, item.path)
-    for batch in _batches(root):
+    for batch in directories:
         try:
-            sizes = {item.path: item.stat() for item in os.scandir(batch)}
-            # Not that of the folder, which changes as entries and what their jobs printed are removed.
-            modified = max((status.st_mtime for status in sizes.values()), default=_modified(batch))
-        except FileNotFoundError:
+            own = batches.is_name(os.path.basename(batch)) and files.is_own(os.lstat(batch))
+            sizes = dict(files.listed(batch, root))
+        except OSError:
             continue  # removed meanwhile
+        # Not that of the folder, which changes as entries and what their jobs printed are removed.
+        modified = max((status.st_mtime for status in sizes.values()), default=_modified(batch))
         # Without this file it is still being made, or its session died as it made it.
-        complete = os.path.join(batch, batches.ENTRIES_FILE) in sizes
+        complete = batches.ENTRIES_FILE in sizes
         settled = now - modified > (older_than if complete else max(_ABANDONED_SECONDS, older_than))
-        if settled and not any(_is_pending(job.stem) for job in _jobs_of(batch)):
+        if own and settled and not any(_is_pending(job.stem) for job in _jobs_of(batch)):
             yield Leftover("batch directory", sum(status.st_size for status in sizes.values()), batch)
 
 
@@ -512,7 +509,7 @@ def _show(options: argparse.Namespace) -> int:
             shown[name] = [_repr(each, limit) for each in value]
         elif name == "input_kwargs":
             shown[name] = {str(key): _repr(each, limit) for key, each in value.items()}
-        elif name in ("runtime", "queue_id", "resource_dict", "error_log_file", "traceback"):
+        elif name in ("runtime", "queue_id", "resource_dict", "error_log_file", "traceback", "printed"):
             shown[name] = value
         else:
             shown[name] = _repr(value, limit)
@@ -577,9 +574,11 @@ def _prune(options: argparse.Namespace) -> int:
     rest = list(leftovers(options.directory, _SETTLED_SECONDS if options.older_than is None else options.older_than))
     for left in () if options.dry_run else rest:
         if left.kind == "batch directory":
-            shutil.rmtree(left.path, ignore_errors=True)
+            batches.remove(left.path)
         else:
-            Path(left.path).unlink(missing_ok=True)
+            files.remove(left.path, options.directory)
+    if not options.dry_run:
+        batches.remove_folder(options.directory)
     if options.json:
         word = "would_remove" if options.dry_run else "removed"
         for entry in entries:
@@ -636,20 +635,23 @@ def _chosen(options: argparse.Namespace, now: float) -> list[Entry]:
 
 
 def _raised(entry: Entry) -> bool:
-    return "error" in entries.datasets_of(entry.path)
+    return "error" in entries.datasets_of(entry.path)  # of a link or a stranger's file nothing is known
 
 
 def _scan(directory: str) -> Iterator[Entry]:
     try:
-        yield from scan(directory)
+        with files.opened(directory):
+            yield from scan(directory)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CommandFailed(_no_directory(directory)) from error
 
 
 def _find(directory: str, key: str) -> tuple[Entry, Job | None] | None:
-    if not os.path.isdir(directory):
-        raise CommandFailed(_no_directory(directory))
-    return find(directory, key)
+    try:
+        with files.opened(directory):
+            return find(directory, key)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CommandFailed(_no_directory(directory)) from error
 
 
 def _no_directory(directory: str) -> str:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
     from types import ModuleType
-    from typing import Any, BinaryIO, Literal
+    from typing import Any, Literal
 
 INPUT, OUTPUT = "_i.h5", "_o.h5"
 WRITING = "_r.h5"  # executorlib 1.x calls an entry so while it adds the result to it
@@ -49,6 +49,8 @@ DATASETS = (
 
 # A dataset that says: this error is for those who wait, and not worth keeping.
 NOT_KEPT = "not_kept"
+# What a job printed, as text, and how many bytes that was, with what was cut.
+PRINTED, PRINTED_BYTES = "printed", "printed_bytes"
 _CALL = ("function", "input_args", "input_kwargs", "resource_dict")
 
 # Large arrays of floats hardly shrink at any level, so the fastest.
@@ -208,6 +210,7 @@ def write_output(
     runtime: float,
     output: Any = None,
     error: BaseException | None = None,
+    root: str | None = None,
 ) -> None:
     """Put the entry of a call that is done in place, whole or not at all.
 
@@ -221,6 +224,7 @@ def write_output(
         runtime: Seconds it took.
         output: What it returned; not kept where it raised.
         error: What it raised, or None.
+        root: The cache directory; by default the file's folder.
 
     Raises:
         ImportError: If h5py is missing.
@@ -236,29 +240,31 @@ def write_output(
         **result,
         "runtime": runtime,
     }
-    files.write(os.fspath(path), _pack(values))
+    files.write(os.fspath(path), _pack(values), root, durable=True)
 
 
-def write_pickles(path: str, pickles: dict[str, bytes]) -> None:
-    """Put an entry in place whose values are pickled already.
+def write_pickles(path: str, pickles: dict[str, bytes], root: str | None = None) -> None:
+    """Put the entry of a call that is done in place, whose values are pickled already.
 
     Args:
         path: Its file.
         pickles: Datasets and what they hold.
+        root: The cache directory; by default the file's folder.
 
     Raises:
         ImportError: If h5py is missing.
         OSError: If the file cannot be written; nothing is left behind.
     """
-    files.write(path, _pack({name: Snapshot(data) for name, data in pickles.items()}))
+    files.write(path, _pack({name: Snapshot(data) for name, data in pickles.items()}), root, durable=True)
 
 
-def write_input(path: str, values: dict[str, Any]) -> bool:
+def write_input(path: str, values: dict[str, Any], root: str | None = None) -> bool:
     """Claim an entry: of all who try at the same time, one puts its file in place and has the call run.
 
     Args:
         path: The file, from `entry_path` with ``"i"``; its folder is made where missing.
         values: Datasets and their values; a `Snapshot` is stored as it is.
+        root: The cache directory; by default the file's folder.
 
     Returns:
         Whether it was put in place; False where there is one already.
@@ -268,26 +274,7 @@ def write_input(path: str, values: dict[str, Any]) -> bool:
         OSError: If the file cannot be written; nothing is left behind.
         Exception: Whatever pickling one of the values raises.
     """
-    data = _pack(values)
-    temporary = files.temporary_beside(path)
-    try:
-        with open(temporary, "xb", opener=files.create) as file:
-            file.write(data)
-        try:
-            os.link(temporary, path)
-        except FileExistsError:
-            return False
-        except OSError:
-            # No hard links here. An empty file is claimed as well, and `read_input` knows that it may be filled soon.
-            try:
-                os.close(files.create(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-            except FileExistsError:
-                return False
-            os.replace(temporary, path)
-        return True
-    finally:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
+    return files.write_first(path, _pack(values), root)
 
 
 def read_input(path: str, root: str | None = None) -> dict[str, Any] | None:
@@ -308,8 +295,12 @@ def read_input(path: str, root: str | None = None) -> dict[str, Any] | None:
     pickles = _read_or_none(path, (*_CALL, "batch"), root)
     if pickles is None or not pickles.keys() >= set(_CALL):
         return None
-    resources = _load(pickles["resource_dict"])
-    batch = _load(pickles.pop("batch")) if "batch" in pickles else None
+    try:
+        resources = _load(pickles["resource_dict"])
+        batch = _load(pickles.pop("batch")) if "batch" in pickles else None
+    except Exception as error:  # damaged pickles raise nearly everything
+        _warn_unreadable(path, error)
+        return None
     return {
         **pickles,
         "batch": batch,
@@ -327,6 +318,7 @@ class Ending(NamedTuple):
         runtime: Seconds that it took.
         traceback: Where it raised, as text.
         kept: Whether later sessions are to find it, too.
+        printed: How many bytes its job had printed, of which the entry has the end.
     """
 
     data: bytes
@@ -334,6 +326,7 @@ class Ending(NamedTuple):
     runtime: float
     traceback: str
     kept: bool = True
+    printed: int = 0
 
 
 def read_ending(path: str, root: str | None = None) -> Ending | None:
@@ -349,13 +342,20 @@ def read_ending(path: str, root: str | None = None) -> Ending | None:
     Raises:
         UntrustedFile: Anybody could have put it there.
     """
-    pickles = _read_or_none(path, ("output", "error", "runtime", "traceback", NOT_KEPT), root)
+    pickles = _read_or_none(path, ("output", "error", "runtime", "traceback", PRINTED_BYTES, NOT_KEPT), root)
     if pickles is None or not pickles.keys() & {"output", "error"}:
         return None
     failed = "error" in pickles
-    runtime = _load(pickles["runtime"]) if "runtime" in pickles else 0.0
-    traceback = _load(pickles["traceback"]) if "traceback" in pickles else ""
-    return Ending(pickles["error" if failed else "output"], failed, runtime, traceback, NOT_KEPT not in pickles)
+    try:
+        runtime = _load(pickles["runtime"]) if "runtime" in pickles else 0.0
+        traceback = _load(pickles["traceback"]) if "traceback" in pickles else ""
+        printed = _load(pickles[PRINTED_BYTES]) if PRINTED_BYTES in pickles else 0
+    except Exception as error:  # damaged pickles raise nearly everything
+        _warn_unreadable(path, error)
+        return None
+    return Ending(
+        pickles["error" if failed else "output"], failed, runtime, traceback, NOT_KEPT not in pickles, printed
+    )
 
 
 def _read_or_none(path: str, names: Iterable[str], root: str | None) -> dict[str, bytes] | None:
@@ -366,10 +366,9 @@ def _read_or_none(path: str, names: Iterable[str], root: str | None) -> dict[str
         return None
 
 
-def remove_input(path: str) -> None:
+def remove_input(path: str, root: str | None = None) -> None:
     """Remove the file of an entry that waits or runs; it may be gone already."""
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
+    files.remove(path, root)
 
 
 def output_of(path: str) -> str:
@@ -391,18 +390,15 @@ def take_over(path: str, name: str, batch: str | None = None, root: str | None =
     Args:
         path: The entry's file.
         name: Names the job that is dead, unique for all times.
-        batch: The dead job's batch directory; an entry of another one stays. None where that cannot be read.
+        batch: The dead job's batch directory; an entry of another one stays. None for one that cannot be read.
         root: The cache directory; by default the file's folder.
     """
     marker = _marker(path, name)
-    os.makedirs(os.path.dirname(marker), files.FOLDER_MODE, exist_ok=True)
-    try:
-        os.close(files.create(marker, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-    except FileExistsError:
-        if not files.is_older(marker, _MARKER_SECONDS):
-            return
-    if batch is None or claimed_for(path, root) in (None, batch):
-        remove_input(path)
+    if not files.make_mark(marker, root) and not files.is_older(marker, _MARKER_SECONDS):
+        return
+    # Who found it dead may be late: by now it may be another one's.
+    if claimed_for(path, root) in (None, batch):
+        remove_input(path, root)
 
 
 def job_name(path: str, batch: str) -> str:
@@ -424,29 +420,30 @@ def _marker(path: str, name: str) -> str:
     return os.path.join(os.path.dirname(path), batches.FOLDER, f"dead-{digest}")
 
 
-def terminate(path: str, batch: str | None) -> None:
+def terminate(path: str, batch: str | None, root: str | None = None) -> None:
     """Remove an entry whose job was cancelled, so that sessions which wait for it do not submit it anew.
 
     Args:
         path: The entry's file.
         batch: The job's batch directory; None where there is none.
+        root: The cache directory; by default the file's folder.
     """
     if batch is not None:
         with contextlib.suppress(OSError):
-            files.write(_marker(path, job_name(path, batch)), _TERMINATED)
-    remove_input(path)
+            files.write(_marker(path, job_name(path, batch)), _TERMINATED, root)
+    remove_input(path, root)
 
 
-def is_terminated(path: str, batch: str) -> bool:
+def is_terminated(path: str, batch: str, root: str | None = None) -> bool:
     """Whether the job of an entry was cancelled by `terminate`.
 
     Args:
         path: The entry's file.
         batch: The job's batch directory.
+        root: The cache directory; by default the file's folder.
     """
     try:
-        with open(_marker(path, job_name(path, batch)), "rb") as file:
-            return file.read(len(_TERMINATED)) == _TERMINATED
+        return files.read(_marker(path, job_name(path, batch)), root) == _TERMINATED
     except OSError:
         return False
 
@@ -521,31 +518,31 @@ def read_entry(path: str | os.PathLike[str], root: str | os.PathLike[str] | None
         root: The cache directory; by default the file's folder.
 
     Returns:
-        Its datasets, unpickled, by name, with `traceback`, where it raised, as text; None where there is no
-        such file or it cannot be read, of which the latter is logged as a warning.
+        Its datasets, unpickled, by name, with `traceback`, where it raised, and `printed` as text; None where there is
+        no such file or it cannot be read, of which the latter is logged as a warning.
 
     Raises:
         ImportError: If h5py is missing.
         UntrustedFile: Anybody could have put it there.
     """
-    return read_values(path, (*DATASETS, "traceback"), root)
+    return read_values(path, (*DATASETS, "traceback", PRINTED), root)
 
 
-def datasets_of(path: str | os.PathLike[str]) -> set[str]:
+def datasets_of(path: str | os.PathLike[str], root: str | os.PathLike[str] | None = None) -> set[str]:
     """Name what the file of an entry holds, without unpickling it.
 
     Args:
         path: Its file, from `entry_path`.
+        root: The cache directory; by default the file's folder.
 
     Returns:
-        Names of its datasets; none where there is no such file or it is damaged.
+        Names of its datasets; none where there is no such file, or it is damaged or not to be trusted.
 
     Raises:
         ImportError: If h5py is missing.
     """
     try:
-        with open(path, "rb", opener=files.open_file) as file:
-            return set(_datasets(file, None))
+        return set(_datasets(files.read(path, root), None))
     except ImportError:
         raise
     except Exception:  # damaged files raise nearly everything
@@ -575,8 +572,7 @@ def _read_pickles(
     path: str | os.PathLike[str], names: Iterable[str], root: str | os.PathLike[str] | None
 ) -> dict[str, bytes] | None:
     try:
-        with files.open_trusted(path, root) as file:
-            return _datasets(file, set(names))
+        return _datasets(files.read(path, root), set(names))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ImportError, files.UntrustedFile):
@@ -586,17 +582,13 @@ def _read_pickles(
         return None
 
 
-def _datasets(raw: BinaryIO, names: set[str] | None) -> dict[str, bytes]:
-    found = hdf5.unpack(raw.read(), names)
+def _datasets(content: bytes, names: set[str] | None) -> dict[str, bytes]:
+    found = hdf5.unpack(content, names)
     if found is not None:
         return found
-    # Written by executorlib 1.x, or damaged, or too large for us. By its path h5py would lock it.
-    raw.seek(0)
-    if raw.read(len(hdf5.SIGNATURE)) != hdf5.SIGNATURE:
-        raise ValueError("it is no HDF5 file")
-    raw.seek(0)
+    # Written by executorlib 1.x, or too large for us. By its path h5py would lock it.
     h5py = _h5py()
-    with h5py.File(raw, "r") as file:
+    with h5py.File(io.BytesIO(content), "r") as file:
         return {name: _bytes_of(h5py, file.id, name.encode()) for name in file if names is None or name in names}
 
 
@@ -605,6 +597,10 @@ def _bytes_of(h5py: ModuleType, file: Any, name: bytes) -> bytes:
     import numpy
 
     dataset = h5py.h5d.open(file, name)
+    # Older files have no checksums over what they say of themselves.
+    size = dataset.dtype.itemsize * int(numpy.prod(dataset.shape, dtype=object))
+    if dataset.dtype.hasobject or size > hdf5.most_inflated(dataset.get_storage_size()):
+        raise hdf5.Damaged(f"its dataset {name.decode()} cannot have {size} bytes")
     content = numpy.empty(dataset.shape, dataset.dtype)
     dataset.read(h5py.h5s.ALL, h5py.h5s.ALL, content)
     return content.tobytes()

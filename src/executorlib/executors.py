@@ -493,12 +493,20 @@ class BaseExecutor(Executor):
         return demand
 
     def _make_directories(self, resources: Resources, subject: str) -> None:
+        from executorlib import files
+
+        # The cache directory is made when the first entry is written.
         for key in ("cwd", "cache_directory"):
             path = getattr(resources, key)
             if path is None:
                 continue
             try:
-                os.makedirs(path, exist_ok=True)
+                if key == "cwd":
+                    os.makedirs(path, exist_ok=True)
+                else:
+                    files.check_folder(path)
+            except files.UntrustedFile as error:
+                raise ValueError(f"{subject}: {error}") from error
             except OSError as error:
                 raise ValueError(
                     f"{subject}: the directory {key}={path!r} cannot be made: {error.strerror}. Name another."

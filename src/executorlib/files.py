@@ -1,13 +1,16 @@
 """Files that many processes, and maybe several users, share: put in place whole, and read only where they are trusted.
 
-Reading what others wrote unpickles it or runs it. So only files of those are read whom the owner of the directory lets
-write there, which is to be somebody to trust; and where that is everybody, only those of this user and of root. What
-reads a file names the directory that was given by the user, the `root`, as all folders from there on count.
+Reading what others wrote unpickles it or runs it. So a file is read only if its writer is trusted: somebody whom the
+owner of the directory lets write there, the owner being this user, root, or a member of a group that shares the
+directory; and where everybody may write, only this user and root. What is below a cache directory is reached from
+there step by step, by descriptors and without following links, so that what was checked is what is read, written or
+removed. The directory itself, the `root`, is the user's choice: links lead to it as everywhere.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 import time
@@ -15,43 +18,430 @@ import time
 # Nothing is loaded here that jobs do without: what a job loads, it pays for at every start.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from typing import BinaryIO
+    from collections.abc import Callable, Iterator
+    from typing import TypeVar
+
+    _T = TypeVar("_T")
 
 # What may be done with what is made here, as far as the umask lets it: never written to by everybody.
 FOLDER_MODE, FILE_MODE = 0o775, 0o664
-# How long a folder's mode is taken for known, in seconds, and of how many.
-_MODE_SECONDS, _MODES_KEPT = 2.0, 1000
+# ... and with what holds the user's environment.
+PRIVATE_MODE = 0o600
+
+# A folder to go on from: needs no right to list it (on Linux), and leaves a network file system alone.
+_STEP = os.O_DIRECTORY | os.O_CLOEXEC | getattr(os, "O_PATH", os.O_RDONLY)
+LIST = os.O_DIRECTORY | os.O_CLOEXEC | os.O_RDONLY | os.O_NOFOLLOW
+# Without waiting: a pipe in the place of a file would keep its reader for ever.
+_READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+# How often a folder is made again that another process, which found it empty, removes at the same moment.
+_TRIES = 20
 
 
 class UntrustedFile(PermissionError):
-    """A file is not read, or a folder not used, because anybody could have put it there."""
+    """A file is not read, or a folder not used, because a stranger could have put it there."""
 
 
-def write(path: str, data: bytes | memoryview) -> None:
-    """Put a file in place, whole or not at all; its folder is made where missing."""
-    temporary = temporary_beside(path)
+# -- folders ------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def opened(folder: str | os.PathLike[str], root: str | os.PathLike[str] | None = None) -> Iterator[int]:
+    """Open a folder of a cache directory, after making sure that it is to be trusted.
+
+    Args:
+        folder: The folder.
+        root: The cache directory that it is in; by default the folder itself.
+
+    Returns:
+        A descriptor, to reach what is in the folder by.
+
+    Raises:
+        UntrustedFile: It, or one that it is in, is a link or a stranger's.
+        OSError: It cannot be opened.
+    """
+    fd, _ = _open_folder(os.fspath(folder), root)
     try:
-        with open(temporary, "xb", opener=create) as file:
-            file.write(data)
-        os.replace(temporary, path)
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _open_folder(folder: str, root: str | os.PathLike[str] | None) -> tuple[int, str | None]:
+    """See `opened`; also the first folder, from the cache directory down, that everybody may write to, if any."""
+    top, steps = _way_down(folder, root)
+    fd = os.open(top, _STEP)
+    try:
+        exposed = top if _checked_top(top, fd).st_mode & stat.S_IWOTH else None
+        for step in steps:
+            above, top = top, os.path.join(top, step)
+            below = _open_step(fd, step, top)
+            os.close(fd)
+            fd = below
+            status = os.fstat(fd)
+            if exposed is not None and not is_trusted(status.st_uid):
+                raise UntrustedFile(
+                    f"{top} is not used: it is {name_of(status.st_uid)}'s, and everybody may write to {above}, so "
+                    f"anybody could have made it, with anything in it. Remove it. {advice_for(exposed)}"
+                )
+            if exposed is None and status.st_mode & stat.S_IWOTH:
+                exposed = top
     except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
+        os.close(fd)
+        raise
+    return fd, exposed
+
+
+def _way_down(folder: str, root: str | os.PathLike[str] | None) -> tuple[str, list[str]]:
+    """Where to start, and the names of the folders from there down to this one."""
+    folder = os.path.abspath(folder)
+    if root is not None and folder != root:
+        # The directory may have several names; what lies between it and the folder is known by either.
+        for name in (os.path.abspath, os.path.realpath):
+            top = name(os.fspath(root))
+            if folder == top:
+                return top, []
+            if folder.startswith(top.rstrip(os.sep) + os.sep):
+                return top, folder[len(top) :].strip(os.sep).split(os.sep)
+    return folder, []
+
+
+def _open_step(fd: int, name: str, path: str) -> int:
+    try:
+        return os.open(name, _STEP | os.O_NOFOLLOW, dir_fd=fd)
+    except OSError as error:
+        if error.errno in (errno.ENOTDIR, errno.ELOOP) and _is_link(fd, name):
+            raise UntrustedFile(_link_text(path)) from None
         raise
 
 
-def create(path: str, flags: int) -> int:
-    """Open a new file with the mode that all have, as an opener of `open`."""
-    return os.open(path, flags, FILE_MODE)
+def _is_link(fd: int, name: str) -> bool:
+    try:
+        return stat.S_ISLNK(os.stat(name, dir_fd=fd, follow_symlinks=False).st_mode)
+    except OSError:
+        return False
 
 
-def temporary_beside(path: str) -> str:
-    """Name a file beside ``path``, whose folder is made where missing."""
-    folder = os.path.dirname(path)
-    os.makedirs(folder or ".", exist_ok=True)
+def _link_text(path: str) -> str:
+    return (
+        f"{path} is not used: it is a symbolic link, and links inside a cache directory are not followed, as they can "
+        "lead to another call's result or to any other file. Put what it points to in its place, or remove it."
+    )
+
+
+def _checked_top(top: str, fd: int) -> os.stat_result:
+    """Make sure that a cache directory is not a stranger's.
+
+    Raises:
+        UntrustedFile: It is.
+    """
+    status = os.fstat(fd)
+    if not (is_trusted(status.st_uid) or _is_shared(top, status) or _is_own_under_another_name(fd, status)):
+        owner = name_of(status.st_uid)
+        raise UntrustedFile(
+            f"{top} is not used as a cache directory: it is {owner}'s, who can put anything into it, and reading an "
+            f"entry runs what is in it. Use a directory of your own. If you trust {owner}, copy what you need "
+            f"(cp -r), or have {owner} share it with a group that you are in (chgrp GROUP {top}; chmod g+ws {top}). "
+            "As root, run this as the user whose directory it is."
+        )
+    return status
+
+
+def _is_shared(top: str, status: os.stat_result) -> bool:
+    """Whether the owner shares a directory with this user on purpose: a group that both are in may write there."""
+    if not status.st_mode & stat.S_IWGRP or status.st_gid not in (os.getegid(), *os.getgroups()):
+        return False
+    # In a container all groups that it does not know look the same; the kernel knows which of them are this user's.
+    return os.access(top, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
+
+
+# By device: the owner that a file has which this process makes there, where that is another one than itself.
+_own_names: dict[int, int] = {}
+
+
+def _is_own_under_another_name(fd: int, status: os.stat_result) -> bool:
+    """Whether a folder's owner is who this user is to the file system.
+
+    Servers of network file systems take users for others: root for nobody (``root_squash``), or all for one. What is
+    made there tells.
+    """
+    if _own_names.get(status.st_dev) == status.st_uid:
+        return True
+    name = _temporary()
+    try:
+        made = os.open(name, _CREATE, PRIVATE_MODE, dir_fd=fd)
+    except OSError:
+        return False
+    try:
+        owner = os.fstat(made).st_uid
+    finally:
+        os.close(made)
+        with contextlib.suppress(OSError):
+            os.unlink(name, dir_fd=fd)
+    if owner != os.geteuid():
+        _own_names[status.st_dev] = owner
+    return owner == status.st_uid
+
+
+def is_own(status: os.stat_result) -> bool:
+    """Whether this user may remove what is like that: it is this user's, or this is root."""
+    return os.geteuid() in (0, status.st_uid) or _own_names.get(status.st_dev) == status.st_uid
+
+
+def check_folder(folder: str) -> None:
+    """Make sure that a directory can be a cache directory, if it is there.
+
+    Raises:
+        UntrustedFile: It is a stranger's.
+        OSError: It is no directory, or cannot be made.
+    """
+    try:
+        with opened(folder):
+            return
+    except FileNotFoundError:
+        pass
+    above = os.path.abspath(folder)
+    while not os.path.lexists(above):
+        above = os.path.dirname(above)
+    if not os.path.isdir(above):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), above)
+    if not os.access(above, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), above)
+
+
+def make_folder(folder: str, root: str | os.PathLike[str] | None = None) -> None:
+    """Make a folder of a cache directory, and those that it is in, where they are missing.
+
+    Args:
+        folder: The folder.
+        root: The cache directory; by default the folder itself.
+
+    Raises:
+        UntrustedFile: One of them is a link or a stranger's.
+        OSError: It cannot be made.
+    """
+    top, steps = _way_down(folder, root)
+    os.makedirs(top, FOLDER_MODE, exist_ok=True)
+    for step in steps:
+        with opened(top, root) as above, contextlib.suppress(FileExistsError):
+            os.mkdir(step, FOLDER_MODE, dir_fd=above)
+        top = os.path.join(top, step)
+
+
+def within(
+    folder: str,
+    root: str | os.PathLike[str] | None,
+    step: Callable[[int], _T],
+) -> _T:
+    """Do something in a folder, which is made where missing; again where another process removes it meanwhile.
+
+    Args:
+        folder: The folder.
+        root: The cache directory that it is in; by default the folder itself.
+        step: What to do, with a descriptor of the folder.
+    """
+    for _ in range(_TRIES):
+        try:
+            with opened(folder, root) as found:
+                return step(found)
+        except FileNotFoundError:
+            make_folder(folder, root)
+    with opened(folder, root) as found:
+        return step(found)
+
+
+def listed(folder: str, root: str | os.PathLike[str] | None = None) -> Iterator[tuple[str, os.stat_result]]:
+    """What is in a folder, and what each is; links are not followed.
+
+    Args:
+        folder: The folder.
+        root: The cache directory that it is in; by default the folder itself.
+
+    Raises:
+        UntrustedFile: It, or one that it is in, is a link or a stranger's.
+        OSError: It cannot be listed.
+    """
+    with opened(folder, root) as above:
+        fd = os.open(".", LIST, dir_fd=above)
+        try:
+            for name in os.listdir(fd):
+                with contextlib.suppress(FileNotFoundError):
+                    yield name, os.stat(name, dir_fd=fd, follow_symlinks=False)
+        finally:
+            os.close(fd)
+
+
+# -- writing ------------------------------------------------------------------------------------------------------
+
+
+def write(
+    path: str,
+    data: bytes | memoryview,
+    root: str | os.PathLike[str] | None = None,
+    *,
+    durable: bool = False,
+    mode: int = FILE_MODE,
+) -> None:
+    """Put a file in place, whole or not at all; its folder is made where missing.
+
+    Args:
+        path: The file.
+        data: What it is to hold.
+        root: The cache directory that it is in; by default its folder.
+        durable: Whether it has to be whole after a loss of power, too.
+        mode: What may be done with it, as far as the umask lets it.
+    """
+    name = os.path.basename(path)
+
+    def put(folder: int) -> None:
+        temporary = _written(folder, data, durable, mode)
+        try:
+            os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
+        except BaseException:
+            _discard(folder, temporary)
+            raise
+
+    within(os.path.dirname(path) or ".", root, put)
+
+
+def write_first(path: str, data: bytes | memoryview, root: str | os.PathLike[str] | None = None) -> bool:
+    """Put a file in place, whole, unless there is one already; says whether it was.
+
+    Args:
+        path: The file.
+        data: What it is to hold.
+        root: The cache directory that it is in; by default its folder.
+    """
+    name = os.path.basename(path)
+
+    def put(folder: int) -> bool:
+        temporary = _written(folder, data, False, FILE_MODE)
+        try:
+            return _named_first(folder, temporary, name)
+        finally:
+            _discard(folder, temporary)
+
+    return within(os.path.dirname(path) or ".", root, put)
+
+
+def make_mark(path: str, root: str | os.PathLike[str] | None = None) -> bool:
+    """Make an empty file, unless there is one already; says whether it was made."""
+
+    def make(folder: int) -> bool:
+        try:
+            os.close(os.open(os.path.basename(path), _CREATE, FILE_MODE, dir_fd=folder))
+        except FileExistsError:
+            return False
+        return True
+
+    return within(os.path.dirname(path) or ".", root, make)
+
+
+def _named_first(folder: int, temporary: str, name: str) -> bool:
+    """Give a file its name, unless there is one of that name already; says whether it has it."""
+    try:
+        os.link(temporary, name, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)
+    except FileExistsError:
+        # A server may have done it, and was asked again because its answer was lost.
+        return os.stat(temporary, dir_fd=folder, follow_symlinks=False).st_nlink > 1
+    except FileNotFoundError:
+        raise  # the folder is gone
+    except OSError:
+        # No hard links here. An empty file is a claim as well; its readers know that it may be filled soon.
+        try:
+            os.close(os.open(name, _CREATE, FILE_MODE, dir_fd=folder))
+        except FileExistsError:
+            return False
+        os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
+    return True
+
+
+def _written(folder: int, data: bytes | memoryview, durable: bool, mode: int) -> str:
+    """Write a file that is to get another name; returns the one that it has till then."""
+    name = _temporary()
+    try:
+        with open(os.open(name, _CREATE, mode, dir_fd=folder), "wb", buffering=0) as file:
+            view = memoryview(data)
+            while view:
+                view = view[file.write(view) :]
+            if durable:
+                # Its name need not last: the call of a result that was lost whole runs again.
+                (os.fdatasync if hasattr(os, "fdatasync") else os.fsync)(file.fileno())
+    except BaseException:
+        _discard(folder, name)
+        raise
+    return name
+
+
+def _discard(folder: int, name: str) -> None:
+    with contextlib.suppress(OSError):
+        os.unlink(name, dir_fd=folder)
+
+
+def _temporary() -> str:
     # Not `tempfile`: its files are the owner's alone, and an entry is for all who may use the directory.
-    return os.path.join(folder, f".{os.getpid()}-{os.urandom(8).hex()}.tmp")
+    return f".{os.getpid()}-{os.urandom(8).hex()}.tmp"
+
+
+def remove(path: str, root: str | os.PathLike[str] | None = None) -> None:
+    """Remove a file, if it is there; of a link, that itself.
+
+    Args:
+        path: The file.
+        root: The cache directory that it is in; by default its folder.
+    """
+    with (
+        contextlib.suppress(FileNotFoundError),
+        opened(os.path.dirname(path) or ".", root) as folder,
+    ):
+        os.unlink(os.path.basename(path), dir_fd=folder)
+
+
+# -- reading ------------------------------------------------------------------------------------------------------
+
+
+def read(path: str | os.PathLike[str], root: str | os.PathLike[str] | None = None, *, last: int | None = None) -> bytes:
+    """Read a file whose writer is to be trusted.
+
+    Args:
+        path: The file.
+        root: The cache directory that it is in; by default its folder.
+        last: How many bytes of its end to read at most; None for all.
+
+    Raises:
+        UntrustedFile: It is a link, or a stranger could have put it there.
+        OSError: It cannot be opened, or is no file.
+    """
+    path = os.fspath(path)
+    above, name = os.path.split(path)
+    folder, exposed = _open_folder(above, root)
+    try:
+        fd = os.open(name, _READ, dir_fd=folder)
+    except OSError as error:
+        if _is_link(folder, name):
+            raise UntrustedFile(_link_text(path)) from None
+        error.filename = path
+        raise
+    finally:
+        os.close(folder)
+    with open(fd, "rb", buffering=0) as file:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "it is not a regular file", path)
+        if exposed is not None and not is_trusted(status.st_uid):
+            raise UntrustedFile(
+                f"{path} is not read: it is {name_of(status.st_uid)}'s, and everybody may write to {exposed}, so "
+                f"anybody could have put it there, with anything in it. Remove it. {advice_for(exposed)}"
+            )
+        # No more than it has now: a file that grows all the time has no end.
+        size = status.st_size
+        if last is not None and size > last:
+            file.seek(size - last)
+            size = last
+        data = file.read(size)
+        while len(data) < size and (more := file.read(size - len(data))):
+            data += more
+    return data
 
 
 def is_older(path: str, seconds: float) -> bool:
@@ -60,70 +450,6 @@ def is_older(path: str, seconds: float) -> bool:
         return time.time() - os.stat(path).st_mtime > seconds
     except OSError:
         return False
-
-
-# The folders that were looked at: when, and the first folder on the way up to the cache directory that everybody may
-# write to, if any.
-_modes: dict[tuple[str, str | None], tuple[float, str | None]] = {}
-
-
-def open_trusted(path: str | os.PathLike[str], root: str | os.PathLike[str] | None = None) -> BinaryIO:
-    """Open a file whose writer is to be trusted, for reading.
-
-    Args:
-        path: The file.
-        root: The cache directory that it is in; by default its folder.
-
-    Raises:
-        UntrustedFile: Anybody could have put it there.
-        OSError: It cannot be opened.
-    """
-    file = open(path, "rb", opener=open_file)  # noqa: SIM115  # it is the caller's
-    try:
-        folder = _open_to_all(os.path.dirname(path), None if root is None else os.fspath(root))
-        if folder is not None and not is_trusted(owner := os.fstat(file.fileno()).st_uid):
-            raise UntrustedFile(
-                f"{os.fspath(path)} is not read: it is {name_of(owner)}'s, and everybody may write to {folder}, so "
-                f"anybody could have put it there, with anything in it. Remove it. {advice_for(folder)}"
-            )
-    except BaseException:
-        file.close()
-        raise
-    return file
-
-
-def open_file(path: str, flags: int) -> int:
-    """As an opener of `open`, for what may be no file."""
-    # A pipe in the place of a file would keep who reads it for ever.
-    return os.open(path, flags | os.O_NONBLOCK)
-
-
-def _open_to_all(folder: str, root: str | None) -> str | None:
-    """The folder that everybody may write to, from this one up to the cache directory; None where there is none."""
-    now = time.monotonic()
-    known = _modes.get((folder, root))
-    if known is not None and now - known[0] < _MODE_SECONDS:
-        return known[1]
-    found = next((each for each in _way_up(folder, root) if os.stat(each).st_mode & stat.S_IWOTH), None)
-    if len(_modes) >= _MODES_KEPT:
-        _modes.clear()
-    _modes[folder, root] = now, found
-    return found
-
-
-def _way_up(folder: str, root: str | None) -> Iterator[str]:
-    each = os.path.abspath(folder)
-    if root is None:
-        yield each
-        return
-    tops = {os.path.abspath(root), os.path.realpath(root)}
-    # By the cache directory's other name it is another one, of which no folder between the two is known.
-    on_the_way = any(each == top or each.startswith(top.rstrip(os.sep) + os.sep) for top in tops)
-    yield each
-    while on_the_way and each not in tops:
-        each = os.path.dirname(each)
-        yield each
-    yield from tops
 
 
 def is_trusted(owner: int) -> bool:

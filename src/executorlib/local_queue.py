@@ -14,6 +14,7 @@ import socket
 from concurrent.futures import Future
 from typing import Any
 
+from executorlib import files
 from executorlib.executors import SingleNodeExecutor
 from executorlib.worker import family, job
 
@@ -27,7 +28,8 @@ class _JobFailed(Exception):
 
 def _run(directory: str, index: int, *inputs: None) -> None:
     """In the job's process: run it with its output in the batch directory."""
-    output = os.open(os.path.join(directory, f"output.{index}"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+    output = os.open(os.path.join(directory, f"output.{index}"), flags, files.FILE_MODE)
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.close(output)

@@ -99,7 +99,7 @@ def _terminate(root: str | os.PathLike[str], paths: list[str], configuration: st
         batch = None
         with contextlib.suppress(files.UntrustedFile):
             batch = entries.claimed_for(path, os.fspath(root))
-        entries.terminate(path, batch)
+        entries.terminate(path, batch, os.fspath(root))
 
 
 def _queue_of(systems: dict[str, str], configuration: str | None) -> SlurmQueue | PysqaQueue:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from contract.functions import CustomError, Gate, add, fail, files, identity, lines, record
+from contract.functions import CustomError, Gate, add, fail, files, identity, lines, record, until
 
 WAIT = 30
 pytestmark = [pytest.mark.cache, pytest.mark.essential]
@@ -190,6 +191,30 @@ def test_directory_of_a_call_that_cannot_be_made(make_executor: Callable[..., An
         with pytest.raises(ValueError, match="store"):
             executor.submit(add, 1, 2, resource_dict={"cache_directory": store})
         assert executor.submit(add, 1, 2).result(WAIT) == 3
+
+
+def test_directory_is_made_with_its_first_entry(make_executor: Callable[..., Any], tmp_path: Path) -> None:
+    store = tmp_path / "folder" / "store"
+    with make_executor(cache_directory=str(store)) as executor:
+        assert not store.parent.exists()
+        assert executor.submit(add, 1, 2).result(WAIT) == 3
+    assert len(finished(str(store))) == 1
+
+
+def test_only_results_are_left(make_executor: Callable[..., Any], store: str) -> None:
+    with make_executor(cache_directory=store) as executor:
+        futures = [executor.submit(announce, i) for i in range(3)]
+        futures.append(executor.submit(add, futures[0], 1))
+        failed = executor.submit(fail, "on purpose")
+        assert [future.result(WAIT) for future in futures] == [0, 1, 2, 1]
+        assert isinstance(failed.exception(WAIT), CustomError)
+    until(lambda: not files(store, "_i.h5"))
+    assert [name for name in os.listdir(store) if not name.endswith("_o.h5")] == []
+
+
+def announce(value: int) -> int:
+    sys.stdout.write(f"I am call {value}\n")
+    return value
 
 
 def test_two_executors_at_once(make_executor: Callable[..., Any], store: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import signal
 import sys
@@ -16,7 +17,15 @@ import pytest
 
 from conftest import marked_processes, open_files
 from contract.functions import CustomError, Gate, add, fail, files, identity, lines, put, record, total, until
-from executorlib import batches, entries, get_cache_data, get_future_from_cache, get_item_from_future, split_future
+from executorlib import (
+    batches,
+    commands,
+    entries,
+    get_cache_data,
+    get_future_from_cache,
+    get_item_from_future,
+    split_future,
+)
 
 WAIT = 40
 pytestmark = [pytest.mark.cache, pytest.mark.essential, pytest.mark.rows(jobs=True)]
@@ -505,7 +514,130 @@ def test_entry_of_a_session_that_has_not_submitted_it_yet(
         assert (mine.result(WAIT), joined.result(WAIT)) == (3, 3)
 
 
+# What jobs print.
+
+
+@pytest.mark.rows("jobs")
+def test_what_calls_print_is_in_their_entries(
+    make: Callable[..., Any], store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Standard output and error, of what returns and of what raises; of much the end."""
+
+    def speak(text: str) -> None:
+        sys.stdout.write(f"{text}\n")
+        sys.stderr.write("aside\n")
+
+    def speak_and_fail() -> None:
+        sys.stdout.write("before the end\n")
+        fail("on purpose")
+
+    with make() as executor:
+        executor.submit(speak, "a word", resource_dict=key("word"))
+        executor.submit(speak_and_fail, resource_dict=key("bad"))
+        executor.submit(speak, "x" * 3_000_000, resource_dict=key("much"))
+        executor.submit(identity, 1, resource_dict=key("silent"))
+    until(lambda: not waiting(store))
+    assert sorted(os.listdir(store)) == [f"{name}_o.h5" for name in ("bad", "much", "silent", "word")]
+    printed = {name: show(store, name, capsys).get("printed") for name in ("word", "bad", "much", "silent")}
+    assert printed["word"] == "a word\naside\n"
+    assert printed["bad"] == "before the end\n"
+    assert printed["silent"] is None
+    cut = 3_000_000 + len("\naside\n") - (1 << 20)
+    assert printed["much"] == f"[{cut} bytes before this were cut]\n{'x' * ((1 << 20) - 7)}\naside\n"
+    commands.main(["cache", "show", "word", "-d", str(store)])
+    assert "printed:        a word\n                aside\n" in capsys.readouterr().out
+    assert all("printed" not in row for row in get_cache_data(store))
+
+
+def show(store: Path, name: str, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    assert commands.main(["cache", "show", name, "-d", str(store), "--json"]) == 0
+    shown: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return shown
+
+
+@pytest.mark.rows("jobs")
+def test_what_a_job_without_a_result_printed_is_kept(make: Callable[..., Any], store: Path) -> None:
+    def speak_and_die() -> None:
+        os.write(1, b"last words\n")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with make() as executor:
+        assert "last words" in str(executor.submit(speak_and_die).exception(WAIT))
+    (output,) = store.glob(f"{batches.FOLDER}/*/output.0")
+    assert output.read_text() == "last words\n"
+
+
+@pytest.mark.rows("jobs")
+def test_batches_of_a_session_that_left(make: Callable[..., Any], store: Path, gate: Callable[..., Gate]) -> None:
+    """The one that comes back to all of its calls removes it."""
+    held = gate()
+    first = make()
+    for number in range(2):
+        first.submit(held, number, resource_dict=key(str(number)))
+    held.pids(2)
+    first.shutdown(wait=False)
+    with make() as executor:
+        futures = [executor.submit(held, number, resource_dict=key(str(number))) for number in range(2)]
+        with pytest.raises(TimeoutError):
+            futures[0].result(0.3)
+        held.open()
+        assert [future.result(WAIT) for future in futures] == [0, 1]
+    until(lambda: not waiting(store))
+    assert sorted(os.listdir(store)) == ["0_o.h5", "1_o.h5"]
+
+
+# Secrets.
+
+
+@pytest.mark.rows("jobs")
+def test_what_holds_the_environment_is_private(
+    make: Callable[..., Any], store: Path, gate: Callable[..., Gate], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = gate()
+    before = os.umask(0)
+    try:
+        with make() as executor:
+            monkeypatch.setenv("EXECUTORLIB_TEST_SECRET", "s3cr3t")
+            executor.submit(held, 1)
+            held.pid()
+            modes = {path.name: path.stat().st_mode & 0o777 for path in store.glob(f"{batches.FOLDER}/*/*")}
+            secret = [path.name for path in store.rglob("*") if path.is_file() and b"s3cr3t" in path.read_bytes()]
+            held.open()
+    finally:
+        os.umask(before)
+    assert secret in ([], ["setup"])
+    assert modes["setup"] == 0o600
+    assert not any(mode & 0o002 for mode in modes.values())
+
+
 # What a session finds that others left.
+
+
+@pytest.mark.rows("jobs")
+@pytest.mark.parametrize("content", [b"", b"garbage" * 100, None])
+def test_an_entry_that_is_damaged(
+    make: Callable[..., Any], store: Path, monkeypatch: pytest.MonkeyPatch, content: bytes | None
+) -> None:
+    """It is claimed anew soon, and by one session only; not at once, as an empty one may be about to be filled."""
+    monkeypatch.setattr("executorlib.launchers.jobs._UNREADABLE_SECONDS", 0.5)
+    path = entries.entry_path(store, "call", "i")
+    values = {"function": record, "input_args": ["x", 1], "input_kwargs": {}, "resource_dict": {}}
+    assert entries.write_input(str(path), {**values, "batch": str(store / "gone")})
+    path.write_bytes(path.read_bytes()[:-200] if content is None else content)
+    log = str(store.parent / "log")
+    with make() as one, make() as two:
+        futures = [each.submit(record, log, 1, resource_dict=key("call")) for each in (one, two)]
+        assert [future.result(WAIT) for future in futures] == [1, 1]
+    assert lines(log) == ["1"]
+
+
+def test_an_entry_that_was_damaged_and_is_claimed_by_now(store: Path) -> None:
+    """Who has found it damaged comes late."""
+    path = str(entries.entry_path(store, "call", "i"))
+    values = {"function": abs, "input_args": [1], "input_kwargs": {}, "resource_dict": {}}
+    assert entries.write_input(path, {**values, "batch": "of another session"})
+    entries.take_over(path, "damaged", root=str(store))
+    assert entries.claimed_for(path) == "of another session"
 
 
 @pytest.mark.rows("jobs")

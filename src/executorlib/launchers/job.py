@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import shutil
 import signal
 import socket
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from executorlib import batches, entries, files, machine
 from executorlib.errors import ExecutorlibSocketError, TimeLimitError
@@ -24,6 +24,10 @@ SUBMIT_SECONDS = 600.0
 
 _OUTPUT_TAIL_BYTES = 16 * 1024
 _GENERAL_ADVICE = "Only this call fails; it can be submitted again."
+
+
+# What tells a file from another that takes its place.
+Identity: TypeAlias = tuple[int, int, int]
 
 
 class Job:
@@ -45,6 +49,7 @@ class Job:
         asked: Whether the system was asked what became of it.
         answered: Whether it has answered that.
         damaged: What tells the file that is in the place of its result, but cannot be read, from a later one.
+        unreadable: The same of its entry, and since when that is so.
         ending: Its result.
     """
 
@@ -63,7 +68,8 @@ class Job:
         self.last: JobState | None = None
         self.asked = False
         self.answered = False
-        self.damaged: tuple[int, int, int] | None = None
+        self.damaged: Identity | None = None
+        self.unreadable: tuple[Identity, float] | None = None
         self.ending: entries.Ending | None = None
 
     @property
@@ -152,6 +158,7 @@ class JobBatch:
         after: Jobs that have to succeed first.
         corresponds: Batch of which each job has to succeed before the one of the same index here.
         cancelled: Indices of calls that were cancelled before the job's id was known.
+        kept: By index, how many bytes of what a call's job printed are in its entry.
         made: When it was begun.
         touched: When the last call was added.
     """
@@ -168,6 +175,7 @@ class JobBatch:
         self.after: list[Job] = []
         self.corresponds: JobBatch | None = None
         self.cancelled: set[int] = set()
+        self.kept: dict[int, int] = {}
         self.made = self.touched = time.monotonic()
         self._indices: dict[str, int] | None = None
 
@@ -212,13 +220,15 @@ class JobBatch:
         return (self._indices or {}).get(path)
 
     def remove_files(self) -> None:
-        """Remove its directory, unless its jobs have written something that somebody may want to read."""
-        try:
-            outputs = [entry for entry in os.scandir(self.directory) if entry.name.startswith("output.")]
-            if not any(entry.stat().st_size for entry in outputs):
-                shutil.rmtree(self.directory, ignore_errors=True)
-        except OSError:
-            return
+        """Remove its directory, unless its jobs have printed something that is kept nowhere else."""
+        if not self.ours and not self.kept.keys() >= set((self._indices or {"": -1}).values()):
+            return  # others may wait for calls of which nothing is known here
+        with contextlib.suppress(OSError):
+            for name, status in files.listed(self.directory, batches.root_of(self.directory)):
+                output, _, index = name.partition(".")
+                if output == "output" and status.st_size > (self.kept.get(int(index), 0) if index.isdecimal() else 0):
+                    return
+            batches.remove(self.directory)
 
     def is_abandoned(self) -> bool:
         """Whether the session that made it ended before submitting it; a job that runs all the same will notice."""
@@ -240,9 +250,6 @@ def owner_of(directory: str) -> dict[str, Any]:
 def read_tail(path: str) -> bytes:
     """The end of a job's output; empty where there is none."""
     try:
-        with open(path, "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - _OUTPUT_TAIL_BYTES))
-            return file.read()
+        return files.read(path, last=_OUTPUT_TAIL_BYTES)
     except OSError:
         return b""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import shlex
-import shutil
 import signal
 import sys
 import time
@@ -168,7 +167,8 @@ class JobWorkerLauncher:
         """See `Launcher.close`; what still runs loses its connection and ends."""
         self._router.close()
         for directory in {member.array.directory for member in self._members.values()}:
-            shutil.rmtree(directory, ignore_errors=True)
+            batches.remove(directory)
+        batches.remove_folder(self._folder)
         self._members.clear()
         self._system.close()
 
@@ -190,7 +190,7 @@ class JobWorkerLauncher:
         if self._wanted and self._room is None:  # else the answer tells how much fits
             self._submissions.within(_LINGER)
         self._arrays += 1
-        name = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-workers{self._arrays}-{os.urandom(3).hex()}"
+        name = batches.new_name(self._arrays, "workers")
         directory = os.path.join(self._folder, batches.FOLDER, name)
         array = _Array(directory, len(wanted))
         for index, process in enumerate(wanted):
@@ -275,7 +275,7 @@ class JobWorkerLauncher:
         for member in members:
             del self._members[self._by_worker.pop(member.process.worker.number)]
         self._wanted[:0] = [member.process for member in members]
-        shutil.rmtree(array.directory, ignore_errors=True)
+        batches.remove(array.directory)
 
     def _refuse(self, array: _Array, refusal: Refused) -> None:
         for member in list(array.members.values()):
@@ -416,5 +416,5 @@ class JobWorkerLauncher:
         process.stderr += read_tail(os.path.join(array.directory, f"output.{member.index}"))
         planned = member.last is not None and member.last.cause.ends_early
         if not array.members and not process.stderr:
-            shutil.rmtree(array.directory, ignore_errors=True)
+            batches.remove(array.directory)
         self._events.on_exit(process, Exit(None, text, planned=planned))

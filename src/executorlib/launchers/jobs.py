@@ -21,11 +21,11 @@ import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from executorlib import entries, files, machine
+from executorlib import batches, entries, files, machine
 from executorlib.errors import ExecutorlibSocketError, advise_unpicklable
 from executorlib.futures import misplaced
 from executorlib.launchers.base import Events, Exit, Process, Timer
-from executorlib.launchers.job import SUBMIT_SECONDS, Job, JobBatch, owner_of
+from executorlib.launchers.job import SUBMIT_SECONDS, Identity, Job, JobBatch, owner_of
 from executorlib.launchers.queue import JobState, Phase, means
 from executorlib.launchers.submitter import Submitter
 from executorlib.launchers.systems import Cancellations, JobSystem, Refused, States
@@ -50,6 +50,9 @@ _WAIT_SHARE = 0.1
 #   session looked, which is mostly long ago. So with such a queue and a network file system the error about a job that
 #   died takes this long. To give up a result that comes would be worse: its call would run again.
 _RESULT_GRACE, _GRACE = 75.0, 3.0
+# How long an entry may be there and not be readable, in seconds. They are put in place whole, but where there are no
+# hard links an empty one stands for a moment for what comes.
+_UNREADABLE_SECONDS = 5.0
 
 
 class JobTransport:
@@ -93,6 +96,7 @@ class JobLauncher:
         self._cancellations = Cancellations(events, system)
         self._ended_now: set[str] = set()  # outputs that do not come, of which dependents have not heard yet
         self._told: set[int] = set()  # calls of which the user knows that they wait for another system
+        self._roots: set[str] = set()  # cache directories
         self._refreshed: set[str] = set()  # folders that were looked into anew in this look
         self._prepared = False
         self._early: list[Callable[[], None]] = []  # what has to wait until the system is known
@@ -190,6 +194,8 @@ class JobLauncher:
         self._same.clear()
         self._by_output.clear()
         self._system.close()
+        for root in self._roots:
+            batches.remove_folder(root)
 
     # -- entries --------------------------------------------------------------------------------------------------
 
@@ -220,10 +226,11 @@ class JobLauncher:
             pending = [self._by_output[path] for path in task.after if path in self._by_output]
             after = [other for other in pending if not other.over]
             batch, index = self._submitter.place(job, after)
+            self._roots.add(batches.root_of(batch.directory))
             values["batch"] = entries.Snapshot.of(batch.directory)
             # Two tries: the entry may be finished, or removed, between the first one and the look at who has it.
             for _ in range(2):
-                if entries.write_input(job.path, values):
+                if entries.write_input(job.path, values, job.root):
                     if self._log_sizes:
                         size = os.path.getsize(job.path)
                         logger.warning("call %d of %s: sent %d bytes", task.number, task.name, size)
@@ -232,7 +239,7 @@ class JobLauncher:
                         os.unlink(job.output)  # others who waited for it have had their time
                     elif ending is not None:
                         # Another session's job has ended, and removed its entry, since the call was looked up.
-                        entries.remove_input(job.path)
+                        entries.remove_input(job.path, job.root)
                         self._follow(job, None, 0)
                         return
                     self._submitter.add(job, batch, index)
@@ -252,13 +259,19 @@ class JobLauncher:
             if os.path.exists(job.output):
                 self._follow(job, None, 0)
                 return True
-            # Being written, or damaged. What nobody has finished for so long, nobody will.
-            if os.path.exists(job.path) and not files.is_older(job.path, SUBMIT_SECONDS):
+            seen, now = _identity(job.path), time.monotonic()
+            if seen is None:
+                return False
+            # Being written, or damaged. By this session's clock, as others' may be wrong.
+            if job.unreadable is None or job.unreadable[0] != seen:
+                job.unreadable = seen, now
+            if now - job.unreadable[1] < _UNREADABLE_SECONDS:
                 self._follow(job, None, 0)
                 return True
-            with contextlib.suppress(FileNotFoundError):
-                entries.take_over(job.path, f"damaged-{os.stat(job.path).st_mtime_ns}-{os.path.basename(job.path)}")
+            logger.warning("the entry %s is damaged; call %d claims it anew", job.path, job.task.number)
+            entries.take_over(job.path, f"damaged-{seen}-{os.path.basename(job.path)}", root=job.root)
             return False
+        job.unreadable = None
         directory = entry["batch"]
         own = self._system.name
         owner = {} if directory is None else owner_of(directory)
@@ -294,6 +307,7 @@ class JobLauncher:
     def _follow(self, job: Job, batch: JobBatch | None, index: int) -> None:
         job.batch, job.index = batch, index
         if batch is not None and not batch.ours:
+            self._roots.add(batches.root_of(batch.directory))
             batch.jobs.setdefault(index, job)
         self._by_output.setdefault(job.output, job)
         self._submitter.changed(job)
@@ -340,6 +354,8 @@ class JobLauncher:
             job.damaged = seen  # not read again until it is another one
             if job.ending is not None:
                 job.over = True
+                if job.batch is not None:
+                    job.batch.kept[job.index] = job.ending.printed
                 self._submitter.changed(job)
                 if not job.begun:
                     self._begin(job)
@@ -386,6 +402,8 @@ class JobLauncher:
         del batch.jobs[job.index]
         if not batch.jobs and not batch.ours:
             self._followed.pop(batch.directory, None)
+            if not self._leaving:
+                batch.remove_files()
         elif not batch.jobs and batch.ids and not self._leaving:
             batch.remove_files()
 
@@ -514,7 +532,7 @@ class JobLauncher:
         if job.batch is None or not job.batch.ours:
             # Nobody was there to see it end. The call is free again, for one of all sessions that see it now.
             batch = job.batch
-            if batch is not None and entries.is_terminated(job.path, batch.directory):
+            if batch is not None and entries.is_terminated(job.path, batch.directory, job.root):
                 text = f"Call {job.task.number} of {job.task.name} was terminated (`terminate_task_in_cache`)"
                 self._end(job, Exit(None, "", ExecutorlibSocketError(f"{text}; it can be submitted again.")))
                 return
@@ -542,8 +560,8 @@ class JobLauncher:
     def _find_job_ids(self) -> None:
         """Find out which jobs the calls of other sessions became."""
         for job in [job for job in self._jobs.values() if job.batch is None and job.ending is None]:
-            # Nobody says whether a job has it. When it is removed, or was not finished for long, it is free again.
-            if not os.path.exists(job.path) or files.is_older(job.path, SUBMIT_SECONDS):
+            # Nobody says whether a job has it. When it is removed, or stays unreadable, it is free again.
+            if job.unreadable is not None or not os.path.exists(job.path):
                 self._claim(job)
         followed = set(self._followed.values())
         unknown = [job for job in self._jobs.values() if job.batch in followed and job.submitted is None]
@@ -582,7 +600,7 @@ class JobLauncher:
 def _remove_input(job: Job) -> None:
     """Remove the entry of a job that is over. Where that fails, who finds it sees that its job is dead."""
     with contextlib.suppress(OSError):
-        entries.remove_input(job.path)
+        entries.remove_input(job.path, job.root)
 
 
 def _refresh(folder: str) -> None:
@@ -591,7 +609,7 @@ def _refresh(folder: str) -> None:
         os.close(os.open(folder, os.O_RDONLY | os.O_DIRECTORY))
 
 
-def _identity(path: str) -> tuple[int, int, int] | None:
+def _identity(path: str) -> Identity | None:
     """What tells a file from another that takes its place; None where there is none."""
     try:
         status = os.stat(path)

@@ -8,7 +8,6 @@ import logging
 import os
 import pickle
 import shlex
-import shutil
 import socket
 import sys
 import time
@@ -16,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from executorlib import batches, entries, machine
+from executorlib import batches, entries, files, machine
 from executorlib.launchers.base import Events, Timer, boot_file
 from executorlib.launchers.job import Job, JobBatch
 from executorlib.launchers.queue import Batch, Dependency, Limit
@@ -138,7 +137,7 @@ class Submitter:
                 return batch, index
             del self._open[key]
         self._number += 1
-        name = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{self._number}-{os.urandom(3).hex()}"
+        name = batches.new_name(self._number)
         # Before any entry names it: who finds one wants to know whether the session that is to submit it is there.
         batch = JobBatch(batches.make(folder, name), True, key, first)
         batch.corresponds = source
@@ -147,7 +146,7 @@ class Submitter:
         owner = {"system": self._system.name, "host": socket.gethostname(), "pid": pid}
         owner.update(self._system.about())
         owner["started"] = machine.process_start(pid)
-        batches.write_text(os.path.join(batch.directory, batches.OWNER_FILE), json.dumps(owner))
+        batches.write_text(batch.directory, batches.OWNER_FILE, json.dumps(owner))
         return batch, first
 
     def add(self, job: Job, batch: JobBatch, index: int) -> None:
@@ -251,7 +250,7 @@ class Submitter:
                 del self._waiting[batch]
                 for job in [job for job in batch.jobs.values() if job.submitted is None]:
                     with contextlib.suppress(OSError):
-                        entries.remove_input(job.path)
+                        entries.remove_input(job.path, job.root)
                     self.changed(job)
                 return
         part = _Part(first, last, "" if last - first + 1 == batch.size else f"{first}-{last}")
@@ -275,9 +274,7 @@ class Submitter:
         # Of no use any more, and a chain of calls would be kept by its last one.
         batch.after.clear()
         batch.corresponds = None
-        if not batch.ids:
-            shutil.rmtree(batch.directory, ignore_errors=True)
-        elif not batch.jobs:  # all were cancelled meanwhile
+        if not batch.ids or not batch.jobs:  # it was refused, or all were cancelled meanwhile
             batch.remove_files()
 
     def _made_ready(self, batch: JobBatch, part: _Part, dependencies: tuple[Dependency, ...]) -> Batch:
@@ -353,12 +350,12 @@ class Submitter:
             setup["gpus_per_rank"] = resources.gpus_per_core
             if resources.cwd is not None:
                 setup["cwd"] = resources.cwd
-            with open(os.path.join(batch.directory, batches.SETUP_FILE), "wb") as setup_file:
-                pickle.dump(setup, setup_file)
+            # It holds the user's environment, with whatever secrets are there.
+            setup_file, root = os.path.join(batch.directory, batches.SETUP_FILE), batches.root_of(batch.directory)
+            files.write(setup_file, pickle.dumps(setup), root, mode=files.PRIVATE_MODE)
             texts[batches.ENTRIES_FILE] = "".join(f"{index} {job.path}\n" for index, job in batch.jobs.items())
         for name, text in texts.items():
-            with open(os.path.join(batch.directory, name), "w", encoding="utf-8") as file:
-                file.write(text)
+            batches.write_text(batch.directory, name, text)
         return [sys.executable, os.path.join(batch.directory, program)]
 
     def _answered(self, batch: JobBatch, part: _Part, answer: str | Refused) -> None:
@@ -390,7 +387,7 @@ class Submitter:
         self._retries.pop(batch, None)
         batch.ids.add(part.first, part.last, job_id)
         try:
-            batches.write_text(os.path.join(batch.directory, batches.JobIds.file(part.name)), job_id)
+            batches.write_text(batch.directory, batches.JobIds.file(part.name), job_id)
         except Exception as error:  # its jobs run all the same
             logger.warning("the id of job %s cannot be noted in %s: %s", job_id, batch.directory, error)
         jobs = [job for index, job in batch.jobs.items() if part.first <= index <= part.last]

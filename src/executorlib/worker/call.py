@@ -239,6 +239,7 @@ class Entry:
                 resource_dict=self._resources,
                 output=result,
                 runtime=seconds,
+                root=self._resources.get("cache_directory"),
             )
         except Exception as error:
             return f"the result was not kept in the cache file {self._path}: {type(error).__name__}: {error}"

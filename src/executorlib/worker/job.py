@@ -33,6 +33,8 @@ RAISED = 83  # the entry holds what the function raised; hardly any program ends
 NOT_MINE = 84  # somebody else has claimed the call since
 FAILED = 70  # EX_SOFTWARE of sysexits.h
 
+_PRINTED_BYTES = 1 << 20  # of what a job printed, so many are kept in its entry, the last ones
+
 
 def main(directory: str, part: str = "") -> None:
     """Run this job's call and exit.
@@ -63,8 +65,7 @@ def run(directory: str, index: int, part: str = "") -> int:
     Returns:
         The exit code.
     """
-    with files.open_trusted(os.path.join(directory, batches.SETUP_FILE), batches.root_of(directory)) as file:
-        setup = pickle.load(file)
+    setup = pickle.loads(files.read(os.path.join(directory, batches.SETUP_FILE), batches.root_of(directory)))
     call.set_up(setup)
     if setup.get("ranks", 1) > 1:
         return _run_ranks(directory, index, part, setup)
@@ -83,7 +84,7 @@ def _claimed(directory: str, index: int, part: str, setup: dict[str, Any]) -> di
     if noted is None:
         # The session may have ended before it could note it, and who looks for this job needs it.
         if job_id:
-            batches.write_text(os.path.join(directory, batches.JobIds.file(part)), job_id)
+            batches.write_text(directory, batches.JobIds.file(part), job_id)
     elif noted[0].isdecimal() and job_id.isdecimal() and noted[0] != job_id:
         # A controller that is too busy to answer may take a batch all the same; the session then submitted it again.
         return NOT_MINE
@@ -96,7 +97,9 @@ def _claimed(directory: str, index: int, part: str, setup: dict[str, Any]) -> di
         return RAISED if ending.failed else RESULT
     if entry is None:
         raise FileNotFoundError(f"the call {path} was removed, or is damaged; it can be submitted again")
-    return {**entry, "path": path, "index": index, "queue_id": int(job_id) if job_id.isdecimal() else job_id or None}
+    queue_id = int(job_id) if job_id.isdecimal() else job_id or None
+    output = os.path.join(directory, f"output.{index}")
+    return {**entry, "path": path, "root": root, "index": index, "queue_id": queue_id, "job_output": output}
 
 
 def _job_id(setup: dict[str, Any]) -> str:
@@ -170,10 +173,32 @@ def _store(job: dict[str, Any], answer: call.Answer, seconds: float) -> int:
             "traceback": serialize.dumps_in_band(answer.traceback),
             "runtime": serialize.dumps_in_band(seconds),
             "queue_id": serialize.dumps_in_band(job["queue_id"]),
+            **_printed(job["job_output"], job["root"]),
         },
+        job["root"],
     )
-    entries.remove_input(path)
+    entries.remove_input(path, job["root"])
     return RAISED if answer.traceback else RESULT
+
+
+def _printed(path: str, root: str) -> dict[str, bytes]:
+    """What this job has printed so far, for its entry: the batch directory does not last."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):  # whatever the function has put in their place
+            stream.flush()
+    try:
+        # A network file system may know less of the file than this process has written.
+        data = files.read(path, root, last=_PRINTED_BYTES)
+        size = os.path.getsize(path)
+    except OSError:
+        return {}
+    if not data:
+        return {}
+    cut = f"[{size - len(data)} bytes before this were cut]\n" if size > len(data) else ""
+    return {
+        entries.PRINTED: serialize.dumps_in_band(cut + data.decode(errors="replace")),
+        entries.PRINTED_BYTES: serialize.dumps_in_band(size),
+    }
 
 
 def _in_band(frames: list[Frame]) -> bytes:
