@@ -801,7 +801,7 @@ class Loop(Poller, Events):
             size = sum(map(serialize.nbytes, frames))
             logger.warning("call %d of %s: received %d bytes", task.number, task.name, size)
         self.scheduler.on_result(worker, task, seconds, failed=kind == "error", leaving="leaving" in more)
-        if kind == "error" and self._block is not None and process.resources.cores > 1:
+        if kind == "error" and self._block is not None and process.resources.cores > 1 and "whole" not in more:
             # The launcher ends the world, whose other ranks may wait for the failed one for ever; it is replaced.
             self._block.on_planned_exit(worker)
         self._results.append((task, header, frames))

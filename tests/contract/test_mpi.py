@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from conftest import children
 from contract.functions import (
     CustomError,
     Gate,
     add,
     environment,
     identity,
+    put,
     rank,
     rank_sum,
     rank_that_fails,
@@ -203,6 +207,116 @@ def test_worlds_leave_no_files(row: Any, scripts: Any, tmp_path: Path) -> None:
     )
     out, err = process.communicate(timeout=WAIT)
     assert out.splitlines() == ["ExecutorlibSocketError", "[]"], err
+
+
+def note_shared_memory(folder: str) -> Any:
+    """On a rank: write down what it has mapped of shared memory, and wait for all ranks to have done so."""
+    from mpi4py import MPI
+
+    world = MPI.COMM_WORLD
+    with open("/proc/self/maps") as maps:
+        names = [line.partition("/dev/shm/")[2].removesuffix(" (deleted)\n").strip() for line in maps]
+    put(f"{folder}/{world.rank}.{os.getpid()}.{os.getppid()}", "\n".join(filter(None, names)))
+    world.Barrier()
+    return world
+
+
+def raise_on(folder: str, ranks: list[int], others_wait: bool) -> None:
+    world = note_shared_memory(folder)
+    if world.rank in ranks:
+        raise CustomError("after all were there")
+    if others_wait:
+        world.Barrier()
+
+
+def die_on_a_rank(folder: str) -> None:
+    if note_shared_memory(folder).rank == 1:
+        os._exit(3)
+    time.sleep(60)
+
+
+def rest(folder: str) -> None:
+    note_shared_memory(folder)
+    time.sleep(60)
+
+
+def ranks_noted(folder: Path) -> list[Path]:
+    """What the two ranks have written down, once both have."""
+    until(lambda: len([path for path in folder.iterdir() if path.name.count(".") == 2]) == 2, WAIT)
+    return sorted(path for path in folder.iterdir() if path.name.count(".") == 2)
+
+
+ENDS: dict[str, tuple[Callable[..., Any], list[Any]]] = {
+    "one raises and others wait": (raise_on, [[0], True]),
+    "the other raises and one waits": (raise_on, [[1], True]),
+    "one raises": (raise_on, [[1], False]),
+    "all raise": (raise_on, [[0, 1], False]),
+    "one dies": (die_on_a_rank, []),
+    "run_time_max": (rest, []),
+    "terminate_workers": (rest, []),
+    "kill_workers": (rest, []),
+}
+
+
+@pytest.mark.linux
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.rows("fork", "block-fork")
+def test_worlds_leave_no_shared_memory(make_executor: Callable[..., Any], tmp_path: Path, end: str) -> None:
+    """Full of it, a machine starts no more worlds."""
+    function, arguments = ENDS[end]
+    needs = {**TWO, "run_time_max": 2} if end == "run_time_max" else TWO
+    with make_executor(max_workers=1, max_cores=2, resource_dict=needs) as executor:
+        future = executor.submit(function, str(tmp_path), *arguments)
+        if end.endswith("_workers"):
+            ranks_noted(tmp_path)
+            getattr(executor, end)()
+        assert future.exception(WAIT) is not None
+    names = {name for path in ranks_noted(tmp_path) for name in path.read_text().split("\n")}
+    assert names
+    assert not [name for name in names if os.path.exists(f"/dev/shm/{name}")]
+
+
+@pytest.mark.rows("block-fork")
+@pytest.mark.parametrize("ranks", [[0], [1], [0, 1]])
+def test_exception_that_is_returned_does_not_end_the_world(
+    make_executor: Callable[..., Any], tmp_path: Path, ranks: list[int]
+) -> None:
+    with make_executor(max_workers=1, max_cores=2, resource_dict=TWO) as executor:
+        for _ in range(2):
+            error = executor.submit(raise_on, str(tmp_path), ranks, False).exception(WAIT)
+            assert isinstance(error, CustomError)
+            assert f"on rank {ranks[0]} of 2" in str(error.__cause__)
+        assert executor.submit(add, 1, 2).result(WAIT) == [3, 3]
+        # The same two processes in all calls.
+        ranks_noted(tmp_path)
+
+
+@pytest.mark.rows("fork")
+def test_world_whose_ranks_raise_ends_in_order(scripts: Any) -> None:
+    """No rank is killed, so nothing is said of that."""
+    out = scripts.run(
+        """
+        def fail(value):
+            raise KeyError(value)
+
+        with Executor(max_cores=2, resource_dict={"cores": 2}) as executor:
+            print(repr(executor.submit(fail, 7).exception(40)))
+        """,
+    )
+    assert out == "KeyError(7)\n"
+
+
+@pytest.mark.linux
+@pytest.mark.rows("fork")
+def test_ranks_end_when_all_that_would_end_them_is_killed(make_executor: Callable[..., Any], tmp_path: Path) -> None:
+    before = children()
+    with make_executor(max_cores=2, resource_dict=TWO) as executor:
+        future = executor.submit(rest, str(tmp_path))
+        ranks, parents = zip(*(path.name.split(".")[1:] for path in ranks_noted(tmp_path)), strict=True)
+        for pid in {*(children() - before), *map(int, parents)}:
+            os.kill(pid, signal.SIGKILL)
+        assert future.exception(WAIT) is not None
+        wait_until_gone(*map(int, ranks))
 
 
 @pytest.mark.rows("fork")

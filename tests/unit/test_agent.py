@@ -20,7 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from contract.functions import alive, until, wait_until_gone
+from contract.functions import alive, until, wait_for, wait_until_gone
 from executorlib import serialize
 from executorlib.launchers import local
 from executorlib.transports.messages import Connection, Message
@@ -549,6 +549,39 @@ def test_family_of_a_worker_that_is_killed(make_agent: Callable[..., Client], li
     client.kill(1, signal.SIGKILL)
     assert client.status() == signal.SIGKILL
     wait_until_gone(in_group, session, worker.pid)
+
+
+@linux
+@pytest.mark.parametrize("by_end", [False, True])
+def test_shared_memory_of_ranks_that_are_killed_as_they_start(
+    make_agent: Callable[..., Client], tmp_path: Path, by_end: bool
+) -> None:
+    """What another process of the same name has is left alone."""
+    own, other = (Path(f"/dev/shm/mpich_shm_test{os.getpid()}_{number}") for number in (1, 2))
+    for path in (own, other):
+        path.write_bytes(bytes(4096))
+    code = f"""if True:
+        import mmap, time
+        file = open({str(own)!r}, "r+b")
+        memory = mmap.mmap(file.fileno(), 4096)
+        file.close()
+        open({str(tmp_path / "mapped")!r}, "w").close()
+        time.sleep(60)
+    """
+    try:
+        client = make_agent()
+        argv = ["/bin/sh", "-c", '"$@" & wait', "sh", sys.executable, "-c", code]  # as mpiexec has its ranks
+        client.start(argv=argv, env=dict(os.environ), own_channel=True)
+        wait_for(tmp_path / "mapped")
+        if by_end:
+            client.end()
+        else:
+            client.kill(1, signal.SIGKILL)
+            assert client.status() == signal.SIGKILL
+        assert (own.exists(), other.exists()) == (False, True)
+    finally:
+        own.unlink(missing_ok=True)
+        other.unlink()
 
 
 @linux

@@ -97,17 +97,19 @@ class ConnectingWorker:
     def on_message(self, peer: bytes, header: list[Any], frames: list[Frame]) -> None:
         """Take a message of the worker, or of one of its ranks."""
         process, kind = self.process, header[0]
+        # The other ranks may wait for a failed one for ever, unless they are known to be through.
+        split = kind == "error" and process.resources.cores > 1 and "whole" not in header[4]
         if kind == "hello":
             self._on_hello(peer, header[1])
         elif not process.single:
             self._events.on_message(process, header, frames)
-            if kind == "error" and process.resources.cores > 1:
-                self._end()  # the other ranks may wait for the failed one for ever
+            if split:
+                self._end()
         elif kind != "ready" and not self.done:
             if self._leaves:
                 header[4]["leaving"] = True
             self._events.on_message(process, header, frames)
-            self._finish(failed=kind == "error")
+            self._finish(split)
 
     def _on_hello(self, peer: bytes, about: dict[str, Any]) -> None:
         process = self.process
@@ -128,10 +130,10 @@ class ConnectingWorker:
             process.transport = self._transport = _Transport(self._router, peer)
             self._events.on_connected(process)
 
-    def _finish(self, failed: bool) -> None:
+    def _finish(self, split: bool) -> None:
         """Its only call is over: let it go."""
         self.done = True
-        if failed and self.process.resources.cores > 1:
+        if split:
             self._end()
         elif self.process.transport is not None:
             # It waits for this: an end that came before the result was read would count as a death.

@@ -573,7 +573,9 @@ class LocalLauncher:
         if process.resources.cores > 1:
             if self._mpi is None:
                 self._mpi = MpiLauncher(self._events, self._hidden)
-            self._mpi.launch(process, agent, boot_command("executorlib.worker.mpi", f"({process.single})", rank=True))
+            self._mpi.launch(
+                process, agent, boot_command("executorlib.worker.mpi", f"({process.single}, local=True)", rank=True)
+            )
         else:
             agent.launch(process)
 
@@ -587,8 +589,8 @@ class LocalLauncher:
     def kill(self, process: Process, signal_number: int) -> None:
         """See `Launcher.kill`."""
         agent = self._agent(process.resources.threads_per_core)
-        if self._mpi is not None and process.resources.cores > 1 and signal_number == signal.SIGKILL:
-            self._mpi.end(process, agent)
+        if self._mpi is not None and process.resources.cores > 1:
+            self._mpi.kill(process, agent, signal_number)
         else:
             agent.kill(process, signal_number)
 

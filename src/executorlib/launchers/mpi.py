@@ -34,6 +34,9 @@ _INSTALL = (
 _GRACE_SECONDS = 2.0
 # Where Open MPI puts the session directories of its worlds, from version 5 on and before; they stay when it is killed.
 _SESSION_VARIABLES = ("PRTE_MCA_prte_tmpdir_base", "OMPI_MCA_orte_tmpdir_base")
+# Where it puts the memory that ranks share, from version 5 on and before; likewise.
+_SHARED_VARIABLES = ("OMPI_MCA_btl_sm_backing_directory", "OMPI_MCA_btl_vader_backing_directory")
+_MEMORY = "/dev/shm"
 # Left behind by a launcher that started the user's process itself; a new world must not join that one.
 FOREIGN_PREFIXES = ("PMI_", "PMIX_", "OMPI_COMM_WORLD_", "HYDI_")
 
@@ -136,7 +139,7 @@ class MpiLauncher:
         self._foreign = (*FOREIGN_PREFIXES, *hidden)
         self._router: Router | None = None
         self._worlds: dict[str, tuple[ConnectingWorker, Agent]] = {}  # by identity
-        self._directories: dict[str, str] = {}
+        self._directories: dict[str, list[str]] = {}
 
     def launch(self, process: Process, agent: Agent, program: list[str]) -> None:
         """Start the ranks of a world.
@@ -164,8 +167,10 @@ class MpiLauncher:
         env.update(mpiexec.environment())
         env.update(dict.fromkeys(THREAD_VARIABLES, str(resources.threads_per_core)))
         if mpiexec.is_open_mpi:
-            directory = self._directories[identity] = tempfile.mkdtemp(prefix="executorlib-")
+            directory = self._make_directory(identity, None)
             env = {**dict.fromkeys(_SESSION_VARIABLES, directory), **env}
+            if os.access(_MEMORY, os.W_OK):
+                env = {**dict.fromkeys(_SHARED_VARIABLES, self._make_directory(identity, _MEMORY)), **env}
         env[CONNECTION_VARIABLE] = self._router.credentials(identity).dumps()
         argv = mpiexec.command(resources.cores, program, resources.openmpi_oversubscribe)
         world = ConnectingWorker(
@@ -180,6 +185,11 @@ class MpiLauncher:
         process.on_gone = lambda: self._forget(identity)
         agent.run(process, argv, env, resources.cwd)
 
+    def _make_directory(self, identity: str, parent: str | None) -> str:
+        directory = tempfile.mkdtemp(prefix="executorlib-", dir=parent)
+        self._directories.setdefault(identity, []).append(directory)
+        return directory
+
     def _on_message(self, peer: bytes, header: list[Any], frames: list[Frame]) -> None:
         from executorlib.transports.router import worker_of
 
@@ -188,11 +198,25 @@ class MpiLauncher:
             world, _ = known
             world.on_message(peer, header, frames)
 
+    def kill(self, process: Process, agent: Agent, signal_number: int) -> None:
+        """Signal a world; see `Launcher.kill`."""
+        if signal_number == signal.SIGKILL:
+            self.end(process, agent)
+        else:
+            self._signal(process, agent, signal_number)
+
     def end(self, process: Process, agent: Agent) -> None:
         """End a world: gently, then, after a grace, by force."""
-        agent.kill(process, signal.SIGTERM)
+        self._signal(process, agent, signal.SIGTERM)
         identity = str(process.worker.number)
         self._events.call_later(_GRACE_SECONDS, lambda: self._kill_if_alive(identity))
+
+    def _signal(self, process: Process, agent: Agent, signal_number: int) -> None:
+        known = self._worlds.get(str(process.worker.number))
+        if known is not None and known[0].peer is None and signal_number in (signal.SIGTERM, signal.SIGINT):
+            # Nothing of the user's runs in it. Only the agent can tidy up after ranks that have not found each other.
+            signal_number = signal.SIGKILL
+        agent.kill(process, signal_number)
 
     def _kill_if_alive(self, identity: str) -> None:
         known = self._worlds.get(identity)
@@ -202,8 +226,8 @@ class MpiLauncher:
 
     def _forget(self, identity: str) -> None:
         self._worlds.pop(identity, None)
-        if identity in self._directories:
-            shutil.rmtree(self._directories.pop(identity), ignore_errors=True)
+        for directory in self._directories.pop(identity, ()):
+            shutil.rmtree(directory, ignore_errors=True)
 
     def close(self) -> None:
         """Close the connections; the worlds are gone."""

@@ -46,6 +46,7 @@ class Agent:
         self._connection = connection
         self._children: dict[int, int] = {}  # pid → worker number
         self._pids: dict[int, int] = {}
+        self._programs: set[int] = set()  # pids of those that are no workers by themselves, such as mpiexec
         self._pid = os.getpid()
         self._parent = os.getppid()
         self._wake_read, self._wake_write = socket.socketpair()
@@ -103,12 +104,23 @@ class Agent:
         else:
             _, number, signal_number = header
             pid = self._pids.get(number)
-            if pid is not None:
-                # The ranks of a world are in groups of their own, and would outlive a killed mpiexec.
-                left = family.descendants(pid) if signal_number == signal.SIGKILL else []
+            if pid is not None and signal_number == signal.SIGKILL:
+                self._kill(pid)
+            elif pid is not None:
                 _kill_group(pid, signal_number)
-                for descendant in left:
-                    family.kill(descendant, signal_number)
+
+    def _kill(self, pid: int) -> None:
+        """Kill a worker and all that descends from it: ranks are in groups of their own, and would outlive mpiexec."""
+        left = family.descendants(pid)
+        if pid in self._programs:
+            from executorlib.worker import world
+
+            for descendant in left:
+                family.kill(descendant, signal.SIGSTOP)
+                world.unlink_shared_files(descendant)  # ranks that are still on their way have not done it
+        _kill_group(pid, signal.SIGKILL)
+        for descendant in left:
+            family.kill(descendant, signal.SIGKILL)
 
     def _start(self, number: int, options: dict[str, Any]) -> None:
         """Start a worker.
@@ -141,6 +153,8 @@ class Agent:
             with contextlib.suppress(OSError):
                 os.setpgid(pid, pid)
             self._children[pid] = number
+            if options.get("own_channel"):
+                self._programs.add(pid)
             self._pids[number] = pid
             fds = [error_read, *(sock.fileno() for sock in theirs)]
             if options.get("pooled"):
@@ -205,6 +219,7 @@ class Agent:
                 return
             if pid == 0:
                 return
+            self._programs.discard(pid)
             number = self._children.pop(pid, None)
             if number is None:
                 continue  # a process that one of ours left behind
@@ -218,6 +233,8 @@ class Agent:
     def end(self) -> None:
         """Kill and reap all that descends from the agent."""
         signal.set_wakeup_fd(-1)  # what is told of children's ends from here on may find its socket closed
+        for pid in self._programs:
+            self._kill(pid)
         for pid in self._children:
             _kill_group(pid, signal.SIGKILL)
         family.end()

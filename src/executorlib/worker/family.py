@@ -42,6 +42,14 @@ def adopt() -> None:
     prctl(PR_SET_CHILD_SUBREAPER, 1)
 
 
+def follow() -> None:
+    """End with the parent process, also where that is killed."""
+    parent = os.getppid()
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)  # it was gone before its death could be signalled
+
+
 def lead() -> None:
     """Lead a process group, so that what this process starts can be ended with it."""
     if os.getpgrp() != os.getpid():

@@ -224,11 +224,11 @@ def _choose_gpus(each: int) -> None:
 def _run_ranks(directory: str, index: int, part: str, setup: dict[str, Any]) -> int:
     from mpi4py import MPI
 
-    ranks = setup["ranks"]
+    from executorlib.worker import world
 
-    # Messages of ours must never meet those of the user's functions, which use COMM_WORLD.
-    world = MPI.COMM_WORLD.Dup()
-    rank, size = world.Get_rank(), world.Get_size()
+    ranks = setup["ranks"]
+    all_ranks = world.join()
+    rank, size = all_ranks.Get_rank(), all_ranks.Get_size()
     if size != ranks:
         from executorlib.errors import describe_split_world
 
@@ -237,21 +237,26 @@ def _run_ranks(directory: str, index: int, part: str, setup: dict[str, Any]) -> 
         sys.stderr.write(f"executorlib: {describe_split_world(ranks, 'the job', size, library, advice)}\n")
         return FAILED
     _choose_gpus(setup["gpus_per_rank"])
-    job: dict[str, Any] | int = world.bcast(_claimed(directory, index, part, setup) if rank == 0 else 0, 0)
+    job: dict[str, Any] | int = all_ranks.bcast(_claimed(directory, index, part, setup) if rank == 0 else 0, 0)
     if isinstance(job, int):
         return job
     answer, seconds = _run(job)
     if answer.traceback:
-        # The other ranks may wait for this one inside the function, so it cannot rely on them.
         answer.traceback = f"on rank {rank} of {size}:\n{answer.traceback}"
+
+    def give_up() -> None:
         _store(job, answer, seconds)
-        world.Abort(RAISED)
-    gathered = world.gather(_in_band(answer.frames), 0)
+        all_ranks.Abort(RAISED)
+
+    value = _in_band(answer.frames), answer.traceback, answer.loaded
+    gathered = world.gather(all_ranks, value, give_up if answer.traceback else None)
     code = RESULT
     if gathered is not None:
-        results = [pickle.loads(data) for data in gathered]
-        code = _store(job, call.Answer(serialize.dumps(results), ""), seconds)
+        ending = next((call.Answer([data], text, loaded=loaded) for data, text, loaded in gathered if text), None)
+        if ending is None:
+            ending = call.Answer(serialize.dumps([pickle.loads(data) for data, _, _ in gathered]), "")
+        code = _store(job, ending, seconds)
     # A rank that leaves without this takes the others along, maybe before the result is in place.
-    world.Barrier()
+    all_ranks.Barrier()
     MPI.Finalize()
     return code

@@ -1,7 +1,8 @@
 """A rank of an MPI world: rank 0 talks to the executor, all ranks run the call, rank 0 returns all results.
 
-A rank that fails tells the executor itself, over a connection of its own: the others may be waiting for it inside the
-function, so it cannot rely on them. The executor then ends the world.
+A rank that fails and is not followed by the others, which may be waiting for it inside the function, tells the executor
+itself, over a connection of its own. The executor then ends the world. Where all ranks are through, rank 0 tells of the
+failure, which costs the world nothing.
 
 Ranks start at once on cores that they may share, and the call waits for the last one. So what only one that connects
 needs is loaded when it does.
@@ -16,7 +17,7 @@ import time
 
 from executorlib import serialize
 from executorlib.transports import CONNECTION_VARIABLE
-from executorlib.worker import call, family
+from executorlib.worker import call, family, world
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from executorlib.transports.dealer import Dealer
 
 
-def main(single: bool, path: str = "", identity: str = "", numbered: bool = False) -> None:
+def main(single: bool, path: str = "", identity: str = "", numbered: bool = False, local: bool = False) -> None:
     """Run as one rank.
 
     Args:
@@ -35,8 +36,11 @@ def main(single: bool, path: str = "", identity: str = "", numbered: bool = Fals
         path: File with the credentials; by default they are in the environment.
         identity: The world's name, where the credentials are for several; by default the one in them.
         numbered: Whether the job's number in its array is to be appended to the name.
+        local: Whether `mpiexec` started it below a node agent, so that nobody ends it if both are killed.
     """
     family.unblock()
+    if local:
+        family.follow()
     family.guard()
     given = os.environ.pop(CONNECTION_VARIABLE, "")
 
@@ -51,10 +55,9 @@ def main(single: bool, path: str = "", identity: str = "", numbered: bool = Fals
 
     from mpi4py import MPI
 
-    # Messages of ours must never meet those of the user's functions, which use COMM_WORLD.
-    world = MPI.COMM_WORLD.Dup()
+    ranks = world.join()
     try:
-        rank = Rank(world, connect, MPI.Get_library_version().partition("\n")[0].strip("\0 "))
+        rank = Rank(ranks, connect, MPI.Get_library_version().partition("\n")[0].strip("\0 "))
         rank.serve(single)
     except BaseException as error:
         if isinstance(error, (EOFError, ConnectionError)):  # the executor is gone
@@ -64,7 +67,7 @@ def main(single: bool, path: str = "", identity: str = "", numbered: bool = Fals
 
             traceback.print_exc()
         sys.stderr.flush()
-        world.Abort(1)
+        ranks.Abort(1)
     rank.close()
 
 
@@ -158,13 +161,19 @@ class Rank:
         started = time.perf_counter()
         answer = call.run(function, frames, values, options, finish=False)
         seconds = time.perf_counter() - started
-        if answer.traceback:
-            text = f"on rank {self._rank} of {self._world.Get_size()}:\n{answer.traceback}"
+        text = f"on rank {self._rank} of {self._world.Get_size()}:\n{answer.traceback}" if answer.traceback else ""
+
+        def tell() -> None:
             self._connection().send(["error", number, seconds, text, {}], answer.frames)
-        # A failed rank waits here with the others, or alone, until the executor ends the world.
-        gathered = self._world.gather((bool(answer.traceback), [bytes(frame) for frame in answer.frames]), 0)
-        if self._rank != 0 or gathered is None or any(failed for failed, _ in gathered):
+
+        value = text, [bytes(frame) for frame in answer.frames]
+        gathered = world.gather(self._world, value, tell if text else None)
+        if gathered is None:
             return
+        for trace, error in gathered:
+            if trace:
+                self._connection().send(["error", number, seconds, trace, {"whole": True}], error)
+                return
         warning = ""
         if "cache" in options:
             args, kwargs = serialize.loads(frames)
