@@ -29,7 +29,7 @@ from executorlib.launchers.slurm import (
     rank_command,
 )
 from executorlib.launchers.systems import CommandSystem
-from executorlib.launchers.templates import Templates
+from executorlib.launchers.templates import Templates, check_keys
 from executorlib.ledger import Ledger, Node, Unlimited
 from executorlib.resources import Demand, Resources, check_ranks_of_nodes, listed
 
@@ -72,6 +72,7 @@ class ClusterExecutor(BaseExecutor):
 
     _has_template = True
     _starts_ranks = False
+    _templates: Templates | None = None
 
     def __init__(
         self,
@@ -96,6 +97,10 @@ class ClusterExecutor(BaseExecutor):
             settings=settings,
             jobs=not common.block,
         )
+
+    def _checked_demand(self, resources: Resources, subject: str) -> Demand:
+        check_keys(resources, subject, self._templates)
+        return super()._checked_demand(resources, subject)
 
 
 # What max_workers reads as where nothing limits it: the queue has its own limits, far below.
@@ -300,8 +305,6 @@ class SlurmClusterExecutor(QueueExecutor):
         ImportError: pysqa is not installed.
     """
 
-    _templates: Templates
-
     def _check_system(self, configuration: str | None) -> None:
         self._templates = check_queue(configuration)
 
@@ -314,12 +317,14 @@ class SlurmClusterExecutor(QueueExecutor):
     def _job_launcher(
         self, events: Events, configuration: str | None, pmi_mode: str | None, log_sizes: bool
     ) -> Launcher:
+        assert self._templates is not None
         system = queue_system(events, self._templates)
         return JobLauncher(events, system, partial(job_command, pmi_mode), log_sizes)
 
     def _worker_launcher(
         self, events: Events, configuration: str | None, pmi_mode: str | None, folder: str, hostname_localhost: bool
     ) -> Launcher:
+        assert self._templates is not None
         system = queue_system(events, self._templates)
         return JobWorkerLauncher(events, system, partial(job_command, pmi_mode), folder, hostname_localhost)
 

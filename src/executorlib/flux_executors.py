@@ -197,8 +197,7 @@ class FluxClusterExecutor(QueueExecutor):
 
     def _check_system(self, configuration: str | None) -> None:
         self._instance = Ledger([Node.of(shape) for shape in known_nodes()])
-        if configuration is not None:
-            Templates(None, configuration, FLUX)
+        self._templates = Templates(None, configuration, FLUX)
 
     def _job_launcher(
         self, events: Events, configuration: str | None, pmi_mode: str | None, log_sizes: bool

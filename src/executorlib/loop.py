@@ -193,6 +193,7 @@ class Loop(Poller, Events):
         # Locks, because a Ctrl-C could leave an Event or a Condition locked.
         self._starting = threading.Lock()
         self._alive = threading.Lock()  # held by the thread
+        self._attached = threading.Lock()  # held by it until it has given up all futures
         self._thread = threading.Thread(target=self._run, name=name, daemon=False)
 
     def start(self) -> None:
@@ -291,11 +292,15 @@ class Loop(Poller, Events):
             self.post(self._on_shutdown, cancel)
 
     def detach(self) -> None:
-        """Take no more calls and end soon; jobs go on, and the futures at hand become cancelled."""
+        """Take no more calls and end soon; jobs go on, and the futures at hand are cancelled when this returns."""
         with self._submit_lock:
             if not self._refusal:
                 self._refusal = "cannot schedule new futures after shutdown"
             self.post(self._on_detach)
+        # A callback of a future is called by the loop, which cannot wait for itself.
+        if threading.current_thread() is not self._thread and self._pid == os.getpid():
+            with self._attached:
+                pass
 
     def end_workers(self, signal_number: int) -> None:
         """Signal the workers that run calls; those that are still there a little later are killed."""
@@ -411,6 +416,8 @@ class Loop(Poller, Events):
             if isinstance(future, CallFuture):
                 _cancel(future.abandon, future)
         self._processes.clear()
+        if self._attached.locked():
+            self._attached.release()
 
     def _on_end_workers(self, signal_number: int) -> None:
         self._ended_by = self._ended_by or _ENDED_BY[signal.Signals(signal_number)]
@@ -477,6 +484,7 @@ class Loop(Poller, Events):
             self._launcher = self._make_launcher(self)
             on_failure.pop_all()
         self._alive.acquire()
+        self._attached.acquire()
         _loops.add(self)
 
     def _work(self) -> None:
@@ -1028,6 +1036,8 @@ class Loop(Poller, Events):
             self._function_pickler.clear()
             self._init_function = None
             _loops.discard(self)
+            if self._attached.locked():
+                self._attached.release()
             self._alive.release()
 
     def after_fork(self) -> None:

@@ -172,19 +172,24 @@ def check_ranks_of_nodes(resources: Resources, subject: str) -> None:
         )
 
 
-def nearest_key(key: object) -> str | None:
-    """The known key that somebody may have meant."""
-    near = difflib.get_close_matches(str(key), _CHECKS, n=1, cutoff=0.5)
+def nearest_key(key: object, more: Iterable[str] = ()) -> str | None:
+    """The known key that somebody may have meant.
+
+    Args:
+        key: What they wrote.
+        more: Further keys that are known.
+    """
+    near = difflib.get_close_matches(str(key), [*_CHECKS, *more], n=1, cutoff=0.5)
     return near[0] if near else None
 
 
 # Not keys of every executor, but of what a job script is made from, and what executors are given themselves.
-_OF_JOBS = ("memory_max", "partition", "queue", "account", "qos", "constraint", "reservation", "job_name")
+OF_JOBS = ("memory_max", "partition", "queue", "account", "bank", "qos", "constraint", "reservation", "job_name")
 _OF_EXECUTORS = ("pmi_mode", "restart_limit", "max_workers", "max_cores", "block_allocation", "init_function")
 
 
 def _unknown_key(key: object, subject: str) -> str:
-    if key in _OF_JOBS:
+    if key in OF_JOBS:
         return f"{subject}: {key!r} in resource_dict is for executors that submit jobs; nothing here would heed it."
     if key in _OF_EXECUTORS:
         return f"{subject}: {key!r} is no key of resource_dict, but an argument of executors that have it."

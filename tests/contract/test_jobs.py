@@ -88,8 +88,9 @@ def test_leaving_cancels_the_futures_and_keeps_the_jobs(
     futures = [first, executor.submit(record, log, 2), executor.submit(add, first, 1)]
     held.pid()
     executor.shutdown(wait=False)
-    assert is_cancelled(futures[0])
-    assert is_cancelled(futures[2])
+    assert all(future.done() for future in futures)
+    assert futures[0].cancelled()
+    assert futures[2].cancelled()
     executor.shutdown()
     assert not caplog.records
     held.open()
@@ -108,7 +109,8 @@ def test_leaving_right_after_submitting(make: Callable[..., Any], store: Path) -
     futures = [executor.submit(add, i, 1) for i in range(5)]
     futures.append(executor.submit(total, *futures, resource_dict=key("last")))
     executor.shutdown(wait=False)
-    assert is_cancelled(futures[-1])
+    assert all(future.done() for future in futures)
+    assert futures[-1].cancelled()
     executor.shutdown()
     assert get_future_from_cache(store, "last").result(WAIT) == 15
     until(lambda: len(finished(store)) == 6, WAIT)
@@ -119,7 +121,28 @@ def test_leaving_the_block_without_waiting(make: Callable[..., Any], gate: Calla
     with make(wait=False) as executor:
         future = executor.submit(held, 5, resource_dict=key("held"))
         held.pid()
-    assert is_cancelled(future)
+    assert future.cancelled()
+    held.open()
+    assert get_future_from_cache(store, "held").result(WAIT) == 5
+
+
+def test_leaving_in_a_callback(make: Callable[..., Any], gate: Callable[..., Gate], store: Path) -> None:
+    """Where the executor's own thread cannot wait for itself."""
+    held = gate()
+    executor = make()
+    pending = executor.submit(held, 5, resource_dict=key("held"))
+    held.pid()
+    done = executor.submit(add, 1, 2)
+    left: Future[None] = Future()
+
+    def leave(future: Future[int]) -> None:
+        executor.shutdown(wait=False)
+        left.set_result(None)
+
+    done.add_done_callback(leave)
+    left.result(WAIT)
+    executor.shutdown()
+    assert pending.cancelled()
     held.open()
     assert get_future_from_cache(store, "held").result(WAIT) == 5
 

@@ -101,6 +101,27 @@ def test_unknown_key_that_is_near_nothing(executor: Any, key: Any) -> None:
     works_on(executor)
 
 
+@pytest.mark.rows("jobs", "slurm")
+@pytest.mark.parametrize(
+    ("key", "nearest"), [("thread_per_core", "threads_per_core"), ("Cores", "cores"), ("partitions", "partition")]
+)
+def test_misspelt_key_where_calls_are_jobs(executor: Any, row: Any, key: str, nearest: str) -> None:
+    """It is an error where it is given, unless a template has it; keys of templates and of pysqa are none."""
+    for use in (lambda: executor.submit(add, 1, 2, resource_dict={key: 1}), lambda: row.make(resource_dict={key: 1})):
+        with pytest.raises(BAD, match=f"unknown key {key!r} in resource_dict; did you mean {nearest!r}"):
+            use()
+
+
+@pytest.mark.rows("jobs")
+def test_a_key_of_the_calls_own_template(executor: Any) -> None:
+    pytest.importorskip("jinja2")
+    template = "#!/bin/bash\n#SBATCH --comment={{ my_comment }}\n{{ command }}\n"
+    own = {"submission_template": template, "my_comment": "mine", "dependency_list": "none"}
+    assert executor.submit(add, 1, 2, resource_dict=own).result(WAIT) == 3
+    with pytest.raises(BAD, match="unknown key 'my_coment' in resource_dict; No submission template here uses it"):
+        executor.submit(add, 1, 2, resource_dict={"submission_template": template, "my_coment": "mine"})
+
+
 @pytest.mark.rows(single_node=True)
 @pytest.mark.parametrize(("key", "nearest"), UNKNOWN_KEYS[:2])
 def test_unknown_key_at_construction(row: Any, key: str, nearest: str) -> None:
@@ -111,11 +132,10 @@ def test_unknown_key_at_construction(row: Any, key: str, nearest: str) -> None:
 
 @pytest.mark.rows("jobs")
 def test_keys_for_a_template_that_there_is_not(executor: Any, caplog: pytest.LogCaptureFixture) -> None:
-    """A program for a cluster runs here, too; what would be lost on the cluster as well is told from a typing error."""
-    assert executor.submit(add, 1, 2, resource_dict={"partition": "long", "Cores": 2}).result(WAIT) == 3
+    """A program for a cluster runs here, too, and is told of what is not heeded."""
+    assert executor.submit(add, 1, 2, resource_dict={"partition": "long"}).result(WAIT) == 3
     [record] = [record for record in caplog.records if "template" in record.getMessage()]
     assert "'partition'" in record.getMessage()
-    assert "'Cores' (did you mean 'cores'?)" in record.getMessage()
     with pytest.raises(BAD, match="expected a non-empty str"):
         executor.submit(add, 1, 2, resource_dict={3: 1})
 

@@ -363,6 +363,19 @@ def test_node_down(executor: Any, tmp_path: Path) -> None:
 
 
 @one_cluster
+def test_a_job_that_an_administrator_holds(executor: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """It waits, and starts when it is released."""
+    future = executor.submit(identity, 5, resource_dict={"slurm_cmd_args": LATER, "job_name": "test-held"})
+    job = job_id("test-held")
+    slurm("scontrol", "hold", job)
+    until(lambda: f"an administrator holds its job {job} (JobHeldAdmin)" in caplog.text, SOON)
+    assert not future.done()
+    slurm("scontrol", "update", f"JobId={job}", "StartTime=now")
+    slurm("scontrol", "release", job)
+    assert future.result(SOON) == 5
+
+
+@one_cluster
 def test_node_that_does_not_answer(cluster: Cluster, executor: Any, tmp_path: Path) -> None:
     future = executor.submit(strike, "sleep", str(tmp_path), resource_dict=ON_NODE_2)
     started(tmp_path, "sleep")

@@ -284,6 +284,20 @@ def test_a_system_that_does_not_answer_after_a_long_time(
     assert "did not take its job: the controller cannot be reached" in events.ends[0]
 
 
+def test_a_worker_that_an_administrator_holds(
+    make: Callable[[], JobWorkerLauncher], system: System, events: Events, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It waits, and the user is told why."""
+    make().launch(process(1))
+    system.answers[0]("17")
+    for _ in range(3):
+        events.run_timers()
+        system.queries.pop()({("17", 0): JobState(Phase.PENDING, "PENDING", "JobHeldAdmin", held=True)})
+    assert events.ends == system.cancelled == []
+    (record,) = caplog.records
+    assert "worker 1 waits: an administrator holds its job 17 (JobHeldAdmin)" in record.getMessage()
+
+
 # More workers than the system lets in.
 
 TOO_MANY = Refused("too many jobs", limit=Limit.OWN)

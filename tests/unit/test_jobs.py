@@ -214,6 +214,26 @@ def test_only_of_its_own_jobs_a_system_is_asked(
 HOPELESS = JobState(Phase.PENDING, "PENDING", "PartitionTimeLimit", hopeless=True)
 
 
+HELD = JobState(Phase.PENDING, "PENDING", "JobHeldAdmin", held=True)
+
+
+def test_a_job_that_an_administrator_holds(events: Events, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It waits until they release it, and the user is told why; once for a job, whatever is said of it again."""
+    system = Cancelling()
+    launcher, _task, _process = launched(events, system, tmp_path)
+    launched(events, system, tmp_path, "b", launcher)
+    for _ in range(3):
+        system.asked(events)
+        system.say({("7", None): HELD})
+    assert events.told == system.cancelled == []
+    (record,) = caplog.records
+    assert (record.name, record.levelname) == ("executorlib", "WARNING")
+    assert "call 1 of abs waits: an administrator holds its job 7_0 (JobHeldAdmin)" in record.getMessage()
+    system.asked(events)
+    system.say({("7", None): JobState(Phase.RUNNING, "RUNNING")})
+    assert events.told == ["connected", "connected"]
+
+
 class Cancelling(System):
     """Notes which jobs are cancelled."""
 

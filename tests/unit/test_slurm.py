@@ -437,11 +437,22 @@ def test_the_status_query_does_not_grow() -> None:
         ("AssocGrpCpuLimit", False),
         ("ReqNodeNotAvail, UnavailableNodes:node1", False),
         ("JobHeldUser", False),
+        ("JobHeldAdmin", False),
         ("Priority", False),
     ],
 )
 def test_waiting_for_what_does_not_come(reason: str, hopeless: bool) -> None:
     assert SlurmQueue().parse_status(f"1|N/A|PENDING|0||{reason}|\n", ["1"])["1", 0].hopeless is hopeless
+
+
+def test_jobs_that_are_held() -> None:
+    """Who did that may release them; a node's failure is no reason to ask for something else."""
+    lines = (
+        "1|N/A|PENDING|0||JobHeldAdmin|\n2|N/A|PENDING|0||JobHeldUser|\n3|N/A|PENDING|0||launch failed requeued held|"
+    )
+    states = SlurmQueue().parse_status(lines, ["1", "2", "3"])
+    assert [states[job_id, 0].held for job_id in "123"] == [True, False, False]
+    assert states["3", 0].cause is Cause.NODE_FAILED
 
 
 # An array, an srun step over its memory, a cancelled job, one whose node failed.

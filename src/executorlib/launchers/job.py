@@ -124,10 +124,10 @@ class Job:
             text = f"{subject} is not known to {system.name} any more, and left no result in {self.output}."
             return ExecutorlibSocketError(f"{text} {_GENERAL_ADVICE}{said}")
         if state.phase is not Phase.ENDED:
+            advice = state.cause.advice or "Change what the call asks for in its resource_dict"
             return ExecutorlibSocketError(
                 f"{subject} would wait for ever and was cancelled: {system.name} has it as "
-                f"{state.state}{state.facts()}. Change what the call asks for in its resource_dict; only this call "
-                "fails."
+                f"{state.state}{state.facts()}. {advice}; only this call fails."
             )
         text = f"{subject} ended as {state.state}{state.facts()}."
         if self.damaged is not None:

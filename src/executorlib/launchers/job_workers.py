@@ -21,7 +21,7 @@ from executorlib.launchers.connecting import ConnectingWorker, dismiss
 from executorlib.launchers.job import read_tail
 from executorlib.launchers.queue import Batch, JobState, Limit, Phase
 from executorlib.launchers.room import Room
-from executorlib.launchers.systems import Cancellations, JobSystem, Refused, States, ask_whether_more_may_end
+from executorlib.launchers.systems import Cancellations, Holds, JobSystem, Refused, States, ask_whether_more_may_end
 from executorlib.resources import Resources
 from executorlib.serialize import Frame
 from executorlib.transports.router import Router, worker_of
@@ -110,6 +110,7 @@ class JobWorkerLauncher:
         self._room: Room | None = None  # under the limit that has been met
         self._submitting = 0
         self._cancellations = Cancellations(events, system)
+        self._holds = Holds()
         self._asking = False
         self._ask_after = system.first_query
         self._submissions = Timer(events, self._submit)
@@ -393,6 +394,7 @@ class JobWorkerLauncher:
             state = states.get((member.array.job_id, member.index)) or states.get((member.array.job_id, None))
             if state is not None:
                 member.last = state
+                self._holds.note(f"worker {member.process.worker.number}", member.key, state)
             if state is not None and state.hopeless:
                 self._cancel(member)
                 self._end(identity, f"{self._system.name} would let it wait for ever: {state.state}, {state.reason}")

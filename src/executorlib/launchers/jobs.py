@@ -28,7 +28,7 @@ from executorlib.launchers.base import Events, Exit, Process, Timer
 from executorlib.launchers.job import SUBMIT_SECONDS, Identity, Job, JobBatch, owner_of
 from executorlib.launchers.queue import JobState, Phase, means
 from executorlib.launchers.submitter import Submitter
-from executorlib.launchers.systems import Cancellations, JobSystem, Refused, States
+from executorlib.launchers.systems import Cancellations, Holds, JobSystem, Refused, States
 from executorlib.resources import Resources
 from executorlib.task import RUNNING
 from executorlib.worker.job import RAISED, RESULT
@@ -94,6 +94,7 @@ class JobLauncher:
         self._by_output: dict[str, Job] = {}  # of several calls that are the same, the first
         self._followed: dict[str, JobBatch] = {}  # other sessions', by directory
         self._cancellations = Cancellations(events, system)
+        self._holds = Holds()
         self._ended_now: set[str] = set()  # outputs that do not come, of which dependents have not heard yet
         self._told: set[int] = set()  # calls of which the user knows that they wait for another system
         self._roots: set[str] = set()  # cache directories
@@ -470,6 +471,7 @@ class JobLauncher:
         state = states.get((job_id, job.index)) or states.get((job_id, None))
         if state is not None:
             job.last, job.seen = state, True
+            self._holds.note(f"call {job.task.number} of {job.task.name}", job.key, state)
         if state is None or state.phase is Phase.ENDED:
             if job.gone_since is None:
                 job.gone_since = now

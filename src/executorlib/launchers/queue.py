@@ -80,7 +80,8 @@ class JobState:
         exit_code: ``exit code:signal``, or the exit code alone; empty where it is not known.
         node: Where it ran or runs; empty where it did not, or that is not known.
         hopeless: Whether a job that waits will not start unless somebody changes the job or the limits that hold it.
-        cause: Why it ended, if not by its own program; `Cause.NONE` of one that has not.
+        cause: Why it ended, if not by its own program, or cannot start; else `Cause.NONE`.
+        held: Whether an administrator has it wait.
     """
 
     phase: Phase
@@ -90,6 +91,7 @@ class JobState:
     node: str = ""
     hopeless: bool = False
     cause: Cause = Cause.NONE
+    held: bool = False
 
     @property
     def code(self) -> int:

@@ -94,11 +94,11 @@ _CAUSES = {
 }
 # Written into the output where Slurm itself watches over the memory; the job's state is FAILED then.
 _MEMORY = re.compile(r"slurmstepd.*exceeded (job )?memory limit", re.IGNORECASE)
-# Reasons for which a job waits until somebody changes it, or the limits. A job held by its user is not among them: the
-# one who held it knows.
+# Reasons for which a job waits until somebody changes it, or the limits. A job that somebody holds is not among them:
+# they mean it to wait. Where that is its user, they know.
 _HOPELESS = re.compile(
     r"BadConstraints|DependencyNeverSatisfied|InvalidAccount|InvalidQOS|AccountNotAllowed|QOSNotAllowed"
-    r"|Partition(Config|NodeLimit|TimeLimit)|JobHeldAdmin|launch.failed.requeued.held|\w+PerJob(Limit)?"
+    r"|Partition(Config|NodeLimit|TimeLimit)|launch.failed.requeued.held|\w+PerJob(Limit)?"
     r"|Job's (account|QOS|group) not .*"
 )
 # What goes into an error text: a reason for waiting says nothing of a job that was cancelled meanwhile.
@@ -397,7 +397,9 @@ def _state(word: str, reason: str, exit_code: str, node: str) -> JobState:
         exit_code = f"{int(exit_code) >> 8}:{int(exit_code) & 0x7F}"
     node = "" if node in ("None assigned", "(null)") else node
     hopeless = phase is Phase.PENDING and _HOPELESS.fullmatch(reason) is not None
-    return JobState(phase, state, reason, exit_code, node, hopeless, _CAUSES.get(state, Cause.NONE))
+    cause = Cause.NODE_FAILED if hopeless and reason.startswith("launch") else _CAUSES.get(state, Cause.NONE)
+    held = phase is Phase.PENDING and reason == "JobHeldAdmin"
+    return JobState(phase, state, reason, exit_code, node, hopeless, cause, held)
 
 
 def _parse_sacct(output: str) -> JobState | None:

@@ -174,6 +174,32 @@ class Cancellations:
         self._system.cancel(jobs)
 
 
+class Holds:
+    """Tells the user, once for each job, that an administrator holds it."""
+
+    def __init__(self) -> None:
+        self._told: set[str] = set()
+
+    def note(self, who: str, job: JobKey, state: JobState) -> None:
+        """What the system says of a job.
+
+        Args:
+            who: What waits for it.
+            job: The job; of an array, one is named for all.
+            state: Its state.
+        """
+        job_id, index = job
+        if state.held and job_id not in self._told:
+            self._told.add(job_id)
+            logger.warning(
+                "%s waits: an administrator holds its job %s (%s). It starts when they release it; they know why they "
+                "hold it.",
+                who,
+                job_id if index is None else f"{job_id}_{index}",
+                state.reason,
+            )
+
+
 class Silence:
     """Tells the user, once, that a system does not answer, and once that it does again.
 

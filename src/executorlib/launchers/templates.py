@@ -12,15 +12,18 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from executorlib.resources import listed
+from executorlib.resources import OF_JOBS, listed, nearest_key
 
 if TYPE_CHECKING:
     from executorlib.launchers.queue import Batch
+    from executorlib.resources import Resources
 
 logger = logging.getLogger("executorlib")
 
 # What every template can count on; a key of the same name in resource_dict has no effect.
 _OURS = ("command", "working_directory", "dependency_list")
+# Arguments of pysqa's own, which programs pass on whatever the template.
+_OF_PYSQA = ("queue", "job_name", "cores", "memory_max", "run_time_max", *_OURS)
 # The resources that only the template can see to. Ranks, threads and time are also seen to elsewhere.
 _NEEDS_TEMPLATE = ("gpus_per_core", "num_nodes", "exclusive", "priority")
 _INSTALL = 'Install it with `pip install "executorlib[cluster]"`.'
@@ -93,6 +96,21 @@ class Templates:
         given += [key for key in _NEEDS_TEMPLATE if getattr(batch.resources, key)]
         return [key for key in given if key not in used or key in _OURS]
 
+    def keys(self) -> set[str]:
+        """The keys of ``resource_dict`` that templates here can use, those of all queues of a configuration.
+
+        Raises:
+            ValueError: A template is not valid.
+            OSError: A template cannot be read.
+            ImportError: Jinja is not installed.
+        """
+        if self._adapter is None:
+            return _variables(self._default, "the default submission template") if self._default else set()
+        assert self._directory is not None
+        scripts = {queue.get("script") for queue in self._adapter.config["queues"].values()}
+        paths = [os.path.join(self._directory, script) for script in scripts if script is not None]
+        return {name for path in paths for name in _variables(_read(path), path)}
+
     def _template(self, batch: Batch) -> tuple[str, str]:
         """A batch's template, and what to call it in an error text."""
         if batch.resources.submission_template is not None:
@@ -163,6 +181,40 @@ class Templates:
             )
         values.update(cores=cores, run_time_max=run_time_max, memory_max=memory_max)
         values["queue"] = values.get("queue") or adapter.config.get("queue_primary")
+
+
+def check_keys(resources: Resources, subject: str, templates: Templates | None) -> None:
+    """Make sure that each key that is not executorlib's means something to a job script.
+
+    That is a key of the default templates, one that a template here uses, the call's own or any of the configuration's,
+    or an argument of pysqa's. Those that the template in use does without are told of later (`warn_of_unused`).
+
+    Args:
+        resources: What a call needs.
+        subject: Whose that is, for the error text.
+        templates: Templates that calls get which bring none.
+
+    Raises:
+        ValueError: There is another key, misspelt as likely as not.
+    """
+    strange = [key for key in resources.template_values if key not in OF_JOBS and key not in _OF_PYSQA]
+    if not strange:
+        return
+    own = resources.submission_template
+    try:
+        used = set() if own is None else _variables(own, "submission_template")
+        if templates is not None:
+            used |= templates.keys()
+    except (ValueError, OSError, ImportError):
+        return  # the call fails, for that reason
+    for key in strange:
+        if key not in used:
+            near = nearest_key(key, OF_JOBS)
+            meant = f"did you mean {near!r}? " if near else ""
+            raise ValueError(
+                f"{subject}: unknown key {key!r} in resource_dict; {meant}No submission template here uses it. A key "
+                "of your own goes with a template that has it (submission_template, or pysqa_config_directory)."
+            )
 
 
 def warn_of_unused(keys: Iterable[str], warned: set[str]) -> None:
