@@ -118,7 +118,7 @@ def test_a_key_of_the_calls_own_template(executor: Any) -> None:
     template = "#!/bin/bash\n#SBATCH --comment={{ my_comment }}\n{{ command }}\n"
     own = {"submission_template": template, "my_comment": "mine", "dependency_list": "none"}
     assert executor.submit(add, 1, 2, resource_dict=own).result(WAIT) == 3
-    with pytest.raises(BAD, match="unknown key 'my_coment' in resource_dict; No submission template here uses it"):
+    with pytest.raises(BAD, match="unknown key 'my_coment' in resource_dict; did you mean 'my_comment'"):
         executor.submit(add, 1, 2, resource_dict={"submission_template": template, "my_coment": "mine"})
 
 

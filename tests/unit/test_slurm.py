@@ -15,8 +15,15 @@ from hypothesis import strategies as st
 from executorlib.launchers import slurm, templates
 from executorlib.launchers.pysqa_queue import PysqaQueue, open_queue
 from executorlib.launchers.queue import Batch, Cause, Dependency, JobState, Limit, Phase, Queue
-from executorlib.launchers.slurm import Settings, SlurmQueue, command_environment, parse_settings, rank_command
-from executorlib.launchers.templates import Templates, minutes
+from executorlib.launchers.slurm import (
+    DEFAULT_TEMPLATE,
+    Settings,
+    SlurmQueue,
+    command_environment,
+    parse_settings,
+    rank_command,
+)
+from executorlib.launchers.templates import Templates, check_keys, minutes
 from executorlib.resources import Resources
 from unit import repeatable
 
@@ -168,6 +175,24 @@ def configuration(tmp_path: Path) -> Path:
     )
     (tmp_path / "large.sh").write_text("#!/bin/bash\n#SBATCH --partition=large --account={{account}}\n{{command}}\n")
     return tmp_path
+
+
+@needs_pysqa
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [("thread_per_core", "threads_per_core"), ("walltim", "walltime"), ("quality", None)],
+)
+def test_keys_that_no_queue_of_a_configuration_has(configuration: Path, key: str, near: str | None) -> None:
+    """Of keys that another queue has, or pysqa, the user is told later."""
+    with (configuration / "large.sh").open("a") as script:
+        script.write("# {{ walltime }}\n")
+    templates = Templates(DEFAULT_TEMPLATE, str(configuration))
+    known = {"walltime": 1, "account": "a", "qos": "q", "dependency_list": "none", "working_directory": "/"}
+    resources = Resources().updated(known, "f", allow_further=True)
+    check_keys(resources, "call of f", templates)
+    meant = f"; did you mean {near!r}" if near else ". No"
+    with pytest.raises(ValueError, match=f"call of f: unknown key {key!r} in resource_dict{meant}"):
+        check_keys(resources.updated({key: 1}, "f", allow_further=True), "call of f", templates)
 
 
 @needs_pysqa
@@ -503,7 +528,8 @@ def test_detail_by_scontrol() -> None:
         "JobState=FAILED Reason=NonZeroExitCode", "JobState=PENDING Reason=launch_failed_requeued_held"
     )
     held = held.replace("   NodeList=node1", "   NodeList=")
-    assert queue.parse_detail(held) == JobState(Phase.PENDING, "PENDING", "launch failed requeued held", hopeless=True)
+    waits = JobState(Phase.PENDING, "PENDING", "launch failed requeued held", hopeless=True, cause=Cause.NODE_FAILED)
+    assert queue.parse_detail(held) == waits
     assert queue.parse_detail("Job 20043_3 not found\n") is None
 
 

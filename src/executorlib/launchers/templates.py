@@ -209,10 +209,10 @@ def check_keys(resources: Resources, subject: str, templates: Templates | None) 
         return  # the call fails, for that reason
     for key in strange:
         if key not in used:
-            near = nearest_key(key, OF_JOBS)
-            meant = f"did you mean {near!r}? " if near else ""
+            near = nearest_key(key, [*OF_JOBS, *used])
+            meant = f"; did you mean {near!r}?" if near else "."
             raise ValueError(
-                f"{subject}: unknown key {key!r} in resource_dict; {meant}No submission template here uses it. A key "
+                f"{subject}: unknown key {key!r} in resource_dict{meant} No submission template here uses it. A key "
                 "of your own goes with a template that has it (submission_template, or pysqa_config_directory)."
             )
 
