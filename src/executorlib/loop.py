@@ -194,6 +194,7 @@ class Loop(Poller, Events):
         self._starting = threading.Lock()
         self._alive = threading.Lock()  # held by the thread
         self._attached = threading.Lock()  # held by it until it has given up all futures
+        self._has_let_go = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=False)
 
     def start(self) -> None:
@@ -416,7 +417,12 @@ class Loop(Poller, Events):
             if isinstance(future, CallFuture):
                 _cancel(future.abandon, future)
         self._processes.clear()
-        if self._attached.locked():
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """All futures have been given up, or are over."""
+        if not self._has_let_go:
+            self._has_let_go = True
             self._attached.release()
 
     def _on_end_workers(self, signal_number: int) -> None:
@@ -1036,8 +1042,7 @@ class Loop(Poller, Events):
             self._function_pickler.clear()
             self._init_function = None
             _loops.discard(self)
-            if self._attached.locked():
-                self._attached.release()
+            self._let_go()
             self._alive.release()
 
     def after_fork(self) -> None:
