@@ -140,10 +140,17 @@ def entries_of(directory: str) -> dict[int, str]:
         ValueError: It is damaged.
     """
     found = {}
-    for line in files.read(os.path.join(directory, ENTRIES_FILE), root_of(directory)).decode().splitlines():
+    lines = files.read(os.path.join(directory, ENTRIES_FILE), root_of(directory)).decode().split("\n")
+    for line in filter(None, lines):
         index, _, path = line.partition(" ")
-        found[int(index)] = path
+        found[int(index)] = path.replace("\\\\", "\0").replace("\\n", "\n").replace("\0", "\\")
     return found
+
+
+def write_entries(directory: str, paths: dict[int, str]) -> None:
+    """Write what `entries_of` reads. A line each, so line feeds in names are escaped."""
+    lines = (f"{index} " + path.replace("\\", "\\\\").replace("\n", "\\n") for index, path in paths.items())
+    write_text(directory, ENTRIES_FILE, "".join(f"{line}\n" for line in lines))
 
 
 def write_text(directory: str, name: str, text: str) -> None:

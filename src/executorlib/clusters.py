@@ -308,6 +308,15 @@ class SlurmClusterExecutor(QueueExecutor):
     def _check_system(self, configuration: str | None) -> None:
         self._templates = check_queue(configuration)
 
+    def _check(self, resources: Resources, subject: str) -> None:
+        super()._check(resources, subject)
+        folder = resources.cache_directory
+        if folder is not None and "\\" in folder and (self._templates is None or self._templates.queue_type == "SLURM"):
+            raise ValueError(
+                f"{subject}: the cache directory {folder!r} has a backslash in its path, and Slurm starts no job array "
+                "with output files there. Choose a directory without one, by cache_directory."
+            )
+
     def _checked_demand(self, resources: Resources, subject: str) -> Demand:
         if resources.cores > 1 and self._pmi_mode is None:
             with contextlib.suppress(OSError, RuntimeError):  # maybe it is where the job runs

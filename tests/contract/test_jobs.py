@@ -743,3 +743,20 @@ def test_a_directory_of_several_names(
     second.shutdown()
     assert runs(held) == 3
     assert_tidy(store)
+
+
+@pytest.mark.rows("jobs", "slurm")
+@pytest.mark.parametrize("name", ["a\nb", "\r\x85", "\\n\\", "%j 'a' \"b\" $HOME"])
+def test_directories_of_any_name(make_executor: Callable[..., Any], row: Any, tmp_path: Path, name: str) -> None:
+    """... but for what Slurm cannot take as a cache directory, which is an error where it is given."""
+    folder = tmp_path / name
+    store: Any = folder
+    if row.name == "slurm" and "\\" in name:
+        with pytest.raises(ValueError, match="has a backslash in its path"):
+            make_executor(cache_directory=folder)
+        store = tmp_path / "store"
+    executor = make_executor(cache_directory=store, resource_dict={"cwd": folder})
+    futures = [executor.submit(os.path.relpath, "/", "/a" * number) for number in (1, 2)]
+    where = executor.submit(os.getcwd)
+    assert [future.result(WAIT) for future in futures] == ["..", "../.."]
+    assert where.result(WAIT) == str(folder)

@@ -106,3 +106,9 @@ def test_worker_that_reaches_its_time_limit(folder: Path) -> None:
         with pytest.raises(BrokenExecutor, match="TIMEOUT"):
             lost.result(WAIT)
         assert waits.result(WAIT) != first
+
+
+def test_cache_directory_that_slurm_cannot_take(folder: Path) -> None:
+    """It is an error where it is given, as of calls that are jobs."""
+    with pytest.raises(ValueError, match="has a backslash in its path"):
+        SlurmClusterExecutor(block_allocation=True, max_workers=1, cache_directory=folder / "a\\b")

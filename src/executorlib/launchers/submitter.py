@@ -344,7 +344,8 @@ class Submitter:
     def _write_files(self, batch: JobBatch, part: _Part, resources: Resources) -> list[str]:
         """Write what the jobs of a part need; returns the program that runs one of them."""
         program = f"run.{part.name}.py" if part.name else "run.py"
-        texts = {program: boot_file("executorlib.worker.job", f"({batch.directory!r}, {part.name!r})")}
+        text = boot_file("executorlib.worker.job", f"({batch.directory!r}, {part.name!r})")
+        batches.write_text(batch.directory, program, text)
         if not batch.ids:  # else jobs may be reading them
             setup = {**self._system.setup(), "threads": resources.threads_per_core, "ranks": resources.cores}
             setup["gpus_per_rank"] = resources.gpus_per_core
@@ -353,9 +354,7 @@ class Submitter:
             # It holds the user's environment, with whatever secrets are there.
             setup_file, root = os.path.join(batch.directory, batches.SETUP_FILE), batches.root_of(batch.directory)
             files.write(setup_file, pickle.dumps(setup), root, mode=files.PRIVATE_MODE)
-            texts[batches.ENTRIES_FILE] = "".join(f"{index} {job.path}\n" for index, job in batch.jobs.items())
-        for name, text in texts.items():
-            batches.write_text(batch.directory, name, text)
+            batches.write_entries(batch.directory, {index: job.path for index, job in batch.jobs.items()})
         return [sys.executable, os.path.join(batch.directory, program)]
 
     def _answered(self, batch: JobBatch, part: _Part, answer: str | Refused) -> None:
