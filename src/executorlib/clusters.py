@@ -65,6 +65,8 @@ class ClusterExecutor(BaseExecutor):
         log_obj_size: Log the size of each call and result, logger ``executorlib``, level WARNING.
         wait: Whether leaving the `with` block waits for the calls; otherwise jobs go on and futures become cancelled.
         openmpi_oversubscribe: Let Open MPI start more ranks than there are cores; MPICH always does.
+        cache_versions: Whether results in the cache that were made with other versions of libraries are used and told
+            once (``"warn"``), not found (``"key"``), or used (``"ignore"``).
 
     Raises:
         ValueError: An argument that cannot be honoured; the text says why and what to do.
@@ -140,6 +142,8 @@ class TestClusterExecutor(ClusterExecutor):
         log_obj_size: bool = False,
         wait: bool = True,
         openmpi_oversubscribe: bool = False,
+        *,
+        cache_versions: str = "warn",
     ) -> None:
         common = Common(
             type(self).__name__,
@@ -158,6 +162,7 @@ class TestClusterExecutor(ClusterExecutor):
             log_obj_size=log_obj_size,
             wait=wait,
             openmpi_oversubscribe=openmpi_oversubscribe,
+            cache_versions=cache_versions,
             has_template=True,
             default_directory=None if block_allocation else _CACHE_DIRECTORY,
         )
@@ -221,6 +226,8 @@ class QueueExecutor(ClusterExecutor):
         log_obj_size: bool = False,
         wait: bool = True,
         openmpi_oversubscribe: bool = False,
+        *,
+        cache_versions: str = "warn",
     ) -> None:
         common = Common(
             type(self).__name__,
@@ -239,6 +246,7 @@ class QueueExecutor(ClusterExecutor):
             log_obj_size=log_obj_size,
             wait=wait,
             openmpi_oversubscribe=openmpi_oversubscribe,
+            cache_versions=cache_versions,
             has_template=True,
             default_directory=None if block_allocation else _CACHE_DIRECTORY,
         )

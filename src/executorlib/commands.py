@@ -1,7 +1,8 @@
 """The command line: `executorlib cache ls`, `show`, `rm` and `prune`.
 
 Everything but `show` goes by the names, sizes and times of files; `prune --failed` also looks whether a file
-has a dataset `error`. Only `show` unpickles. No command asks a queuing system.
+has a dataset `error`, and `prune --outdated` which versions it names, which are plain data. Only `show` unpickles
+anything else. No command asks a queuing system.
 
 What a call's job left beside its entry is in a batch directory, ``.executorlib/<batch>/`` in the cache
 directory: `entries` names the `_i.h5` of each call and its index in the job array, `job_id` the job, and
@@ -25,7 +26,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
-from executorlib import batches, entries, files
+from executorlib import batches, distributions, entries, files
 from executorlib._version import __version__
 
 State = Literal["waiting", "running", "done", "failed"]
@@ -430,14 +431,19 @@ def _parser() -> argparse.ArgumentParser:
         "prune",
         _prune,
         "remove entries by age and size, and what crashed processes left behind",
-        "An entry is removed when all of --older-than, --larger-than and --failed that are given hold. Entries that "
-        "wait or run stay, unless --pending is given. Without any of these only leftovers are removed: temporary "
+        "An entry is removed when all of --older-than, --larger-than, --failed and --outdated that are given hold. "
+        "Entries that wait or run stay, unless --pending is given. Without any of these only leftovers are removed: temporary "
         "files and inputs of finished calls, after an hour, and batch directories of which no call waits or runs.",
     )
     prune.add_argument("--older-than", type=_age, metavar="AGE", help="not written for this long: 30d, 12h; s m h d w")
     prune.add_argument("--larger-than", type=_size, metavar="SIZE", help="1G, 500M; K M G T are powers of 1024")
     prune.add_argument(
         "--failed", action="store_true", help="the function raised, or its job ended without a result; opens each file"
+    )
+    prune.add_argument(
+        "--outdated",
+        action="store_true",
+        help="ran with other versions of the distributions that it used than those installed here; reads each file",
     )
     prune.add_argument(
         "--max-size", type=_size, metavar="SIZE", help="then remove the oldest until the rest is not larger than this"
@@ -509,7 +515,7 @@ def _show(options: argparse.Namespace) -> int:
             shown[name] = [_repr(each, limit) for each in value]
         elif name == "input_kwargs":
             shown[name] = {str(key): _repr(each, limit) for key, each in value.items()}
-        elif name in ("runtime", "queue_id", "resource_dict", "error_log_file", "traceback", "printed"):
+        elif name in ("runtime", "queue_id", "resource_dict", "error_log_file", "traceback", "printed", "versions"):
             shown[name] = value
         else:
             shown[name] = _repr(value, limit)
@@ -524,6 +530,8 @@ def _show(options: argparse.Namespace) -> int:
             _print_fields(name, [f"[{index}] {each}" for index, each in enumerate(value)])
         elif name == "input_kwargs":
             _print_fields(name, [f"{key} = {each}" for key, each in value.items()])
+        elif name == "versions" and isinstance(value, dict):
+            _print_fields(name, [_version(*each) for each in sorted(value.items())])
         elif name == "resource_dict" and isinstance(value, dict):
             _print_fields(name, [f"{key} = {_repr(each, limit)}" for key, each in value.items()])
         elif value not in (None, ""):
@@ -611,6 +619,8 @@ def _chosen(options: argparse.Namespace, now: float) -> list[Entry]:
         conditions.append(lambda entry: entry.size > options.larger_than)
     if options.failed:
         conditions.append(lambda entry: entry.state == "failed" or (entry.state == "done" and _raised(entry)))
+    if options.outdated:
+        conditions.append(lambda entry: entry.state == "done" and _is_outdated(entry, options.directory))
     chosen: list[Entry] = []
     rest: list[Entry] = []
     size = 0
@@ -632,6 +642,16 @@ def _chosen(options: argparse.Namespace, now: float) -> list[Entry]:
         if size > options.max_size:
             _complain(f"{_human_size(size)} remain, all of entries that wait or run, which stay without --pending")
     return chosen
+
+
+def _version(name: str, version: str) -> str:
+    here = distributions.installed(name)
+    return _printable(f"{name} {version}" + ("" if here in (None, version) else f" (installed here: {here})"))
+
+
+def _is_outdated(entry: Entry, directory: str) -> bool:
+    versions = entries.versions_of(entry.path, directory)
+    return bool(distributions.others(versions, {name: distributions.installed(name) for name in versions}))
 
 
 def _raised(entry: Entry) -> bool:

@@ -6,8 +6,10 @@ second where much is installed. Here one folder is listed, and mostly one file l
 
 from __future__ import annotations
 
+import functools
 import os
 import re
+from collections.abc import Mapping
 from typing import NamedTuple
 
 _INFO = (".dist-info", ".egg-info")
@@ -134,3 +136,41 @@ def _split(info: str) -> tuple[str, str]:
 
 def _normal(name: str) -> str:
     return re.sub("[-_.]+", "_", name).lower()
+
+
+@functools.cache
+def installed(name: str) -> str | None:
+    """The installed version of a distribution, or None."""
+    from importlib import metadata
+
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def others(made_with: Mapping[str, str], here: Mapping[str, str | None]) -> dict[str, str]:
+    """Those of the versions that something was made with that differ from the ones here, where these are known."""
+    return {name: version for name, version in made_with.items() if here.get(name) not in (None, version)}
+
+
+_told: set[str] = set()
+
+
+def tell_of_others(made_with: Mapping[str, str], here: Mapping[str, str], directory: str) -> None:
+    """Warn of a result in the cache that was made with other versions than those here; of each distribution once."""
+    names = sorted(name for name in others(made_with, here) if name not in _told)
+    if not names:
+        return
+    import logging  # what workers do without
+
+    _told.update(names)
+    changes = ", ".join(f"{name} {made_with[name]} (now {here[name]})" for name in names)
+    logging.getLogger("executorlib").warning(
+        "results in the cache directory %s were made with other versions: %s. They are used all the same; `executorlib "
+        'cache prune --outdated -d %s` removes them, cache_versions="key" has such calls run again, and "ignore" does '
+        "without this warning.",
+        directory,
+        changes,
+        directory,
+    )

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import pickle
 import time
 from typing import NamedTuple
 
@@ -47,6 +48,8 @@ DATASETS = (
     "error_log_file",
 )
 
+# The distributions that a call reached, and the version of each that it ran with.
+VERSIONS = "versions"
 # A dataset that says: this error is for those who wait, and not worth keeping.
 NOT_KEPT = "not_kept"
 # What a job printed, as text, and how many bytes that was, with what was cut.
@@ -74,11 +77,13 @@ class Output(NamedTuple):
         value: What the function returned; None where it raised.
         error: What the function raised, or None.
         runtime: Seconds that the function took, or None where the entry does not tell.
+        versions: The distributions that the call reached, and the version of each that it ran with.
     """
 
     value: Any
     error: BaseException | None
     runtime: float | None
+    versions: dict[str, str] = {}  # noqa: RUF012  # never changed
 
 
 class StoredResult:
@@ -491,9 +496,10 @@ def read_output(path: str | os.PathLike[str], root: str | os.PathLike[str] | Non
         ImportError: If h5py is missing.
         UntrustedFile: Anybody could have put it there.
     """
-    values = read_values(path, ("output", "error", "runtime", "traceback", NOT_KEPT), root)
+    values = read_values(path, ("output", "error", "runtime", "traceback", VERSIONS, NOT_KEPT), root)
     if values is None or NOT_KEPT in values:
         return None
+    versions = values.get(VERSIONS, {})
     if "error" in values:
         error = values["error"]
         traceback = values.get("traceback", "")
@@ -503,9 +509,9 @@ def read_output(path: str | os.PathLike[str], root: str | os.PathLike[str] | Non
             if traceback:
                 error.__cause__ = RemoteTraceback(traceback)
             error = contained(error, f"the call of {path}: the function")
-        return Output(None, error, values.get("runtime"))
+        return Output(None, error, values.get("runtime"), versions)
     if "output" in values:
-        return Output(values["output"], None, values.get("runtime"))
+        return Output(values["output"], None, values.get("runtime"), versions)
     _warn("the cache file %s is ignored: it holds no result", path)
     return None
 
@@ -525,7 +531,35 @@ def read_entry(path: str | os.PathLike[str], root: str | os.PathLike[str] | None
         ImportError: If h5py is missing.
         UntrustedFile: Anybody could have put it there.
     """
-    return read_values(path, (*DATASETS, "traceback", PRINTED), root)
+    return read_values(path, (*DATASETS, VERSIONS, "traceback", PRINTED), root)
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"{module}.{name} is no plain data")
+
+
+def versions_of(path: str | os.PathLike[str], root: str | os.PathLike[str] | None = None) -> dict[str, str]:
+    """Read which distributions a call reached, and which versions it ran with, without unpickling anything else.
+
+    Args:
+        path: Its file, from `entry_path`.
+        root: The cache directory; by default the file's folder.
+
+    Returns:
+        The version by distribution; empty where there is no such file, it cannot be read or does not tell.
+
+    Raises:
+        ImportError: If h5py is missing.
+        UntrustedFile: Anybody could have put it there.
+    """
+    pickles = _read_pickles(path, (VERSIONS,), root) or {}
+    try:
+        found = _PlainUnpickler(io.BytesIO(pickles[VERSIONS])).load() if VERSIONS in pickles else {}
+    except Exception as error:  # damaged pickles raise nearly everything
+        _warn_unreadable(path, error)
+        found = {}
+    return found if isinstance(found, dict) else {}
 
 
 def datasets_of(path: str | os.PathLike[str], root: str | os.PathLike[str] | None = None) -> set[str]:

@@ -39,6 +39,9 @@ _executor_numbers = itertools.count()
 _first_cpu = itertools.count()
 
 
+_CACHE_VERSIONS = ("warn", "key", "ignore")
+
+
 class Common:
     """What the constructors of all rows take alike: checked, and put into the form in which it is used.
 
@@ -59,6 +62,9 @@ class Common:
         log_obj_size: Likewise.
         wait: Likewise.
         openmpi_oversubscribe: Likewise.
+        cache_versions: What becomes of a result in the cache that was made with other versions of the distributions
+            that its call reaches than those installed: ``"warn"``, used and told once; ``"ignore"``, used;
+            ``"key"``, not found, as the versions are part of the key.
         restart_limit: Likewise.
         restarts_calls: Whether `restart_limit` means something without a block.
         has_template: Whether unknown keys of ``resource_dict`` go to a submission template.
@@ -90,6 +96,7 @@ class Common:
         log_obj_size: bool,
         wait: bool,
         openmpi_oversubscribe: bool,
+        cache_versions: str,
         restart_limit: int = 0,
         restarts_calls: bool = False,
         has_template: bool = False,
@@ -104,6 +111,10 @@ class Common:
         self.wait = wait
         self.log_sizes = log_obj_size
         self.hostname_localhost = bool(hostname_localhost)
+        if cache_versions not in _CACHE_VERSIONS:
+            expected = ", ".join(map(repr, _CACHE_VERSIONS))
+            raise ValueError(f"cache_versions is {cache_versions!r}, expected one of {expected}.")
+        self.cache_versions = cache_versions
         _check_init_function(init_function, block_allocation)
         if restart_limit and not block_allocation and not restarts_calls:
             raise ValueError(
@@ -126,6 +137,7 @@ class Common:
             "refresh_rate": refresh_rate,
             "log_obj_size": log_obj_size,
             "wait": wait,
+            "cache_versions": cache_versions,
         }
 
 
@@ -203,6 +215,7 @@ class BaseExecutor(Executor):
             log_sizes=common.log_sizes,
             name=f"executorlib-{next(_executor_numbers)}",
             jobs=jobs,
+            cache_versions=common.cache_versions,
         )
         # An executor that is dropped without shutdown finishes its calls and ends. The loop knows nothing of it.
         weakref.finalize(self, loop.shutdown, False).atexit = False
@@ -578,6 +591,8 @@ class SingleNodeExecutor(BaseExecutor):
         wait: Whether leaving the `with` block waits for the calls.
         restart_limit: In block mode, how often each worker is replaced when it dies.
         openmpi_oversubscribe: Let Open MPI start more ranks than there are cores; MPICH always does.
+        cache_versions: Whether results in the cache that were made with other versions of libraries are used and told
+            once (``"warn"``), not found (``"key"``), or used (``"ignore"``).
         preload: Modules that are imported once, before any worker is forked, so that calls need not import them; with
             "spawn", every worker imports them as it starts.
         gpus: Number of GPUs, or their device names; None asks the machine.
@@ -612,6 +627,7 @@ class SingleNodeExecutor(BaseExecutor):
         gpus: int | Sequence[str | int] | None = None,
         start_method: str | None = None,
         pin_cores: bool | None = None,
+        cache_versions: str = "warn",
     ) -> None:
         common = Common(
             type(self).__name__,
@@ -630,6 +646,7 @@ class SingleNodeExecutor(BaseExecutor):
             log_obj_size=log_obj_size,
             wait=wait,
             openmpi_oversubscribe=openmpi_oversubscribe,
+            cache_versions=cache_versions,
             restart_limit=restart_limit,
         )
         spawn = _is_spawn(start_method)

@@ -77,6 +77,8 @@ class FluxJobExecutor(BaseExecutor):
         wait: bool = True,
         restart_limit: int = 0,
         openmpi_oversubscribe: bool = False,
+        *,
+        cache_versions: str = "warn",
     ) -> None:
         common = Common(
             type(self).__name__,
@@ -95,6 +97,7 @@ class FluxJobExecutor(BaseExecutor):
             log_obj_size=log_obj_size,
             wait=wait,
             openmpi_oversubscribe=openmpi_oversubscribe,
+            cache_versions=cache_versions,
             restart_limit=restart_limit,
         )
         max_workers, max_cores = common.max_workers, common.max_cores

@@ -28,7 +28,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from pickle import PicklingError
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from executorlib import foreign, serialize
 from executorlib.errors import (
@@ -61,6 +61,9 @@ from executorlib.scheduler import (
 from executorlib.serialize import Frame
 from executorlib.task import CANCELLED, FAILED, LAUNCHING, RUNNING, CallFuture, Task
 from executorlib.worker.call import PERMIT, traceback_text
+
+if TYPE_CHECKING:
+    from executorlib.fingerprint import Key
 
 logger = logging.getLogger("executorlib")
 
@@ -140,6 +143,7 @@ class Loop(Poller, Events):
         name: Of the thread.
         jobs: Whether calls become jobs: they travel as files of the cache directory, what is their input need not be
             done before, and they go on when the executor is left.
+        cache_versions: See `executors.Common`.
     """
 
     def __init__(
@@ -153,10 +157,12 @@ class Loop(Poller, Events):
         log_sizes: bool,
         name: str,
         jobs: bool = False,
+        cache_versions: str = "warn",
     ) -> None:
         # Nothing here has to be freed again: a Ctrl-C may strike at any line. See `start`.
         self._number = next(_loop_numbers)
         self._jobs = jobs
+        self._cache_versions = cache_versions
         self.scheduler: Scheduler = scheduler
         self._ledger = scheduler.ledger
         self._block = scheduler if isinstance(scheduler, BlockScheduler) else None
@@ -680,14 +686,15 @@ class Loop(Poller, Events):
         return [self._tasks[number] for number in numbers if number in self._tasks]
 
     def _look_up(self, task: Task, may_wait: bool = True) -> None:
-        from executorlib import entries, fingerprint
+        from executorlib import distributions, entries
 
         self._settled = False
         resources = task.resources
         assert task.fn is not None
         assert resources.cache_directory is not None
         try:
-            key = resources.cache_key or fingerprint.call_key(*self._named_inputs(task))
+            derived = None if resources.cache_key else self._key(*self._named_inputs(task))
+            key = str(resources.cache_key) if derived is None else derived.name
             directory = resources.cache_directory
             if self._jobs:
                 directory = self._real_path(directory)
@@ -706,8 +713,16 @@ class Loop(Poller, Events):
             if self._jobs or not may_wait or not self._waits_for_equal(task):
                 self.scheduler.on_missed(task)
         else:
+            if derived is not None and self._cache_versions == "warn":
+                distributions.tell_of_others(output.versions, derived.versions, resources.cache_directory)
             self.scheduler.on_found(task)
             self._conclude(task, output.value, output.error)
+
+    def _key(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Key:
+        """Derive the key of a function with inputs."""
+        from executorlib import fingerprint
+
+        return fingerprint.key_of(fn, args, kwargs, by_version=self._cache_versions == "key")
 
     def _real_path(self, directory: str) -> str:
         """One name for a directory that sessions may reach by several; found out once, as it takes a while."""

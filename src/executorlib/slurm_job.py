@@ -55,6 +55,8 @@ class SlurmJobExecutor(BaseExecutor):
         wait: bool = True,
         restart_limit: int = 0,
         openmpi_oversubscribe: bool = False,
+        *,
+        cache_versions: str = "warn",
     ) -> None:
         common = Common(
             type(self).__name__,
@@ -73,6 +75,7 @@ class SlurmJobExecutor(BaseExecutor):
             log_obj_size=log_obj_size,
             wait=wait,
             openmpi_oversubscribe=openmpi_oversubscribe,
+            cache_versions=cache_versions,
             restart_limit=restart_limit,
             restarts_calls=True,
         )

@@ -15,8 +15,10 @@ Modules of the standard library and of installed distributions are not followed.
 from __future__ import annotations
 
 import builtins
+import functools
 import hashlib
 import importlib.machinery
+import importlib.util
 import os
 import re
 import stat
@@ -40,6 +42,7 @@ LOADED, OBJECTS = "", "*"
 
 
 _STANDARD_LIBRARY = os.path.join(os.path.dirname(os.__file__), "")
+_STANDARD_ZIP = f"python{sys.version_info[0]}{sys.version_info[1]}.zip"
 _LIBRARY_FOLDERS = re.compile(r"[/\\](site|dist)-packages[/\\]")
 _BUILTINS = frozenset(dir(builtins))
 
@@ -449,11 +452,15 @@ def _plain(module: Module | None) -> list[Any] | None:
 
 def _search_path() -> list[str]:
     """The folders of the import path that can change."""
-    return [
-        path or os.getcwd()
-        for path in sys.path
-        if isinstance(path, str) and (not (path + os.sep).startswith(_STANDARD_LIBRARY) or "-packages" in path)
-    ]
+    return [path or os.getcwd() for path in sys.path if isinstance(path, str) and not _is_settled_folder(path)]
+
+
+@functools.cache
+def _is_settled_folder(path: str) -> bool:
+    """Whether a folder, or zip file, of the import path is the standard library's."""
+    return path.endswith(_STANDARD_ZIP) or (
+        (path + os.sep).startswith(_STANDARD_LIBRARY) and not _LIBRARY_FOLDERS.search(path + os.sep)
+    )
 
 
 # -- slices that are known already ------------------------------------------------------------------------------------
@@ -516,6 +523,25 @@ def remember_loaded() -> None:
 
 
 def changed_here(known: Slice) -> bool:
-    """Whether this process may have loaded a module from a file that has been changed since."""
+    """Whether this process may have loaded, or may load, another state of a module than its file is in now."""
     changed = [path for path, then in known.files if _FIRST.setdefault(path, then) != then]
-    return bool(changed)
+    return bool(changed) or any(_has_stale_byte_code(path) for path, _ in known.files)
+
+
+def _has_stale_byte_code(path: str) -> bool:
+    """Whether an import takes the byte code of an older state of a file.
+
+    It tells states apart by the size and the second of the change. A file that changes twice within a second and keeps
+    its size has byte code that was written before the last change.
+    """
+    try:
+        byte_code = importlib.util.cache_from_source(path)
+        written, changed = os.stat(byte_code).st_mtime_ns, os.stat(path)
+        if written >= changed.st_mtime_ns:
+            return False
+        with open(byte_code, "rb") as file:
+            header = file.read(16)
+    except (OSError, NotImplementedError):
+        return False
+    flags, second, size = (int.from_bytes(header[i : i + 4], "little") for i in (4, 8, 12))
+    return flags == 0 and second == int(changed.st_mtime) & 0xFFFFFFFF and size == changed.st_size & 0xFFFFFFFF

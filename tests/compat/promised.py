@@ -104,12 +104,18 @@ CONSTRUCTORS: dict[str, dict[str, object]] = {
 }
 # Arguments beyond those of executorlib 1.x; by keyword only, so that no position moves.
 CONSTRUCTORS_BEYOND: dict[str, dict[str, object]] = {
-    "FluxClusterExecutor": {},
-    "FluxJobExecutor": {},
-    "SingleNodeExecutor": {"preload": (), "gpus": None, "start_method": None, "pin_cores": None},
-    "SlurmClusterExecutor": {},
-    "SlurmJobExecutor": {},
-    "TestClusterExecutor": {},
+    "FluxClusterExecutor": {"cache_versions": "warn"},
+    "FluxJobExecutor": {"cache_versions": "warn"},
+    "SingleNodeExecutor": {
+        "preload": (),
+        "gpus": None,
+        "start_method": None,
+        "pin_cores": None,
+        "cache_versions": "warn",
+    },
+    "SlurmClusterExecutor": {"cache_versions": "warn"},
+    "SlurmJobExecutor": {"cache_versions": "warn"},
+    "TestClusterExecutor": {"cache_versions": "warn"},
 }
 
 # Methods: parameter, kind, default.
