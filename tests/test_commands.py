@@ -18,7 +18,7 @@ import cloudpickle
 import pytest
 
 from conftest import as_user
-from executorlib import batches, commands, entries
+from executorlib import batches, commands, distributions, entries
 from executorlib._version import __version__
 
 pytestmark = pytest.mark.cache
@@ -97,6 +97,13 @@ def states(call: Call, directory: Path, *options: str) -> dict[str, str]:
     code, out, errors = call("cache", "ls", "-d", directory, "--json", *options)
     assert (code, errors) == (0, "")
     return {row["key"]: row["state"] for row in map(json.loads, out.splitlines())}
+
+
+def write_with_versions(path: Path, **versions: str) -> Path:
+    """Write the entry of a call that ran with these versions of distributions."""
+    values = {"function": len, "input_args": ["ab"], "input_kwargs": {}, "output": 2, "versions": versions}
+    entries.write_pickles(str(path), {name: pickle.dumps(value) for name, value in values.items()})
+    return path
 
 
 # -- ls ----------------------------------------------------------------------------------------------------------------
@@ -368,6 +375,48 @@ def test_prune_what_failed(tmp_path: Path, call: Call) -> None:
     code, out, _ = call("cache", "prune", "-d", tmp_path, "--failed")
     assert (code, "removed 2 entries" in out) == (0, True)
     assert states(call, tmp_path) == {"good": "done", "damaged": "done", "waits": "waiting"}
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pretend that these distributions are installed, in these versions."""
+    versions = {"pytest": "9.0", "numpy": "2.0"}
+    monkeypatch.setattr(distributions, "installed", versions.get)
+
+
+@pytest.mark.usefixtures("installed")
+def test_prune_what_was_made_with_other_versions(tmp_path: Path, call: Call) -> None:
+    write_with_versions(tmp_path / "same_o.h5", numpy="2.0", pytest="9.0")
+    write_with_versions(tmp_path / "older_o.h5", numpy="1.0", pytest="9.0")
+    write_with_versions(tmp_path / "not_here_o.h5", scipy="1.0")
+    write_with_versions(tmp_path / "waits_i.h5", numpy="1.0")
+    write(tmp_path / "unknown_o.h5", output=1)
+    (tmp_path / "damaged_o.h5").write_bytes(b"x")
+    assert call("cache", "prune", "-d", tmp_path, "--outdated")[0] == 0
+    assert files(tmp_path) == ["damaged_o.h5", "not_here_o.h5", "same_o.h5", "unknown_o.h5", "waits_i.h5"]
+
+
+def test_pruning_by_versions_unpickles_no_objects(tmp_path: Path, call: Call) -> None:
+    class Trap:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (str(tmp_path / "sprung"),)
+
+    values = {"output": Trap(), "versions": {"numpy": Trap()}}
+    entries.write_pickles(str(tmp_path / "a_o.h5"), {name: pickle.dumps(value) for name, value in values.items()})
+    assert call("cache", "prune", "-d", tmp_path, "--outdated")[0] == 0
+    assert files(tmp_path) == ["a_o.h5"]
+    assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.usefixtures("installed")
+def test_show_prints_versions(tmp_path: Path, call: Call) -> None:
+    write_with_versions(tmp_path / "a_o.h5", numpy="1.0", pytest="9.0", scipy="1.0")
+    _, out, _ = call("cache", "show", "-d", tmp_path, "a")
+    assert "pytest 9.0\n" in out
+    assert "numpy 1.0 (installed here: 2.0)" in out
+    assert "scipy 1.0\n" in out
+    _, out, _ = call("cache", "show", "-d", tmp_path, "a", "--json")
+    assert json.loads(out)["versions"] == {"numpy": "1.0", "pytest": "9.0", "scipy": "1.0"}
 
 
 def test_prune_to_a_size_removes_the_oldest(tmp_path: Path, call: Call) -> None:

@@ -432,8 +432,9 @@ def _parser() -> argparse.ArgumentParser:
         _prune,
         "remove entries by age and size, and what crashed processes left behind",
         "An entry is removed when all of --older-than, --larger-than, --failed and --outdated that are given hold. "
-        "Entries that wait or run stay, unless --pending is given. Without any of these only leftovers are removed: temporary "
-        "files and inputs of finished calls, after an hour, and batch directories of which no call waits or runs.",
+        "Entries that wait or run stay, unless --pending is given. Without any of these only leftovers are removed: "
+        "temporary files and inputs of finished calls, after an hour, and batch directories of which no call waits or "
+        "runs.",
     )
     prune.add_argument("--older-than", type=_age, metavar="AGE", help="not written for this long: 30d, 12h; s m h d w")
     prune.add_argument("--larger-than", type=_size, metavar="SIZE", help="1G, 500M; K M G T are powers of 1024")

@@ -17,7 +17,8 @@ _LIBRARY_FOLDERS = ("site-packages", "dist-packages")
 # Of a folder by another name, as `pip install --target` fills it; the folder of a program may hold more, and listing it
 # whenever a file is added to it would take long.
 _MOST_FILES = 2000
-_FIRST_PARTS = re.compile("^([^/,\n]+)", re.MULTILINE)
+# In a list of files: a folder, or a file that is a module.
+_FIRST_PARTS = re.compile(r"^([^/,\n]+)(?=/|\.(?:py|pyc|so|pyd)(?:,|$))", re.MULTILINE)
 
 
 class Distribution(NamedTuple):
@@ -63,10 +64,11 @@ class _Folder:
 
     def _tops(self, info: str) -> set[str]:
         """First parts of the names of modules that a distribution has here."""
-        files = self._read(info, "RECORD") or self._read(info, "top_level.txt")
-        if not files:
-            return {_split(info)[0].replace("-", "_")}  # Debian's, of some packages
-        return {name.partition(".")[0] for name in _FIRST_PARTS.findall(files)}
+        if files := self._read(info, "RECORD"):
+            return {name.partition(".")[0] for name in _FIRST_PARTS.findall(files)}
+        if names := self._read(info, "top_level.txt"):
+            return set(names.split())
+        return {_split(info)[0].replace("-", "_")}  # of some of Debian's packages
 
     def _described(self, info: str) -> Distribution:
         name, version = _split(info)
