@@ -18,7 +18,7 @@ from concurrent.futures import Executor, Future
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from executorlib import machine
+from executorlib import imports, machine
 from executorlib.errors import EXECUTOR_ADVICE
 from executorlib.futures import batched, find_futures_in_call
 from executorlib.launchers.base import Events, Launcher
@@ -198,6 +198,7 @@ class BaseExecutor(Executor):
         self._make_directories(resources, type(self).__name__)
         if common.graph is not None:
             return
+        imports.check_executor(type(self).__name__)
         scheduler: BlockScheduler | FreshScheduler
         if block:
             self._check_block(max_workers)
@@ -279,6 +280,7 @@ class BaseExecutor(Executor):
             return self._graph.call(fn, args, kwargs, dict(resource_dict or {}))
         assert self._loop is not None
         self._loop.check_open()
+        imports.check_call(fn, args, kwargs)
         if resources.cores > 1 and self._starts_ranks:
             check_mpi()  # asks mpiexec here, once, and not in the loop
         call: Future[Any] = CallFuture()
