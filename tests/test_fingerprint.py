@@ -329,6 +329,62 @@ def test_pickling_an_instance_leaves_the_key_of_its_class() -> None:
     assert call_key(cls, (), {}) == before
 
 
+# Data of libraries, which pickling must not change in a way that shows.
+LIBRARY_DATA = """
+import argparse, collections, configparser, ctypes, ipaddress, logging, operator, typing, zoneinfo
+library_values = [
+    operator.itemgetter(1), operator.methodcaller("a", 1), logging.getLogger("x"), ipaddress.ip_address("1.2.3.4"),
+    collections.UserDict(a=1), collections.ChainMap({"a": 1}), argparse.Namespace(a=1), ctypes.c_int(3), KeyError("a"),
+    zoneinfo.ZoneInfo("UTC"), collections.defaultdict(lambda: 1), typing.Callable[[int], str], int | str,
+    typing.TypeVar("T"), typing.Literal["a"], configparser.ConfigParser(),
+]
+try:
+    import numpy as np
+    a = np.arange(6.0).reshape(2, 3)
+    library_values += [
+        a, np.asfortranarray(a), a.T, np.array(["a"]), np.array([1], "M8[s]"), np.array([(1, 2)], "i4,f8"),
+        np.array([{1}, "a"], object), np.dtype("f8"), np.dtype("i4,f8"), np.float32(1),
+        np.ma.array([1, 2], mask=[0, 1]),
+        np.random.default_rng(1), np.random.RandomState(1), np.sin, np.sum, np.polynomial.Polynomial([1, 2]), [a, a],
+    ]
+    import pandas as pd
+    library_values += [
+        pd.DataFrame({"a": [1, 2], "b": ["x", "y"], "c": [1.0, 2.0]}), pd.Series([1, 2], name="q"), pd.Index([1, 2]),
+        pd.Timestamp("2020-01-01"), pd.Categorical(["a", "b"]), pd.DataFrame({"t": pd.to_datetime(["2020-01-01"])}),
+    ]
+except ImportError:
+    pass
+"""
+
+
+def test_data_has_the_same_key_where_it_is_unpickled() -> None:
+    there = """
+    import base64, json, sys
+    from executorlib import fingerprint, serialize
+    same = {}
+    for what, (key, data) in json.load(sys.stdin).items():
+        value = serialize.loads([base64.b64decode(data)])
+        same[what] = fingerprint.recompute(fingerprint.Key(*key), len, (value,), {}).name == key[0]
+    print(json.dumps(same))
+    """
+    here = """
+    import base64, json
+    from executorlib import fingerprint, serialize
+    from test_fingerprint import DATA, LIBRARY_DATA
+    exec(DATA)
+    exec(LIBRARY_DATA)
+    rows = {}
+    for number, value in enumerate([*values, *library_values]):
+        key = fingerprint.key_of(len, (value,), {})
+        rows[f"{number} {value!r}"] = list(key), base64.b64encode(serialize.dumps_in_band(value)).decode()
+    print(json.dumps(rows))
+    """
+    rows = in_other_process(here, 1)
+    same = in_other_process(there, 2, json.dumps(rows))
+    assert [what for what, is_same in same.items() if not is_same] == []
+    assert len(same) > 70
+
+
 def test_running_and_tracing_a_function_leave_its_key() -> None:
     fn = define("def f(n):\n  total = 0\n  for i in range(n): total += i * 2.0\n  return [total].pop()")
     before = call_key(fn, (), {})

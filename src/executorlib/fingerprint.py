@@ -36,7 +36,7 @@ import sys
 import types
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from executorlib import sources
 from executorlib.sources import Root
@@ -60,6 +60,9 @@ _DIGITS = 32  # of a key, in hexadecimal
 _PATH_PARTS = 12  # of the way to an object that an error text names
 
 _MAIN = frozenset({None, "__main__", "__mp_main__"})
+# Of numpy's dtypes: what is told by kind, size, byte order and unit, all of which their `str` names.
+_PLAIN_KINDS = frozenset("biufcmMSU")
+
 # The generators behind `random.random`, `numpy.random.rand` and so on. Each process seeds its own, so that
 # their state is no input of a call.
 _SHARED_GENERATORS = {"Random": ("random", "_inst"), "RandomState": ("numpy.random.mtrand", "_rand")}
@@ -299,6 +302,8 @@ class _Walk:
             raise failure from error
 
     def _enter(self, obj: Any) -> bytes:
+        if type(obj) is memoryview:
+            return self.token(obj.tobytes())  # as which it arrives
         place = len(self._stack)
         self._stack.append(obj)
         self._open[id(obj)] = place
@@ -439,9 +444,16 @@ def _describe(walk: _Walk, obj: Any) -> bytes:
     if numpy is not None:
         if kind is numpy.ndarray or kind is numpy.memmap:
             return _array(walk, obj)
+        masked = sys.modules.get("numpy.ma")
+        if masked is not None and kind is masked.MaskedArray:  # it pickles another fill value than it has
+            arrays = _array(walk, obj.view(numpy.ndarray)) + _array(walk, masked.getmaskarray(obj))
+            return b"masked " + arrays + walk.part((obj.fill_value, obj.hardmask), "")
         if isinstance(obj, numpy.generic) and not obj.dtype.hasobject:
             element: bytes = obj.tobytes()
             return b"element:" + _dtype(walk, obj.dtype) + element
+    if kind is TypeVar and not _is_by_name(obj, obj.__module__, obj.__name__):
+        parts = (obj.__name__, obj.__bound__, obj.__constraints__, obj.__covariant__, obj.__contravariant__)
+        return b"type variable:" + walk.part(parts, "")
     if kind.__name__ in _SHARED_GENERATORS and _find(*_SHARED_GENERATORS[kind.__name__]) is obj:
         return walk.named(*_SHARED_GENERATORS[kind.__name__])
     module, qualname = _own_name(obj)
@@ -490,12 +502,9 @@ def _set(walk: _Walk, obj: set[Any] | frozenset[Any]) -> bytes:
     return tag + b"*" + walk.unordered(obj)
 
 
-def _memory(walk: _Walk, obj: memoryview) -> bytes:
-    return b"memoryview:" + walk.token((obj.format, obj.shape)) + obj.tobytes()
-
-
 def _dtype(walk: _Walk, dtype: Any) -> bytes:
-    if dtype.isbuiltin == 1:
+    # Not by `isbuiltin`, which is 0 for one that was unpickled.
+    if dtype.kind in _PLAIN_KINDS and not dtype.metadata:
         return walk.token(dtype.str)
     return b"dtype:" + _digest(_reduced(walk, dtype))
 
@@ -522,6 +531,12 @@ def _reduce(obj: Any) -> Any:
     return reducer(obj) if reducer is not None else obj.__reduce_ex__(4)
 
 
+def _loses_slots(cls: type) -> bool:
+    """Whether instances arrive elsewhere with the values of slots in their ``__dict__``, as cloudpickle has it."""
+    by_name = _is_by_name(cls, cls.__module__, cls.__qualname__)
+    return not by_name and any("__slots__" in vars(each) for each in cls.__mro__)
+
+
 def _reduced(walk: _Walk, obj: Any) -> bytes:
     try:
         reduced = _reduce(obj)
@@ -534,6 +549,9 @@ def _reduced(walk: _Walk, obj: Any) -> bytes:
     # What was made for this reduction alone is described in place and not remembered.
     tokens = [b"object:", walk.part(build, ""), walk.part(set_state, "")]
     states = state if type(state) is tuple and len(state) == 2 else (state,)
+    if build is copyreg.__newobj__ and _loses_slots(type(obj)):  # type: ignore[attr-defined]
+        merged = {name: value for each in states for name, value in (each or {}).items()}
+        states = ({name: merged[name] for name in sorted(merged)},)
     for each in states:
         in_place = type(each) is dict
         tokens.append(_mapping(walk, each, ".{}") if in_place else walk.part(each, ", its state"))
@@ -758,7 +776,6 @@ _BY_TYPE: dict[type, Callable[[_Walk, Any], bytes]] = {
     dict: _mapping,
     set: _set,
     frozenset: _set,
-    memoryview: _memory,
     types.MappingProxyType: lambda walk, obj: b"proxy:" + _mapping(walk, dict(obj)),
     types.ModuleType: _module,
     types.CodeType: lambda walk, obj: b"code:" + _code(obj).digest,
