@@ -42,6 +42,7 @@ from executorlib.errors import (
 from executorlib.futures import Stored, StoredCall, fill_in, input_error, misplaced, stored, when_done
 from executorlib.launchers import streams
 from executorlib.launchers.base import Events, Exit, Launcher, Process, has_stack, tail_text
+from executorlib.launchers.session import settings
 from executorlib.poller import Poller
 from executorlib.resources import Demand, Resources
 from executorlib.scheduler import (
@@ -787,6 +788,9 @@ class Loop(Poller, Events):
             return
         worker, resources = process.worker, process.resources
         setup = self._launcher.setup(process)
+        changed = {name: value for name, value in settings().items() if process.settings.get(name) != value}
+        if changed:
+            setup["settings"] = changed
         setup["slot"] = worker.slot
         setup["threads"] = resources.threads_per_core
         if resources.cwd is not None:

@@ -105,7 +105,7 @@ class Client:
         ours, theirs = socket.socketpair()
         code = (
             f"import sys; sys.path[:] = {[*path, *sys.path]!r}; from executorlib.worker.agent import main; "
-            f"main({theirs.fileno()}, {list(preload)!r})"
+            f"main({theirs.fileno()}, {list(preload)!r}, {{}})"
         )
         with theirs:
             self.popen = subprocess.Popen(

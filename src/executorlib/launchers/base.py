@@ -10,9 +10,11 @@ import re
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
+
+from executorlib.launchers.session import interpreter
 
 if TYPE_CHECKING:
     from executorlib.resources import Resources
@@ -69,6 +71,7 @@ class Process:
         pid: Process id, 0 before it is known.
         host: Where it runs.
         stderr: The end of what it wrote to standard error.
+        settings: What it has of this session's settings (`session.settings`) by birth.
         single: Whether it runs one call.
         verdict: Why it is being ended, where that is our doing: the exception for the calls lost with it.
         on_gone: Called once it is gone.
@@ -82,6 +85,7 @@ class Process:
     pid: int = 0
     host: str = ""
     stderr: bytearray = field(default_factory=bytearray)
+    settings: Mapping[str, Any] = field(default_factory=dict)
     single: bool = True
     verdict: BaseException | None = None
     on_gone: Callable[[], None] | None = None
@@ -232,9 +236,9 @@ def boot_command(module: str, call: str, rank: bool = False) -> list[str]:
     """
     code = boot_code(module, call, [""] if rank else arguments())
     if len(code) <= _PIECE:
-        return [sys.executable, "-c", code]
+        return [*interpreter(), "-c", code]
     pieces = [code[start : start + _PIECE] for start in range(0, len(code), _PIECE)]
-    return [sys.executable, "-c", "import sys; exec(''.join(sys.argv[1:]))", *pieces]
+    return [*interpreter(), "-c", "import sys; exec(''.join(sys.argv[1:]))", *pieces]
 
 
 def boot_code(module: str, call: str, argv: list[str]) -> str:

@@ -10,7 +10,6 @@ import logging
 import os
 import shlex
 import signal
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +20,7 @@ from executorlib.launchers.connecting import ConnectingWorker, dismiss
 from executorlib.launchers.job import read_tail
 from executorlib.launchers.queue import Batch, JobState, Limit, Phase
 from executorlib.launchers.room import Room
+from executorlib.launchers.session import interpreter
 from executorlib.launchers.systems import Cancellations, Holds, JobSystem, Refused, States, ask_whether_more_may_end
 from executorlib.resources import Resources
 from executorlib.serialize import Frame
@@ -219,7 +219,7 @@ class JobWorkerLauncher:
         batch = Batch(
             name="executorlib workers",
             directory=array.directory,
-            command=shlex.join(self._command(resources, [sys.executable, program])),
+            command=shlex.join(self._command(resources, [*interpreter(), program])),
             count=len(wanted),
             resources=resources,
             template_values=resources.template_values,

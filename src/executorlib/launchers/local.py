@@ -32,6 +32,7 @@ from executorlib.launchers.base import (
     tail_text,
 )
 from executorlib.launchers.mpi import MpiLauncher
+from executorlib.launchers.session import settings
 from executorlib.serialize import Frame
 from executorlib.transports.messages import Channel, Message
 from executorlib.worker.call import THREAD_VARIABLES
@@ -167,6 +168,7 @@ class Agent:
         self._host = socket.gethostname()
         self._greeted = False
         self.surroundings = Surroundings()
+        self._settings: dict[str, Any] = {}
 
     # -- requests -------------------------------------------------------------------------------------------------
 
@@ -179,6 +181,7 @@ class Agent:
         if self._preload:
             environ.update(dict.fromkeys(THREAD_VARIABLES, str(self._threads)))
         preload = [] if self._spawn else self._preload
+        self._settings = {} if self._spawn else settings()
         streams.fill()
         with contextlib.ExitStack() as on_failure:
             ours, theirs = socket.socketpair()
@@ -186,7 +189,9 @@ class Agent:
             with theirs:
                 error_read, error_write = os.pipe()
                 on_failure.callback(os.close, error_read)
-                command = boot_command("executorlib.worker.agent", f"({theirs.fileno()}, {preload!r})")
+                command = boot_command(
+                    "executorlib.worker.agent", f"({theirs.fileno()}, {preload!r}, {self._settings!r})"
+                )
                 try:
                     self._popen = subprocess.Popen(
                         command,
@@ -355,6 +360,7 @@ class Agent:
         if child.channel is not None:
             channel = child.channel
             process.transport = PipeTransport(channel, self._events)
+            process.settings = self._settings
             self._events.watch(channel, lambda: self._on_channel(child))
             self._events.on_connected(process)
 

@@ -9,7 +9,6 @@ import os
 import pickle
 import shlex
 import socket
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,6 +19,7 @@ from executorlib.launchers.base import Events, Timer, boot_file
 from executorlib.launchers.job import Job, JobBatch
 from executorlib.launchers.queue import Batch, Dependency, Limit
 from executorlib.launchers.room import Room
+from executorlib.launchers.session import interpreter, settings
 from executorlib.launchers.systems import JobSystem, Refused, ask_whether_more_may_end
 from executorlib.resources import Resources
 
@@ -349,13 +349,14 @@ class Submitter:
         if not batch.ids:  # else jobs may be reading them
             setup = {**self._system.setup(), "threads": resources.threads_per_core, "ranks": resources.cores}
             setup["gpus_per_rank"] = resources.gpus_per_core
+            setup["settings"] = settings()
             if resources.cwd is not None:
                 setup["cwd"] = resources.cwd
             # It holds the user's environment, with whatever secrets are there.
             setup_file, root = os.path.join(batch.directory, batches.SETUP_FILE), batches.root_of(batch.directory)
             files.write(setup_file, pickle.dumps(setup), root, mode=files.PRIVATE_MODE)
             batches.write_entries(batch.directory, {index: job.path for index, job in batch.jobs.items()})
-        return [sys.executable, os.path.join(batch.directory, program)]
+        return [*interpreter(), os.path.join(batch.directory, program)]
 
     def _answered(self, batch: JobBatch, part: _Part, answer: str | Refused) -> None:
         self._submitting.discard(batch)

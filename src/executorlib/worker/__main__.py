@@ -20,7 +20,8 @@ def main(pooled: bool, preload: list[str]) -> None:
     try:
         call.load(preload)
         permits = call.Permits(_socket(PERMITS_FD)) if pooled else None
-        call.serve(Connection(_socket(CONNECTION_FD)), permits)
+        connection = Connection(_socket(CONNECTION_FD))
+        call.serve(connection, permits)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # the executor is gone
     except BaseException as error:

@@ -24,7 +24,7 @@ import socket
 import sys
 
 from executorlib.transports.messages import Connection
-from executorlib.worker import call, family
+from executorlib.worker import call, family, settings
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -260,12 +260,13 @@ def _reseed() -> None:
         numpy_random.seed()
 
 
-def main(fd: int, preload: list[str]) -> None:
+def main(fd: int, preload: list[str], given: dict[str, Any]) -> None:
     """Run as agent.
 
     Args:
         fd: Descriptor of the socket to the executor.
         preload: Modules to import before any child is forked.
+        given: Settings that all children have by birth; see `worker.settings`.
     """
     family.unblock()
     call.tell_crashes()
@@ -273,6 +274,7 @@ def main(fd: int, preload: list[str]) -> None:
     os.set_inheritable(fd, False)
     agent = Agent(connection)
     try:
+        settings.apply(given)
         call.load(preload)
         call.flush()  # or every child would print it again
         # Looks in vain through the whole import path, so that every child inherits the directory listings instead of

@@ -333,7 +333,8 @@ def set_up(setup: dict[str, Any]) -> None:
         setup: Optional keys ``env`` (changes; None removes), ``path`` (`sys.path`), ``argv``, ``cwd``, ``threads``,
             ``gpus`` (device names), ``cores`` (CPU numbers to pin to), ``node`` (a number of CPUs and a list of device
             names: ``cores`` and ``gpus`` count among these, which may be called otherwise here), ``shown_gpus``
-            (whether what started the process has set one of the variables that name devices).
+            (whether what started the process has set one of the variables that name devices), ``settings`` (see
+            `worker.settings`).
     """
     tell_crashes()
     for name, value in setup.get("env", {}).items():
@@ -367,6 +368,10 @@ def set_up(setup: dict[str, Any]) -> None:
         # Pinning is a help, not a need: a control group may have taken CPUs away meanwhile.
         with contextlib.suppress(OSError):
             os.sched_setaffinity(0, cores)
+    if "settings" in setup:
+        from executorlib.worker import settings  # which forked workers mostly have from their agent
+
+        settings.apply(setup["settings"])
     cwd = setup.get("cwd")
     if cwd is not None:
         os.chdir(cwd)

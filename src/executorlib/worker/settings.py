@@ -1,0 +1,106 @@
+"""Settings of the user's interpreter, put in force in a worker; `launchers.session` describes them.
+
+Nothing is imported that is not wanted: a filter for warnings of a module that is not loaded here waits for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import re
+    from typing import Any
+
+# What was changed here before: by the agent, from which this process was forked.
+_loggers: dict[str, list[Any]] = {}
+
+
+def apply(settings: dict[str, Any]) -> None:
+    """Put settings in force.
+
+    Args:
+        settings: Those that are to change.
+    """
+    if "recursion_limit" in settings:
+        with contextlib.suppress(RecursionError):  # lower than this very call is deep
+            sys.setrecursionlimit(settings["recursion_limit"])
+    if "warnings" in settings:
+        _filter_warnings(settings["warnings"])
+    if "logging" in settings and (settings["logging"] or _loggers):
+        _set_up_logging(settings["logging"])
+
+
+def _filter_warnings(filters: list[Any]) -> None:
+    import warnings
+
+    warnings.resetwarnings()
+    warnings.filters.extend(  # type: ignore[attr-defined]
+        (action, _pattern(message), _category(module_of_category, name), _pattern(module), line)
+        for action, message, module_of_category, name, module, line in filters
+    )
+
+
+def _pattern(described: Any) -> Any:
+    return _Pattern(*described) if isinstance(described, list) else described
+
+
+class _Pattern:
+    """Stands for a compiled pattern. Most are for warnings that never come, and compiling them takes a while."""
+
+    def __init__(self, pattern: str, flags: int) -> None:
+        self.pattern = pattern
+        self.flags = flags
+        self._compiled: re.Pattern[str] | None = None
+
+    def match(self, text: str) -> Any:
+        """See `re.Pattern.match`."""
+        if self._compiled is None:
+            import re
+
+            self._compiled = re.compile(self.pattern, self.flags)
+        return self._compiled.match(text)
+
+
+class _ByName(type):
+    """Class of classes that stand for another one, which is not loaded here yet, or is the program's own."""
+
+    def __subclasscheck__(cls, subclass: type) -> bool:
+        return any(
+            (each.__module__, each.__qualname__) == (cls.__module__, cls.__qualname__) for each in subclass.__mro__
+        )
+
+
+def _category(module: str, name: str) -> Any:
+    found: Any = sys.modules.get(module) if module != "__main__" else None
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    if isinstance(found, type) and issubclass(found, Warning):
+        return found
+    return _ByName(name, (Warning,), {"__module__": module, "__qualname__": name})
+
+
+def _set_up_logging(described: dict[str, Any]) -> None:
+    import logging
+
+    for name, handlers in _loggers.items():
+        logger = logging.getLogger(name or None)
+        logger.setLevel(logging.NOTSET if name else logging.WARNING)
+        logger.propagate = True
+        for handler in handlers:
+            logger.removeHandler(handler)
+    _loggers.clear()
+    logging.disable(described.get("disabled", logging.NOTSET))
+    for name, (level, propagates, handlers) in described.get("loggers", {}).items():
+        logger = logging.getLogger(name or None)
+        logger.setLevel(level)
+        logger.propagate = propagates
+        _loggers[name] = []
+        for stream, handler_level, text, date, style in handlers:
+            handler = logging.StreamHandler(getattr(sys, stream))
+            handler.setLevel(handler_level)
+            if text is not None:
+                handler.setFormatter(logging.Formatter(text, date, style))
+            logger.addHandler(handler)
+            _loggers[name].append(handler)
