@@ -7,7 +7,7 @@ import sys
 
 from executorlib.transports.messages import Connection
 from executorlib.worker import call
-from executorlib.worker.agent import CONNECTION_FD, PERMITS_FD
+from executorlib.worker.agent import CONNECTION_FD, PERMITS_FD, note_files
 
 
 def main(pooled: bool, preload: list[str]) -> None:
@@ -19,6 +19,7 @@ def main(pooled: bool, preload: list[str]) -> None:
     """
     try:
         call.load(preload)
+        note_files(preload)
         permits = call.Permits(_socket(PERMITS_FD)) if pooled else None
         connection = Connection(_socket(CONNECTION_FD))
         call.serve(connection, permits)

@@ -260,6 +260,14 @@ def _reseed() -> None:
         numpy_random.seed()
 
 
+def note_files(modules: list[str]) -> None:
+    """Note the files of modules that were loaded ahead, so that a later change of one is noticed with a key."""
+    if any(name.partition(".")[0] != "executorlib" for name in modules):
+        from executorlib.sources import remember_loaded  # what most workers do without
+
+        remember_loaded()
+
+
 def main(fd: int, preload: list[str], given: dict[str, Any]) -> None:
     """Run as agent.
 
@@ -276,6 +284,7 @@ def main(fd: int, preload: list[str], given: dict[str, Any]) -> None:
     try:
         settings.apply(given)
         call.load(preload)
+        note_files(preload)
         call.flush()  # or every child would print it again
         # Looks in vain through the whole import path, so that every child inherits the directory listings instead of
         # reading them anew for its first import.
