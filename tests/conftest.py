@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from contract.functions import Gate
 from executorlib import machine
+from executorlib.loop import running_loops
 
 LINUX = sys.platform.startswith("linux")
 TEST_SECONDS = 60.0
@@ -165,7 +166,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "row" not in metafunc.fixturenames:
         return
     essential = metafunc.definition.get_closest_marker("essential") is not None
-    inside, in_flux = "SLURM_JOB_ID" in os.environ, "FLUX_URI" in os.environ
+    inside = "SLURM_JOB_ID" in os.environ and told_to_use("SLURM")
+    in_flux = "FLUX_URI" in os.environ
     chosen = [
         row
         for row in ROWS
@@ -328,7 +330,8 @@ class Scripts:
             text=True,
             env={**os.environ, **(env or {}), "TEST_OPTIONS": json.dumps(options or {})},
             cwd=self.folder,
-            **kwargs,
+            # A group of its own, so that nothing of it is left when it has to be killed.
+            **{"start_new_session": True, **kwargs},
         )
         self.started.append(process)
         return process
@@ -349,8 +352,26 @@ def scripts(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Scripts]
     yield made
     for process in made.started:
         if process.poll() is None:
-            process.kill()
+            end_group(process, gently=request.config.stash.get(_interrupted_key, False))
         process.communicate()
+
+
+def end_group(process: subprocess.Popen[Any], gently: bool) -> None:
+    """Kill a program and its process group.
+
+    Args:
+        process: Its leader, which has not been waited for.
+        gently: Whether to interrupt it first, so that it can cancel its jobs.
+    """
+    if gently:
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(LEAK_SECONDS)
+            return
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):  # it leads no group
+        process.kill()
 
 
 # What became of a test.
@@ -389,7 +410,16 @@ def missing_for_mpi() -> list[str]:
     return missing
 
 
+def told_to_use(system: str) -> bool:
+    """Whether the tests were told to use a queuing system: one that happens to be on the machine is others'."""
+    return bool(os.environ.get(f"EXECUTORLIB_TEST_{system}"))
+
+
 def missing_for_slurm() -> list[str]:
+    if not told_to_use("SLURM"):
+        return [
+            "a Slurm that the tests may use (make test-slurm starts one; EXECUTORLIB_TEST_SLURM=1 has them use yours)"
+        ]
     if not shutil.which("sinfo"):
         return ["Slurm: there is no sinfo on PATH (make test-slurm starts a cluster)"]
     try:
@@ -403,6 +433,11 @@ def missing_for_slurm() -> list[str]:
 
 
 def missing_for_gridengine() -> list[str]:
+    if not told_to_use("GRIDENGINE"):
+        return [
+            "a Grid Engine that the tests may use (make test-gridengine starts one; EXECUTORLIB_TEST_GRIDENGINE=1 has "
+            "them use yours)"
+        ]
     missing = [] if importlib.util.find_spec("defusedxml") else ["defusedxml (pip install executorlib[cluster])"]
     if not shutil.which("qacct"):  # other queues have a qstat, too
         return [*missing, "Grid Engine: there is no qacct on PATH (make test-gridengine starts one)"]
@@ -464,6 +499,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
+    if LINUX:
+        kill_marked()  # what an interrupt has kept `no_orphans` from killing
     os.close(config.stash[_stderr_key])
     shutil.rmtree(os.environ[FOLDER_VARIABLE])
 
@@ -492,15 +529,70 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 _stderr_key: pytest.StashKey[int] = pytest.StashKey()
 
 
-@pytest.fixture(autouse=True)
-def deadline(request: pytest.FixtureRequest) -> Iterator[None]:
-    """End the run, with every thread's stack, where a hung test outlives pytest-timeout."""
-    mark = request.node.get_closest_marker("timeout")
-    limit = mark.args[0] if mark else TEST_SECONDS
-    stderr = request.config.stash[_stderr_key]
-    faulthandler.dump_traceback_later(2 * limit, exit=True, file=stderr)
-    yield
+_deadline_key: pytest.StashKey[float | None] = pytest.StashKey()
+_interrupted_key: pytest.StashKey[bool] = pytest.StashKey()
+
+
+def arm(config: pytest.Config) -> None:
+    """Have the run end, with every thread's stack, when the deadline has passed."""
+    due = config.stash.get(_deadline_key, None)
+    if due is not None:
+        left = max(0.1, due - time.monotonic())
+        faulthandler.dump_traceback_later(left, exit=True, file=config.stash[_stderr_key])
+
+
+def begin_deadline(config: pytest.Config, seconds: float) -> None:
+    config.stash[_deadline_key] = time.monotonic() + seconds
+    arm(config)
+
+
+def end_deadline(config: pytest.Config) -> None:
+    config.stash[_deadline_key] = None
     faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """End the run where a test, its fixtures and those of its module included, outlives pytest-timeout."""
+    mark = item.get_closest_marker("timeout")
+    begin_deadline(item.config, 2 * (mark.args[0] if mark else item.config.getoption("timeout", None) or TEST_SECONDS))
+    try:
+        return (yield)
+    finally:
+        end_deadline(item.config)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_exception_interact(node: pytest.Item | pytest.Collector) -> Generator[None, object, object]:
+    """Arm the deadline again after a failure: pytest disarms it here, for the sake of a debugger."""
+    try:
+        return (yield)
+    finally:
+        arm(node.config)
+
+
+def pytest_enter_pdb(config: pytest.Config) -> None:
+    config.stash[_deadline_key] = None
+
+
+def pytest_keyboard_interrupt() -> None:
+    """End what executors of this process still run, so that fixtures need not wait for it and no job is left."""
+    for loop in running_loops():
+        loop.shutdown(cancel=True)
+        loop.end_workers(signal.SIGKILL)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Tear down what an interrupted test has set up: errors in it would keep pytest from telling what has failed."""
+    begin_deadline(session.config, TEST_SECONDS)
+    session.config.stash[_interrupted_key] = True
+    try:
+        session._setupstate.teardown_exact(None)
+    except BaseException as error:
+        session.config.get_terminal_writer().line(f"\nwhile the interrupted test was torn down: {error!r}")
+    finally:
+        end_deadline(session.config)
 
 
 def children() -> set[int]:
@@ -549,7 +641,7 @@ def describe(pid: int) -> str:
 
 
 @pytest.fixture(autouse=True)
-def leak_guard(request: pytest.FixtureRequest, deadline: None) -> Iterator[None]:
+def leak_guard(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fail a test that leaves a thread, a child process or an open file behind, and name it."""
     threads_before = set(threading.enumerate())
     children_before = children()
@@ -559,7 +651,7 @@ def leak_guard(request: pytest.FixtureRequest, deadline: None) -> Iterator[None]
     shared = module.stash.get(_shared_key, None) if module else None
     files_allowed = max(len(files_before), shared.files if shared else 0)
     yield
-    if failed(request):
+    if failed(request) or request.config.stash.get(_interrupted_key, False):
         return
 
     def left_over() -> list[str]:
@@ -596,23 +688,27 @@ def marked_processes() -> list[int]:
     return found
 
 
+def kill_marked() -> list[str]:
+    """Kill what descends from this test run; says what it was."""
+    killed = []
+    for pid in marked_processes():
+        killed.append(describe(pid))
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return killed
+
+
 @pytest.fixture(autouse=True, scope="module")
-def no_orphans() -> Iterator[None]:
+def no_orphans(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fail a module whose tests leave processes that are no longer this process's children."""
     yield
     if not LINUX:
         return
-    left = marked_processes()
     give_up = time.monotonic() + LEAK_SECONDS
-    while left and time.monotonic() < give_up:
+    while marked_processes() and time.monotonic() < give_up:
         time.sleep(0.01)
-        left = marked_processes()
-    if left:
-        named = [describe(pid) for pid in left]
-        for pid in left:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        pytest.fail("processes left behind: " + "; ".join(named))
+    if (left := kill_marked()) and not request.config.stash.get(_interrupted_key, False):
+        pytest.fail("processes left behind: " + "; ".join(left))
 
 
 _AS_USER = """

@@ -22,7 +22,10 @@ NEEDS = {
     "FluxClusterExecutor": [pytest.mark.flux],
     "FluxJobExecutor": [pytest.mark.flux],
     "SlurmClusterExecutor": [pytest.mark.cache, pytest.mark.slurm],
-    "SlurmJobExecutor": [pytest.mark.skipif("SLURM_JOB_ID" not in os.environ, reason="needs a Slurm job around it")],
+    "SlurmJobExecutor": [
+        pytest.mark.slurm,
+        pytest.mark.skipif("SLURM_JOB_ID" not in os.environ, reason="needs a Slurm job around it"),
+    ],
     "TestClusterExecutor": [pytest.mark.cache],
 }
 
