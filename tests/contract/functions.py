@@ -248,5 +248,36 @@ def rank_that_fails(bad: int) -> int:
     return 0
 
 
+def note_shared_memory(folder: str) -> Any:
+    """On a rank: write down what it has mapped of shared memory, and wait for all ranks to have done so."""
+    from mpi4py import MPI
+
+    world = MPI.COMM_WORLD
+    with open("/proc/self/maps") as maps:
+        names = [line.partition("/dev/shm/")[2].removesuffix(" (deleted)\n").strip() for line in maps]
+    put(f"{folder}/{world.rank}.{os.getpid()}.{os.getppid()}", "\n".join(filter(None, names)))
+    world.Barrier()
+    return world
+
+
+def raise_on(folder: str, ranks: list[int], others_wait: bool) -> None:
+    world = note_shared_memory(folder)
+    if world.rank in ranks:
+        raise CustomError("after all were there")
+    if others_wait:
+        world.Barrier()
+
+
+def die_on_a_rank(folder: str) -> None:
+    if note_shared_memory(folder).rank == 1:
+        os._exit(3)
+    time.sleep(60)
+
+
+def rest(folder: str) -> None:
+    note_shared_memory(folder)
+    time.sleep(60)
+
+
 def takes_resource_dict(value: Any, resource_dict: Any = None) -> Any:
     return value

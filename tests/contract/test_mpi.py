@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,14 @@ from contract.functions import (
     CustomError,
     Gate,
     add,
+    die_on_a_rank,
     environment,
     identity,
-    put,
+    raise_on,
     rank,
     rank_sum,
     rank_that_fails,
+    rest,
     until,
     wait_until_gone,
 )
@@ -209,37 +210,6 @@ def test_worlds_leave_no_files(row: Any, scripts: Any, tmp_path: Path) -> None:
     assert out.splitlines() == ["ExecutorlibSocketError", "[]"], err
 
 
-def note_shared_memory(folder: str) -> Any:
-    """On a rank: write down what it has mapped of shared memory, and wait for all ranks to have done so."""
-    from mpi4py import MPI
-
-    world = MPI.COMM_WORLD
-    with open("/proc/self/maps") as maps:
-        names = [line.partition("/dev/shm/")[2].removesuffix(" (deleted)\n").strip() for line in maps]
-    put(f"{folder}/{world.rank}.{os.getpid()}.{os.getppid()}", "\n".join(filter(None, names)))
-    world.Barrier()
-    return world
-
-
-def raise_on(folder: str, ranks: list[int], others_wait: bool) -> None:
-    world = note_shared_memory(folder)
-    if world.rank in ranks:
-        raise CustomError("after all were there")
-    if others_wait:
-        world.Barrier()
-
-
-def die_on_a_rank(folder: str) -> None:
-    if note_shared_memory(folder).rank == 1:
-        os._exit(3)
-    time.sleep(60)
-
-
-def rest(folder: str) -> None:
-    note_shared_memory(folder)
-    time.sleep(60)
-
-
 def ranks_noted(folder: Path) -> list[Path]:
     """What the two ranks have written down, once both have."""
     until(lambda: len([path for path in folder.iterdir() if path.name.count(".") == 2]) == 2, WAIT)
@@ -264,7 +234,7 @@ ENDS: dict[str, tuple[Callable[..., Any], list[Any]]] = {
 def test_worlds_leave_no_shared_memory(make_executor: Callable[..., Any], tmp_path: Path, end: str) -> None:
     """Full of it, a machine starts no more worlds."""
     function, arguments = ENDS[end]
-    needs = {**TWO, "run_time_max": 2} if end == "run_time_max" else TWO
+    needs = {**TWO, "run_time_max": 4} if end == "run_time_max" else TWO
     with make_executor(max_workers=1, max_cores=2, resource_dict=needs) as executor:
         future = executor.submit(function, str(tmp_path), *arguments)
         if end.endswith("_workers"):

@@ -432,6 +432,16 @@ def test_users_process_is_killed(row: Any, scripts: Any, tmp_path: Path) -> None
     wait_until_gone(*pids, seconds=5)
 
 
+@pytest.mark.linux
+def test_users_process_is_killed_with_a_suspended_agent(row: Any, scripts: Any, tmp_path: Path) -> None:
+    process = scripts.start(RUNNING + "    time.sleep(60)\n", row.arguments())
+    assert process.stdout.readline() == "running\n"
+    pids = processes_of(tmp_path, process.pid)
+    suspend(*{int(wait_for(tmp_path / f"pid-{i}").split()[1]) for i in range(2)})
+    process.kill()
+    wait_until_gone(*pids, seconds=5)
+
+
 @pytest.mark.rows("fork", "block-fork")
 def test_users_process_is_killed_with_busy_workers(row: Any, scripts: Any, tmp_path: Path) -> None:
     """Also workers that never look up: ones that compute, ones that ignore signals."""

@@ -277,6 +277,8 @@ def main(fd: int, preload: list[str], given: dict[str, Any]) -> None:
         given: Settings that all children have by birth; see `worker.settings`.
     """
     family.unblock()
+    # Suspended, it would not see that its executor is gone. It makes no difference to one that is not.
+    family.prctl(family.PR_SET_PDEATHSIG, signal.SIGCONT)
     call.tell_crashes()
     connection = Connection(socket.socket(fileno=fd))
     os.set_inheritable(fd, False)
