@@ -968,3 +968,12 @@ def test_a_server_that_takes_this_user_for_another(tmp_path: Path, monkeypatch: 
     assert output.value == 3
     assert [path.name for path in tmp_path.iterdir()] == ["a_o.h5"]
     assert files.is_own(os.stat(tmp_path))
+
+
+def test_asking_whether_something_is_there_changes_nothing(tmp_path: Path) -> None:
+    write(tmp_path / "a_o.h5", output=1)
+    (tmp_path / "link").symlink_to("nowhere")
+    for name, there in (("a_o.h5", True), ("link", True), (".", True), ("b_o.h5", False), ("no/folder/at/all", False)):
+        assert files.is_there(str(tmp_path / name)) is there
+        assert files.is_there(str(tmp_path / name)) is there
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a_o.h5", "link"]

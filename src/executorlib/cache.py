@@ -23,6 +23,7 @@ from executorlib.entries import (
     OUTPUT,
     WRITING,
     entry_path,
+    input_of,
     output_of,
     read_output,
     read_values,
@@ -38,6 +39,8 @@ _LONGEST_POLL_SECONDS = 1.0
 # How long neither file of an entry may be seen before it counts as removed: network file systems show a
 # rename late, NFS by default after up to a minute, mostly within seconds.
 _GONE_SECONDS = 10.0
+# How often a network file system is not to answer from its memory whether there is a result, in seconds.
+_ASK_SECONDS = 5.0
 
 
 def get_cache_data(cache_directory: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -61,6 +64,8 @@ def get_cache_data(cache_directory: str | os.PathLike[str]) -> list[dict[str, An
     rows = []
     for path in _files(cache_directory, (INPUT, OUTPUT)):
         values = read_values(path, DATASETS, cache_directory)
+        if values is None and not os.path.exists(path) and files.is_there(path):
+            values = read_values(path, DATASETS, cache_directory)
         if values is None:
             continue
         if path.endswith(INPUT) and "queue_id" not in values:
@@ -96,9 +101,9 @@ def get_future_from_cache(cache_directory: str | os.PathLike[str], cache_key: st
     # Looked for again at the end: it may get done between the first two looks.
     output = read_output(path, cache_directory)
     running = output is None and _is_pending(path)
-    if output is None and not running:
+    if output is None and not running and files.is_there(path):
         output = read_output(path, cache_directory)
-    if output is None and not running:
+    if output is None and not running and not files.is_there(input_of(path)):
         raise FileNotFoundError(
             f"the cache directory {os.fspath(cache_directory)} has no entry {cache_key!r}; "
             "get_cache_data() lists those it has"
@@ -193,24 +198,30 @@ class _Watcher:
                 threading.Thread(target=self._run, name="executorlib-cache", daemon=True).start()
 
     def _run(self) -> None:
-        watched: dict[Future[Any], tuple[str, str, float]] = {}  # its file and root, when it was last seen pending
+        # Its file and root, when it was last seen pending, and when the file system was last asked anew.
+        watched: dict[Future[Any], tuple[str, str, float, float]] = {}
         while True:
             with self._lock:
-                watched.update({future: (path, root, time.monotonic()) for future, path, root in self._new})
+                now = time.monotonic()
+                watched.update({future: (path, root, now, now) for future, path, root in self._new})
                 self._new.clear()
                 if not watched:
                     self._running = False
                     return
             began = time.thread_time()
-            for future, (path, root, seen) in list(watched.items()):
+            for future, (path, root, seen, asked) in list(watched.items()):
+                now = time.monotonic()
+                if now - asked > _ASK_SECONDS:
+                    asked = now
+                    files.is_there(path)
                 try:
                     if future.cancelled():
                         future.set_running_or_notify_cancel()  # tells those who wait for it
                         del watched[future]
                     elif self._look(future, path, root, seen):
                         del watched[future]
-                    elif _is_pending(path):
-                        watched[future] = (path, root, time.monotonic())
+                    else:
+                        watched[future] = (path, root, now if _is_pending(path) else seen, asked)
                 except BaseException:  # a callback's: other futures must not wait for ever because of it
                     logger.exception("a callback of a future raised")
                     del watched[future]
@@ -222,7 +233,7 @@ class _Watcher:
     def _look(future: Future[Any], path: str, root: str, seen: float) -> bool:
         """Resolve the future if its entry is done, damaged or removed, and say whether it was."""
         if not os.path.exists(path):
-            if time.monotonic() - seen < _GONE_SECONDS:
+            if time.monotonic() - seen < _GONE_SECONDS or files.is_there(path):
                 return False
             future.cancel()
             future.set_running_or_notify_cancel()

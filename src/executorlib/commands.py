@@ -182,8 +182,12 @@ def _stem(path: str) -> str:
 def _entry(root: str, path: str, state: State) -> Entry | None:
     try:
         status = os.stat(path, follow_symlinks=False)
-    except (FileNotFoundError, NotADirectoryError):
+    except NotADirectoryError:
         return None
+    except FileNotFoundError:
+        if not files.is_there(path):
+            return None
+        status = os.stat(path, follow_symlinks=False)
     return Entry(_stem(path)[len(root) + 1 :], state, status.st_size, status.st_mtime, path)
 
 

@@ -138,7 +138,7 @@ class ResultOf:
 def _load_result(path: str, keys: tuple[Any, ...], root: str | None = None) -> Any:
     output = read_output(path, root)
     give_up = time.monotonic() + _SHOW_SECONDS
-    while output is None and not os.path.exists(path) and time.monotonic() < give_up:
+    while output is None and not files.is_there(path) and time.monotonic() < give_up:
         time.sleep(1.0)
         output = read_output(path, root)
     if output is None:

@@ -13,6 +13,7 @@ import contextlib
 import errno
 import os
 import stat
+import sys
 import time
 
 # Nothing is loaded here that jobs do without: what a job loads, it pays for at every start.
@@ -442,6 +443,31 @@ def read(path: str | os.PathLike[str], root: str | os.PathLike[str] | None = Non
         while len(data) < size and (more := file.read(size - len(data))):
             data += more
     return data
+
+
+def is_there(path: str) -> bool:
+    """Whether there is a file or a folder, whatever a network file system remembers.
+
+    Such file systems remember for a while which names are there and which are not, NFS by default for up to a minute.
+    NFS asks its server again about the names in a folder that is opened. File systems of FUSE ask when a name is to be
+    made that must not be there yet; so a link is tried that can never be made, as no folder has a second name.
+    """
+    folder = os.path.dirname(path) or "."
+    try:
+        os.close(os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+    except FileNotFoundError:
+        if not is_there(folder):
+            return False
+    except OSError:
+        pass
+    if sys.platform == "linux":
+        try:
+            os.link(folder, path, follow_symlinks=False)
+        except FileExistsError:
+            return True
+        except OSError:
+            pass
+    return os.path.lexists(path)
 
 
 def is_older(path: str, seconds: float) -> bool:

@@ -234,7 +234,7 @@ class JobBatch:
         """Whether the session that made it ended before submitting it; a job that runs all the same will notice."""
         owner = owner_of(self.directory)
         if owner.get("host") != socket.gethostname() or "pid" not in owner:
-            return not os.path.isdir(self.directory) or files.is_older(self.directory, SUBMIT_SECONDS)
+            return not files.is_there(self.directory) or files.is_older(self.directory, SUBMIT_SECONDS)
         return not machine.is_running(owner["pid"], owner.get("started", ""))
 
 

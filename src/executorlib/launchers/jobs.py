@@ -98,7 +98,6 @@ class JobLauncher:
         self._ended_now: set[str] = set()  # outputs that do not come, of which dependents have not heard yet
         self._told: set[int] = set()  # calls of which the user knows that they wait for another system
         self._roots: set[str] = set()  # cache directories
-        self._refreshed: set[str] = set()  # folders that were looked into anew in this look
         self._prepared = False
         self._early: list[Callable[[], None]] = []  # what has to wait until the system is known
         self._leaving = False
@@ -235,9 +234,11 @@ class JobLauncher:
                     if self._log_sizes:
                         size = os.path.getsize(job.path)
                         logger.warning("call %d of %s: sent %d bytes", task.number, task.name, size)
-                    ending = entries.read_ending(job.output, job.root)
+                    # The look-up may have been told what a network file system remembered.
+                    is_done = _is_on_local_disk(job) or files.is_there(job.output)
+                    ending = entries.read_ending(job.output, job.root) if is_done else None
                     if ending is not None and not ending.kept:
-                        os.unlink(job.output)  # others who waited for it have had their time
+                        files.remove(job.output, job.root)  # others who waited for it have had their time
                     elif ending is not None:
                         # Another session's job has ended, and removed its entry, since the call was looked up.
                         entries.remove_input(job.path, job.root)
@@ -256,10 +257,14 @@ class JobLauncher:
     def _follow_owner(self, job: Job) -> bool:
         """Follow the session that has claimed the call; False where the entry is ours to try again."""
         entry = entries.read_input(job.path, job.root)
+        if entry is None and not os.path.exists(job.path) and files.is_there(job.path):
+            entry = entries.read_input(job.path, job.root)
         if entry is None:
-            if os.path.exists(job.output):
+            if files.is_there(job.output):
                 self._follow(job, None, 0)
                 return True
+            if not files.is_there(job.path):
+                return False
             seen, now = _identity(job.path), time.monotonic()
             if seen is None:
                 return False
@@ -338,7 +343,6 @@ class JobLauncher:
     def _look(self) -> None:
         """Look for results."""
         self._ended_now.clear()
-        self._refreshed.clear()
         cpu, began = time.thread_time(), time.monotonic()
         self._each(list(self._jobs.values()), lambda job: self._look_at(job, began))
         if self._jobs:
@@ -445,6 +449,10 @@ class JobLauncher:
         if self._asking or self._leaving or not self._jobs:
             return
         self._find_job_ids()
+        for job in self._jobs.values():
+            # The system may not know another session's job, and the file system may remember that there was no result.
+            if (job.batch is None or not job.batch.ours) and not _is_on_local_disk(job):
+                files.is_there(job.output)
         asked = [job for job in self._jobs.values() if job.submitted is not None]
         if not asked:
             self._questions.within(self._ask_after)
@@ -505,13 +513,9 @@ class JobLauncher:
             return
         if self._waits_for_inputs_end(job):
             return
-        if now - job.gone_since > self._grace(job):
+        is_there = files.is_there(job.output)  # then the next look reads it
+        if now - job.gone_since > self._grace(job) and (job.damaged is not None or not is_there):
             self._give_up(job)
-            return
-        folder = os.path.dirname(job.output)
-        if folder not in self._refreshed:
-            self._refreshed.add(folder)
-            _refresh(folder)
 
     @staticmethod
     def _grace(job: Job) -> float:
@@ -520,7 +524,7 @@ class JobLauncher:
             return _GRACE
         if job.ended_well((RESULT, RAISED)):
             return _RESULT_GRACE
-        return _RESULT_GRACE if job.ended_unseen() and not machine.is_local_disk(job.root or "/") else _GRACE
+        return _RESULT_GRACE if job.ended_unseen() and not _is_on_local_disk(job) else _GRACE
 
     def _waits_for_inputs_end(self, job: Job) -> bool:
         """Whether an input's job has ended, too, of which the call is to tell, and that is being looked into."""
@@ -563,7 +567,7 @@ class JobLauncher:
         """Find out which jobs the calls of other sessions became."""
         for job in [job for job in self._jobs.values() if job.batch is None and job.ending is None]:
             # Nobody says whether a job has it. When it is removed, or stays unreadable, it is free again.
-            if job.unreadable is not None or not os.path.exists(job.path):
+            if job.unreadable is not None or not files.is_there(job.path):
                 self._claim(job)
         followed = set(self._followed.values())
         unknown = [job for job in self._jobs.values() if job.batch in followed and job.submitted is None]
@@ -605,10 +609,8 @@ def _remove_input(job: Job) -> None:
         entries.remove_input(job.path, job.root)
 
 
-def _refresh(folder: str) -> None:
-    """Have a network file system look for new files: NFS asks its server about each folder that is opened."""
-    with contextlib.suppress(OSError):
-        os.close(os.open(folder, os.O_RDONLY | os.O_DIRECTORY))
+def _is_on_local_disk(job: Job) -> bool:
+    return machine.is_local_disk(job.root or "/")
 
 
 def _identity(path: str) -> Identity | None:

@@ -95,6 +95,8 @@ def _claimed(directory: str, index: int, part: str, setup: dict[str, Any]) -> di
     ending = entries.read_ending(entries.output_of(path), root)
     if ending is not None:
         return RAISED if ending.failed else RESULT
+    if entry is None and files.is_there(path):
+        entry = entries.read_input(path, root)
     if entry is None:
         raise FileNotFoundError(f"the call {path} was removed, or is damaged; it can be submitted again")
     queue_id = int(job_id) if job_id.isdecimal() else job_id or None
