@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -205,9 +205,9 @@ def test_mpiexec_is_asked_where_a_call_is_submitted(
     monkeypatch.setattr("executorlib.clusters.find_mpiexec", find)
     # One that runs nothing needs no cluster.
     with SlurmClusterExecutor(pmi_mode=pmi_mode, export_workflow_filename=str(tmp_path / "graph.json")) as executor:
-        executor.submit(os.path.basename, "a")
+        executor.submit(shlex.quote, "a")
         assert not asked
-        executor.submit(os.path.basename, "b", resource_dict={"cores": 2})
+        executor.submit(shlex.quote, "b", resource_dict={"cores": 2})
         assert len(asked) == (0 if pmi_mode else 1)
 
 
