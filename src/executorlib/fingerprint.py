@@ -38,7 +38,7 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
-from executorlib import sources
+from executorlib import serialize, sources
 from executorlib.sources import Root
 
 # Changing how anything is described means changing this, so that no new key meets an old entry.
@@ -218,7 +218,8 @@ def _version(fn: Callable[..., Any]) -> str | None:
     module = getattr(fn, "__module__", None)
     if not isinstance(module, str) or _home(module).users:
         return None
-    version = getattr(sys.modules.get(module.partition(".")[0]), "__version__", None)
+    # Not by attribute: the standard library warns of those that it is about to remove.
+    version = vars(sys.modules.get(module.partition(".")[0], types)).get("__version__")
     return version if isinstance(version, str) else None
 
 
@@ -732,13 +733,7 @@ def _is_kept_by_enum(name: str) -> bool:
 
 def _annotations(cls: type) -> list[tuple[str, str]]:
     """The annotations of a class's own, as text."""
-    if sys.version_info >= (3, 14):
-        import annotationlib
-
-        found = annotationlib.get_annotations(cls, format=annotationlib.Format.STRING)
-    else:
-        found = vars(cls).get("__annotations__", {})
-    return [(name, _text(value)) for name, value in found.items()]
+    return [(name, _text(value)) for name, value in serialize.annotations_of(cls).items()]
 
 
 def _text(annotation: object) -> str:

@@ -95,6 +95,54 @@ def _fill_single_dispatch(dispatching: Any, state: tuple[dict[type, Any], dict[s
     vars(dispatching).update(attributes)
 
 
+# From Python 3.14 on, annotations are evaluated when somebody asks for them, which fails for a name that is imported
+# for type checkers alone. cloudpickle loses the annotations of classes, and asks for those of functions.
+_LAZY_ANNOTATIONS = sys.version_info >= (3, 14)
+
+
+def _reduce_lazily_annotated(obj: Any, by_cloudpickle: Callable[[Any], Any]) -> Any:
+    """Reduce a function or class of Python 3.14 or later together with its annotations.
+
+    Args:
+        obj: The function or class.
+        by_cloudpickle: Reduces it as cloudpickle does.
+    """
+    if isinstance(obj, type):
+        reduced = by_cloudpickle(obj)
+        if isinstance(reduced, tuple) and "__annotate_func__" in vars(obj):
+            reduced[2][0]["__annotations__"] = annotations_of(obj)
+        return reduced
+    try:
+        obj.__annotations__  # noqa: B018  # which cloudpickle asks for
+    except Exception:
+        if not _is_found_by_name(obj):
+            return by_cloudpickle(_annotated_by_text(obj))
+    return by_cloudpickle(obj)
+
+
+def _annotated_by_text(fn: FunctionType) -> FunctionType:
+    """A copy of a function that has the text of its annotations in their place."""
+    copy = FunctionType(fn.__code__, fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
+    for name in ("__module__", "__qualname__", "__doc__", "__kwdefaults__"):
+        setattr(copy, name, getattr(fn, name))
+    vars(copy).update(vars(fn))
+    copy.__annotations__ = annotations_of(fn)
+    return copy
+
+
+def annotations_of(obj: Any) -> dict[str, Any]:
+    """The annotations of a function, or of a class itself; their source text if one of them cannot be evaluated."""
+    if sys.version_info >= (3, 14):
+        import annotationlib
+
+        try:
+            return dict(annotationlib.get_annotations(obj))
+        except Exception:  # mostly a NameError
+            return dict(annotationlib.get_annotations(obj, format=annotationlib.Format.STRING))
+    else:
+        return dict(vars(obj).get("__annotations__", {}) if isinstance(obj, type) else obj.__annotations__)
+
+
 @functools.cache
 def _pickler() -> Any:
     """The class that pickles what plain pickle cannot, or by reference only; loaded when it is first needed."""
@@ -127,6 +175,8 @@ def _pickler() -> Any:
         def reducer_override(self, obj: Any) -> Any:
             if type(obj) is FunctionType and obj.__code__ is _DISPATCHING and not _is_found_by_name(obj):
                 return _reduce_single_dispatch(obj)
+            if _LAZY_ANNOTATIONS and isinstance(obj, (FunctionType, type)):
+                return _reduce_lazily_annotated(obj, functools.partial(by_cloudpickle, self))
             return by_cloudpickle(self, obj)
 
     return Pickler

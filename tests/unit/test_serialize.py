@@ -6,8 +6,8 @@ import collections
 import functools
 import gc
 import pickle
+import sys
 import threading
-import types
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -346,7 +346,7 @@ def test_another_function_in_the_same_place() -> None:
     """An identity is used again once its object is gone."""
     submits = Submits()
     for value in range(200):
-        function = types.FunctionType((lambda: 1.5).__code__.replace(co_consts=(value,)), {"__name__": "__main__"})
+        function = eval(f"lambda: {value}", {"__name__": "__main__"})
         assert loads([submits.send(function, submits.submit())])() == value
 
 
@@ -406,3 +406,36 @@ def test_functions_by_value_keep_the_name_of_their_file() -> None:
 
     for frames in (serialize.dumps(function), [serialize.dumps_in_band(function)]):
         assert serialize.loads(frames).__code__.co_filename == __file__
+
+
+ANNOTATED = """
+class Point:
+    x: int
+    other: "Point"
+
+class Unknown:
+    x: int
+    y: Missing
+
+def f(point: Point) -> int:
+    return 1
+
+def g(point: Missing) -> int:
+    return g.__annotations__
+"""
+
+
+def test_annotations_go_along() -> None:
+    """... also those that are evaluated late, and one that cannot be evaluated at all."""
+    late = sys.version_info >= (3, 14)
+    source = ANNOTATED if late else "from __future__ import annotations\n" + ANNOTATED
+    names: dict[str, Any] = {"__name__": "__main__"}
+    exec(compile(source, "<program>", "exec", dont_inherit=True), names)
+    point, f, g = loads(dumps((names["Point"], names["f"], names["g"])))
+    if late:
+        assert point.__annotations__ == {"x": int, "other": "Point"}
+        assert f.__annotations__ == {"point": point, "return": int}
+        assert loads(dumps(names["Unknown"])).__annotations__ == {"x": "int", "y": "Missing"}
+    else:
+        assert point.__annotations__ == {"x": "int", "other": "'Point'"}
+    assert g(None) == g.__annotations__ == {"point": "Missing", "return": "int"}
