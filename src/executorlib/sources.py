@@ -322,6 +322,11 @@ class _Slicer:
             self._import((star, ()))
         if source.whole:
             self._later((name, ()))
+        if source.lazy and module.folders:
+            import pkgutil
+
+            for _, inner, _ in pkgutil.iter_modules(module.folders, f"{name}."):
+                self._later((inner, ()))
         for index, statement in enumerate(source.statements):
             if statement.runs or self._may_change(source, statement.runs_with):
                 self._take(name, index)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from executorlib.sources import LOADED, OBJECTS, Root, absolute
 _ANY_NAME = frozenset({"exec", "eval", "globals"})
 _ANY_NAME_ALONE = frozenset({"locals", "vars", "dir"})
 _ANY_MODULE = ("sys", "modules")
+_IDENTIFIER = re.compile(r"[^\W\d]\w*")
 _IMPORTERS = frozenset({"import_module", "__import__"})
 
 
@@ -44,7 +46,17 @@ class Statement(NamedTuple):
 
 
 class Source(NamedTuple):
-    """The statements of a module's file."""
+    """The statements of a module's file.
+
+    Attributes:
+        content: Stands for all that the file says.
+        statements: What it runs.
+        defined: The places of the statements that give a name its value.
+        imports: What names stand for that it imports.
+        stars: Modules of which it imports all names.
+        whole: Whether it can define and read names in ways that do not show.
+        lazy: Whether it makes up what is asked of it, and so may import whatever is below it.
+    """
 
     content: bytes
     statements: tuple[Statement, ...]
@@ -52,6 +64,7 @@ class Source(NamedTuple):
     imports: dict[str, list[Root]]
     stars: tuple[str, ...]
     whole: bool
+    lazy: bool = False
 
 
 def parse(data: bytes, path: str, package: str, content: bytes) -> Source:
@@ -78,7 +91,9 @@ def parse(data: bytes, path: str, package: str, content: bytes) -> Source:
     for index, statement in enumerate(statements):
         for bound in statement.binds:
             defined.setdefault(bound, []).append(index)
-    return Source(content, statements, defined, reader.imports, tuple(reader.stars), reader.whole)
+    return Source(
+        content, statements, defined, reader.imports, tuple(reader.stars), reader.whole, "__getattr__" in defined
+    )
 
 
 NAMESPACE = Source(b"", (), {}, {}, (), False)
@@ -99,13 +114,12 @@ class _Reader:
             if not node.orelse:
                 return None
             node = ast.If(ast.Constant(False), [ast.Pass()], node.orelse)
-        text, uses, imports = self._walk(node)
+        text, uses, imports, binds = self._walk(node)
         if isinstance(node, _SCOPES):
-            binds = {name for each in ast.walk(node) if isinstance(each, ast.Global) for name in each.names}
             binds.add(node.name)
             self.whole |= node.name == "__getattr__"
         else:
-            binds = {*_stored(node), *imports} - {LOADED, OBJECTS}
+            binds = {*binds, *_stored(node), *imports} - {LOADED, OBJECTS}
             for name, roots in imports.items():
                 self.imports.setdefault(name, []).extend(roots)
             imports = {name: roots for name, roots in imports.items() if name == OBJECTS}
@@ -115,8 +129,12 @@ class _Reader:
         digest = hashlib.blake2b("\0".join(text).encode("utf-8", "surrogatepass"), digest_size=16).digest()
         return Statement(digest, frozenset(binds), frozenset(uses), imports, runs, frozenset(runs_with), extends)
 
-    def _walk(self, top: ast.stmt) -> tuple[list[str], set[tuple[str, ...]], dict[str, list[Root]]]:
-        """List what a tree says, the names in it and its imports; without recursion, as some are deep."""
+    def _walk(self, top: ast.stmt) -> tuple[list[str], set[tuple[str, ...]], dict[str, list[Root]], set[str]]:
+        """List what a tree says, the names in it, its imports and the globals that its functions set.
+
+        Without recursion, as some are deep.
+        """
+        assigned: set[str] = set()
         text: list[str] = []
         uses: set[tuple[str, ...]] = set()
         imports: dict[str, list[Root]] = {}
@@ -143,6 +161,11 @@ class _Reader:
                 self._note_import(node, imports)
             elif isinstance(node, ast.Call):
                 self._note_call(node, imports)
+            elif isinstance(node, ast.Global):
+                assigned.update(node.names)
+            elif isinstance(node, _ANNOTATED):
+                for quoted in _quoted_annotations(node):
+                    uses.update((name,) for name in _IDENTIFIER.findall(quoted))
             children: list[ast.AST] = []
             for field in node._fields:
                 value = getattr(node, field, None)
@@ -158,7 +181,7 @@ class _Reader:
                 elif field != "type_comment":
                     text.append(f"{field} {value!r}")
             stack.extend(reversed(children))
-        return text, uses, imports
+        return text, uses, imports, assigned
 
     def _note_import(self, node: ast.Import | ast.ImportFrom, imports: dict[str, list[Root]]) -> None:
         if isinstance(node, ast.Import):
@@ -194,6 +217,7 @@ class _Reader:
                     imports.setdefault(OBJECTS, []).append((module, ()))
 
 
+_ANNOTATED = (ast.AnnAssign, ast.arg, ast.FunctionDef, ast.AsyncFunctionDef)
 _SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
@@ -214,14 +238,18 @@ def _stored(node: ast.AST) -> Iterator[str]:
     for each in ast.walk(node):
         if isinstance(each, ast.Name) and not isinstance(each.ctx, ast.Load):
             yield each.id
-        elif isinstance(each, _SCOPES):
-            yield each.name
-        elif isinstance(each, ast.Global):
-            yield from each.names
-        elif isinstance(each, ast.ExceptHandler | ast.MatchAs | ast.MatchStar) and each.name:
+        elif isinstance(each, (*_SCOPES, ast.ExceptHandler, ast.MatchAs, ast.MatchStar)) and each.name:
             yield each.name
         elif type(each).__name__ == "TypeAlias":
             yield each.name.id  # type: ignore[attr-defined]
+
+
+def _quoted_annotations(node: ast.AST) -> Iterator[str]:
+    for annotation in (getattr(node, "annotation", None), getattr(node, "returns", None)):
+        if isinstance(annotation, ast.AST):
+            for each in ast.walk(annotation):
+                if isinstance(each, ast.Constant) and isinstance(each.value, str):
+                    yield each.value
 
 
 def _is_never_true(test: ast.expr) -> bool:

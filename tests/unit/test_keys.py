@@ -138,6 +138,7 @@ GLOBALS = {
 }
 
 # How a function may reach what it uses.
+LAZY = "def __getattr__(name):\n  import importlib\n  return getattr(importlib.import_module(f'{__name__}.b'), name)"
 WAYS = {
     "function": in_module("def g(): return 1", "1", "2", "return g()"),
     "function of a function": in_module("def h(): return 1\ndef g(): return h()", "1", "2", "return g()"),
@@ -276,6 +277,15 @@ WAYS = {
         "from MOD.a import f",
         "A = 4",
         "A = 9",
+    ),
+    "made up by a package": Case(
+        {"MOD/__init__.py": LAZY, "MOD/b.py": OTHER}, "import MOD\ndef f(): return MOD.A", "A = 4", "A = 9"
+    ),
+    "quoted annotation": in_module(
+        "import typing\nclass C:\n  a: 'D'\nclass D:\n  a = 1",
+        "a = 1",
+        "a = 2",
+        "return typing.get_type_hints(C)['a'].a",
     ),
     "deep": Case(
         {
