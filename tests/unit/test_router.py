@@ -317,6 +317,25 @@ def test_a_worker_may_come_before_the_executor_listens_again(bench: Bench) -> No
     waiting.result().close()
 
 
+def test_a_worker_does_not_wait_for_an_executor_that_has_ended(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where every address refuses, nobody will listen there again."""
+    monkeypatch.setattr(dealer, "_REFUSED_SECONDS", 0.1)
+    made = bench.router(tcp=True, hostname_localhost=True)
+    gone = [f"tcp://127.0.0.1:{closed_port()}" for _ in range(2)]
+    with pytest.raises(ConnectionError, match="nobody listens there"):
+        bench.connect(with_endpoints(made.credentials("1"), *gone), seconds=1000.0)
+
+
+def test_a_worker_waits_for_an_address_that_does_not_answer(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be the right one."""
+    monkeypatch.setattr(dealer, "_REFUSED_SECONDS", 0.1)
+    made = bench.router(tcp=True, hostname_localhost=True)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        both = (f"tcp://127.0.0.1:{closed_port()}", f"tcp://127.0.0.1:{silent.getsockname()[1]}")
+        with pytest.raises(ConnectionError, match="Tried for 1 s"):
+            bench.connect(with_endpoints(made.credentials("1"), *both), seconds=1.0)
+
+
 def test_addresses_of_this_machine() -> None:
     found = address.addresses()
     assert len(found) == len(set(found))

@@ -47,6 +47,8 @@ _LINGER_SECONDS = 30.0
 
 _NO_ANSWER = "no answer"
 _NOBODY = "nobody listens there, or it cannot be reached"
+# When every address has refused connections for so many seconds, the executor has ended, as it listens until then.
+_REFUSED_SECONDS = 3.0
 _REFUSED = "it refuses this worker's key"
 
 _ATTEMPT_EVENTS = (
@@ -189,6 +191,7 @@ class _Attempt:
 
     Attributes:
         outcome: What came of it so far.
+        failing: Since when no connection was made, on the monotonic clock; None where the last attempt may be one.
         again: When to try again, on the monotonic clock; 0 while it goes on.
     """
 
@@ -198,6 +201,7 @@ class _Attempt:
         self._peer = peer.encode()
         self.endpoint = endpoint
         self.outcome = _NO_ANSWER
+        self.failing: float | None = None
         self.start()
 
     def start(self) -> None:
@@ -225,18 +229,35 @@ class _Attempt:
         """Take in an event; return whether the executor has let us in."""
         event, _ = read_event(self.monitor)
         if event == zmq.EVENT_CONNECTED:
+            self.failing = None
             if self.outcome in (_NO_ANSWER, _NOBODY):  # what an earlier connection came to says more
                 self.outcome = "connected, but it does not answer"
         elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
             self.outcome = _REFUSED
         elif event == zmq.EVENT_CLOSED:
             self.outcome = _NOBODY
+            if self.failing is None:
+                self.failing = time.monotonic()
             self._pause()
         elif event == zmq.EVENT_DISCONNECTED:
             if self.outcome != _REFUSED:
                 self.outcome = "who listens there is not this worker's executor"
             self._pause()
         return bool(event == zmq.EVENT_HANDSHAKE_SUCCEEDED)
+
+    def is_refused(self) -> bool:
+        """Whether the machine at this address answers that nobody listens there; others may not be reached at all."""
+        try:
+            # What is no TCP address is no matter of networks: nobody there means nobody.
+            if not self.endpoint.startswith("tcp:"):
+                return True
+            socket.create_connection(address.split(self.endpoint), _ATTEMPT_SECONDS).close()
+        except ConnectionRefusedError:
+            return True
+        except OSError:
+            pass
+        self.failing = None  # look again after as long
+        return False
 
     def _pause(self) -> None:
         self.stop()
@@ -321,14 +342,26 @@ class _Search:
             if winner is not None:
                 self._stop(winner)
                 return winner
+            if self._is_refused():
+                break
         self._stop(None)
         outcomes = {**{each.endpoint: each.outcome for each in self._attempts.values()}, **self._unresolved}
+        tried_for = self._seconds - max(0.0, self._give_up - time.monotonic())
         tried = "; ".join(f"{endpoint} ({outcome})" for endpoint, outcome in outcomes.items())
         raise ConnectionError(
-            f"the executor was not reached from {socket.gethostname()} within {self._seconds:g} s. Tried: {tried}. "
+            f"the executor was not reached from {socket.gethostname()}. Tried for {tried_for:.0f} s: {tried}. "
             "Either it has ended, or its machine cannot be reached from here: see that no firewall keeps this machine "
             "from the ports of that one."
         )
+
+    def _is_refused(self) -> bool:
+        """Whether all addresses answer, and nobody listens at any of them any more."""
+        if self._resolving or self._further:
+            return False
+        now = time.monotonic()
+        attempts = list(self._attempts.values())
+        since = [now if each.failing is None else each.failing for each in attempts]
+        return max(since, default=now) <= now - _REFUSED_SECONDS and all(each.is_refused() for each in attempts)
 
     def _wait(self, left: float) -> _Attempt | None:
         """Wait for one event or pause to be over; return the attempt that has succeeded, if any."""
