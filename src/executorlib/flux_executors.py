@@ -9,13 +9,15 @@ from typing import Any
 from executorlib.clusters import QueueExecutor
 from executorlib.executors import BaseExecutor, Common, refuse
 from executorlib.launchers.base import Events, Launcher
-from executorlib.launchers.flux_instance import known_nodes
+from executorlib.launchers.flux import FURTHER_KEYS
+from executorlib.launchers.flux_instance import known_instance
+from executorlib.launchers.flux_policy import Policy
 from executorlib.launchers.flux_system import FluxSystem
 from executorlib.launchers.flux_workers import FluxLauncher
 from executorlib.launchers.jobs import JobLauncher
 from executorlib.launchers.templates import FLUX, Templates
 from executorlib.ledger import Ledger, Node, Unlimited, spread_over
-from executorlib.resources import Demand, Resources
+from executorlib.resources import Demand, Resources, unknown_key
 
 # Without max_workers and max_cores, Flux is handed calls for so many times the cores of its instance: so the next one
 # is there when a core gets free, and the others wait here, where a call takes less memory than a job.
@@ -54,6 +56,8 @@ class FluxJobExecutor(BaseExecutor):
 
     # Flux starts them.
     _starts_ranks = False
+    # What else Flux can be told; see `_check`.
+    _has_template = True
 
     def __init__(
         self,
@@ -99,11 +103,13 @@ class FluxJobExecutor(BaseExecutor):
             openmpi_oversubscribe=openmpi_oversubscribe,
             cache_versions=cache_versions,
             restart_limit=restart_limit,
+            has_template=True,
         )
         max_workers, max_cores = common.max_workers, common.max_cores
         if flux_executor is not None and not callable(getattr(flux_executor, "submit", None)):
             raise TypeError(f"flux_executor is {flux_executor!r}, expected a flux.job.FluxExecutor.")
-        shapes = [] if common.graph is not None else known_nodes()
+        shapes, policy = ([], Policy({})) if common.graph is not None else known_instance()
+        self._policy = policy
         self._nodes = [Node.of(shape) for shape in shapes]
         self._max_cores = max_cores
         total = sum(node.total_cores for node in self._nodes)
@@ -114,6 +120,7 @@ class FluxJobExecutor(BaseExecutor):
         def make_launcher(events: Events) -> Launcher:
             return FluxLauncher(
                 events,
+                policy=policy,
                 pmi_mode=pmi_mode,
                 nested=flux_executor_nesting,
                 log_files=flux_log_files,
@@ -152,6 +159,11 @@ class FluxJobExecutor(BaseExecutor):
     def _check(self, resources: Resources, subject: str) -> None:
         reasons = {**_USELESS, "submission_template": "no script is submitted"}
         refuse(resources, subject, "by FluxJobExecutor", reasons)
+        for key in resources.template_values:
+            if key not in FURTHER_KEYS:
+                raise ValueError(unknown_key(key, subject))
+        # A call that names no queue at all is refused when it is submitted.
+        _check_policy(self._policy, resources, subject, named=self._loop is not None or self._block)
 
     def _checked_demand(self, resources: Resources, subject: str) -> Demand:
         self._check(resources, subject)
@@ -197,28 +209,58 @@ class FluxClusterExecutor(QueueExecutor):
     """
 
     _instance: Ledger | None = None
+    _policy = Policy({})
+    _has_configuration = False
 
     def _check_system(self, configuration: str | None) -> None:
-        self._instance = Ledger([Node.of(shape) for shape in known_nodes()])
+        shapes, self._policy = known_instance()
+        self._instance = Ledger([Node.of(shape) for shape in shapes])
+        self._has_configuration = configuration is not None
         self._templates = Templates(None, configuration, FLUX)
 
     def _job_launcher(
         self, events: Events, configuration: str | None, pmi_mode: str | None, log_sizes: bool
     ) -> Launcher:
-        system = FluxSystem(events, pmi_mode, configuration)
+        system = FluxSystem(events, self._policy, pmi_mode, configuration)
         return JobLauncher(events, system, system.command, log_sizes)
 
     def _worker_launcher(
         self, events: Events, configuration: str | None, pmi_mode: str | None, folder: str, hostname_localhost: bool
     ) -> Launcher:
         return FluxLauncher(
-            events, pmi_mode=pmi_mode, nested=False, log_files=False, hostname_localhost=hostname_localhost
+            events,
+            policy=self._policy,
+            pmi_mode=pmi_mode,
+            nested=False,
+            log_files=False,
+            hostname_localhost=hostname_localhost,
         )
 
     def _check(self, resources: Resources, subject: str) -> None:
         refuse(resources, subject, "by FluxClusterExecutor", _USELESS)
+        if not self._has_configuration:  # else that has queues of its own
+            by_script = resources.submission_template is not None
+            named = not by_script and (self._loop is not None or self._block)
+            _check_policy(self._policy, resources, subject, named)
 
     def _checked_demand(self, resources: Resources, subject: str) -> Demand:
         if self._instance is not None:
             spread_over(self._instance, resources, subject, _INSTANCE, _ADVICE)
         return super()._checked_demand(resources, subject)
+
+
+def _check_policy(policy: Policy, resources: Resources, subject: str, named: bool) -> None:
+    """Make sure that the instance takes a call.
+
+    Args:
+        policy: What it demands of jobs.
+        resources: What the call asks for.
+        subject: Whose that is, for the error text.
+        named: See `Policy.problem`.
+
+    Raises:
+        ValueError: It does not.
+    """
+    problem = policy.problem(resources, named)
+    if problem:
+        raise ValueError(f"{subject}: {problem}")

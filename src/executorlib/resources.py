@@ -134,7 +134,7 @@ class Resources:
         for key, value in changes.items():
             check = _CHECKS.get(key)
             if check is None and not allow_further:
-                raise ValueError(_unknown_key(key, subject))
+                raise ValueError(unknown_key(key, subject))
             if value is None:
                 continue
             what = f"{subject}: resource_dict[{key!r}]"
@@ -188,7 +188,8 @@ OF_JOBS = ("memory_max", "partition", "queue", "account", "bank", "qos", "constr
 _OF_EXECUTORS = ("pmi_mode", "restart_limit", "max_workers", "max_cores", "block_allocation", "init_function")
 
 
-def _unknown_key(key: object, subject: str) -> str:
+def unknown_key(key: object, subject: str) -> str:
+    """The text of the error about a key that nothing would heed."""
     if key in OF_JOBS:
         return f"{subject}: {key!r} in resource_dict is for executors that submit jobs; nothing here would heed it."
     if key in _OF_EXECUTORS:

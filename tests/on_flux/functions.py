@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from typing import Any
+
+from contract.functions import put
 
 GPU_VARIABLES = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 
@@ -61,3 +64,30 @@ def jobs(name: str, *options: str) -> list[str]:
 def active_jobs(name: str) -> list[str]:
     """Those that wait or run."""
     return jobs(name, "--filter=pending,running")
+
+
+def arguments() -> list[str]:
+    return sys.argv
+
+
+def leave_and_die(path: str) -> None:
+    """Leave a process in a session of its own, which has this one's output open, and end without a word."""
+    left = subprocess.Popen(["sleep", "900"], start_new_session=True)
+    put(path, str(left.pid))
+    os._exit(3)
+
+
+def print_much_and_die(size: int) -> None:
+    os.write(2, b"the first words\n")
+    for _ in range(size // 100):
+        os.write(1, b"o" * 99 + b"\n")
+    os.write(2, b"last words\n")
+    os._exit(4)
+
+
+def die_on_a_rank(rank: int) -> None:
+    from mpi4py import MPI
+
+    if MPI.COMM_WORLD.rank == rank:
+        os._exit(5)
+    MPI.COMM_WORLD.barrier()

@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import logging
 import os
+import signal
 import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from contract.functions import Gate, add, append, lines, until, wait_for
+from contract.functions import Gate, add, append, lines, until, wait_for, wait_until_gone
 from executorlib import FluxClusterExecutor, FluxJobExecutor, get_future_from_cache, terminate_tasks_in_cache
 from executorlib.api import ExecutorlibSocketError
 from on_flux.functions import (
     GPU_VARIABLES,
     about_job,
     active_jobs,
+    arguments,
     calls_in_an_instance_of_its_own,
+    die_on_a_rank,
     gather_nodes,
     jobs,
+    leave_and_die,
     my_job,
+    print_much_and_die,
     rank_of_world,
     say_and_die,
     variables,
@@ -195,9 +202,11 @@ def test_an_instance_that_goes_away(tmp_path: Path, name: str) -> None:
         tmp_path,
         f"""
         def begin(seconds):
-            open("begun", "w").close()
+            with open("begun.draft", "w") as file:
+                file.write(str(os.getpid()))
+            os.rename("begun.draft", "begun")
             give_up = time.monotonic() + seconds
-            while not os.path.exists("end") and time.monotonic() < give_up:
+            while time.monotonic() < give_up:
                 time.sleep(0.01)
 
         executor = {name}()
@@ -218,7 +227,8 @@ def test_an_instance_that_goes_away(tmp_path: Path, name: str) -> None:
         ["flux", "start", sys.executable, str(path)], cwd=tmp_path, capture_output=True, timeout=WAIT, check=False
     )
     first, *_ = wait_for(tmp_path / "errors", WAIT).splitlines()
-    (tmp_path / "end").touch()  # what was Flux's, and is nobody's any more
+    # It is said that the call can be submitted again, so nobody may go on with it.
+    wait_until_gone(int(wait_for(tmp_path / "begun")), seconds=WAIT)
     assert first.startswith("ExecutorlibSocketError")
     assert "Flux" in first
 
@@ -242,7 +252,241 @@ def test_no_instance_is_an_error_at_construction(tmp_path: Path, name: str) -> N
     assert "flux start" in done.stdout
 
 
+@both
+def test_what_a_call_has_left_ends_with_it(make_executor: Callable[..., Any], tmp_path: Path) -> None:
+    """A process in a session of its own holds neither the call nor its job, and how the call ended is told."""
+    with make_executor() as executor:
+        path = str(tmp_path / "left")
+        error = executor.submit(leave_and_die, path, resource_dict={"job_name": "leaves"}).exception(WAIT)
+        left = int(wait_for(path))
+        wait_until_gone(left, seconds=WAIT)
+        until(lambda: not active_jobs("leaves"), WAIT)
+    assert isinstance(error, ExecutorlibSocketError)
+    assert "code 3" in str(error)
+
+
+def shell_of(pid: int) -> int:
+    """Flux's shell among the ancestors of a process."""
+    while b"flux-shell" not in Path(f"/proc/{pid}/cmdline").read_bytes().partition(b"\0")[0]:
+        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return pid
+
+
+@pytest.mark.rows("flux", "block-flux", "flux-cluster")
+def test_a_shell_that_dies_takes_its_call_along(make_executor: Callable[..., Any], gate: Callable[..., Gate]) -> None:
+    held = gate()
+    with make_executor() as executor:
+        future = executor.submit(held, 1)
+        pid = held.pid()
+        os.kill(shell_of(pid), signal.SIGKILL)
+        assert isinstance(future.exception(WAIT), ExecutorlibSocketError)
+        wait_until_gone(pid, seconds=WAIT)
+
+
+def test_the_broker_of_a_scripts_own_instance_takes_its_call_along(tmp_path: Path, gate: Callable[..., Gate]) -> None:
+    """The script is still there then."""
+    held = gate()
+    with FluxClusterExecutor(cache_directory=str(tmp_path)) as executor:
+        future = executor.submit(held, 1, resource_dict={"submission_template": BATCH_TEMPLATE})
+        pid = held.pids(1, WAIT)[0]
+        uri = next(
+            entry.removeprefix(b"FLUX_URI=").decode()
+            for entry in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            if entry.startswith(b"FLUX_URI=")
+        )
+        broker = subprocess.run(
+            ["flux", "getattr", "broker.pid"], env={**os.environ, "FLUX_URI": uri}, capture_output=True, check=True
+        )
+        os.kill(int(broker.stdout), signal.SIGKILL)
+        wait_until_gone(pid, seconds=WAIT)
+        assert isinstance(future.exception(WAIT), ExecutorlibSocketError)
+
+
+@both
+@pytest.mark.mpi
+def test_a_rank_that_dies_ends_the_others(make_executor: Callable[..., Any]) -> None:
+    with make_executor() as executor:
+        error = executor.submit(die_on_a_rank, 1, resource_dict={"cores": 2}).exception(WAIT)
+    assert isinstance(error, ExecutorlibSocketError)
+    assert "task rank 1" in str(error)
+
+
+@both
+def test_a_variable_that_is_no_text(make_executor: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flux cannot be told of it, so it arrives in another way."""
+    monkeypatch.setenv("RAW", os.fsdecode(b"caf\xe9"))
+    with make_executor() as executor:
+        assert executor.submit(variables, "RAW").result(WAIT) == [os.fsdecode(b"caf\xe9")]
+
+
+@both
+def test_a_directory_that_is_no_text(make_executor: Callable[..., Any], tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    with make_executor() as executor:
+        error = executor.submit(add, 1, 2, resource_dict={"cwd": str(folder)}).exception(WAIT)
+    assert "caf\\udce9' is not" in str(error)
+
+
+@pytest.mark.rows("flux", "block-flux", "flux-cluster")
+@pytest.mark.parametrize("text", ["{{id}}", "{{tmpdir}}/x", "{{" + "a" * 2000 + "}}"], ids=["id", "folder", "long"])
+def test_arguments_are_no_templates(
+    make_executor: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["program.py", text])
+    with make_executor() as executor:
+        assert executor.submit(arguments).result(WAIT) == ["program.py", text]
+
+
+@contextlib.contextmanager
+def another_instance(folder: Path, *options: str) -> Iterator[subprocess.Popen[bytes]]:
+    """An instance beside the one of the tests; the file ``uri`` in the folder says where it is."""
+    script = f"echo $FLUX_URI > '{folder}/uri.draft'; mv '{folder}/uri.draft' '{folder}/uri'; exec sleep 100"
+    command = ["flux", "start", *options, "bash", "-c", script]
+    started = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        yield started
+    finally:
+        if started.poll() is None:
+            started.terminate()
+        started.wait(WAIT)
+
+
+@pytest.mark.parametrize("name", ["FluxJobExecutor", "FluxClusterExecutor"])
+def test_calls_while_the_instance_is_shut_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Orderly, with modules that are unloaded one by one: whatever a call meets, its future resolves."""
+    with another_instance(tmp_path) as instance:
+        monkeypatch.setenv("FLUX_URI", wait_for(tmp_path / "uri", WAIT).strip())
+        options = {"cache_directory": str(tmp_path / "store")} if name == "FluxClusterExecutor" else {}
+        with {"FluxJobExecutor": FluxJobExecutor, "FluxClusterExecutor": FluxClusterExecutor}[name](**options) as one:
+            futures = [one.submit(add, 0, 1)]
+            assert futures[0].result(WAIT) == 1
+            with subprocess.Popen(
+                ["flux", "shutdown", "--quiet"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            ):
+                while instance.poll() is None:
+                    futures.append(one.submit(add, len(futures), 1))
+                    concurrent.futures.wait(futures[-1:], 0.2)
+            futures.append(one.submit(add, len(futures), 1))
+            _, waiting = concurrent.futures.wait(futures, WAIT)
+            assert not waiting
+            assert isinstance(futures[-1].exception(), ExecutorlibSocketError)
+            assert "Flux" in str(futures[-1].exception())
+
+
+QUEUES = """\
+[resource]
+noverify = true
+[[resource.config]]
+hosts = "node[0-1]"
+cores = "0-3"
+properties = ["few"]
+[queues.debug]
+requires = ["few"]
+policy.limits.duration = "5m"
+[queues.long]
+"""
+
+
+def test_an_instance_with_queues_and_limits(tmp_path: Path) -> None:
+    (tmp_path / "queues.toml").write_text(QUEUES)
+    path = program(
+        tmp_path,
+        """
+        def duration(command):
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+
+        fields = ["flux", "jobs", "--no-header", "--format={queue} {duration}"]
+
+        def about(number):
+            return duration([*fields, os.environ["FLUX_JOB_ID"]])
+
+        subprocess.run(["flux", "queue", "start", "--all", "--quiet"], check=True)
+        subprocess.run(["flux", "queue", "enable", "--all", "--quiet"], check=True)
+        for make in (FluxJobExecutor, lambda: FluxClusterExecutor(cache_directory="store")):
+            with make() as executor:
+                print(executor.submit(about, 0, resource_dict={"queue": "debug"}).result())
+                print(executor.submit(about, 1, resource_dict={"partition": "debug", "run_time_max": 290}).result())
+                print(executor.submit(about, 2, resource_dict={"queue": "long"}).result())
+                for refused in ({"priority": 1}, {"queue": "no_such"}, {"queue": "debug", "run_time_max": 301}):
+                    try:
+                        executor.submit(abs, 3, resource_dict=refused)
+                    except ValueError as error:
+                        print(error)
+                print(executor.submit(abs, 4).exception())
+        with FluxJobExecutor(block_allocation=True, max_workers=1, resource_dict={"queue": "debug"}) as executor:
+            print(executor.submit(about, 5).result())
+        """,
+    )
+    command = ["flux", "start", "--test-size=2", "--test-hosts=node[0-1]", f"--config-path={tmp_path}/queues.toml"]
+    done = subprocess.run(
+        [*command, sys.executable, str(path)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=2 * WAIT,
+        check=True,
+    )
+    said = done.stdout.splitlines()
+    assert len(said) == 2 * 7 + 1, done.stdout
+    for each in (said[:7], said[7:14]):
+        assert each[:3] == ["['debug', '300.0']", "['debug', '300.0']", "['long', '0.0']"]
+        for text in (each[3], each[4], each[6]):
+            assert "debug, long" in text
+        assert "limit of 300 s" in each[5]
+    assert said[14] == "['debug', '300.0']"
+
+
 # -- FluxJobExecutor ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.rows("flux")
+def test_a_key_that_flux_has_no_use_for(executor: Any) -> None:
+    with pytest.raises(ValueError, match="memory_max"):
+        executor.submit(add, 1, 2, resource_dict={"memory_max": 4})
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_call_that_succeeds_is_a_job_that_does(nested: bool) -> None:
+    """It is left to end by itself, also where that takes as long as the end of an instance."""
+    name = f"succeeds{nested}"
+    with FluxJobExecutor(flux_executor_nesting=nested) as executor:
+        assert executor.submit(add, 1, 2, resource_dict={"job_name": name}).result(WAIT) == 3
+    (number,) = jobs(name)
+    until(lambda: about_job(number, "{status}") == ["COMPLETED"], WAIT)
+
+
+@pytest.mark.rows("flux")
+@pytest.mark.parametrize("size", [0, 20_000, 1_000_000])
+def test_last_words_after_much_output(executor: Any, size: int) -> None:
+    """Only what was written to standard error is told as such, and the end of it always is."""
+    text = str(executor.submit(print_much_and_die, size).exception(WAIT))
+    assert "code 4" in text
+    assert text.rstrip().endswith("last words")
+    assert "oooo" not in text
+
+
+def test_jobs_of_a_client_that_was_killed(tmp_path: Path) -> None:
+    """Those that had waited notice, when they start, that nobody is there; they need not try for long."""
+    path = program(
+        tmp_path,
+        """
+        def begin(number):
+            open(f"begun{number}", "w").close()
+            time.sleep(100)
+
+        needs = {"exclusive": True, "job_name": "killed client"}
+        with FluxJobExecutor(max_workers=8) as executor:
+            futures = [executor.submit(begin, number, resource_dict=needs) for number in range(8)]
+            futures[0].result()
+        """,
+    )
+    with subprocess.Popen([sys.executable, str(path)], cwd=tmp_path) as client:
+        try:
+            until(lambda: len(active_jobs("killed client")) == 8 and len(list(tmp_path.glob("begun*"))) == 4, WAIT)
+        finally:
+            client.kill()
+    until(lambda: not active_jobs("killed client"), WAIT)
+    assert len(list(tmp_path.glob("begun*"))) == 4
 
 
 @pytest.mark.rows("flux")

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import ast
 import base64
+import json
 from typing import Any
 
 import pytest
 
+from executorlib.launchers.base import boot_command
 from executorlib.launchers.flux import (
     JobLog,
+    blobs_of,
+    errors_in,
     job_name,
     job_number,
     jobspec,
     nodes_of,
-    output_of,
     run_command,
+    untold_environment,
     urgency,
 )
+from executorlib.launchers.flux_policy import Policy
 from executorlib.launchers.queue import Cause, Phase
 from executorlib.resources import Resources
 
 
 def spec(resources: Resources, environ: dict[str, str] | None = None, **options: Any) -> dict[str, Any]:
+    options = {"policy": Policy({}), **options}
     return jobspec(resources, ["python", "run.py"], environ or {}, name="add", cwd="/home/me", **options)
 
 
@@ -100,9 +107,10 @@ def test_shell_options() -> None:
     def options(resources: Resources, **more: Any) -> Any:
         return system(spec(resources, **more))["shell"]["options"]
 
-    assert options(Resources(cores=2)) == {"cpu-affinity": "per-task"}
+    ranks = {"cpu-affinity": "per-task", "exit-on-error": 1, "exit-timeout": 10.0}
+    assert options(Resources(cores=2)) == ranks
     assert options(Resources(cores=2, gpus_per_core=1), pmi_mode="pmix") == {
-        "cpu-affinity": "per-task",
+        **ranks,
         "gpu-affinity": "per-task",
         "pmi": "pmix",
     }
@@ -236,9 +244,105 @@ def test_why() -> None:
     assert (state.reason, state.exit_code) == (f"exec: {note}", "127:0")
 
 
-def test_output() -> None:
-    assert output_of("data", {"stream": "stderr", "rank": "0", "data": "a warning\n"}) == b"a warning\n"
+def line(stream: str, **context: Any) -> bytes:
+    return json.dumps(
+        {"timestamp": 1.5, "name": "data", "context": {"stream": stream, "rank": "0", **context}}
+    ).encode()
+
+
+def test_last_words() -> None:
     encoded = base64.b64encode(b"\xff\x00").decode()
-    assert output_of("data", {"stream": "stderr", "rank": "0", "data": encoded, "encoding": "base64"}) == b"\xff\x00"
-    assert output_of("data", {"stream": "stdout", "rank": "0", "eof": True}) == b""
-    assert output_of("header", {"version": 1}) == b""
+    log = b"\n".join(
+        [
+            json.dumps({"timestamp": 1.0, "name": "header", "context": {"version": 1}}).encode(),
+            line("stderr", data="a warning\n"),
+            line("stdout", data='"stderr" is what this line is about\n'),
+            line("stderr", data=encoded, encoding="base64"),
+            line("stdout", data="x" * 10_000),
+            line("stderr", eof=True),
+            b"",
+        ]
+    )
+    assert errors_in(log, 4096) == b"a warning\n\xff\x00"
+    assert errors_in(log, 4) == b"g\n\xff\x00"
+    assert errors_in(b'{"name":"data","context":{"stream":"stderr"', 9) == b""  # cut off
+    assert errors_in(b"", 9) == b""
+
+
+def test_where_a_value_is() -> None:
+    encoded = base64.b64encode(b"small").decode()
+    assert blobs_of({"ver": 1, "type": "val", "data": encoded}) == (b"small", [])
+    assert blobs_of({"ver": 1, "type": "valref", "data": ["sha1-00ff", "sha1-10"]}) == (b"", [b"\x00\xff", b"\x10"])
+
+
+# -- what an instance demands of jobs -----------------------------------------------------------------------------
+
+QUEUES = {
+    "policy": {"limits": {"duration": "2h"}},
+    "queues": {
+        "debug": {"policy": {"limits": {"duration": "1.5m"}}},
+        "part": {"parent": "debug"},
+        "long": {"policy": {"limits": {"duration": "0"}}},
+        "usual": {"policy": {"jobspec": {"defaults": {"system": {"duration": "1h"}}}}},
+    },
+}
+
+
+def in_queue(name: str, run_time_max: float | None = None) -> Resources:
+    return Resources(run_time_max=run_time_max, further=(("queue", name),))
+
+
+@pytest.mark.parametrize(
+    ("resources", "duration"),
+    [
+        (in_queue("debug"), 90.0),
+        (in_queue("debug", 10.0), 40.0),
+        (in_queue("debug", 80.0), 90.0),  # what the limit leaves of the time to start and end
+        (in_queue("part"), 90.0),
+        (in_queue("long"), 0.0),
+        (in_queue("long", 1e6), 1e6 + 30),
+        (in_queue("usual"), 0.0),  # Flux has a default for it
+    ],
+)
+def test_durations_within_limits(resources: Resources, duration: float) -> None:
+    policy = Policy(QUEUES)
+    assert policy.problem(resources) == ""
+    assert system(spec(resources, policy=policy))["duration"] == duration
+
+
+def test_limits_without_queues() -> None:
+    policy = Policy({"policy": {"limits": {"duration": "1d"}}})
+    assert (policy.problem(Resources()), policy.duration(Resources())) == ("", 86400.0)
+    assert "86400 s" in policy.problem(Resources(run_time_max=1e5))
+
+
+def test_what_would_be_refused() -> None:
+    policy = Policy(QUEUES)
+    for resources in (Resources(), in_queue("no_such")):
+        assert "debug, part, long, usual" in policy.problem(resources)
+    assert policy.problem(Resources(), named=False) == ""
+    assert "limit of 90 s that this Flux instance has for queue 'debug'" in policy.problem(in_queue("debug", 91))
+    with_default = Policy({**QUEUES, "policy": {"jobspec": {"defaults": {"system": {"queue": "debug"}}}}})
+    assert (with_default.problem(Resources()), with_default.duration(Resources())) == ("", 90.0)
+    assert Policy({}).problem(Resources()) == ""
+
+
+# -- what cannot be said to Flux ----------------------------------------------------------------------------------
+
+
+def test_variables_that_are_no_text() -> None:
+    environ = {"RAW": "caf\udce9", "\udcff": "name", "TEXT": "café"}
+    found = system(spec(Resources(), environ))["environment"]
+    assert found["TEXT"] == "café"
+    assert {"RAW", "\udcff"}.isdisjoint(found)
+    assert untold_environment(environ) == {"RAW": "caf\udce9", "\udcff": "name"}
+
+
+def test_commands_have_no_templates(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ["{{id}}", "{{{name}}}", "\\{{", "{" * 7, "{{" + "a" * 70_000 + "}}"]
+    monkeypatch.setattr("sys.argv", texts)
+    command = boot_command("executorlib.worker.remote", "()")
+    assert not [each for each in command if "{{" in each]
+    source = "".join(command[command.index("-c") + 2 :]) or command[-1]
+    lists = [ast.literal_eval(node) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.List)]
+    assert texts in lists

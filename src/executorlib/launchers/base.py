@@ -245,8 +245,11 @@ def boot_code(module: str, call: str, argv: list[str]) -> str:
     """Python source that runs ``module.call`` with this process's import path and with these arguments.
 
     The path is set before anything is imported, so that no file in the working directory takes a module's place.
+    Two braces that open, which only stand in texts here, are written in another way: Flux's shell fills in templates
+    (``{{id}}``) in commands.
     """
-    return f"import sys; sys.path[:] = {import_path()!r}; sys.argv[:] = {argv!r}; from {module} import main; main{call}"
+    code = f"import sys; sys.path[:] = {import_path()!r}; sys.argv[:] = {argv!r}; from {module} import main; main{call}"
+    return code.replace("{{", r"{\x7b")
 
 
 def boot_file(module: str, call: str) -> str:

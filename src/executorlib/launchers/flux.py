@@ -8,23 +8,27 @@ said, which tests/unit/test_flux.py keeps.
 from __future__ import annotations
 
 import base64
+import json
 import os
 import signal
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from executorlib.allocation import NodeShape, expand_hosts, expand_ranges
+from executorlib.launchers.flux_policy import Policy
 from executorlib.launchers.mpi import FOREIGN_PREFIXES
 from executorlib.launchers.queue import Cause, JobState, Phase
 from executorlib.resources import Resources
+from executorlib.worker import guard
 from executorlib.worker.call import ELEMENT_VARIABLES, THREAD_VARIABLES
 
 # Keys of resource_dict beyond ours that mean something to Flux, and where a jobspec has them.
 FURTHER_KEYS = {"queue": "queue", "partition": "queue", "bank": "bank", "account": "bank", "job_name": "job_name"}
 # Of what is not ours, an instance's default priority is in the middle, and 0 would hold the job.
 _URGENCY, _LOWEST, _HIGHEST = 16, 1, 31
-# Given to a job beyond the run_time_max of its call, in seconds: to start, and to say itself that time is up.
-_SPARE_SECONDS = 30.0
+# Between the ends of two ranks of a job, in seconds, before Flux ends the others. A rank that fails does not even
+# get that.
+_EXIT_SECONDS = 10.0
 _BASE58 = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
 
 
@@ -35,6 +39,7 @@ def jobspec(
     *,
     name: str,
     cwd: str,
+    policy: Policy,
     pmi_mode: str | None = None,
     nested: bool = False,
     output: str = "",
@@ -49,6 +54,7 @@ def jobspec(
         environ: The environment to run it in.
         name: Name of the job, where the user gave none as ``job_name``.
         cwd: Directory in which it starts.
+        policy: What the instance demands of jobs.
         pmi_mode: What Flux's shell offers to MPI; None for its default, PMI-1.
         nested: Whether the command runs once, in a Flux instance of its own that has all that the job has.
         output: Path for what it prints, which may contain ``{{id}}``; Flux's own store if empty.
@@ -62,7 +68,8 @@ def jobspec(
         command = ["flux", "broker", *command]
         options = {"per-resource": {"type": "node"}, "mpi": "none", "exit-timeout": "none"}
     elif resources.cores > 1:
-        options = {"cpu-affinity": "per-task"}
+        # The others may wait for a rank that has died for ever.
+        options = {"cpu-affinity": "per-task", "exit-on-error": 1, "exit-timeout": _EXIT_SECONDS}
         if resources.gpus_per_core:
             options["gpu-affinity"] = "per-task"
     if pmi_mode is not None and not nested:  # what brokers find each other by is Flux's own
@@ -72,8 +79,7 @@ def jobspec(
         if errors:
             options["output"]["stderr"] = {"type": "file", "path": errors}
     system: dict[str, Any] = {
-        # 0 is for ever.
-        "duration": 0.0 if resources.run_time_max is None else resources.run_time_max + _SPARE_SECONDS,
+        "duration": policy.duration(resources),
         "cwd": cwd,
         "environment": {
             **job_environment(environ),
@@ -131,12 +137,30 @@ def task_options(resources: Resources) -> list[str]:
 
 
 def job_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment for a job, from that of this process, whose MPI world and place in an array are not the job's."""
-    return {
+    """The environment for a job, from that of this process, whose MPI world and place in an array are not the job's.
+
+    What Flux cannot be told is for the worker to set up; see `untold_environment`.
+    """
+    told = {
         name: value
         for name, value in environ.items()
-        if name not in ELEMENT_VARIABLES and not name.startswith(FOREIGN_PREFIXES)
+        if name not in ELEMENT_VARIABLES and not name.startswith(FOREIGN_PREFIXES) and is_text(name + value)
     }
+    return {**told, guard.VARIABLE: "1"}
+
+
+def untold_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """Those variables that are no UTF-8, and so cannot be part of a jobspec."""
+    return {name: value for name, value in environ.items() if not is_text(name + value)}
+
+
+def is_text(value: str) -> bool:
+    """Whether it consists of characters, and not of bytes that are none (PEP 383)."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def urgency(priority: int, is_owner: bool) -> int:
@@ -270,9 +294,48 @@ def _exit_code(status: int) -> str:
     return f"0:{os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"{os.WEXITSTATUS(status)}:0"
 
 
-def output_of(event: str, context: Mapping[str, Any]) -> bytes:
-    """What an event of a job's output log says that a task has printed."""
-    data = context.get("data")
-    if event != "data" or not isinstance(data, str):
+def errors_in(log: bytes, most: int) -> bytes:
+    """The last bytes that a job's tasks have written to standard error.
+
+    Args:
+        log: Its output log, or a part of that: events, one a line.
+        most: How many bytes are wanted at most.
+    """
+    found: list[bytes] = []
+    size = 0
+    end = len(log)
+    while size < most and end > 0:
+        start = log.rfind(b"\n", 0, end) + 1
+        line, end = log[start:end], start - 1
+        if b'"stderr"' in line:
+            data = _errors_of(line)
+            found.append(data)
+            size += len(data)
+    return b"".join(reversed(found))[-most:]
+
+
+def _errors_of(line: bytes) -> bytes:
+    try:
+        event = json.loads(line)
+        context = event["context"]
+        if event["name"] != "data" or context["stream"] != "stderr" or "data" not in context:
+            return b""
+        data = str(context["data"])
+    except (ValueError, KeyError, TypeError):
         return b""
     return base64.b64decode(data) if context.get("encoding") == "base64" else data.encode(errors="surrogateescape")
+
+
+def blobs_of(value: Mapping[str, Any]) -> tuple[bytes, list[bytes]]:
+    """Where a value of Flux's key-value store is (RFC 11).
+
+    Args:
+        value: Its tree object.
+
+    Returns:
+        The value itself where it is small; otherwise the digests of its pieces, which the content store has.
+    """
+    data = value.get("data")
+    if value.get("type") == "val":
+        return base64.b64decode(str(data)), []
+    return b"", [bytes.fromhex(str(reference).partition("-")[2]) for reference in data or ()]

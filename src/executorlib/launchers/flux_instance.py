@@ -11,6 +11,7 @@ Of Flux's Python bindings only those for connection, submission, events and sign
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import itertools
 import json
@@ -23,7 +24,8 @@ from typing import Any
 
 from executorlib.allocation import NodeShape
 from executorlib.launchers.base import Events
-from executorlib.launchers.flux import job_number, nodes_of
+from executorlib.launchers.flux import blobs_of, errors_in, is_text, job_number, nodes_of
+from executorlib.launchers.flux_policy import Policy
 from executorlib.launchers.systems import Refused
 
 # An event of a job: its name and what it says beside.
@@ -32,6 +34,16 @@ OnEvent = Callable[[str, Mapping[str, Any]], None]
 FLUX_NAME = "Flux instance "
 # For Flux to answer what it was told last, in seconds; without an answer the connection would stay open.
 _CLOSE_SECONDS = 2.0
+# Between two attempts to follow a job whose events have ended before the job has, in seconds.
+_AGAIN_SECONDS = 1.0
+# By this a job says that there is no more to come.
+_LAST_EVENT = "clean"
+# How a value of the key-value store is asked for where it is, not what it is (RFC 11).
+_TREE_OBJECT = 16
+# Pieces of a job's output log, of a megabyte at most, in which its last words are looked for.
+_MOST_PIECES = 16
+# An event that nobody publishes.
+_NO_EVENT = "executorlib.none"
 _INSTALL = (
     "Flux's Python bindings are part of flux-core (conda install -c conda-forge flux-core) and belong to one version "
     "of Python. Install executorlib[flux] into the Python that `flux python` runs, or into another of the same "
@@ -63,15 +75,19 @@ def connect() -> Any:
         ) from error
 
 
-def known_nodes() -> list[NodeShape]:
-    """The nodes of the nearest Flux instance, those that are down included.
+def known_instance() -> tuple[list[NodeShape], Policy]:
+    """The nodes of the nearest Flux instance, those that are down included, and what it demands of jobs.
 
     Raises:
         ImportError: Flux's bindings cannot be loaded.
         RuntimeError: There is no instance.
     """
     connection = connect()
-    return nodes_of(connection.rpc("resource.sched-status", nodeid=0).get()["all"])
+    nodes = nodes_of(connection.rpc("resource.sched-status", nodeid=0).get()["all"])
+    config: dict[str, Any] = {}
+    with contextlib.suppress(OSError):  # one that tells nobody; it will refuse what it does not want
+        config = connection.rpc("config.get").get() or {}
+    return nodes, Policy(config)
 
 
 def cancel_jobs(instance: str, names: Sequence[str]) -> None:
@@ -128,6 +144,7 @@ class FluxInstance:
         self._reactor: Any = None
         self._watcher: Any = None
         self._timer: Any = None
+        self._presence: Any = None
         # Flux's own names, known once it is loaded: flags of the reactor, and what sets a timer.
         self._only_look = self._wait_once = 0
         self._set_timer: Any = None
@@ -151,7 +168,7 @@ class FluxInstance:
         if self._flux is not None or self.lost:
             return
         self._flux = connect()
-        from flux.constants import FLUX_POLLIN, FLUX_REACTOR_NOWAIT, FLUX_REACTOR_ONCE
+        from flux.constants import FLUX_MSGTYPE_EVENT, FLUX_POLLIN, FLUX_REACTOR_NOWAIT, FLUX_REACTOR_ONCE
         from flux.core.inner import raw
 
         self._only_look, self._wait_once = FLUX_REACTOR_NOWAIT, FLUX_REACTOR_ONCE
@@ -163,6 +180,9 @@ class FluxInstance:
         self._watcher = self._flux.fd_watcher_create(self._events.fileno(), lambda *_: None, FLUX_POLLIN)
         self._timer = self._flux.timer_watcher_create(0.0, lambda *_: None)
         self._watcher.start()
+        # Only as long as something is expected of the connection does its end wake up the reactor.
+        self._presence = self._flux.msg_watcher_create(lambda *_: None, FLUX_MSGTYPE_EVENT, _NO_EVENT)
+        self._presence.start()
         self._events.sleep_in(self._sleep)
         if self._submit_by is not None:
             self._wake_read, self._wake_write = os.pipe()
@@ -190,6 +210,8 @@ class FluxInstance:
             self._events.call_later(0.0, self._tell_loss)
 
     def _tell_loss(self) -> None:
+        for future in self._watched.values():
+            future.needs_cancel = False  # there is nobody left to be told
         self._on_lost(self.lost)
         pending, self._pending = self._pending, {}
         for refuse in pending.values():
@@ -215,10 +237,15 @@ class FluxInstance:
             try:
                 answer = int(submit_get_id(future))
             except OSError as error:
-                answer = Refused(future.error_string() or str(error))
+                answer = _refused(error, future.error_string())
             on_answer(answer)
             return True
 
+        problem = _not_text(spec)
+        if problem is not None:
+            refused = Refused(f"Flux can only be told what is UTF-8, and {problem!r} is not")
+            self._events.call_later(0.0, lambda: on_answer(refused))
+            return
         text = json.dumps(spec)
         self._ask(next(self._numbers), lambda flux: submit_async(flux, text, urgency), answered, on_answer)
 
@@ -253,47 +280,147 @@ class FluxInstance:
         while self._submitted:
             self._submitted.popleft()()
 
-    def watch(self, job: int, on_event: OnEvent, log: str = "eventlog") -> int:
+    def watch(self, job: int, on_event: OnEvent) -> int:
         """Tell all events of a job, past and to come; an empty name says that there are no more, or no such job.
 
         Args:
             job: Number of the job.
             on_event: Called with each.
-            log: Which of its logs, ``eventlog`` or ``guest.output``.
 
         Returns:
             What `unwatch` takes.
         """
-        from flux.job import event_watch_async
-
         key = next(self._numbers)
         self._wanted.add(key)
+        self._follow(key, job, on_event, 0, "")
+        return key
+
+    def _follow(self, key: int, job: int, on_event: OnEvent, told: int, last: str) -> None:
+        """Tell the events of a job, of which the first ones were told already.
+
+        Flux ends the events of all jobs when it unloads the module that tells them: as an instance is shut down, whose
+        loss follows then, or to load it again.
+        """
+        from flux.job import event_watch_async
+
+        seen = 0
+
+        def end(is_known: bool) -> None:
+            self._watched.pop(key, None)
+            if key not in self._wanted:
+                return
+            if is_known and last != _LAST_EVENT and not self.lost:
+                self._events.call_later(_AGAIN_SECONDS, lambda: self._follow(key, job, on_event, max(seen, told), last))
+                return
+            self._wanted.remove(key)
+            on_event("", {})
+
+        def answered(future: Any) -> bool:
+            nonlocal seen, last
+            is_known = True
+            try:
+                event = future.get_event()
+            except OSError as error:
+                event = None
+                future.needs_cancel = False
+                is_known = error.errno != errno.ENOENT
+            if event is None:
+                end(is_known)
+                return True
+            seen += 1
+            if seen > told and key in self._wanted:
+                last = event.name
+                on_event(event.name, event.context)
+            return False
+
+        def begin(flux: Any) -> Any:
+            self._watched[key] = event_watch_async(flux, job)
+            return self._watched[key]
+
+        if key in self._wanted:
+            self._ask(key, begin, answered, lambda refused: end(False))
+
+    def read_errors(self, job: int, most: int, on_read: Callable[[bytes], None]) -> None:
+        """Read the end of what a job has written to standard error.
+
+        Its output log may be large, and come in as many events as it has lines. So the owner of the instance, who may,
+        reads the log's last pieces from Flux's stores; for others, logs are limited to 10 MB.
+
+        Args:
+            job: Number of the job, which has ended.
+            most: How many bytes are wanted at most.
+            on_read: Called with them, once.
+        """
+        from flux.job import JobID
+
+        def look_up() -> None:
+            def take(answer: Any) -> None:
+                on_read(errors_in(answer["guest.output"].encode(), most))
+
+            asked = {"id": job, "keys": ["guest.output"], "flags": 0}
+            self._call("job-info.lookup", asked, take, lambda: on_read(b""))
+
+        def take_place(answer: Any) -> None:
+            inline, pieces = blobs_of(answer["val"])
+            if pieces:
+                load(pieces[-_MOST_PIECES:], b"")
+            else:
+                on_read(errors_in(inline, most))
+
+        def load(pieces: list[bytes], found: bytes) -> None:
+            def take(piece: bytes) -> None:
+                errors = (errors_in(piece, most) + found)[-most:]
+                if len(errors) < most and pieces[:-1]:
+                    load(pieces[:-1], errors)
+                else:
+                    on_read(errors)
+
+            self._load(pieces[-1], take, lambda: on_read(found))
+
+        if not self.is_owner:
+            look_up()
+            return
+        key = {"key": f"{JobID(job).kvs}.guest.output", "namespace": "primary", "flags": _TREE_OBJECT}
+        self._call("kvs.lookup", key, take_place, look_up)
+
+    def _call(
+        self, topic: str, asked: Mapping[str, Any], on_answer: Callable[[Any], None], on_error: Callable[[], None]
+    ) -> None:
+        """Ask one of Flux's services."""
 
         def answered(future: Any) -> bool:
             try:
-                event = future.get_event()
+                answer = future.get()
             except OSError:
-                event = None
-            wanted = key in self._wanted
-            if event is None:
-                self._wanted.discard(key)
-                self._watched.pop(key, None)
-            if wanted:
-                on_event("" if event is None else event.name, {} if event is None else event.context)
-            return event is None
+                on_error()
+            else:
+                on_answer(answer)
+            return True
+
+        self._ask(next(self._numbers), lambda flux: flux.rpc(topic, asked), answered, lambda refused: on_error())
+
+    def _load(self, digest: bytes, on_loaded: Callable[[bytes], None], on_error: Callable[[], None]) -> None:
+        """Load a piece of a value from the content store, which neither takes nor gives JSON."""
+        from flux.constants import FLUX_NODEID_ANY
+        from flux.core.inner import ffi, raw
+        from flux.future import Future
+        from flux.rpc import RPC
 
         def begin(flux: Any) -> Any:
-            self._watched[key] = event_watch_async(flux, job, eventlog=log)
-            return self._watched[key]
+            asked = raw.flux_rpc_raw(flux.handle, b"content.load", digest, len(digest), FLUX_NODEID_ANY, 0)
+            return Future(asked, prefixes=["flux_rpc_", "flux_future_"], pimpl_t=RPC.RPCInnerWrapper)
 
-        def refuse(refused: Refused) -> None:
-            self._watched.pop(key, None)
-            if key in self._wanted:
-                self._wanted.remove(key)
-                on_event("", {})
+        def answered(future: Any) -> bool:
+            data, size = ffi.new("void *[1]"), ffi.new("size_t [1]")
+            try:
+                future.pimpl.flux_rpc_get_raw(data, size)
+            except OSError:
+                on_error()
+            else:
+                on_loaded(bytes(ffi.buffer(data[0], size[0])))
+            return True
 
-        self._ask(key, begin, answered, refuse)
-        return key
+        self._ask(next(self._numbers), begin, answered, lambda refused: on_error())
 
     def unwatch(self, key: int, ends_soon: bool = False) -> None:
         """Tell no more events.
@@ -308,6 +435,7 @@ class FluxInstance:
             if future is not None and not self.lost:
                 with contextlib.suppress(OSError):
                     future.cancel()
+                future.needs_cancel = False
 
     def end(self, job: int, kind: str, why: str = "") -> None:
         """Raise an exception that ends a job, waiting or running; one that has ended does not matter.
@@ -365,26 +493,45 @@ class FluxInstance:
         refused = Refused(text)
         self._events.call_later(0.0, lambda: on_refused(refused))
 
+    def wait(self, condition: Callable[[], bool], seconds: float) -> None:
+        """Take in what Flux tells until something holds, or so many seconds have passed, or the instance is lost."""
+        give_up = time.monotonic() + seconds
+        while not condition() and not self.lost and (left := give_up - time.monotonic()) > 0:
+            self._sleep(left)
+
     def close(self) -> None:
         """Let go of the connection; jobs go on."""
         if self._flux is None:
             return
         for key in list(self._watched):  # also of a job that takes long to end
             self.unwatch(key)
-        give_up = time.monotonic() + _CLOSE_SECONDS
-        while self._pending and not self.lost and time.monotonic() < give_up:
-            self._sleep(_CLOSE_SECONDS)
+        self.wait(lambda: not self._pending, _CLOSE_SECONDS)
         self._events.sleep_in(None)
-        self._watcher.destroy()
-        self._timer.destroy()
+        for watcher in (self._watcher, self._timer, self._presence):
+            watcher.destroy()
         if self._submit_by is not None:
             self._events.unwatch(self._wake_read)
             with self._wake_lock:
                 os.close(self._wake_read)
                 os.close(self._wake_write)
                 self._wake_read = self._wake_write = -1
-        self._watcher = self._timer = self._reactor = self._flux = None
+        self._watcher = self._timer = self._presence = self._reactor = self._flux = None
         # Flux's futures and watchers refer to themselves, and so keep the connection until they are collected.
         gc.collect()
         if not self.lost:
             self.lost = "the executor has ended"
+
+
+def _refused(error: OSError, text: str | None) -> Refused:
+    """What Flux said when it did not take a job."""
+    if error.errno == errno.ENOSYS:
+        return Refused("it takes no jobs any more, as it is being shut down")
+    return Refused(text or str(error))
+
+
+def _not_text(value: Any) -> str | None:
+    """The first text in what is to be JSON that holds bytes which are no characters."""
+    if isinstance(value, str):
+        return None if is_text(value) else value
+    each = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    return next((found for found in map(_not_text, each) if found is not None), None)

@@ -24,9 +24,11 @@ from executorlib.launchers.flux import (
     jobspec,
     run_command,
     task_options,
+    untold_environment,
     urgency,
 )
 from executorlib.launchers.flux_instance import FluxInstance
+from executorlib.launchers.flux_policy import Policy
 from executorlib.launchers.queue import Batch, Cause, JobState, Phase
 from executorlib.launchers.systems import JobKey, Refused, States
 from executorlib.launchers.templates import FLUX, Templates, warn_of_unused
@@ -62,6 +64,7 @@ class FluxSystem:
 
     Args:
         events: The loop.
+        policy: What the instance demands of jobs.
         pmi_mode: What Flux's shell offers to MPI; None for its default.
         configuration: A configuration of pysqa for scripts; None where calls are plain jobs.
     """
@@ -72,9 +75,10 @@ class FluxSystem:
     # A job has one number, and one is submitted as quickly as several.
     array_limit = 1
 
-    def __init__(self, events: Events, pmi_mode: str | None, configuration: str | None) -> None:
+    def __init__(self, events: Events, policy: Policy, pmi_mode: str | None, configuration: str | None) -> None:
         self.name = ""  # known from `prepare` on
         self._events = events
+        self._policy = policy
         self._pmi_mode = pmi_mode
         self._instance = FluxInstance(events, self._on_lost)
         self._templates = Templates(None, configuration, FLUX)
@@ -100,9 +104,9 @@ class FluxSystem:
         return {"socket": self._instance.socket}
 
     def is_gone(self, owner: Mapping[str, Any]) -> bool:
-        """See `JobSystem.is_gone`: an instance of this machine whose socket is not there any more."""
+        """See `JobSystem.is_gone`: an instance of this machine at whose socket nobody listens any more."""
         path = owner.get("socket")
-        return bool(path) and owner.get("host") == socket.gethostname() and not os.path.exists(str(path))
+        return bool(path) and owner.get("host") == socket.gethostname() and not _is_listening(str(path))
 
     def listen(self, on_change: Callable[[], None]) -> None:
         """See `JobSystem.listen`."""
@@ -119,7 +123,8 @@ class FluxSystem:
 
     def setup(self) -> dict[str, Any]:
         """See `JobSystem.setup`; jobs have the environment of their submission."""
-        return {"shown_gpus": True, "id_variables": ("FLUX_JOB_ID",)}
+        untold = untold_environment(os.environ)
+        return {"shown_gpus": True, "id_variables": ("FLUX_JOB_ID",), "env": untold}
 
     def submit(self, batch: Batch, on_done: Callable[[str | Refused], None]) -> None:
         """See `JobSystem.submit`."""
@@ -133,7 +138,14 @@ class FluxSystem:
             self._follow(answer, batch.resources.run_time_max)
             on_done(job_name(answer))
 
-        if self.has_script(batch.resources):
+        has_script = self.has_script(batch.resources)
+        # A configuration has queues of its own, and a script may name one.
+        problem = "" if self._has_configuration else self._policy.problem(batch.resources, named=not has_script)
+        if problem:
+            refused = Refused(problem)
+            self._events.call_later(0.0, lambda: answered(refused))
+            return
+        if has_script:
             self._submit_script(batch, answered)
             return
         warn_of_unused([key for key in batch.template_values if key not in FURTHER_KEYS], self._warned)
@@ -143,6 +155,7 @@ class FluxSystem:
             os.environ,
             name=batch.name,
             cwd=batch.cwd,
+            policy=self._policy,
             pmi_mode=self._pmi_mode,
             output=self._output(batch),
             dependencies=[job_number(dependency.job_id) for dependency in batch.dependencies],
@@ -185,8 +198,9 @@ class FluxSystem:
             options += task_options(resources)
             if resources.exclusive:
                 options += ["--exclusive"] if resources.num_nodes is not None else ["--nodes=1", "--exclusive"]
-            if resources.run_time_max is not None:
-                options.append(f"--time-limit={resources.run_time_max + _BATCH_SPARE_SECONDS:g}s")
+            duration = self._policy.duration(resources, _BATCH_SPARE_SECONDS)
+            if duration:
+                options.append(f"--time-limit={duration:g}s")
 
         def done(answer: Answer) -> None:
             found = re.search(r"^[fƒ][1-9A-HJ-NP-Za-km-z]+$", answer.output.strip(), re.MULTILINE)
@@ -284,8 +298,21 @@ class FluxSystem:
         questions, self._questions = self._questions, []
         for _, answer in questions:
             answer()
+        self._on_change()
 
     def close(self) -> None:
         """See `JobSystem.close`."""
         self._commands.close()
         self._instance.close()
+
+
+def _is_listening(path: str) -> bool:
+    """Whether anybody listens at a socket. One that was killed has left its file behind."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(path)
+        except (FileNotFoundError, ConnectionRefusedError):
+            return False
+        except OSError:  # it cannot be told
+            return True
+    return True

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -21,8 +20,9 @@ from typing import Any
 from executorlib.errors import ExecutorlibSocketError, TimeLimitError, describe_exit
 from executorlib.launchers.base import STDERR_TAIL_BYTES, Events, Exit, Process, boot_command
 from executorlib.launchers.connecting import ConnectingWorker
-from executorlib.launchers.flux import JobLog, job_name, jobspec, output_of, run_command, urgency
+from executorlib.launchers.flux import JobLog, job_name, jobspec, run_command, untold_environment, urgency
 from executorlib.launchers.flux_instance import FluxInstance
+from executorlib.launchers.flux_policy import Policy
 from executorlib.launchers.job import read_tail
 from executorlib.launchers.queue import Cause, Phase
 from executorlib.launchers.relays import RelayEnd, Relays, relay_program
@@ -33,12 +33,13 @@ from executorlib.transports.router import Router, worker_of
 
 # After one of a worker's ends, that of its job or of its connection, the other has to follow within so many seconds.
 _FOLLOW_SECONDS = 10.0
-# How long a job may last after its worker has left, in seconds.
-_LEFT_SECONDS = 1.0
+# How long a job may last after its worker has left, in seconds. By itself it lasts as long as the worker's exit
+# handlers do, and an instance of its own as long as that takes to shut down.
+_LEFT_SECONDS, _INSTANCE_LEFT_SECONDS = 10.0, 60.0
 # From the cancelling of a job to giving it up, in seconds: Flux sends SIGTERM, after 5 s SIGKILL, and runs epilogs.
 _CANCEL_SECONDS = 60.0
 # For the output of a job that has died to be read from Flux's store, in seconds.
-_OUTPUT_SECONDS = 2.0
+_OUTPUT_SECONDS = 10.0
 
 
 class _Member:
@@ -81,6 +82,7 @@ class FluxLauncher:
 
     Args:
         events: The loop.
+        policy: What the instance demands of jobs.
         pmi_mode: What Flux's shell offers to MPI; None for its default.
         nested: Whether each worker gets a Flux instance of its own.
         log_files: Whether what workers print goes to files in their working directories, not to Flux's store.
@@ -92,6 +94,7 @@ class FluxLauncher:
         self,
         events: Events,
         *,
+        policy: Policy,
         pmi_mode: str | None,
         nested: bool,
         log_files: bool,
@@ -99,8 +102,10 @@ class FluxLauncher:
         submit_by: Any = None,
     ) -> None:
         self._events = events
+        self._policy = policy
         self._pmi_mode = pmi_mode
         self._nested = nested
+        self._left_seconds = _INSTANCE_LEFT_SECONDS if nested else _LEFT_SECONDS
         self._log_files = log_files
         self._instance = FluxInstance(events, self._on_instance_lost, submit_by)
         self._router = Router(events, self._on_message, self._on_lost, tcp=True, hostname_localhost=hostname_localhost)
@@ -129,12 +134,17 @@ class FluxLauncher:
             {**os.environ, CONNECTION_VARIABLE: self._router.credentials(identity).dumps()},
             name=self._name(process),
             cwd=resources.cwd or os.getcwd(),
+            policy=self._policy,
             pmi_mode=self._pmi_mode,
             nested=self._nested,
             output=files[0],
             errors=files[1],
         )
         self._members[identity] = member
+        problem = self._policy.problem(resources)
+        if problem:
+            self._events.call_later(0.0, lambda: self._on_submitted(identity, Refused(problem)))
+            return
         self._instance.submit(
             spec,
             urgency(resources.priority, self._instance.is_owner),
@@ -171,7 +181,7 @@ class FluxLauncher:
 
     def setup(self, process: Process) -> dict[str, Any]:
         """See `Launcher.setup`; the job has the environment and the import path of its submission."""
-        return {"shown_gpus": True}
+        return {"shown_gpus": True, "env": untold_environment(os.environ)}
 
     def kill(self, process: Process, signal_number: int) -> None:
         """See `Launcher.kill`."""
@@ -205,10 +215,17 @@ class FluxLauncher:
         on_taken()
 
     def close(self) -> None:
-        """See `Launcher.close`; what still runs loses its connection and ends, what waits is cancelled."""
+        """See `Launcher.close`; jobs whose workers have left end by themselves, all others are cancelled."""
+        leaving = []
         for member in self._members.values():
-            if member.job is not None and member.log.state.phase is not Phase.ENDED:
-                self._instance.end(member.job, "cancel")
+            member.ending = True
+            if member.worker.done and member.gone:
+                leaving.append(member)  # cancelled, it would look as if its call had failed
+            elif self._is_running(member):
+                self._instance.end(member.job or 0, "cancel")
+        self._instance.wait(lambda: not any(map(self._is_running, leaving)), self._left_seconds)
+        for member in filter(self._is_running, leaving):
+            self._instance.end(member.job or 0, "cancel")
         self._members.clear()
         self._instance.close()
         self._router.close()
@@ -233,10 +250,12 @@ class FluxLauncher:
 
     def _on_event(self, identity: str, event: str, context: Any) -> None:
         member = self._members.get(identity)
-        if member is None or member.ending:
+        if member is None:
             return
         before = member.log.state.phase
         member.log.add(event, context)
+        if member.ending:
+            return
         if event == "start" and member.unwanted:
             self._instance.kill(member.job or 0, member.unwanted)
         if member.log.state.phase is Phase.ENDED is not before:
@@ -285,8 +304,7 @@ class FluxLauncher:
         if member.log.state.phase is Phase.ENDED:
             self._end_as_told(member)
         elif member.worker.done:
-            # It has left; what its call has started and left behind is what keeps the job.
-            self._later(_LEFT_SECONDS, member.identity, lambda it: self.kill(it.process, signal.SIGKILL))
+            self._later(self._left_seconds, member.identity, lambda it: self.kill(it.process, signal.SIGKILL))
         else:
             self._later(_FOLLOW_SECONDS, member.identity, self._end_without_word)
 
@@ -322,20 +340,16 @@ class FluxLauncher:
                 member.process.stderr += read_tail(os.path.join(folder, f"flux_{job_name(member.job)}.err"))
             self._conclude(member)
             return
-        # What it printed last is in Flux's store.
-        give_up = time.monotonic() + _OUTPUT_SECONDS
 
-        def hear(event: str, context: Any) -> None:
+        def read(errors: bytes) -> None:
             if self._members.get(member.identity) is member:
-                stderr = member.process.stderr
-                stderr += output_of(event, context)
-                del stderr[:-STDERR_TAIL_BYTES]
-                if not event or time.monotonic() > give_up:
-                    self._conclude(member)
+                member.process.stderr += errors
+                self._conclude(member)
 
         if member.log.started:
-            member.watch = self._instance.watch(member.job, hear, "guest.output")
-            self._events.call_later(_OUTPUT_SECONDS, lambda: self._conclude(member))
+            # What it printed last is in Flux's store.
+            self._instance.read_errors(member.job, STDERR_TAIL_BYTES, read)
+            self._events.call_later(_OUTPUT_SECONDS, lambda: read(b""))
         else:
             self._conclude(member)
 
@@ -362,6 +376,10 @@ class FluxLauncher:
         if self._members.pop(member.identity, None) is member:
             self._instance.unwatch(member.watch, member.log.state.phase is Phase.ENDED)
             self._events.on_exit(member.process, end)
+
+    @staticmethod
+    def _is_running(member: _Member) -> bool:
+        return member.job is not None and member.log.state.phase is not Phase.ENDED
 
     @staticmethod
     def _job_text(member: _Member) -> str:

@@ -39,7 +39,7 @@ from executorlib.resources import Resources
 from executorlib.serialize import Frame
 from executorlib.transports.curve import CONNECTION_VARIABLE, Credentials
 from executorlib.transports.dealer import Dealer
-from executorlib.worker import family
+from executorlib.worker import family, guard
 from executorlib.worker.call import PERMIT
 from executorlib.worker.remote import hello
 
@@ -307,6 +307,7 @@ def main(environ: dict[str, str], launcher: dict[str, Any]) -> None:
         launcher: Arguments of `LocalLauncher`.
     """
     family.unblock()
+    guard.begin()
     credentials = Credentials.parse(os.environ.pop(CONNECTION_VARIABLE, ""))
     for name in [name for name in os.environ if name.startswith("SLURM_") and name not in _KEPT]:
         del os.environ[name]

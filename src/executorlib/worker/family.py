@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import select
 import signal
 import sys
 import time
@@ -54,38 +53,6 @@ def lead() -> None:
     """Lead a process group, so that what this process starts can be ended with it."""
     if os.getpgrp() != os.getpid():
         os.setpgid(0, 0)
-
-
-def guard() -> None:
-    """Have what this process starts end with it also where it dies; to be called before it has threads.
-
-    Only in a Flux job: other systems, and the node agent, see to that themselves, but Flux waits for whatever has a
-    job's output open. Another process, no child of this one, waits for the end of this one and kills its process group.
-    """
-    if "FLUX_JOB_ID" not in os.environ or not hasattr(os, "pidfd_open"):
-        return
-    lead()
-    worker = os.getpid()
-    child = os.fork()
-    if child:
-        os.waitpid(child, 0)
-        return
-    try:
-        if os.fork() == 0:
-            watched = os.pidfd_open(worker)
-            os.setpgid(0, 0)
-            nothing = os.open(os.devnull, os.O_RDWR)
-            for stream in range(3):
-                os.dup2(nothing, stream)
-            # Not up to the most there may be: that can be many millions, or not known.
-            for descriptor in map(int, os.listdir("/proc/self/fd")):
-                if descriptor > 2 and descriptor != watched:
-                    with contextlib.suppress(OSError):  # the listing's own
-                        os.close(descriptor)
-            select.select([watched], [], [])
-            os.killpg(worker, signal.SIGKILL)
-    finally:
-        os._exit(0)
 
 
 def kill(pid: int, signal_number: int) -> bool:

@@ -19,7 +19,7 @@ import sys
 import time
 
 from executorlib import batches, entries, files, serialize
-from executorlib.worker import call, family
+from executorlib.worker import call, family, guard
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def main(directory: str, part: str = "") -> None:
         part: The part of the batch that this job is of, as `batches.JobIds.file` takes it.
     """
     family.unblock()
-    family.guard()
+    guard.begin()
     family.adopt()
     code = FAILED
     try:

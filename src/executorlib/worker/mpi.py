@@ -17,7 +17,7 @@ import time
 
 from executorlib import serialize
 from executorlib.transports import CONNECTION_VARIABLE
-from executorlib.worker import call, family, world
+from executorlib.worker import call, family, guard, world
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def main(single: bool, path: str = "", identity: str = "", numbered: bool = Fals
     family.unblock()
     if local:
         family.follow()
-    family.guard()
+    guard.begin()
     given = os.environ.pop(CONNECTION_VARIABLE, "")
 
     def connect(rank: int) -> Dealer:

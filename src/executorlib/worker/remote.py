@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 from executorlib._version import __version__
 from executorlib.transports.curve import CONNECTION_VARIABLE, Credentials
 from executorlib.transports.dealer import Dealer
-from executorlib.worker import call, family
+from executorlib.worker import call, family, guard
 
 if TYPE_CHECKING:
     from executorlib.transports.messages import Connection
@@ -76,8 +76,8 @@ def main(path: str = "", identity: str = "", numbered: bool = False) -> None:
         numbered: Whether the job's number in its array is to be appended to the name.
     """
     family.unblock()
+    guard.begin()
     family.lead()
-    family.guard()
     family.adopt()
     try:
         given = os.environ.pop(CONNECTION_VARIABLE, "")

@@ -1,0 +1,95 @@
+"""What a Flux instance's configuration demands of jobs: queues and time limits (RFC 33). Nothing is asked for here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from executorlib.resources import Resources
+
+# Given to a job beyond the run_time_max of its call, in seconds: to start, and to say itself that time is up.
+_SPARE_SECONDS = 30.0
+_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+class Policy:
+    """The queues of an instance, and how long jobs may take there.
+
+    Args:
+        config: The configuration, as ``config.get`` answers.
+
+    Attributes:
+        queues: Names of the queues; empty where there are none with names.
+        default_queue: Where jobs go that name none; empty where they are refused, unless there are no `queues`.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self._config = config
+        self.queues = tuple(_at(config, "queues"))
+        self.default_queue = str(_at(config, "policy", "jobspec", "defaults", "system").get("queue", ""))
+
+    def queue_of(self, resources: Resources) -> str:
+        """The queue to which a call goes; empty where it names none and there is no default."""
+        further = resources.template_values
+        return str(further.get("queue") or further.get("partition") or self.default_queue)
+
+    def problem(self, resources: Resources, named: bool = True) -> str:
+        """Why a call would be refused; empty where it would not be.
+
+        Args:
+            resources: What it needs.
+            named: Whether its queue has to be known by now.
+        """
+        queue = self.queue_of(resources)
+        if self.queues and queue not in self.queues and (queue or named):
+            said = f"the Flux instance has no queue {queue!r}" if queue else "the Flux instance has no default queue"
+            return f"{said}. Name one with resource_dict={{'queue': …}}; there are {', '.join(self.queues)}."
+        seconds, limit = resources.run_time_max, self._limit(queue)
+        if limit and seconds is not None and seconds > limit:
+            where = f" for queue {queue!r}" if queue else ""
+            return (
+                f"run_time_max={seconds:g} is above the limit of {limit:g} s that this Flux instance has{where}. "
+                "Ask for less, or name a queue that allows more."
+            )
+        return ""
+
+    def duration(self, resources: Resources, spare: float = _SPARE_SECONDS) -> float:
+        """The duration to ask for, in seconds; 0 for the instance's default, or for ever where it has none.
+
+        Args:
+            resources: What the call needs.
+            spare: Seconds for the job beyond those of the call.
+        """
+        queue = self.queue_of(resources)
+        limit = self._limit(queue)
+        if resources.run_time_max is None:
+            return 0.0 if self._has_default_duration(queue) else limit
+        duration = resources.run_time_max + spare
+        return min(duration, limit) if limit else duration
+
+    def _policies(self, queue: str) -> list[Mapping[str, Any]]:
+        """What holds for a queue, the closest first: its own policy, that of the queue it is part of, the general."""
+        own = _at(self._config, "queues", queue)
+        parent = _at(self._config, "queues", str(own.get("parent", "")))
+        return [_at(each, "policy") for each in (own, parent, self._config)]
+
+    def _limit(self, queue: str) -> float:
+        limits = [_at(policy, "limits").get("duration") for policy in self._policies(queue)]
+        return next((_seconds(limit) for limit in limits if limit is not None), 0.0)
+
+    def _has_default_duration(self, queue: str) -> bool:
+        return any("duration" in _at(policy, "jobspec", "defaults", "system") for policy in self._policies(queue))
+
+
+def _at(table: Any, *keys: str) -> Mapping[str, Any]:
+    """A table within a table; empty where there is none."""
+    for key in keys:
+        table = table.get(key) if isinstance(table, Mapping) else None
+    return table if isinstance(table, Mapping) else {}
+
+
+def _seconds(duration: object) -> float:
+    """A duration of Flux's (RFC 23), such as ``1.5h``, in seconds; 0 for no limit, or what is not understood."""
+    found = re.fullmatch(r"([0-9.]+)(ms|s|m|h|d)?", str(duration).strip())
+    return float(found[1]) * _UNITS[found[2] or "s"] if found else 0.0
