@@ -5,7 +5,7 @@
 #   make test-debian SUITE=forky SUITE_PYTHON=python3.15              with one of another release of Debian
 #   make test-debian SUITE=forky SUITE_PYTHON=python3.14 GOAL=test-slurm   on its Slurm, too
 
-.PHONY: help demo test check lint docs bench bench-slurm bench-flux test-slurm test-gridengine test-flux test-debian clean
+.PHONY: help demo test stress check lint docs bench bench-slurm bench-flux test-slurm test-gridengine test-flux test-debian clean
 .DEFAULT_GOAL := help
 
 # Found is not enough: a shim may be there without its Python, and a Python without venv.
@@ -29,6 +29,7 @@ help:
 	@echo "make docs       build the documentation into site/"
 	@echo "make test-slurm run the tests that need Slurm, on a throw-away cluster (Debian or Ubuntu, as root)"
 	@echo "make test-gridengine  likewise, Grid Engine"
+	@echo "make stress     Ctrl-C and SIGKILL at random moments, for half an hour: STRESS='--seed 2 --rounds 50', CHAOS='--seconds 60'"
 	@echo "make bench-slurm measure jobs on such a cluster, into docs/performance.md"
 	@echo "make bench-flux measure calls as Flux jobs (where flux is on the PATH), into docs/performance.md"
 	@echo "make test-flux  run the tests that need Flux, in an instance of pretended nodes (where flux is on the PATH)"
@@ -40,6 +41,11 @@ demo: $(VENV)/installed-demo
 
 test: $(VENV)/installed-dev
 	@$(BIN)/python -m pytest $(ARGS)
+
+# Not part of the tests: it takes long, and what it finds depends on chance. Each program tells its seed.
+stress: $(VENV)/installed-dev
+	@$(BIN)/python tests/stress/interrupts.py $(STRESS)
+	@$(BIN)/python tests/stress/chaos.py $(CHAOS)
 
 lint: $(VENV)/installed-dev
 	@$(BIN)/ruff check --quiet .
