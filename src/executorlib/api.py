@@ -879,20 +879,21 @@ def serve_functions(ranks: Any = None) -> None:
 def _serve(payload: bytes, values: dict[str, Any], ranks: Any) -> bytes | None:
     """Do what a message asks for. Returns the pickled answer, None to the last message."""
     init = False
-    try:
-        message = cloudpickle.loads(payload)
-        if message.get("shutdown"):
-            return None
-        init = bool(message.get("init"))
-        fn, args, kwargs = message["fn"], message["args"], message["kwargs"]
-        result = fn(*args, **kwargs, **call.Function(fn).left_out(args, kwargs, values))
-        if init:
-            values.update(result)
-            result = True
-        answer = {"result": result}
-    except Exception as error:
-        answer = {"error": _Raised(error)}
-    packed = _pack(answer)
+    with call.OnlyHere():
+        try:
+            message = cloudpickle.loads(payload)
+            if message.get("shutdown"):
+                return None
+            init = bool(message.get("init"))
+            fn, args, kwargs = message["fn"], message["args"], message["kwargs"]
+            result = fn(*args, **kwargs, **call.Function(fn).left_out(args, kwargs, values))
+            if init:
+                values.update(result)
+                result = True
+            answer = {"result": result}
+        except Exception as error:
+            answer = {"error": _Raised(error)}
+        packed = _pack(answer)
     return packed if ranks is None else _join(packed, "error" in answer, init, ranks)
 
 

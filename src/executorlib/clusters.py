@@ -14,7 +14,7 @@ from typing import Any
 
 from executorlib import machine
 from executorlib.executors import BaseExecutor, Common
-from executorlib.launchers.base import Events, Launcher
+from executorlib.launchers.base import Events, JobEvents, Launcher
 from executorlib.launchers.job_workers import JobWorkerLauncher
 from executorlib.launchers.jobs import JobLauncher
 from executorlib.launchers.local import LocalLauncher
@@ -80,7 +80,7 @@ class ClusterExecutor(BaseExecutor):
         self,
         common: Common,
         *,
-        make_launcher: Callable[[Events], Launcher],
+        make_launcher: Callable[[JobEvents], Launcher],
         ledger: Ledger,
         capacity: Ledger | None,
         max_calls: int | None,
@@ -169,20 +169,20 @@ class TestClusterExecutor(ClusterExecutor):
         size = common.max_workers or common.max_cores or 1
         capacity = Ledger([Node("localhost", range(common.max_cores or size), machine.visible_gpus())])
 
-        def make_launcher(events: Events) -> Launcher:
+        def make_launcher(events: JobEvents) -> Launcher:
             if block_allocation:
                 return LocalLauncher(
                     events,
                     spawn=False,
                     pooled=True,
                     stock=0,
-                    preload=["executorlib.entries"],
+                    preload=["executorlib.worker.entry"],
                     default_threads=common.resources.threads_per_core,
                 )
             options = {
                 "max_workers": common.max_workers,
                 "max_cores": None if max_cores is None else common.max_cores,
-                "preload": ["executorlib.entries"],
+                "preload": ["executorlib.worker.entry"],
             }
             return JobLauncher(events, LocalSystem(events, options), lambda resources, program: program, log_obj_size)
 
@@ -256,7 +256,7 @@ class QueueExecutor(ClusterExecutor):
             self._check_system(configuration)
         limited = None if common.max_cores is None else Ledger([Node("cluster", range(common.max_cores))])
 
-        def make_launcher(events: Events) -> Launcher:
+        def make_launcher(events: JobEvents) -> Launcher:
             if not block_allocation:
                 return self._job_launcher(events, configuration, pmi_mode, log_obj_size)
             folder = common.resources.cache_directory or os.path.abspath(_CACHE_DIRECTORY)
@@ -277,7 +277,7 @@ class QueueExecutor(ClusterExecutor):
         raise NotImplementedError
 
     def _job_launcher(
-        self, events: Events, configuration: str | None, pmi_mode: str | None, log_sizes: bool
+        self, events: JobEvents, configuration: str | None, pmi_mode: str | None, log_sizes: bool
     ) -> Launcher:
         """What makes each call a job."""
         raise NotImplementedError
@@ -332,7 +332,7 @@ class SlurmClusterExecutor(QueueExecutor):
         return super()._checked_demand(resources, subject)
 
     def _job_launcher(
-        self, events: Events, configuration: str | None, pmi_mode: str | None, log_sizes: bool
+        self, events: JobEvents, configuration: str | None, pmi_mode: str | None, log_sizes: bool
     ) -> Launcher:
         assert self._templates is not None
         system = queue_system(events, self._templates)

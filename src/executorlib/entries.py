@@ -50,11 +50,15 @@ DATASETS = (
 
 # The distributions that a call reached, and the version of each that it ran with.
 VERSIONS = "versions"
-# A dataset that says: this error is for those who wait, and not worth keeping.
+# A dataset that says: this result is for those who wait for this job, and not to be kept.
 NOT_KEPT = "not_kept"
 # What a job printed, as text, and how many bytes that was, with what was cut.
 PRINTED, PRINTED_BYTES = "printed", "printed_bytes"
+# A dataset that says, together with it: what ran is not what the entry is named by, but what this names. Then `batch`
+# is the batch directory of the job.
+RAN = "ran"
 _CALL = ("function", "input_args", "input_kwargs", "resource_dict")
+_RESULT = ("output", "error", "runtime", "traceback")
 
 # Large arrays of floats hardly shrink at any level, so the fastest.
 _GZIP_LEVEL = 1
@@ -121,34 +125,91 @@ class ResultOf:
         path: The other entry's output file, absolute.
         keys: What to take of the result: ``result[keys[0]][keys[1]]...``.
         root: The other entry's cache directory; by default the file's folder.
+        batch: The batch directory of the other entry's job, where the session that refers to it has submitted that: its
+            result is taken also where the job ran something else than what the entry is named by, see `name_of_result`.
     """
 
-    def __init__(self, path: str, keys: tuple[Any, ...] = (), root: str | None = None) -> None:
+    def __init__(
+        self, path: str, keys: tuple[Any, ...] = (), root: str | None = None, batch: str | None = None
+    ) -> None:
         self._path = path
         self._keys = keys
         self._root = root
+        self._batch = batch
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _load_result, (self._path, self._keys, self._root)
+        return _load_result, (self._path, self._keys, self._root, self._batch)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._path!r}, {self._keys!r})"
 
 
-def _load_result(path: str, keys: tuple[Any, ...], root: str | None = None) -> Any:
-    output = read_output(path, root)
+# Of the results that were loaded as inputs: files of those that are not what their entry is named by, and of what.
+_others: dict[str, str] = {}
+
+
+def _load_result(path: str, keys: tuple[Any, ...], root: str | None = None, batch: str | None = None) -> Any:
     give_up = time.monotonic() + _SHOW_SECONDS
-    while output is None and not files.is_there(path) and time.monotonic() < give_up:
+    while (output := _read_input_result(path, root, batch)) is None:
+        if files.is_there(path) or time.monotonic() > give_up:
+            raise FileNotFoundError(f"an input of this call is the result of {path}, which is not there (any more)")
         time.sleep(1.0)
-        output = read_output(path, root)
-    if output is None:
-        raise FileNotFoundError(f"an input of this call is the result of {path}, which is not there (any more)")
     if output.error is not None:
         raise output.error
     value = output.value
     for key in keys:
         value = value[key]
     return value
+
+
+def _read_input_result(path: str, root: str | None, batch: str | None) -> Output | None:
+    values = read_values(path, (*_RESULT, NOT_KEPT, RAN, "batch"), root)
+    if values is not None and RAN in values:
+        if values.get("batch") != batch:
+            raise FileNotFoundError(
+                f"an input of this call is the result of {path}, where another session's job has left that of something"
+                " else: what it ran was changed between submit and run. Submit the call again."
+            )
+        _others[path] = values[RAN]
+        del values[NOT_KEPT]
+    return _output(path, values)
+
+
+def name_of_result(key: str, keys: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What stands in the key of a call for an input that is the result of another one, or an item of it.
+
+    Args:
+        key: The other call's key.
+        keys: What is taken of its result.
+    """
+    return ("the result of the call", key, *keys)
+
+
+def _name_loaded(path: str, keys: tuple[Any, ...], root: str | None = None, batch: str | None = None) -> Any:
+    folder = os.path.dirname(path) if root is None else root
+    key = path.removesuffix(OUTPUT)[len(folder.rstrip(os.sep)) + 1 :]
+    return name_of_result(_others.get(path, key), keys)
+
+
+class _NamingUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name == "_load_result" and module == __name__:
+            return _name_loaded
+        return super().find_class(module, name)
+
+
+def refers_to_results(data: bytes) -> bool:
+    """Whether a pickle may refer to results of other entries."""
+    return b"_load_result" in data
+
+
+def load_with_names(data: bytes) -> Any:
+    """Unpickle inputs, with results of other entries by name, as in keys.
+
+    After these were loaded, in this process: where one is that of something else than what its entry is named by, it
+    has the name of what it is.
+    """
+    return _NamingUnpickler(io.BytesIO(data)).load()
 
 
 class _Unpickler(foreign.Unpickler):
@@ -205,6 +266,11 @@ class Snapshot(bytes):
         return cls(dumps_in_band(value))
 
 
+def beside(path: str, key: str, other: str) -> str:
+    """Name the output file of another derived key, in the cache directory of the output file of this one."""
+    return os.path.join(root_of(path, key), other + OUTPUT)
+
+
 def write_output(
     path: str | os.PathLike[str],
     *,
@@ -216,20 +282,22 @@ def write_output(
     output: Any = None,
     error: BaseException | None = None,
     root: str | None = None,
+    versions: dict[str, str] | None = None,
 ) -> None:
     """Put the entry of a call that is done in place, whole or not at all.
 
     Args:
         path: Its file, from `entry_path`; the folder is made where missing.
-        function: The function that was called.
+        function: The function that was called, or a `Snapshot` of it.
         args: Its positional arguments, or a `Snapshot` of their list from before the function ran, which
             may have changed them.
         kwargs: Its keyword arguments, or a `Snapshot` of them.
         resource_dict: The resources it ran with.
         runtime: Seconds it took.
-        output: What it returned; not kept where it raised.
+        output: What it returned, or a `Snapshot` of that; not kept where it raised.
         error: What it raised, or None.
         root: The cache directory; by default the file's folder.
+        versions: The distributions that the call reaches, with their versions, where they are known.
 
     Raises:
         ImportError: If h5py is missing.
@@ -244,6 +312,7 @@ def write_output(
         "resource_dict": resource_dict,
         **result,
         "runtime": runtime,
+        **({} if versions is None else {VERSIONS: versions}),
     }
     files.write(os.fspath(path), _pack(values), root, durable=True)
 
@@ -291,24 +360,25 @@ def read_input(path: str, root: str | None = None) -> dict[str, Any] | None:
 
     Returns:
         The pickles ``function``, ``input_args``, ``input_kwargs`` and ``resource_dict``; ``batch``, the batch directory
-        (None in files of executorlib 1.x), and ``run_time_max`` and ``error_log_file`` as values. None where there is
-        no such file or it cannot be read.
+        (None in files of executorlib 1.x), ``key``, a `fingerprint.Key` as a list (None where the user has named the
+        entry), and ``run_time_max`` and ``error_log_file`` as values. None where there is no such file or it cannot be
+        read.
 
     Raises:
         UntrustedFile: Anybody could have put it there.
     """
-    pickles = _read_or_none(path, (*_CALL, "batch"), root)
+    pickles = _read_or_none(path, (*_CALL, "batch", "key"), root)
     if pickles is None or not pickles.keys() >= set(_CALL):
         return None
     try:
         resources = _load(pickles["resource_dict"])
-        batch = _load(pickles.pop("batch")) if "batch" in pickles else None
+        plain = {name: _load(pickles.pop(name)) if name in pickles else None for name in ("batch", "key")}
     except Exception as error:  # damaged pickles raise nearly everything
         _warn_unreadable(path, error)
         return None
     return {
         **pickles,
-        "batch": batch,
+        **plain,
         "run_time_max": resources.get("run_time_max"),
         "error_log_file": resources.get("error_log_file"),
     }
@@ -324,6 +394,8 @@ class Ending(NamedTuple):
         traceback: Where it raised, as text.
         kept: Whether later sessions are to find it, too.
         printed: How many bytes its job had printed, of which the entry has the end.
+        ran: What ran, where that is something else than what the entry is named by.
+        batch: Likewise, the batch directory of the job.
     """
 
     data: bytes
@@ -332,6 +404,8 @@ class Ending(NamedTuple):
     traceback: str
     kept: bool = True
     printed: int = 0
+    ran: str = ""
+    batch: str | None = None
 
 
 def read_ending(path: str, root: str | None = None) -> Ending | None:
@@ -347,7 +421,7 @@ def read_ending(path: str, root: str | None = None) -> Ending | None:
     Raises:
         UntrustedFile: Anybody could have put it there.
     """
-    pickles = _read_or_none(path, ("output", "error", "runtime", "traceback", PRINTED_BYTES, NOT_KEPT), root)
+    pickles = _read_or_none(path, (*_RESULT, PRINTED_BYTES, NOT_KEPT, RAN, "batch"), root)
     if pickles is None or not pickles.keys() & {"output", "error"}:
         return None
     failed = "error" in pickles
@@ -355,12 +429,12 @@ def read_ending(path: str, root: str | None = None) -> Ending | None:
         runtime = _load(pickles["runtime"]) if "runtime" in pickles else 0.0
         traceback = _load(pickles["traceback"]) if "traceback" in pickles else ""
         printed = _load(pickles[PRINTED_BYTES]) if PRINTED_BYTES in pickles else 0
+        ran, batch = (_load(pickles[RAN]), _load(pickles["batch"])) if RAN in pickles else ("", None)
     except Exception as error:  # damaged pickles raise nearly everything
         _warn_unreadable(path, error)
         return None
-    return Ending(
-        pickles["error" if failed else "output"], failed, runtime, traceback, NOT_KEPT not in pickles, printed
-    )
+    data = pickles["error" if failed else "output"]
+    return Ending(data, failed, runtime, traceback, NOT_KEPT not in pickles, printed, ran, batch)
 
 
 def _read_or_none(path: str, names: Iterable[str], root: str | None) -> dict[str, bytes] | None:
@@ -496,7 +570,10 @@ def read_output(path: str | os.PathLike[str], root: str | os.PathLike[str] | Non
         ImportError: If h5py is missing.
         UntrustedFile: Anybody could have put it there.
     """
-    values = read_values(path, ("output", "error", "runtime", "traceback", VERSIONS, NOT_KEPT), root)
+    return _output(path, read_values(path, (*_RESULT, VERSIONS, NOT_KEPT), root))
+
+
+def _output(path: str | os.PathLike[str], values: dict[str, Any] | None) -> Output | None:
     if values is None or NOT_KEPT in values:
         return None
     versions = values.get(VERSIONS, {})

@@ -106,6 +106,14 @@ def refuse_future(self: Any) -> NoReturn:
     raise TypeError(f"a {type(self).__name__} cannot be pickled. {FUTURE_ADVICE}")
 
 
+CHANGED_CALL = (
+    "what ran is not what was looked up in the cache: its function, an argument, a global that it reads, or the file "
+    "of a module of yours was changed between submit and run. Its result is that of what ran, and is not kept under "
+    "the key of what was looked up. Submit copies of what you go on changing, such as array.copy(), and change no "
+    "module while calls that use it wait."
+)
+
+
 def advise_unpicklable(error: BaseException, number: int, name: str, misplaced: str = "") -> BaseException:
     """Add to what went wrong while a call was pickled which call it was, and what to do.
 

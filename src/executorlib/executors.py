@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from executorlib import imports, machine
 from executorlib.errors import EXECUTOR_ADVICE
 from executorlib.futures import batched, find_futures_in_call
-from executorlib.launchers.base import Events, Launcher
+from executorlib.launchers.base import JobEvents, Launcher
 from executorlib.launchers.local import LocalLauncher
 from executorlib.launchers.mpi import check_mpi
 from executorlib.ledger import Ledger, Node
@@ -171,7 +171,7 @@ class BaseExecutor(Executor):
         self,
         common: Common,
         *,
-        make_launcher: Callable[[Events], Launcher],
+        make_launcher: Callable[[JobEvents], Launcher],
         ledger: Ledger,
         capacity: Ledger | None,
         count_cores: bool,
@@ -680,7 +680,7 @@ class SingleNodeExecutor(BaseExecutor):
         ledger = Ledger([Node("localhost", ids, devices)])
         if defaults.cache_directory is not None:
             # Workers need it to write entries; imported once in the agent, it costs a call nothing.
-            modules.append("executorlib.entries")
+            modules.append("executorlib.worker.entry")
         # More than can run at once would only take memory.
         stock = min(size, len(cpus)) if defaults.cores == 1 else 0
         if common.graph is None and not block_allocation:

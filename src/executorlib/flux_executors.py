@@ -8,7 +8,7 @@ from typing import Any
 
 from executorlib.clusters import QueueExecutor
 from executorlib.executors import BaseExecutor, Common, refuse
-from executorlib.launchers.base import Events, Launcher
+from executorlib.launchers.base import Events, JobEvents, Launcher
 from executorlib.launchers.flux import FURTHER_KEYS
 from executorlib.launchers.flux_instance import known_instance
 from executorlib.launchers.flux_policy import Policy
@@ -117,7 +117,7 @@ class FluxJobExecutor(BaseExecutor):
         if max_calls is None and max_cores is None and not block_allocation:
             max_calls = max(1, _AHEAD * total)
 
-        def make_launcher(events: Events) -> Launcher:
+        def make_launcher(events: JobEvents) -> Launcher:
             return FluxLauncher(
                 events,
                 policy=policy,
@@ -219,7 +219,7 @@ class FluxClusterExecutor(QueueExecutor):
         self._templates = Templates(None, configuration, FLUX)
 
     def _job_launcher(
-        self, events: Events, configuration: str | None, pmi_mode: str | None, log_sizes: bool
+        self, events: JobEvents, configuration: str | None, pmi_mode: str | None, log_sizes: bool
     ) -> Launcher:
         system = FluxSystem(events, self._policy, pmi_mode, configuration)
         return JobLauncher(events, system, system.command, log_sizes)

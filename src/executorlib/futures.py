@@ -26,15 +26,17 @@ class StoredCall:
         number: Its own, in the executor.
         key: Its cache key, once derived.
         path: The file.
+        batch: The batch directory of the job that this session has submitted for it.
     """
 
-    __slots__ = ("executor", "key", "number", "path")
+    __slots__ = ("batch", "executor", "key", "number", "path")
 
     def __init__(self, executor: int, number: int) -> None:
         self.executor = executor
         self.number = number
         self.key = ""
         self.path = ""
+        self.batch: str | None = None
 
 
 class Stored(NamedTuple):
@@ -42,6 +44,18 @@ class Stored(NamedTuple):
 
     call: StoredCall
     keys: tuple[Any, ...] = ()
+
+
+class StoredFuture(Future[Any]):
+    """Stands for another future by the name of what it stands for, and never has the result.
+
+    Args:
+        stored: What that is.
+    """
+
+    def __init__(self, stored: Stored) -> None:
+        # None of what a future has that somebody may wait for.
+        self.stored = stored
 
 
 def stored(future: Future[Any]) -> Stored | None:

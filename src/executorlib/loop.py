@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 from executorlib import foreign, serialize
 from executorlib.errors import (
+    CHANGED_CALL,
     ExecutorlibSocketError,
     RemoteTraceback,
     TimeLimitError,
@@ -39,9 +40,9 @@ from executorlib.errors import (
     contained,
     with_source_lines,
 )
-from executorlib.futures import Stored, StoredCall, fill_in, input_error, misplaced, stored, when_done
+from executorlib.futures import Stored, StoredCall, StoredFuture, fill_in, input_error, misplaced, stored, when_done
 from executorlib.launchers import streams
-from executorlib.launchers.base import Events, Exit, Launcher, Process, has_stack, tail_text
+from executorlib.launchers.base import Exit, JobEvents, Launcher, Process, has_stack, tail_text
 from executorlib.launchers.session import settings
 from executorlib.poller import Poller
 from executorlib.resources import Demand, Resources
@@ -61,7 +62,7 @@ from executorlib.scheduler import (
 )
 from executorlib.serialize import Frame
 from executorlib.task import CANCELLED, FAILED, LAUNCHING, RUNNING, CallFuture, Task
-from executorlib.worker.call import PERMIT, traceback_text
+from executorlib.worker.call import PERMIT, named_inputs, traceback_text
 
 if TYPE_CHECKING:
     from executorlib.fingerprint import Key
@@ -131,7 +132,7 @@ class _Cancelled:
         self._loop.post(self._loop.on_cancelled, self._task)
 
 
-class Loop(Poller, Events):
+class Loop(Poller, JobEvents):
     """Runs the calls of one executor, from `start` on.
 
     Args:
@@ -150,7 +151,7 @@ class Loop(Poller, Events):
     def __init__(
         self,
         scheduler: FreshScheduler | BlockScheduler,
-        make_launcher: Callable[[Events], Launcher],
+        make_launcher: Callable[[JobEvents], Launcher],
         *,
         block_resources: Resources | None,
         init_function: Callable[[], dict[str, Any]] | None,
@@ -192,6 +193,7 @@ class Loop(Poller, Events):
         self._function_counter = itertools.count(1)
         self._known_functions: dict[int, dict[int, int]] = {}  # by worker, their sizes by function number
         self._real_paths: dict[str, str] = {}
+        self._changed_functions: set[str] = set()  # whose calls were changed between their look-up and their run
         self._equal_calls: dict[str, list[Task]] = {}  # by file in the cache: one that is on its way, others that wait
         self._pid = os.getpid()
         self._make_launcher = make_launcher
@@ -606,8 +608,7 @@ class Loop(Poller, Events):
         if resources.run_time_max is not None:
             options["limit"] = [resources.run_time_max, time.time() + resources.run_time_max]
         if task.cache_path is not None:
-            options["cache"] = task.cache_path
-            options["resources"] = resources.as_dict()
+            options["cache"] = {"path": task.cache_path, "key": task.key, "resources": resources.as_dict()}
         number = 0
         known: dict[int, int] = {}
         if self._block is not None:  # else nothing is kept by the worker, nor for it
@@ -690,18 +691,9 @@ class Loop(Poller, Events):
         from executorlib import distributions, entries
 
         self._settled = False
-        resources = task.resources
-        assert task.fn is not None
-        assert resources.cache_directory is not None
         try:
-            derived = None if resources.cache_key else self._key(*self._named_inputs(task))
-            key = str(resources.cache_key) if derived is None else derived.name
-            directory = resources.cache_directory
-            if self._jobs:
-                directory = self._real_path(directory)
-            task.cache_path = str(entries.entry_path(directory, key, "o"))
-            if self._jobs:
-                self._refer_to_results(task, key)
+            directory = self._identify(task)
+            assert task.cache_path is not None
             output = entries.read_output(task.cache_path, directory)
         except BaseException as error:
             # To find its key, objects are asked what they tell pickle.
@@ -714,8 +706,8 @@ class Loop(Poller, Events):
             if self._jobs or not may_wait or not self._waits_for_equal(task):
                 self.scheduler.on_missed(task)
         else:
-            if derived is not None and self._cache_versions == "warn":
-                distributions.tell_of_others(output.versions, derived.versions, resources.cache_directory)
+            if task.key is not None and self._cache_versions == "warn":
+                distributions.tell_of_others(output.versions, task.key.versions, directory)
             self.scheduler.on_found(task)
             self._conclude(task, output.value, output.error)
 
@@ -724,6 +716,28 @@ class Loop(Poller, Events):
         from executorlib import fingerprint
 
         return fingerprint.key_of(fn, args, kwargs, by_version=self._cache_versions == "key")
+
+    def _identify(self, task: Task) -> str:
+        """Derive a call's key from what it is now, and name its entry by that; returns the cache directory.
+
+        The key serves to look the call up. What runs later is what is pickled later, so it is stored under the key that
+        its process derives from that (`worker.entry`).
+        """
+        from executorlib import entries
+
+        resources = task.resources
+        directory = resources.cache_directory
+        assert directory is not None
+        if self._jobs:
+            directory = self._real_path(directory)
+            # Results of other jobs are not held for those that depend on them.
+            task.args, task.kwargs = fill_in(task.args, _by_name), fill_in(task.kwargs, _by_name)
+        key = task.key = None if resources.cache_key else self._key(*self._named_inputs(task))
+        name = key.name if key is not None else str(resources.cache_key)
+        task.cache_path = str(entries.entry_path(directory, name, "o"))
+        if self._jobs and isinstance(task.future, CallFuture):
+            task.future.stored.call.key, task.future.stored.call.path = name, task.cache_path
+        return directory
 
     def _real_path(self, directory: str) -> str:
         """One name for a directory that sessions may reach by several; found out once, as it takes a while."""
@@ -744,37 +758,38 @@ class Loop(Poller, Events):
             # If there is no result, all of them run; one after the other they would take long to fail.
             self._look_up(task, may_wait=False)
 
-    def _refer_to_results(self, task: Task, key: str) -> None:
-        """Have a call that becomes a job read the results of other jobs itself, instead of sending them with it."""
+    def inputs_of(self, task: Task) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """See `JobEvents.inputs_of`."""
         from executorlib.entries import ResultOf, root_of
 
         after: list[str] = []
 
         def refer(future: Future[Any]) -> Any:
             found = stored(future)
-            if found is None:
-                return future.result()
-            after.append(found.call.path)
-            return ResultOf(found.call.path, found.keys, root_of(found.call.path, found.call.key))
+            assert found is not None  # by `_by_name`
+            call = found.call
+            after.append(call.path)
+            return ResultOf(call.path, found.keys, root_of(call.path, call.key), call.batch)
 
-        task.args, task.kwargs = fill_in(task.args, refer), fill_in(task.kwargs, refer)
+        inputs = fill_in(task.args, refer), fill_in(task.kwargs, refer)
         task.after = tuple(dict.fromkeys(after))
-        if isinstance(task.future, CallFuture) and task.cache_path is not None:
-            task.future.stored.call.key = key
-            task.future.stored.call.path = task.cache_path
+        return inputs
+
+    def is_changed(self, task: Task) -> bool:
+        """See `JobEvents.is_changed`."""
+        before = task.cache_path
+        self._identify(task)
+        return task.cache_path != before
 
     def _named_inputs(self, task: Task) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
         """What makes a call's key: its function and inputs, and what else makes its result another one."""
         assert task.fn is not None
-        args, inputs = task.args, dict(task.kwargs)
+        args, kwargs = task.args, task.kwargs
         if self._jobs:
             # By the name of the call whose result it is, which is known before the result.
-            args, inputs = fill_in(args, _name_of_input), fill_in(inputs, _name_of_input)
-        if task.resources.cores > 1:
-            inputs["number of ranks"] = task.resources.cores  # the result is a list of as many
-        if self._init_function is not None:
-            inputs["init function"] = self._init_function  # fills parameters that the caller left out
-        return task.fn, args, inputs
+            args, kwargs = fill_in(args, _name_of_input), fill_in(kwargs, _name_of_input)
+        init = "" if self._init_function is None else self._key(self._init_function, (), {}).name
+        return task.fn, args, named_inputs(kwargs, task.resources.cores, init)
 
     # -- launcher events ----------------------------------------------------------------------------------------------
 
@@ -804,6 +819,9 @@ class Loop(Poller, Events):
         if self._init_function is not None:
             try:
                 frames = serialize.dumps(self._init_function)
+                if resources.cache_directory is not None and resources.cache_key is None:
+                    with contextlib.suppress(TypeError):  # as the look-up of each call says
+                        setup["init_key"] = self._key(self._init_function, (), {})
             except BaseException as error:
                 self._break(contained(error, "pickling the init_function"))
                 self._kill(worker)
@@ -950,6 +968,8 @@ class Loop(Poller, Events):
 
     def _resolve(self, task: Task, header: list[Any], frames: list[Frame]) -> None:
         kind, _, _, text, more = header
+        if "other" in more:
+            self._tell_of_change(task)
         if kind == "error":
             self._conclude(task, None, self._load_error(frames, text, task.name))
             return
@@ -966,6 +986,12 @@ class Loop(Poller, Events):
             self._conclude(task, None, contained(error, f"{call}: unpickling the result of the function"))
             return
         self._conclude(task, value, None)
+
+    def _tell_of_change(self, task: Task) -> None:
+        """Something else ran than what was looked up. The user is told once for each function; it may be every call."""
+        if task.name not in self._changed_functions:
+            self._changed_functions.add(task.name)
+            logger.warning("call %d of %s: %s", task.number, task.name, CHANGED_CALL)
 
     def _loads(self, frames: list[Frame]) -> Any:
         # A job may be another session's.
@@ -1078,9 +1104,17 @@ class Loop(Poller, Events):
         _loops.discard(self)
 
 
-def _name_of_input(future: Future[Any]) -> Any:
+def _by_name(future: Future[Any]) -> Any:
+    """What an input is until its call becomes a job: the result of another job by name only, any other one itself."""
     found = stored(future)
-    return future.result() if found is None else ("the result of the call", found.call.key, *found.keys)
+    return future.result() if found is None else StoredFuture(found)
+
+
+def _name_of_input(future: Future[Any]) -> Any:
+    from executorlib.entries import name_of_result
+
+    found = stored(future)
+    return future.result() if found is None else name_of_result(found.call.key, found.keys)
 
 
 def _load_ranks(frames: list[Frame], counts: list[int]) -> list[Any]:

@@ -88,7 +88,7 @@ class SlurmJobExecutor(BaseExecutor):
         demand = ledger.spread(defaults)
         # One that never fits is an error below.
         fitting = 0 if demand is None else ledger.room_for(demand)
-        modules = ["executorlib.entries"] if defaults.cache_directory is not None else []
+        modules = ["executorlib.worker.entry"] if defaults.cache_directory is not None else []
 
         def make_launcher(events: Events) -> Launcher:
             return NodesLauncher(

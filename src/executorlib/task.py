@@ -5,11 +5,14 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from executorlib.errors import refuse_future
 from executorlib.lean_future import LeanFuture
 from executorlib.resources import Demand, Resources
+
+if TYPE_CHECKING:
+    from executorlib.fingerprint import Key
 
 
 class State(enum.IntEnum):
@@ -87,6 +90,7 @@ class Task:
         dependents: Calls that become jobs and wait for this one to be launched.
         after: Files of the results that the call reads as it starts.
         cache_path: File of its cache entry, once it was looked up.
+        key: The key that this is named by; None where the user has named it.
         announced: Whether the future was told that the call runs or is cancelled, which may be done only once.
         state: Current state, changed by `move` only.
     """
@@ -100,6 +104,7 @@ class Task:
         "dependents",
         "fn",
         "future",
+        "key",
         "kwargs",
         "missing",
         "number",
@@ -129,6 +134,7 @@ class Task:
         self.dependents: list[Task] | None = None
         self.after: tuple[str, ...] = ()
         self.cache_path: str | None = None
+        self.key: Key | None = None
         self.announced = False
         self.state = WAITING
 

@@ -41,6 +41,12 @@ class Events:
     def call_later(self, seconds: float, callback: Callable[[], None]) -> None:
         self.timers.append(callback)
 
+    def inputs_of(self, task: Task) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return task.args, task.kwargs
+
+    def is_changed(self, task: Task) -> bool:
+        return False
+
     def run_timers(self) -> None:
         timers, self.timers = self.timers, []
         for timer in timers:

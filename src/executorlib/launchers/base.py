@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from executorlib.resources import Resources
     from executorlib.scheduler import Worker
     from executorlib.serialize import Frame
+    from executorlib.task import Task
 
 # What a dead worker wrote last is part of its error text; this much of it is kept.
 STDERR_TAIL_BYTES = 16 * 1024
@@ -145,6 +146,21 @@ class Events(Protocol):
 
     def on_node_lost(self, name: str) -> None:
         """Nothing can be started on a node any more; an `on_exit` follows for each worker there."""
+        ...
+
+
+class JobEvents(Events, Protocol):
+    """What a launcher may call beside, that makes each call a job: it pickles calls itself, into their entries."""
+
+    def inputs_of(self, task: Task) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a call that becomes a job, with references in the place of other jobs' results.
+
+        Names the files of these in `Task.after`.
+        """
+        ...
+
+    def is_changed(self, task: Task) -> bool:
+        """Whether a call has become another one since it was looked up, by its key; it is named by the new one then."""
         ...
 
 

@@ -41,6 +41,9 @@ class Job:
         root: The cache directory.
         batch: The batch that runs it, maybe another session's; None where that is not known.
         index: Its place in the batch.
+        claimed: Whether it runs this very call, and not an equal one, of this session or another.
+        changes: How often the call has become another one as it was pickled.
+        again: Whether it was claimed, or followed, before; those that depend on it know it by its key.
         begun: Whether it is known to run.
         seen: Whether the system was seen to have it.
         over: Whether its end is known, with or without a result.
@@ -61,6 +64,9 @@ class Job:
         self.root = task.resources.cache_directory
         self.batch: JobBatch | None = None
         self.index = 0
+        self.claimed = False
+        self.changes = 0
+        self.again = False
         self.begun = False
         self.seen = False
         self.over = False
@@ -89,10 +95,12 @@ class Job:
         self.process, other.process = other.process, self.process
         self.task, other.task = other.task, self.task
         self.begun, other.begun = other.begun, self.begun
+        self.claimed = False
 
     def start_over(self) -> None:
         """Forget what was known of a job that another session submitted, and that is dead."""
         self.batch, self.gone_since, self.asked, self.last, self.seen = None, None, False, None, False
+        self.claimed, self.again = False, True
 
     def ended_well(self, codes: tuple[int, ...]) -> bool:
         """Whether it ended, by itself, with one of these exit codes, by which a job says that it left a result."""

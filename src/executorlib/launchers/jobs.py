@@ -24,13 +24,13 @@ from typing import TYPE_CHECKING, Any
 from executorlib import batches, entries, files, machine
 from executorlib.errors import ExecutorlibSocketError, advise_unpicklable
 from executorlib.futures import misplaced
-from executorlib.launchers.base import Events, Exit, Process, Timer
+from executorlib.launchers.base import Exit, JobEvents, Process, Timer
 from executorlib.launchers.job import SUBMIT_SECONDS, Identity, Job, JobBatch, owner_of
 from executorlib.launchers.queue import JobState, Phase, means
 from executorlib.launchers.submitter import Submitter
 from executorlib.launchers.systems import Cancellations, Holds, JobSystem, Refused, States
 from executorlib.resources import Resources
-from executorlib.task import RUNNING
+from executorlib.task import RUNNING, CallFuture, Task
 from executorlib.worker.job import RAISED, RESULT
 
 if TYPE_CHECKING:
@@ -53,6 +53,8 @@ _RESULT_GRACE, _GRACE = 75.0, 3.0
 # How long an entry may be there and not be readable, in seconds. They are put in place whole, but where there are no
 # hard links an empty one stands for a moment for what comes.
 _UNREADABLE_SECONDS = 5.0
+# How often a call may become another one as it is pickled, by a thread that goes on changing its inputs.
+_MOST_CHANGES = 10
 
 
 class JobTransport:
@@ -83,7 +85,11 @@ class JobLauncher:
     """
 
     def __init__(
-        self, events: Events, system: JobSystem, command: Callable[[Resources, list[str]], list[str]], log_sizes: bool
+        self,
+        events: JobEvents,
+        system: JobSystem,
+        command: Callable[[Resources, list[str]], list[str]],
+        log_sizes: bool,
     ) -> None:
         self._events = events
         self._system = system
@@ -130,16 +136,8 @@ class JobLauncher:
         if task.over:  # cancelled meanwhile
             self._events.on_exit(process, Exit(None, "it was cancelled"))
             return
-        assert task.cache_path is not None
-        job = Job(process, task, entries.input_of(task.cache_path))
         process.host = self._system.name
-        self._keep(job)
-        twin = self._by_output.get(job.output)
-        if twin is not None and twin.batch is not None:
-            # The same call again in this session; both resolve with the one job.
-            self._follow(job, twin.batch, twin.index)
-            return
-        self._claim(job)
+        self._follow_or_claim(process, task)
 
     def setup(self, process: Process) -> dict[str, Any]:
         """See `Launcher.setup`; the batch directory has it."""
@@ -199,9 +197,62 @@ class JobLauncher:
 
     # -- entries --------------------------------------------------------------------------------------------------
 
+    def _follow_or_claim(self, process: Process, task: Task, changes: int = 0) -> None:
+        """Follow who runs a call already, or run it.
+
+        Args:
+            process: The worker that its job is to be.
+            task: The call.
+            changes: How often it has become another one as it was pickled.
+        """
+        assert task.cache_path is not None
+        job = Job(process, task, entries.input_of(task.cache_path))
+        job.changes = changes
+        self._keep(job)
+        twin = self._by_output.get(job.output)
+        if twin is not None and twin.batch is not None:
+            # The same call again in this session; both resolve with the one job.
+            self._follow(job, twin.batch, twin.index)
+            return
+        self._claim(job)
+
     def _claim(self, job: Job) -> None:
         """Put the call's entry in place; where another session has, follow that."""
         self._each([job], self._try_to_claim)
+
+    def _pickled(self, job: Job) -> dict[str, entries.Snapshot]:
+        """What is to be in a call's entry.
+
+        Raises:
+            BaseException: Whatever pickling it raises.
+        """
+        task = job.task
+        args, kwargs = self._events.inputs_of(task)
+        values = {
+            "function": task.fn,
+            "input_args": list(args),
+            "input_kwargs": kwargs,
+            "resource_dict": task.resources.as_dict(),
+            **({} if task.key is None else {"key": list(task.key)}),
+        }
+        return {name: entries.Snapshot.of(value) for name, value in values.items()}
+
+    def _start_as_another(self, job: Job) -> None:
+        """The call has changed between its look-up and its pickling, and so has its key: it is another one now."""
+        task = job.task
+        if job.again:
+            raise ExecutorlibSocketError(
+                f"Call {task.number} of {task.name} was not run: the job that it waited for left no result, and what "
+                "it would run itself was changed since it was submitted. Submit it again, with copies of what you go "
+                "on changing."
+            )
+        if job.changes == _MOST_CHANGES:
+            raise ExecutorlibSocketError(
+                f"Call {task.number} of {task.name} was not run: its inputs change while they are submitted, "
+                f"{job.changes} times so far. Submit copies of what another thread goes on changing (array.copy())."
+            )
+        self._forget(job)
+        self._follow_or_claim(job.process, task, job.changes + 1)
 
     def _try_to_claim(self, job: Job) -> None:
         task = job.task
@@ -210,18 +261,14 @@ class JobLauncher:
             if os.path.exists(job.path) and self._follow_owner(job):
                 return
             try:
-                values = {
-                    name: entries.Snapshot.of(value)
-                    for name, value in (
-                        ("function", task.fn),
-                        ("input_args", list(task.args)),
-                        ("input_kwargs", task.kwargs),
-                        ("resource_dict", task.resources.as_dict()),
-                    )
-                }
+                values = self._pickled(job)
             except BaseException as error:  # whatever the user's objects raise
                 hidden = misplaced(task.fn, task.args, task.kwargs)
                 self._end(job, Exit(None, "", advise_unpicklable(error, task.number, task.name, hidden)))
+                return
+            # What runs is what was pickled just now. Its entry has to be the one that the key of this names.
+            if self._events.is_changed(task):
+                self._start_as_another(job)
                 return
             pending = [self._by_output[path] for path in task.after if path in self._by_output]
             after = [other for other in pending if not other.over]
@@ -246,6 +293,9 @@ class JobLauncher:
                         return
                     self._submitter.add(job, batch, index)
                     self._by_output[job.output] = job
+                    job.claimed = True
+                    if isinstance(task.future, CallFuture) and task.future.stored is not None:
+                        task.future.stored.call.batch = batch.directory
                     return
                 if self._follow_owner(job):
                     return
@@ -312,6 +362,7 @@ class JobLauncher:
 
     def _follow(self, job: Job, batch: JobBatch | None, index: int) -> None:
         job.batch, job.index = batch, index
+        job.again = True
         if batch is not None and not batch.ours:
             self._roots.add(batches.root_of(batch.directory))
             batch.jobs.setdefault(index, job)
@@ -357,6 +408,9 @@ class JobLauncher:
         if seen is not None and seen != job.damaged:
             job.ending = entries.read_ending(job.output, job.root)
             job.damaged = seen  # not read again until it is another one
+            if job.ending is not None and job.ending.ran and not job.claimed:
+                self._run_itself(job, job.ending)
+                return
             if job.ending is not None:
                 job.over = True
                 if job.batch is not None:
@@ -371,6 +425,15 @@ class JobLauncher:
         if job.gone_since is not None:
             self._on_gone(job, now)
 
+    def _run_itself(self, job: Job, ending: entries.Ending) -> None:
+        """Run a call that waited for an equal one's job, which has run something else; see `worker.job`."""
+        assert ending.batch is not None
+        job.ending = None
+        self._start_over(job)
+        # That job is over, whether or not it has come to remove its entry.
+        entries.take_over(job.path, entries.job_name(job.path, ending.batch), ending.batch, job.root)
+        self._claim(job)
+
     def _begin(self, job: Job) -> None:
         job.begun = True
         job.process.transport = JobTransport(self, job)
@@ -382,7 +445,8 @@ class JobLauncher:
         assert ending is not None
         kind, text = ("error", ending.traceback) if ending.failed else ("result", "")
         frames: list[Frame] = [ending.data]
-        header = [kind, job.task.number, ending.runtime, text, {"leaving": True}]
+        more = {"leaving": True, "other": True} if ending.ran else {"leaving": True}
+        header = [kind, job.task.number, ending.runtime, text, more]
         self._events.on_message(job.process, header, frames)
         self._end(job, Exit(0, "it ended"))
 

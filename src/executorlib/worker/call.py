@@ -5,7 +5,8 @@ The same for forked and for spawned workers, for one call and for many. Ranks of
 Messages to a worker are ``["setup", {...}]``, once, ``["call", number, function number, options]``, ``["forget"]`` and
 ``["stop"]``; a call's frames begin with the function's pickle where the worker does not have it yet. Answers are
 ``["ready"]``, ``["result", number, seconds, warning, more]`` and ``["error", number, seconds, traceback, more]``, where
-number 0 is the init function, and ``more`` may say ``leaving``: that nothing is left of the process but to exit.
+number 0 is the init function, and ``more`` may say ``leaving``: that nothing is left of the process but to exit, and
+``other``: that what ran is not what was looked up in the cache.
 """
 
 from __future__ import annotations
@@ -30,10 +31,21 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import inspect
     from collections.abc import Callable, Iterable, Sequence
-    from typing import Any
+    from types import TracebackType
+    from typing import Any, Protocol
 
+    from executorlib.fingerprint import Key
     from executorlib.serialize import Frame
     from executorlib.transports.messages import Connection, Message
+    from executorlib.worker.entry import Entry
+
+    class Beginning(Protocol):
+        """Is told of a call that was unpickled, before it runs; must not raise."""
+
+        def begin(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            """Take it in."""
+            ...
+
 
 # The libraries' own documentation names these: OpenMP, OpenBLAS, MKL, numexpr, Apple's Accelerate (vecLib).
 THREAD_VARIABLES = (
@@ -79,18 +91,50 @@ class Permits:
         return True
 
 
+class OnlyHere:
+    """Around code of the user's: of a process that it forks, and that comes back from it as well, nothing remains.
+
+    Only the process that was given a call may answer it, keep its result, or go on as a worker. So the copy ends here,
+    by the code that a script would end with, and without a touch on what it shares with the worker: sockets, permits,
+    exit handlers, and what was printed and not yet written, which the worker writes.
+    """
+
+    __slots__ = ("_process",)
+
+    def __enter__(self) -> None:
+        self._process = os.getpid()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if os.getpid() == self._process:
+            return
+        code = 1
+        try:
+            if error is None:
+                code = 0
+            elif isinstance(error, SystemExit) and (error.code is None or isinstance(error.code, int)):
+                code = error.code or 0
+            else:
+                # Not by `sys.stderr`, which may hold what the worker has yet to write.
+                os.write(2, traceback_text(error).encode(errors="replace"))
+        finally:
+            os._exit(code & 0xFF)
+
+
 class Answer:
     """How a call ended: ``frames`` hold the pickled result, or exception where ``traceback`` is not empty.
 
-    Without being ``loaded`` it did not begin, for what its surroundings lack: a module, or a file of its inputs.
+    Its function took so many ``seconds``. Without being ``loaded`` it did not begin, for what its surroundings lack: a
+    module, or a file of its inputs.
     """
 
-    __slots__ = ("frames", "loaded", "traceback", "warning")
+    __slots__ = ("frames", "loaded", "seconds", "traceback")
 
-    def __init__(self, frames: list[Frame], traceback: str, warning: str = "", loaded: bool = True) -> None:
+    def __init__(self, frames: list[Frame], traceback: str, seconds: float = 0.0, loaded: bool = True) -> None:
         self.frames = frames
         self.traceback = bounded(traceback)
-        self.warning = bounded(warning)
+        self.seconds = seconds
         self.loaded = loaded
 
 
@@ -145,7 +189,7 @@ def run(
     arguments: Sequence[Frame],
     values: dict[str, Any],
     options: dict[str, Any],
-    finish: bool = True,
+    entry: Beginning | None = None,
 ) -> Answer:
     """Unpickle a call, run it and pickle its result; whatever goes wrong becomes the answer.
 
@@ -153,44 +197,50 @@ def run(
         function: The pickled function.
         arguments: Frames of the pickled pair of positional and keyword arguments.
         values: Defaults for parameters that the caller left out.
-        options: ``error_log_file``, ``cache`` and ``limit``, as the executor sent them. At its limit the call writes to
-            standard error where it is; it is for the executor to end it.
-        finish: Whether to write the cache entry; False for the ranks of an MPI world, whose results are joined first.
+        options: ``error_log_file`` and ``limit``, as the executor sent them. At its limit the call writes to standard
+            error where it is; it is for the executor to end it.
+        entry: Where the result is to be kept. The answer is one frame then, for whoever waits and for the entry: what
+            is pickled twice may have changed in between, by a thread that the function has left behind.
     """
     fn: Any = None
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = {}
     stage = "the call could not be unpickled in its worker"
     loaded = False
-    process = os.getpid()
     if "limit" in options:
         seconds, end = options["limit"]
         left = end - time.time()  # less, as it may have taken this process a while to start
         with contextlib.suppress(Exception):  # too long a time, or no thread to be had
             faulthandler.dump_traceback_later(left if 0 < left < seconds else seconds, file=2)
     try:
-        fn = serialize.loads([function])
-        args, kwargs = serialize.loads(arguments)
-        stage, loaded = "", True
-        filled = Function(fn).left_out(args, kwargs, values)
-        entry = Entry(options, fn, args, kwargs) if finish and "cache" in options else None
+        with OnlyHere():
+            fn = serialize.loads([function])
+            args, kwargs = serialize.loads(arguments)
+            stage, loaded = "", True
+            filled = Function(fn).left_out(args, kwargs, values)
+            if entry is not None:
+                entry.begin(fn, args, kwargs)
         started = time.perf_counter()
-        result = fn(*args, **kwargs, **filled)
+        with OnlyHere():
+            result = fn(*args, **kwargs, **filled)
+        seconds = time.perf_counter() - started
         stage = "the call returned, but its result cannot be pickled"
-        warning = entry.store(result, time.perf_counter() - started) if entry is not None else ""
-        return Answer(serialize.dumps(result), "", warning)
+        with OnlyHere():
+            frames: list[Frame] = serialize.dumps(result) if entry is None else [serialize.dumps_in_band(result)]
+        return Answer(frames, "", seconds)
     except BaseException as error:
-        text = traceback_text(error)
-        name = getattr(fn, "__qualname__", type(fn).__qualname__) if fn is not None else "a function"
-        if stage:
-            text = f"call of {name}: {stage}\n{text}"
+        with OnlyHere():
+            text = traceback_text(error)
+            name = getattr(fn, "__qualname__", type(fn).__qualname__) if fn is not None else "a function"
+            if stage:
+                text = f"call of {name}: {stage}\n{text}"
+            told = error if isinstance(error, Exception) else _contained(error, name, loaded, bool(stage))
+            frames = dump_error(told)
         if "error_log_file" in options:
             log_error(options["error_log_file"], fn, args, kwargs, text)
-        if not isinstance(error, Exception):
-            error = _contained(error, name, loaded, bool(stage))
-        return Answer(dump_error(error), text, loaded=loaded)
+        return Answer(frames, text, loaded=loaded)
     finally:
-        if "limit" in options and os.getpid() == process:  # a forked copy would wait for a thread that it does not have
+        if "limit" in options:
             faulthandler.cancel_dump_traceback_later()
 
 
@@ -207,43 +257,84 @@ def _contained(error: BaseException, name: str, loaded: bool, pickling: bool) ->
     return contained(error, f"call of {name}: the function")
 
 
-class Entry:
-    """A call's entry in the cache, begun before the call runs: its function may change its arguments.
+def named_inputs(kwargs: dict[str, Any], ranks: int, init: str) -> dict[str, Any]:
+    """The keyword arguments of a call with what else makes its result another one: what its key is derived from.
+
+    The session that looks a call up and the process that runs it both ask here.
 
     Args:
-        options: ``cache``, the file, and ``resources``.
-        fn: The function.
-        args: Its positional arguments.
-        kwargs: Its keyword arguments.
+        kwargs: The keyword arguments.
+        ranks: On how many ranks it runs: its result is a list of as many.
+        init: Name of the key of the init function, which fills parameters that the caller left out; empty without one.
+    """
+    inputs = dict(kwargs)
+    if ranks > 1:
+        inputs["number of ranks"] = ranks
+    if init:
+        inputs["init function"] = init
+    return inputs
+
+
+class Defaults:
+    """What fills parameters that callers leave out.
+
+    Args:
+        slot: The worker's number in its block.
+
+    Attributes:
+        values: By the name of the parameter.
+        init: The key of the init function that gave them, where results are kept.
     """
 
-    def __init__(self, options: dict[str, Any], fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        from executorlib import entries
+    def __init__(self, slot: int = 0) -> None:
+        self.values: dict[str, Any] = {"executorlib_worker_id": slot}
+        self.init: Key | None = None
+        self._problem = ""  # why nothing can be kept
 
-        self._path = options["cache"]
-        self._resources = options.get("resources", {})
-        self._fn = fn
-        self._args = entries.Snapshot.of(list(args))
-        self._kwargs = entries.Snapshot.of(kwargs)
+    def initialize(self, frames: Sequence[Frame], key: list[Any] | None) -> None:
+        """Run an init function and check what it returns.
 
-    def store(self, result: object, seconds: float) -> str:
-        """Write the entry. It is not worth losing a result over: what goes wrong is only returned as text."""
-        from executorlib import entries
-
-        try:
-            entries.write_output(
-                self._path,
-                function=self._fn,
-                args=self._args,
-                kwargs=self._kwargs,
-                resource_dict=self._resources,
-                output=result,
-                runtime=seconds,
-                root=self._resources.get("cache_directory"),
+        Args:
+            frames: The function.
+            key: The executor's key of it, where results are kept and it has one.
+        """
+        with OnlyHere():
+            function = serialize.loads(frames)
+            try:
+                self.init = self._key_of(function, key)
+            except Exception as error:
+                self._problem = f"the init function has no key: {error}"
+            values = function()
+        if not isinstance(values, dict):
+            raise TypeError(
+                f"init_function returned {type(values).__name__}, expected a dict of parameter names and values."
             )
-        except Exception as error:
-            return f"the result was not kept in the cache file {self._path}: {type(error).__name__}: {error}"
-        return ""
+        self.values.update(values)
+
+    @staticmethod
+    def _key_of(function: Callable[[], Any], key: list[Any] | None) -> Key:
+        """The key of what runs here, as of every call; see `worker.entry`."""
+        if key is None:
+            raise ValueError("none could be derived as this worker was started")
+        from executorlib import fingerprint
+
+        return fingerprint.recompute(fingerprint.Key(*key), function, (), {})
+
+    def entry(self, function: Frame, options: dict[str, Any], whole: bool = True) -> Entry | None:
+        """A call's entry in the cache; None where it has none.
+
+        Args:
+            function: The pickled function.
+            options: ``cache``, as the executor sent it.
+            whole: Whether it is written here.
+        """
+        if "cache" not in options:
+            return None
+        from executorlib.worker.entry import Entry
+
+        entry = Entry(options["cache"], function, self.init, whole)
+        entry.problem = self._problem
+        return entry
 
 
 def traceback_text(error: BaseException) -> str:
@@ -398,17 +489,17 @@ def serve(connection: Connection, permits: Permits | None) -> None:
     if setup_message.header[0] == "stop":
         return  # nobody waits for this worker any more
     setup = setup_message.header[1]
-    values: dict[str, Any] = {"executorlib_worker_id": setup.get("slot", 0)}
+    defaults = Defaults(setup.get("slot", 0))
     try:
         set_up(setup)
         if setup_message.frames:
-            values.update(initial_values(setup_message.frames))
+            defaults.initialize(setup_message.frames, setup.get("init_key"))
     except BaseException as error:
         connection.send(["error", 0, 0.0, bounded(traceback_text(error)), {}], dump_setup_error(error))
         return
     del setup_message
     if permits is None:
-        if _run_one(connection, connection.receive(), values, {}, last=True):
+        if _run_one(connection, connection.receive(), defaults, {}, last=True):
             os._exit(0)
         return
     connection.send(["ready"])
@@ -419,22 +510,12 @@ def serve(connection: Connection, permits: Permits | None) -> None:
             continue
         _, number, _, options = message.header
         if options.get("now") or permits.allow(number):
-            _run_one(connection, message, values, functions, last=False)
+            _run_one(connection, message, defaults, functions, last=False)
         else:
             # Taken back; but the function that came with it may be used again.
             _learn(functions, message)
         # Not kept while waiting for the next: it may hold large arrays.
         del message
-
-
-def initial_values(frames: Sequence[Frame]) -> dict[str, Any]:
-    """Run the init function and check what it returns."""
-    values = serialize.loads(frames)()
-    if not isinstance(values, dict):
-        raise TypeError(
-            f"init_function returned {type(values).__name__}, expected a dict of parameter names and values."
-        )
-    return values
 
 
 def _learn(functions: dict[int, Frame], message: Message) -> tuple[Frame, list[Frame]]:
@@ -446,25 +527,26 @@ def _learn(functions: dict[int, Frame], message: Message) -> tuple[Frame, list[F
 
 
 def _run_one(
-    connection: Connection, message: Message, values: dict[str, Any], functions: dict[int, Frame], *, last: bool
+    connection: Connection, message: Message, defaults: Defaults, functions: dict[int, Frame], *, last: bool
 ) -> bool:
     """Run a call and answer; return whether the process, if this was its last call, has nothing left to do."""
     _, number, _, options = message.header
     function, arguments = _learn(functions, message)
-    process = os.getpid()
+    entry = defaults.entry(function, options)
     started = time.perf_counter()
-    answer = run(function, arguments, values, options)
+    answer = run(function, arguments, defaults.values, options, entry)
     seconds = time.perf_counter() - started
-    if os.getpid() != process:
-        os._exit(0)  # a copy that the function forked, and that came back from it, too
+    warning = "" if entry is None or answer.traceback else entry.store(answer.frames[0], answer.seconds)
     flush()  # what the function printed comes before its result
     # Threads and exit handlers of the function may take any time after its result.
     leaving = last and threading.active_count() == 1 and atexit._ncallbacks() == 0
-    more = {"leaving": True} if leaving else {}
+    more: dict[str, Any] = {"leaving": True} if leaving else {}
+    if entry is not None and entry.is_other and not answer.traceback:
+        more["other"] = True
     if answer.traceback:
         connection.send(["error", number, seconds, answer.traceback, more], answer.frames)
     else:
-        connection.send(["result", number, seconds, answer.warning, more], answer.frames)
+        connection.send(["result", number, seconds, warning, more], answer.frames)
     return leaving
 
 
@@ -506,8 +588,9 @@ def element_number() -> int:
 
 def load(modules: Sequence[str]) -> None:
     """Import modules ahead of the calls that use them."""
-    for name in modules:
-        importlib.import_module(name)
+    with OnlyHere():
+        for name in modules:
+            importlib.import_module(name)
 
 
 def leave(code: int, last: Callable[[], None] | None = None) -> None:
@@ -518,8 +601,9 @@ def leave(code: int, last: Callable[[], None] | None = None) -> None:
         last: Called after all that.
     """
     try:
-        threading._shutdown()  # type: ignore[attr-defined]
-        atexit._run_exitfuncs()
+        with OnlyHere():
+            threading._shutdown()  # type: ignore[attr-defined]
+            atexit._run_exitfuncs()
         flush()
         if last is not None:
             last()

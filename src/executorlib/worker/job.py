@@ -23,7 +23,7 @@ from executorlib.worker import call, family, guard
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from typing import Any, NoReturn
 
     from executorlib.serialize import Frame
@@ -72,8 +72,9 @@ def run(directory: str, index: int, part: str = "") -> int:
     job = _claimed(directory, index, part, setup)
     if isinstance(job, int):
         return job
-    answer, seconds = _run(job)
-    return _store(job, answer, seconds)
+    claim = Claim(job)
+    answer, seconds = _run(job, claim)
+    return _store(job, answer, seconds, claim)
 
 
 def _claimed(directory: str, index: int, part: str, setup: dict[str, Any]) -> dict[str, Any] | int:
@@ -100,8 +101,15 @@ def _claimed(directory: str, index: int, part: str, setup: dict[str, Any]) -> di
     if entry is None:
         raise FileNotFoundError(f"the call {path} was removed, or is damaged; it can be submitted again")
     queue_id = int(job_id) if job_id.isdecimal() else job_id or None
-    output = os.path.join(directory, f"output.{index}")
-    return {**entry, "path": path, "root": root, "index": index, "queue_id": queue_id, "job_output": output}
+    return {
+        **entry,
+        "path": path,
+        "root": root,
+        "index": index,
+        "queue_id": queue_id,
+        "job_output": os.path.join(directory, f"output.{index}"),
+        "ranks": setup.get("ranks", 1),
+    }
 
 
 def _job_id(setup: dict[str, Any]) -> str:
@@ -123,7 +131,57 @@ class _Pickled:
         return pickle.loads, (self._data,)
 
 
-def _run(job: dict[str, Any]) -> tuple[call.Answer, float]:
+class Claim:
+    """What a job is about to run, against what its entry is named by.
+
+    The session has seen to it that both are the same. But an array may have changed, and changed back, while it was
+    pickled, and a module that the function comes from may have another file by now. Then the result is kept under the
+    key of what ran, and here is only for those who have submitted this very job.
+
+    Args:
+        job: The entry, with the number of its ranks.
+
+    Attributes:
+        ran: What is about to run, where that is something else.
+        versions: The distributions that it reaches, where they are known.
+    """
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        self._job = job
+        self.ran = ""
+        self.versions: dict[str, str] | None = None
+
+    def begin(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """See `call.run`."""
+        job = self._job
+        if job["key"] is None:  # the user has named it
+            return
+        from executorlib import fingerprint
+
+        named: dict[str, Any]
+        try:
+            # Results of other entries were loaded by now, and count by their names.
+            if entries.refers_to_results(job["input_args"]):
+                args = tuple(entries.load_with_names(job["input_args"]))
+            named = kwargs
+            if entries.refers_to_results(job["input_kwargs"]):
+                named = entries.load_with_names(job["input_kwargs"])
+            expected = fingerprint.Key(*job["key"])
+            key = fingerprint.recompute(expected, fn, args, call.named_inputs(named, job["ranks"], ""))
+        except Exception as error:
+            self.ran = f"what has no key: {error}"
+        else:
+            self.ran = "" if key.name == expected.name else key.name
+            self.versions = key.versions
+
+    def kept_at(self) -> str | None:
+        """The output file of the key of what ran, where that is another one than the entry's, and known."""
+        if not self.ran or self.versions is None:
+            return None
+        return entries.beside(entries.output_of(self._job["path"]), self._job["key"][0], self.ran)
+
+
+def _run(job: dict[str, Any], claim: Claim) -> tuple[call.Answer, float]:
     if job["run_time_max"] is not None:
         # By the kernel, as the function may not let Python's threads run; SIGALRM is for nothing else by default.
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
@@ -133,7 +191,7 @@ def _run(job: dict[str, Any]) -> tuple[call.Answer, float]:
     options = {"error_log_file": job["error_log_file"]} if job["error_log_file"] else {}
     started = time.perf_counter()
     with _no_silent_exit():
-        answer = call.run(job["function"], [arguments], {"executorlib_worker_id": 0}, options, finish=False)
+        answer = call.run(job["function"], [arguments], {"executorlib_worker_id": 0}, options, claim)
     seconds = time.perf_counter() - started
     signal.setitimer(signal.ITIMER_REAL, 0)
     faulthandler.unregister(signal.SIGALRM)
@@ -158,28 +216,30 @@ def _no_silent_exit() -> Iterator[None]:
         os._exit = leave
 
 
-def _store(job: dict[str, Any], answer: call.Answer, seconds: float) -> int:
+def _store(job: dict[str, Any], answer: call.Answer, seconds: float, claim: Claim) -> int:
     """Put the finished entry in place of the waiting one."""
-    ending = {"error": _in_band(answer.frames)} if answer.traceback else {"output": _in_band(answer.frames)}
     path = job["path"]
-    entries.write_pickles(
-        entries.output_of(path),
-        {
-            "function": job["function"],
-            "input_args": job["input_args"],
-            "input_kwargs": job["input_kwargs"],
-            "resource_dict": job["resource_dict"],
-            **ending,
-            # The next one who submits the call may find what was missing.
-            **({} if answer.loaded else {entries.NOT_KEPT: serialize.dumps_in_band(True)}),
-            "traceback": serialize.dumps_in_band(answer.traceback),
-            "runtime": serialize.dumps_in_band(seconds),
-            "queue_id": serialize.dumps_in_band(job["queue_id"]),
-            **_printed(job["job_output"], job["root"]),
-        },
-        job["root"],
-    )
-    entries.remove_input(path, job["root"])
+    output, root = entries.output_of(path), job["root"]
+    plain: dict[str, Any] = {"traceback": answer.traceback, "runtime": seconds, "queue_id": job["queue_id"]}
+    if claim.versions is not None:
+        plain[entries.VERSIONS] = claim.versions
+    pickles = {
+        **{name: job[name] for name in ("function", "input_args", "input_kwargs", "resource_dict")},
+        "error" if answer.traceback else "output": _one_piece(answer.frames),
+        **{name: serialize.dumps_in_band(value) for name, value in plain.items()},
+        **_printed(job["job_output"], root),
+    }
+    kept_at = claim.kept_at()
+    if kept_at is not None and answer.loaded and not os.path.exists(kept_at):
+        entries.write_pickles(kept_at, pickles, root)
+    unkept: dict[str, Any] = {}
+    if not answer.loaded:
+        unkept = {entries.NOT_KEPT: True}  # the next one who submits the call may find what was missing
+    elif claim.ran:
+        unkept = {entries.NOT_KEPT: True, entries.RAN: claim.ran, "batch": job["batch"]}
+    pickles.update({name: serialize.dumps_in_band(value) for name, value in unkept.items()})
+    entries.write_pickles(output, pickles, root)
+    entries.remove_input(path, root)
     return RAISED if answer.traceback else RESULT
 
 
@@ -203,8 +263,8 @@ def _printed(path: str, root: str) -> dict[str, bytes]:
     }
 
 
-def _in_band(frames: list[Frame]) -> bytes:
-    """One pickle of what may have large buffers beside it."""
+def _one_piece(frames: list[Frame]) -> bytes:
+    """One pickle of an exception that has large buffers beside it; results have none, see `call.run`."""
     return bytes(frames[0]) if len(frames) == 1 else serialize.dumps_in_band(serialize.loads(frames))
 
 
@@ -242,22 +302,26 @@ def _run_ranks(directory: str, index: int, part: str, setup: dict[str, Any]) -> 
     job: dict[str, Any] | int = all_ranks.bcast(_claimed(directory, index, part, setup) if rank == 0 else 0, 0)
     if isinstance(job, int):
         return job
-    answer, seconds = _run(job)
+    claim = Claim(job)
+    answer, seconds = _run(job, claim)
     if answer.traceback:
         answer.traceback = f"on rank {rank} of {size}:\n{answer.traceback}"
 
     def give_up() -> None:
-        _store(job, answer, seconds)
+        _store(job, answer, seconds, claim)
         all_ranks.Abort(RAISED)
 
-    value = _in_band(answer.frames), answer.traceback, answer.loaded
+    value = _one_piece(answer.frames), answer.traceback, answer.loaded, claim.ran
     gathered = world.gather(all_ranks, value, give_up if answer.traceback else None)
     code = RESULT
     if gathered is not None:
-        ending = next((call.Answer([data], text, loaded=loaded) for data, text, loaded in gathered if text), None)
+        if any(ran != claim.ran for *_, ran in gathered):
+            claim.ran, claim.versions = "what differs between ranks: a module changed as they began", None
+        ending = next((call.Answer([data], text, loaded=loaded) for data, text, loaded, _ in gathered if text), None)
         if ending is None:
-            ending = call.Answer(serialize.dumps([pickle.loads(data) for data, _, _ in gathered]), "")
-        code = _store(job, ending, seconds)
+            results = [pickle.loads(data) for data, *_ in gathered]
+            ending = call.Answer([serialize.dumps_in_band(results)], "")
+        code = _store(job, ending, seconds, claim)
     # A rank that leaves without this takes the others along, maybe before the result is in place.
     all_ranks.Barrier()
     MPI.Finalize()

@@ -111,11 +111,11 @@ class Rank:
         if kind == "stop":
             return  # nobody waits for this world any more
         setup = rest[0]
-        values: dict[str, Any] = {"executorlib_worker_id": setup.get("slot", 0)}
+        defaults = call.Defaults(setup.get("slot", 0))
         try:
             call.set_up(self._share(setup))
             if frames:
-                values.update(call.initial_values(frames))
+                defaults.initialize(frames, setup.get("init_key"))
         except BaseException as error:
             text = call.bounded(call.traceback_text(error))
             self._connection().send(["error", 0, 0.0, text, {}], call.dump_setup_error(error))
@@ -133,7 +133,7 @@ class Rank:
             if header[0] == "forget":
                 self._functions.clear()
                 continue
-            self._run(header, frames, values)
+            self._run(header, frames, defaults)
 
     def _share(self, setup: dict[str, Any]) -> dict[str, Any]:
         """This rank's part of the cores and GPUs."""
@@ -153,35 +153,41 @@ class Rank:
                 setup[kind] = names[first * each : (first + 1) * each]
         return setup
 
-    def _run(self, header: list[Any], frames: list[Frame], values: dict[str, Any]) -> None:
+    def _run(self, header: list[Any], frames: list[Frame], defaults: call.Defaults) -> None:
         _, number, function_number, options = header
         if options.get("new"):
             self._functions[function_number] = frames.pop(0)
         function = self._functions[function_number]
+        entry = defaults.entry(function, options, whole=self._rank == 0)
         started = time.perf_counter()
-        answer = call.run(function, frames, values, options, finish=False)
+        answer = call.run(function, frames, defaults.values, options, entry)
         seconds = time.perf_counter() - started
         text = f"on rank {self._rank} of {self._world.Get_size()}:\n{answer.traceback}" if answer.traceback else ""
 
         def tell() -> None:
             self._connection().send(["error", number, seconds, text, {}], answer.frames)
 
-        value = text, [bytes(frame) for frame in answer.frames]
+        ran = "" if entry is None else entry.name
+        value = text, ran, [bytes(frame) for frame in answer.frames]
         gathered = world.gather(self._world, value, tell if text else None)
         if gathered is None:
             return
-        for trace, error in gathered:
+        for trace, _, error in gathered:
             if trace:
                 self._connection().send(["error", number, seconds, trace, {"whole": True}], error)
                 return
+        everything = [rank_frames for *_, rank_frames in gathered]
         warning = ""
-        if "cache" in options:
-            args, kwargs = serialize.loads(frames)
-            entry = call.Entry(options, serialize.loads([function]), args, kwargs)
-            warning = entry.store([serialize.loads(rank_frames) for _, rank_frames in gathered], seconds)
-        counts = [len(rank_frames) for _, rank_frames in gathered]
-        everything = [frame for _, rank_frames in gathered for frame in rank_frames]
-        self._connection().send(["result", number, seconds, warning, {"counts": counts}], everything)
+        more: dict[str, Any] = {"counts": list(map(len, everything))}
+        if entry is not None:
+            if any(other != ran for _, other, _ in gathered):
+                entry.problem = entry.problem or "its ranks did not all run the same: a module changed as they began"
+            results = [serialize.loads(rank_frames) for rank_frames in everything]
+            warning = entry.store(serialize.dumps_in_band(results), answer.seconds)
+            if entry.is_other:
+                more["other"] = True
+        frames = [frame for rank_frames in everything for frame in rank_frames]
+        self._connection().send(["result", number, seconds, warning, more], frames)
 
     def close(self) -> None:
         """Send what is left."""
