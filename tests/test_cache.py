@@ -79,7 +79,7 @@ def listed(directory: Path) -> list[str]:
 def test_a_result_comes_back(tmp_path: Path, value: Any) -> None:
     path = entries.entry_path(tmp_path, "key")
     write(path, output=value)
-    assert entries.read_output(path) == (value, None, 0.5)
+    assert entries.read_output(path) == entries.Output(value, None, 0.5, {})
 
 
 def test_an_exception_comes_back(tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_datasets_are_rows_of_gzipped_bytes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", ["uint8", "void"])
 def test_files_of_others_load(tmp_path: Path, form: str) -> None:
     write_plain(tmp_path / "done_o.h5", form, function=operator.add, input_args=(1,), output=b"\x80\x04K\x03.\0\0")
-    assert entries.read_output(tmp_path / "done_o.h5") == (3, None, None)
+    assert entries.read_output(tmp_path / "done_o.h5") == entries.Output(3, None, None, {})
     write_plain(tmp_path / "failed_o.h5", form, error=ValueError("x"), runtime=1.0, error_log_file="log")
     output = entries.read_output(tmp_path / "failed_o.h5")
     assert output is not None
@@ -187,7 +187,7 @@ def test_the_path_of_an_entry(tmp_path: Path) -> None:
     assert entries.entry_path(str(tmp_path), "a/b.c/key", "i") == tmp_path / "a/b.c/key_i.h5"
     path = entries.entry_path(tmp_path, "k" * 250)
     write(path, output=1)
-    assert entries.read_output(path) == (1, None, 0.5)
+    assert entries.read_output(path) == entries.Output(1, None, 0.5, {})
 
 
 @pytest.mark.parametrize("key", ["", "/key", "../key", "a/../../key", "a/..", "..", ".", "./key", "a//b", "a/", "a\0b"])
@@ -231,7 +231,7 @@ def test_a_damaged_entry_is_absent_and_replaced(tmp_path: Path, caplog: pytest.L
         assert (record.name, record.levelno) == ("executorlib", logging.WARNING)
         assert str(path) in record.getMessage()
         write(path, output=1)
-        assert entries.read_output(path) == (1, None, 0.5)
+        assert entries.read_output(path) == entries.Output(1, None, 0.5, {})
         assert listed(tmp_path) == ["key_o.h5"]
 
 
@@ -253,7 +253,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="too large"):
         write_with_little_space()
     assert listed(tmp_path) == ["key_o.h5"]
-    assert entries.read_output(path) == (2, None, 0.5)
+    assert entries.read_output(path) == entries.Output(2, None, 0.5, {})
 
 
 def test_a_failed_write_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -279,9 +279,9 @@ def test_locks_do_not_matter(tmp_path: Path) -> None:
     write(path, output=1)
     with open(path, "rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        assert entries.read_output(path) == (1, None, 0.5)
+        assert entries.read_output(path) == entries.Output(1, None, 0.5, {})
         write(path, output=2)
-    assert entries.read_output(path) == (2, None, 0.5)
+    assert entries.read_output(path) == entries.Output(2, None, 0.5, {})
 
 
 def test_a_look_up_lists_no_directory(tmp_path: Path) -> None:
