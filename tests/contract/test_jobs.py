@@ -16,7 +16,20 @@ from typing import Any
 import pytest
 
 from conftest import marked_processes, open_files
-from contract.functions import CustomError, Gate, add, fail, files, identity, lines, put, record, total, until
+from contract.functions import (
+    CustomError,
+    Gate,
+    add,
+    fail,
+    files,
+    identity,
+    lines,
+    put,
+    record,
+    total,
+    until,
+    wait_until_gone,
+)
 from executorlib import (
     batches,
     commands,
@@ -760,3 +773,21 @@ def test_directories_of_any_name(make_executor: Callable[..., Any], row: Any, tm
     where = executor.submit(os.getcwd)
     assert [future.result(WAIT) for future in futures] == ["..", "../.."]
     assert where.result(WAIT) == str(folder)
+
+
+@pytest.mark.linux
+@pytest.mark.rows("jobs")
+def test_kill_workers_with_a_suspended_queue(make_executor: Callable[..., Any], gate: Callable[..., Gate]) -> None:
+    """The queue on one machine is a process of ours, which has to go on to end its jobs."""
+    held = gate()
+    executor = make_executor(max_workers=1)
+    future = executor.submit(held)
+    pid = held.pid()
+    for _ in range(2):  # above the job is the node agent, and above that the queue
+        with open(f"/proc/{pid}/stat") as stat:
+            pid = int(stat.read().rpartition(")")[2].split()[1])
+    os.kill(pid, signal.SIGSTOP)
+    executor.kill_workers()
+    assert future.exception(WAIT) is not None
+    executor.shutdown()
+    wait_until_gone(pid, seconds=WAIT)  # it went on, and saw that it is not needed any more

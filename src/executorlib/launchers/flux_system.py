@@ -94,6 +94,9 @@ class FluxSystem:
         """See `JobSystem.can_wait_for`."""
         return True
 
+    def resume(self) -> None:
+        """See `JobSystem.resume`; the instance is none of ours."""
+
     @property
     def busy(self) -> bool:
         """See `JobSystem.busy`."""

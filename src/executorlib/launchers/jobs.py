@@ -167,7 +167,8 @@ class JobLauncher:
         self._end(job, Exit(None, "its job was cancelled"))
 
     def resume(self) -> None:
-        """See `Launcher.resume`; the system looks after its jobs."""
+        """See `Launcher.resume`."""
+        self._system.resume()
 
     @property
     def busy(self) -> bool:

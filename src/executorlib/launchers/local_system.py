@@ -6,7 +6,10 @@ likewise; when the socket ends it finishes what it has and exits.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 import socket
 import subprocess
 from collections import deque
@@ -52,6 +55,13 @@ class LocalSystem:
     def can_wait_for(self, job_id: str) -> bool:
         """See `JobSystem.can_wait_for`; another session's queue is another process."""
         return bool(self._id) and job_id.startswith(f"{self._id}:")
+
+    def resume(self) -> None:
+        """See `JobSystem.resume`."""
+        if self._socket is not None and is_alive(f"{self._id}:"):
+            _, pid, _ = self._id.rsplit(":", 2)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGCONT)
 
     @property
     def busy(self) -> bool:

@@ -78,6 +78,10 @@ class JobSystem(Protocol):
         """
         ...
 
+    def resume(self) -> None:
+        """Continue what runs the jobs, where that is a process which may have been suspended."""
+        ...
+
     @property
     def busy(self) -> bool:
         """Whether it waits for an answer."""
@@ -287,6 +291,9 @@ class CommandSystem:
     def can_wait_for(self, job_id: str) -> bool:
         """See `JobSystem.can_wait_for`."""
         return self._queue is not None and self._queue.has_dependencies
+
+    def resume(self) -> None:
+        """See `JobSystem.resume`; the system is none of ours."""
 
     @property
     def busy(self) -> bool:
