@@ -241,7 +241,7 @@ class _Watcher:
         try:
             output = read_output(path, root)
             if output is None:
-                raise OSError(f"the cache file {path} is damaged; remove it and run the call again")
+                raise OSError(f"the cache file {path} is damaged, or holds what is not kept; run the call again")
             error = output.error
         except Exception as failure:
             output, error = None, failure
