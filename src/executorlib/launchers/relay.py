@@ -46,6 +46,8 @@ from executorlib.worker.remote import hello
 if TYPE_CHECKING:
     from executorlib.scheduler import Worker
 
+# What would have a node's own mpiexec start ranks as steps of the allocation. The latter are since Slurm 23.11.
+_OF_SLURM = ("SLURM_", "HYDRA_BOOTSTRAP", "HYDRA_LAUNCHER_EXTRA_ARGS", "I_MPI_HYDRA_BOOTSTRAP")
 # What Slurm tells a program about the node that it runs on; all else it tells is about the step of the relays.
 _KEPT = ("SLURMD_NODENAME", "SLURM_NODEID", "SLURM_TOPOLOGY_ADDR", "SLURM_TOPOLOGY_ADDR_PATTERN", "SLURM_JWT")
 # Where workers are handed several calls at a time they give many answers. These are sent together every so many
@@ -119,7 +121,7 @@ class Relay(Poller):
         # A terminal's Ctrl-C is for the user's process, which says what becomes of the calls.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         self.watch(self._wake_read, self._on_wake)
-        self._launcher = LocalLauncher(self, hidden=("SLURM_",), **launcher)
+        self._launcher = LocalLauncher(self, hidden=_OF_SLURM, **launcher)
 
     def _on_signal(self, number: int, frame: object) -> None:
         self._ended_by = f"Slurm or a user has sent {signal.Signals(number).name} to the agent of this node"

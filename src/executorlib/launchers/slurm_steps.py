@@ -72,10 +72,11 @@ def ranks_command(
         program: Program and arguments.
     """
     nodes = list(dict.fromkeys(hosts))
-    where = ["--distribution=arbitrary"] if len(nodes) > 1 else [f"--nodelist={nodes[0]}"]
+    # Newer ones than Slurm 24.11 refuse --nodes beside the file that names the nodes.
+    where = ["--distribution=arbitrary"] if len(nodes) > 1 else ["--nodes=1", f"--nodelist={nodes[0]}"]
     return [
         "srun",
-        *("--overlap", f"--nodes={len(nodes)}", f"--ntasks={len(hosts)}", *where),
+        *("--overlap", *where, f"--ntasks={len(hosts)}"),
         *(f"--cpus-per-task={resources.threads_per_core}", "--mem=0", "--cpu-bind=none", "--export=ALL"),
         # When one rank dies the others would wait for it until the time limit.
         *("--input=none", "--kill-on-bad-exit=1", "--unbuffered", "--quiet"),
