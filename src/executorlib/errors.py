@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 import sys
+import threading
 from concurrent.futures import BrokenExecutor
 from pickle import PicklingError
 
@@ -28,12 +29,93 @@ class TimeLimitError(ExecutorlibSocketError, TimeoutError):
 class RemoteTraceback(Exception):
     """The traceback of an exception as it was in the worker; the ``__cause__`` of the exception."""
 
+    note = ""  # what Python 3.10 has no other place for
+
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self.text = text
 
     def __str__(self) -> str:
-        return f'\n"""\n{self.text}"""'
+        return f'\n"""\n{self.text}"""' + (f"\n{self.note}" if self.note else "")
+
+
+class ChainNote(str):
+    """A note of an exception: the calls that failed with it, as each was an input of the next.
+
+    All of them have the same exception, so there is one note, which grows.
+
+    Attributes:
+        chains: The calls' names. There are several chains where a call was an input of several.
+        more: Calls that are not named.
+    """
+
+    chains: list[list[str]]
+    more: int
+
+    # How many chains are kept, and of each the names that are shown at its beginning and its end.
+    _MOST_CHAINS, _MOST_SHOWN = 3, 4
+
+    @classmethod
+    def of(cls, chains: list[list[str]], more: int) -> ChainNote:
+        """Make one."""
+        texts = []
+        for chain in chains:
+            left_out = len(chain) - 2 * cls._MOST_SHOWN
+            if left_out > 0:
+                chain = [*chain[: cls._MOST_SHOWN], f"({left_out} more)", *chain[-cls._MOST_SHOWN :]]
+            texts.append(" -> ".join(chain))
+        if more:
+            texts.append(f"and {more} more")
+        note = cls(f"Chain of calls that failed, each an input of the next: {'; '.join(texts)}")
+        note.chains, note.more = chains, more
+        return note
+
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        return str, (str(self),)
+
+    def extended(self, source: str, dependent: str) -> ChainNote:
+        """The note with another call in it."""
+        chain = next((chain for chain in self.chains if chain[-1] == source), None)
+        if chain is not None:
+            chain.append(dependent)
+        elif len(self.chains) < self._MOST_CHAINS:
+            start = next((chain[: chain.index(source) + 1] for chain in self.chains if source in chain), [source])
+            self.chains.append([*start, dependent])
+        else:
+            return self.of(self.chains, self.more + 1)
+        return self.of(self.chains, self.more)
+
+
+_chains = threading.Lock()  # executors of several threads may have one exception
+
+
+def note_chain(error: BaseException, source: str, dependent: str) -> None:
+    """Note in an exception that a call has failed with it because its input had.
+
+    Args:
+        error: The exception, that of the input.
+        source: The input, by name.
+        dependent: The call.
+    """
+    with _chains:
+        if hasattr(error, "add_note"):
+            notes = getattr(error, "__notes__", None)
+            if not isinstance(notes, list):
+                error.add_note(ChainNote.of([[source, dependent]], 0))
+                return
+            for index, note in enumerate(notes):
+                if isinstance(note, ChainNote):
+                    notes[index] = note.extended(source, dependent)
+                    return
+            notes.append(ChainNote.of([[source, dependent]], 0))
+            return
+        if error.__cause__ is None:
+            error.__cause__ = RemoteTraceback("")
+        cause = error.__cause__
+        if isinstance(cause, RemoteTraceback):
+            known = cause.note
+            extended = known.extended(source, dependent) if isinstance(known, ChainNote) else None
+            cause.note = extended or ChainNote.of([[source, dependent]], 0)
 
 
 def contained(error: BaseException, who: str, kind: type[Exception] = ExecutorlibSocketError) -> BaseException:

@@ -18,7 +18,7 @@ from concurrent.futures import Executor, Future
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from executorlib import imports, machine
+from executorlib import imports, machine, unasked
 from executorlib.errors import EXECUTOR_ADVICE
 from executorlib.futures import batched, find_futures_in_call
 from executorlib.launchers.base import JobEvents, Launcher
@@ -879,9 +879,12 @@ def _finish_at_exit() -> None:
             loop.end_workers(signal.SIGINT)
     for loop in loops:
         loop.join()
+    if not interrupted:
+        unasked.tell_the_rest()
 
 
 def _forget_after_fork() -> None:
+    unasked.forget()
     for loop in running_loops():
         loop.after_fork()
 

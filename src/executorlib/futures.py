@@ -190,6 +190,11 @@ def misplaced(fn: object, args: Sequence[object], kwargs: Mapping[str, object]) 
     return ""
 
 
+def failed_call(future: Future[Any]) -> str:
+    """Name the call that a failed future is of."""
+    return getattr(future, "failed_call", "") or "an input"
+
+
 def input_error(future: Future[Any]) -> BaseException | None:
     """The exception with which a future that is done fails a call that has it as input."""
     if future.cancelled():
@@ -267,6 +272,7 @@ class _Derive:
             else:
                 derived.set_result(value)
                 return
+        derived.failed_call = failed_call(source)  # type: ignore[attr-defined]
         derived.set_exception(error)
 
 

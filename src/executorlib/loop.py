@@ -38,9 +38,20 @@ from executorlib.errors import (
     TimeLimitError,
     advise_unpicklable,
     contained,
+    note_chain,
     with_source_lines,
 )
-from executorlib.futures import Stored, StoredCall, StoredFuture, fill_in, input_error, misplaced, stored, when_done
+from executorlib.futures import (
+    Stored,
+    StoredCall,
+    StoredFuture,
+    failed_call,
+    fill_in,
+    input_error,
+    misplaced,
+    stored,
+    when_done,
+)
 from executorlib.launchers import streams
 from executorlib.launchers.base import Exit, JobEvents, Launcher, Process, has_stack, tail_text
 from executorlib.launchers.session import settings
@@ -62,6 +73,7 @@ from executorlib.scheduler import (
 )
 from executorlib.serialize import Frame
 from executorlib.task import CANCELLED, FAILED, LAUNCHING, RUNNING, CallFuture, Task
+from executorlib.unasked import Failures
 from executorlib.worker.call import PERMIT, named_inputs, traceback_text
 
 if TYPE_CHECKING:
@@ -116,7 +128,7 @@ class _InputDone:
         if loop is not None and task is not None:
             error = input_error(future)
             if error is not None or not self._is_job:
-                loop.post(loop.on_input_done, task, error)
+                loop.post(loop.on_input_done, task, error, "" if error is None else failed_call(future))
 
 
 class _Cancelled:
@@ -188,6 +200,7 @@ class Loop(Poller, JobEvents):
         self._last_death = ""
         self._ended_by = ""  # who has ended all workers
         self._soon: list[Callable[[], None]] = []
+        self._failures = Failures()
         self._function_pickler = serialize.FunctionPickler()
         self._function_numbers: dict[bytes, int] = {}
         self._function_counter = itertools.count(1)
@@ -371,12 +384,13 @@ class Loop(Poller, JobEvents):
             if not dependent.over:
                 self.scheduler.on_input(dependent)
 
-    def on_input_done(self, task: Task, error: BaseException | None) -> None:
-        """One of a call's inputs is done."""
+    def on_input_done(self, task: Task, error: BaseException | None, source: str = "") -> None:
+        """One of a call's inputs, of which ``source`` is the name, is done."""
         if task.over or task.number not in self._tasks:  # given up by `detach`
             return
         if error is not None:
             if task.state is not RUNNING:  # a job that runs all the same does so to its own end
+                note_chain(error, source, f"call {task.number} of {task.name}")
                 self._fail(task, error)
             return
         if task.missing == 1 and not self._jobs:  # the last one
@@ -1020,6 +1034,9 @@ class Loop(Poller, JobEvents):
         """Resolve a call's future and forget the call."""
         future = task.future
         dependents = task.dependents
+        if error is not None and isinstance(future, CallFuture):
+            future.failed_call = f"call {task.number} of {task.name}"
+            future.unasked = self._failures.add(future, future.failed_call, error)
         self._drop(task)
         try:
             if error is None:
@@ -1086,6 +1103,8 @@ class Loop(Poller, JobEvents):
             os.close(self._wake_write)
             self._function_pickler.clear()
             self._init_function = None
+            if not self._ended_by:  # else the user has ended the calls, and knows
+                self._failures.tell()
             _loops.discard(self)
             self._let_go()
             self._alive.release()

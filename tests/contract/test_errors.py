@@ -12,12 +12,14 @@ import random
 import re
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from contract.functions import CustomError, add, fail, identity
+from contract.functions import CustomError, Gate, add, fail, identity
+from executorlib import get_item_from_future
 from executorlib.api import ExecutorlibSocketError
 from executorlib.launchers.base import tail_text
 
@@ -364,3 +366,100 @@ def test_what_error_texts_keep_of_a_stack() -> None:
     ]
     assert len(kept) == 20
     assert tail_text(b"\n".join(b"line %d" % index for index in range(50))).splitlines()[0] == "    line 30"
+
+
+# Which call it was.
+
+
+def notes(error: BaseException) -> str:
+    """Notes of an exception; before Python 3.11 its cause has them."""
+    return "\n".join(getattr(error, "__notes__", [])) or str(error.__cause__)
+
+
+def test_the_chain_of_calls_is_named(executor: Any, gate: Callable[..., Gate]) -> None:
+    """The exception of all calls is that of the first, and tells which inputs led from there."""
+    held = gate()
+    failing = executor.submit(fail, executor.submit(held, "first"))
+    middle = executor.submit(identity, {"in a dict": failing})
+    item = get_item_from_future(middle, 0)
+    last = executor.submit(identity, item)
+    held.open()
+    error = last.exception(WAIT)
+    assert error is failing.exception(WAIT)
+    assert re.search(r"call \d+ of fail -> call \d+ of identity -> call \d+ of identity$", notes(error), re.MULTILINE)
+    assert "".join(getattr(pickle.loads(pickle.dumps(error)), "__notes__", [])) in notes(error)
+
+
+def test_a_long_chain_and_many_dependents(executor: Any, gate: Callable[..., Gate]) -> None:
+    """The note stays short, however many calls there are."""
+    held = gate()
+    chain = [executor.submit(fail, executor.submit(held, "first"))]
+    for _ in range(50):
+        chain.append(executor.submit(identity, chain[-1]))
+    for source in (chain[0], chain[10]):
+        chain += [executor.submit(identity, source) for _ in range(20)]
+    held.open()
+    for future in chain:
+        error = future.exception(WAIT)
+    assert isinstance(error, CustomError)
+    text = notes(error)
+    assert "(43 more)" in text
+    assert "and 38 more" in text
+    assert len(text) < 1500
+
+
+def test_the_chain_of_an_input_from_elsewhere(executor: Any) -> None:
+    other: Future[Any] = Future()
+    call = executor.submit(identity, other)
+    other.set_exception(CustomError("elsewhere"))
+    assert re.search(r"an input -> call \d+ of identity", notes(call.exception(WAIT)))
+
+
+UNASKED = """
+    import logging, gc
+    from concurrent.futures import wait
+
+    logging.basicConfig(format="%(name)s %(levelname)s: %(message)s", stream=sys.stdout)
+
+    def bad(text):
+        raise ValueError(text)
+
+    def same(x):
+        return x
+
+    if __name__ == "__main__":
+        with Executor(**OPTIONS) as executor:
+            asked = executor.submit(bad, "asked before")
+            assert asked.exception() is not None
+            wait([executor.submit(bad, "forgotten")])
+            executor.submit(same, executor.submit(bad, "input"))
+            later = executor.submit(bad, "asked later")
+            kept = executor.submit(bad, "kept")
+            cancelled = executor.submit(bad, "cancelled").cancel()
+        print("after the executor", flush=True)
+        assert later.exception() is not None
+"""
+
+
+def test_failures_that_nobody_asked_for_are_told_once(row: Any, scripts: Any) -> None:
+    """Those of futures that are gone when the executor ends, the others at exit, if nobody has asked by then."""
+    told = scripts.run(UNASKED, row.arguments())
+    before, _, after = told.partition("after the executor")
+    assert re.search(r"executorlib WARNING: .* failed, and nobody has asked for the result", before)
+    assert re.search(r"call \d+ of same: ValueError: input", before)
+    assert "of bad: ValueError: input" not in told
+    assert told.count("ValueError: forgotten") == 1
+    assert told.count("ValueError: kept") == 1
+    assert "ValueError: kept" in after
+    assert "ValueError: asked" not in told
+
+
+@pytest.mark.rows("fork")
+def test_many_failures_that_nobody_asked_for(make_executor: Callable[..., Any], caplog: Any) -> None:
+    with make_executor(block_allocation=True) as executor:
+        wait([executor.submit(fail, index) for index in range(300)])
+    (record,) = [record for record in caplog.records if record.name == "executorlib"]
+    text = record.getMessage()
+    assert text.startswith("300 calls failed")
+    assert text.endswith("and 295 more")
+    assert len(text) < 1500
