@@ -15,6 +15,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from executorlib import files
+from executorlib.errors import ExecutorlibSocketError
 from executorlib.executors import SingleNodeExecutor
 from executorlib.worker import family, job
 
@@ -115,8 +116,17 @@ def _state(future: Future[Any]) -> tuple[str, str, str, str, str]:
     if isinstance(error, TimeoutError):
         return "ended", "TIMEOUT", "", "", "time limit"
     died = re.search(r"(?:code (\d+)|signal (\d+))", str(error))
-    exit_code = f"{died[1] or 0}:{died[2] or 0}" if died else ""
-    return "ended", "FAILED", str(error), exit_code, "none"
+    if died is None:
+        return "ended", "FAILED", _reason(error), "", "none"
+    killed = "where nobody sent SIGKILL, the kernel's out-of-memory killer did" if died[2] == "9" else ""
+    return "ended", "FAILED", killed, f"{died[1] or 0}:{died[2] or 0}", "none"
+
+
+def _reason(error: BaseException) -> str:
+    """What is new in the error of a job's own call to those who know of the job only."""
+    text = re.sub(r"^Call \d+ of \w+ (has no result|was not run): ", "", str(error))
+    text = text.partition(" Only this call fails")[0].rstrip(".")
+    return text if isinstance(error, ExecutorlibSocketError) else f"{type(error).__name__}: {text}"
 
 
 def main(fd: int, options: dict[str, Any]) -> None:

@@ -73,6 +73,9 @@ def _group_limit(group: Path) -> float | None:
 _SPARE_FILES = 256
 
 
+_MOST_DESCRIPTORS = 4096
+
+
 def room_for_files(count: int) -> int:
     """How many more files this process may open.
 
@@ -86,7 +89,7 @@ def room_for_files(count: int) -> int:
         How many may be opened.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    used = len(os.listdir("/proc/self/fd" if os.path.isdir("/proc/self/fd") else "/dev/fd"))
+    used = _open_files(soft)
     wanted = used + count + _SPARE_FILES
     if soft == resource.RLIM_INFINITY:
         return count
@@ -96,6 +99,20 @@ def room_for_files(count: int) -> int:
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
             soft = limit
     return soft - used
+
+
+def _open_files(limit: int) -> int:
+    """How many files this process has open."""
+    for folder in ("/proc/self/fd", "/dev/fd"):
+        with contextlib.suppress(OSError):
+            return len(os.listdir(folder))
+    # Where neither is mounted, those with low numbers, which are given out first.
+    count = 0
+    for descriptor in range(min(limit, _MOST_DESCRIPTORS) if limit != resource.RLIM_INFINITY else _MOST_DESCRIPTORS):
+        with contextlib.suppress(OSError):
+            os.fstat(descriptor)
+            count += 1
+    return count
 
 
 def visible_gpus(environ: Mapping[str, str] = os.environ) -> list[str]:

@@ -259,7 +259,14 @@ def _plain(what: str, value: object) -> object:
 def _path(what: str, value: object) -> str:
     if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
         raise TypeError(f"{what} is {value!r} ({type(value).__name__}), expected a path as str or os.PathLike.")
-    return os.path.abspath(_without_null(what, os.fsdecode(value)))
+    path = _without_null(what, os.fsdecode(value))
+    try:
+        return os.path.abspath(path)
+    except FileNotFoundError:
+        raise ValueError(
+            f"{what} is the relative path {path!r}, but this process's working directory was removed. Name an absolute "
+            "path, or go to another directory first (os.chdir)."
+        ) from None
 
 
 def _flag(what: str, value: object) -> bool:

@@ -368,6 +368,15 @@ def test_what_error_texts_keep_of_a_stack() -> None:
     assert tail_text(b"\n".join(b"line %d" % index for index in range(50))).splitlines()[0] == "    line 30"
 
 
+@pytest.mark.rows(jobs=True)
+def test_errors_do_not_hold_one_another(make_executor: Callable[..., Any]) -> None:
+    """The queue's own error about a job says nothing twice."""
+    with make_executor() as executor:
+        text = str(executor.submit(crash).exception(WAIT))
+    for once in ("has no result", "Only this call fails", "SIGSEGV"):
+        assert text.count(once) == 1, text
+
+
 # Which call it was.
 
 

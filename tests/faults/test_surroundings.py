@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
+import shutil
 import subprocess
+import sys
 import textwrap
 import venv
 from collections.abc import Iterator
@@ -487,6 +490,65 @@ def test_working_directory_that_was_removed(row: Any, scripts: Any, tmp_path: Pa
         row.arguments(),
     )
     assert out.strip() in ("1", "error")
+
+
+@pytest.mark.rows("fork", "jobs")
+def test_relative_paths_without_a_working_directory(row: Any, scripts: Any) -> None:
+    out = scripts.run(
+        """
+        import tempfile
+        folder = tempfile.mkdtemp()
+        os.chdir(folder)
+        os.rmdir(folder)
+        for options in ({"cache_directory": "cache"}, {"resource_dict": {"cwd": "sub"}}):
+            try:
+                Executor(**{**OPTIONS, **options})
+            except ValueError as error:
+                print(error)
+        """,
+        row.arguments(),
+    )
+    first, second = out.splitlines()
+    for line, named in ((first, "cache_directory"), (second, "cwd")):
+        assert named in line
+        assert "working directory was removed" in line
+
+
+@pytest.mark.rows("fork", "spawn", "jobs", "block-fork")
+@pytest.mark.parametrize("name", ["back\\slash", "new\nline", "quo'te \"$x"], ids=["backslash", "newline", "quotes"])
+def test_paths_with_characters_that_are_rare(row: Any, tmp_path: Path, name: str) -> None:
+    folder, cwd = tmp_path / f"{name} cache", tmp_path / f"{name} cwd"
+    for _ in range(2):  # the second time from the cache
+        with row.make(cache_directory=str(folder), resource_dict={"cwd": str(cwd)}) as executor:
+            assert executor.submit(os.getcwd).result(30) == str(cwd)
+
+
+@pytest.mark.linux
+@pytest.mark.rows("fork", "spawn", "jobs", "block-fork")
+def test_proc_that_is_not_mounted(row: Any, scripts: Any, tmp_path: Path) -> None:
+    hide = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /proc && exec "$@"', "sh"]
+    if shutil.which("unshare") is None or subprocess.run([*hide, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("/proc cannot be hidden here (as root it can)")
+    path = tmp_path / "script.py"
+    source = """
+        import signal
+        def die():
+            os.kill(os.getpid(), signal.SIGKILL)
+        if __name__ == "__main__":
+            with Executor(**OPTIONS) as executor:
+                print(os.path.exists("/proc/self"), executor.submit(abs, -1).result(30))
+                print("SIGKILL" in str(executor.submit(die).exception(30)))
+    """
+    path.write_text(scripts.prelude + textwrap.dedent(source))
+    done = subprocess.run(
+        [*hide, sys.executable, str(path)],
+        env={**os.environ, "TEST_OPTIONS": json.dumps(row.arguments())},
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+    assert done.stdout.splitlines() == ["False 1", "True"], done.stderr
 
 
 def test_modules_in_the_working_directory_hide_no_others(row: Any, scripts: Any, tmp_path: Path) -> None:

@@ -223,3 +223,14 @@ def test_local_disks(path: str, local: bool) -> None:
 def test_disk_of_this_machine() -> None:
     assert isinstance(is_local_disk("/no/such/folder"), bool)
     assert not _mounted_on("/", "")
+
+
+def test_open_files_are_counted_where_no_folder_lists_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = machine._open_files(1024)
+
+    def refuse(folder: str) -> Any:
+        raise FileNotFoundError(folder)
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    # Listing opens one more.
+    assert machine._open_files(1024) in (listed - 1, listed)
