@@ -14,6 +14,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import types
@@ -23,11 +24,14 @@ from typing import Any
 
 import cloudpickle
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from conftest import as_user
 from executorlib import SingleNodeExecutor, batches, cache, commands, entries, files, terminate
 from executorlib.api import TestClusterExecutor
 from executorlib.worker import job
+from unit import repeatable
 
 pytestmark = pytest.mark.cache
 
@@ -977,3 +981,18 @@ def test_asking_whether_something_is_there_changes_nothing(tmp_path: Path) -> No
         assert files.is_there(str(tmp_path / name)) is there
         assert files.is_there(str(tmp_path / name)) is there
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a_o.h5", "link"]
+
+
+@repeatable
+@given(st.lists(st.tuples(st.integers(0, 100_000), st.integers(0, 255)), min_size=1, max_size=3))
+def test_damaged_files_of_others(damage: list[tuple[int, int]]) -> None:
+    """Whatever is wrong with what the HDF5 library reads, the entry is absent; no other exception, no other value."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "a_o.h5")
+        write_plain(path, output="the result", runtime=0.5)
+        content = bytearray(path.read_bytes())
+        for place, byte in damage:
+            content[place % len(content)] = byte
+        path.write_bytes(content)
+        output = entries.read_output(path)
+        assert output is None or output.value == "the result"
