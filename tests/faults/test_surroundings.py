@@ -587,3 +587,45 @@ def test_many_arguments(row: Any, scripts: Any) -> None:
 def test_many_arguments_of_ranks(scripts: Any) -> None:
     out = scripts.run(f"NEEDS = {{'cores': 2}}\n{textwrap.dedent(MANY_ARGUMENTS)}", {"max_cores": 2})
     assert out == "True True\n" * 2
+
+
+# Threads that cannot be started.
+
+NO_THREADS = """\
+import resource
+
+def work(folder):
+    import pathlib, time
+    while not pathlib.Path(folder, "open").exists():
+        time.sleep(0.01)
+    pathlib.Path(folder, "done").touch()
+    return 1
+
+other = Executor(**OPTIONS["row"])
+future = other.submit(work, OPTIONS["folder"])
+while not future.running():
+    pass
+Executor(**OPTIONS["row"]).shutdown()  # what is loaded once is there from now on
+os.setresuid(OPTIONS["user"], OPTIONS["user"], 0)  # root is free of the limit
+before = len(os.listdir("/proc/self/fd"))
+resource.setrlimit(resource.RLIMIT_NPROC, (0, resource.getrlimit(resource.RLIMIT_NPROC)[1]))
+for _ in range(3):
+    try:
+        Executor(**OPTIONS["row"])
+    except RuntimeError as error:
+        print(error)
+print(len(os.listdir("/proc/self/fd")) - before)
+os.setresuid(0, 0, 0)
+open(os.path.join(OPTIONS["folder"], "open"), "w").close()
+# The call goes on to its end, although nobody waits for it but the end of this program.
+"""
+
+
+@pytest.mark.linux
+@pytest.mark.rows("fork")
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become a user who has no thread left")
+def test_threads_that_cannot_be_started(row: Any, scripts: Any, tmp_path: Path) -> None:
+    """`ulimit -u`: the constructor fails, leaves nothing, and another executor's calls are finished all the same."""
+    out = scripts.run(NO_THREADS, {"row": row.arguments(), "folder": str(tmp_path), "user": 54321})
+    assert out.splitlines() == ["can't start new thread"] * 3 + ["0"]
+    assert (tmp_path / "done").exists()
