@@ -62,9 +62,10 @@ class _Condition(RLock):  # type: ignore[misc]  # final in typeshed, not in Pyth
 
     def is_read(self) -> bool:
         """Whether another thread is reading; for whoever has the lock."""
-        if self._readers:
-            stacks = sys._current_frames()
-            self._readers = tuple(each for each in self._readers if _is_running(each[1], stacks.get(each[0])))
+        if not self._readers:
+            return False
+        stacks = sys._current_frames()
+        self._readers = tuple(each for each in self._readers if _is_running(each[1], stacks.get(each[0])))
         return any(ident != get_ident() for ident, _ in self._readers)
 
     def wait(self, timeout: float | None = None) -> bool:
@@ -195,7 +196,7 @@ class LeanFuture(Future[_T]):
             pause.acquire(timeout=_READ_SECONDS)
 
     def _invoke_callbacks(self) -> None:
-        if self._condition._is_owned():  # type: ignore[attr-defined]
+        if not self._done_callbacks or self._condition._is_owned():  # type: ignore[attr-defined]
             return  # from `_while_unread`; the caller of that calls them without the lock
         raised = None
         for callback in self._done_callbacks:  # type: ignore[attr-defined]
