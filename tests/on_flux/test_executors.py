@@ -38,6 +38,8 @@ from on_flux.functions import (
 )
 
 WAIT = 40
+# Of tests that start instances of their own, and for one in them.
+LONG_SECONDS, LONG_WAIT = 240, 150
 pytestmark = pytest.mark.flux
 both = pytest.mark.rows("flux", "flux-cluster")
 BATCH_TEMPLATE = "#!/bin/bash\n{{command}}\n"
@@ -283,12 +285,13 @@ def test_a_shell_that_dies_takes_its_call_along(make_executor: Callable[..., Any
         wait_until_gone(pid, seconds=WAIT)
 
 
+@pytest.mark.timeout(LONG_SECONDS)
 def test_the_broker_of_a_scripts_own_instance_takes_its_call_along(tmp_path: Path, gate: Callable[..., Gate]) -> None:
     """The script is still there then."""
     held = gate()
     with FluxClusterExecutor(cache_directory=str(tmp_path)) as executor:
         future = executor.submit(held, 1, resource_dict={"submission_template": BATCH_TEMPLATE})
-        pid = held.pids(1, WAIT)[0]
+        pid = held.pids(1, LONG_WAIT)[0]
         uri = next(
             entry.removeprefix(b"FLUX_URI=").decode()
             for entry in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
@@ -351,6 +354,7 @@ def another_instance(folder: Path, *options: str) -> Iterator[subprocess.Popen[b
         started.wait(WAIT)
 
 
+@pytest.mark.timeout(LONG_SECONDS)
 @pytest.mark.parametrize("name", ["FluxJobExecutor", "FluxClusterExecutor"])
 def test_calls_while_the_instance_is_shut_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Orderly, with modules that are unloaded one by one: whatever a call meets, its future resolves."""
@@ -387,6 +391,7 @@ policy.limits.duration = "5m"
 """
 
 
+@pytest.mark.timeout(LONG_SECONDS)
 def test_an_instance_with_queues_and_limits(tmp_path: Path) -> None:
     (tmp_path / "queues.toml").write_text(QUEUES)
     path = program(
@@ -423,7 +428,7 @@ def test_an_instance_with_queues_and_limits(tmp_path: Path) -> None:
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=2 * WAIT,
+        timeout=LONG_WAIT,
         check=True,
     )
     said = done.stdout.splitlines()
@@ -445,12 +450,13 @@ def test_a_key_that_flux_has_no_use_for(executor: Any) -> None:
         executor.submit(add, 1, 2, resource_dict={"memory_max": 4})
 
 
+@pytest.mark.timeout(LONG_SECONDS)
 @pytest.mark.parametrize("nested", [False, True])
 def test_a_call_that_succeeds_is_a_job_that_does(nested: bool) -> None:
     """It is left to end by itself, also where that takes as long as the end of an instance."""
     name = f"succeeds{nested}"
     with FluxJobExecutor(flux_executor_nesting=nested) as executor:
-        assert executor.submit(add, 1, 2, resource_dict={"job_name": name}).result(WAIT) == 3
+        assert executor.submit(add, 1, 2, resource_dict={"job_name": name}).result(LONG_WAIT) == 3
     (number,) = jobs(name)
     until(lambda: about_job(number, "{status}") == ["COMPLETED"], WAIT)
 
