@@ -156,13 +156,18 @@ class FluxLauncher:
             self._events,
             self._router,
             process,
-            lambda: self.kill(process, signal.SIGKILL),
+            lambda: self._end_by_force(process),
             starter="Flux" if self._pmi_mode is None else f"Flux with pmi_mode={self._pmi_mode!r}",
             advice="MPICH finds Flux by itself; Open MPI needs Flux's pmix plugin (flux-pmix) and pmi_mode='pmix'. Use "
             "an mpi4py that was built for one of them.",
             # Flux counts what the job holds until it has ended. Here another call may already take its place.
             leaves=True,
         )
+
+    def _end_by_force(self, process: Process) -> None:
+        member = self._members.get(str(process.worker.number))
+        if member is not None and not (member.worker.done and member.gone):  # of one that has left, see `_on_lost`
+            self.kill(process, signal.SIGKILL)
 
     def _program(self, member: _Member) -> list[str]:
         process = member.process
@@ -219,7 +224,7 @@ class FluxLauncher:
         leaving = []
         for member in self._members.values():
             member.ending = True
-            if member.worker.done and member.gone:
+            if member.worker.done:
                 leaving.append(member)  # cancelled, it would look as if its call had failed
             elif self._is_running(member):
                 self._instance.end(member.job or 0, "cancel")
