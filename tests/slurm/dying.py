@@ -38,29 +38,35 @@ def _take_memory() -> None:
     time.sleep(60)  # where Slurm looks at the memory only now and then
 
 
-def _kill_instead(_source: Any, _target: Any) -> None:
+def _kill_instead(_source: Any, _target: Any, **_folders: int) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _die_at_rename() -> None:
-    os.replace = _kill_instead
+    os.rename = _kill_instead
 
 
 def _keep_result_back() -> None:
     """Write the result where it is not looked for, as a slow file system does."""
-    replace = os.replace
-    os.replace = lambda source, target: replace(source, f"{target}.late")  # type: ignore[assignment]
+    rename = os.rename
+
+    def late(source: Any, target: Any, **folders: int) -> None:
+        rename(source, f"{target}.late", **folders)
+
+    os.rename = late  # type: ignore[assignment]
 
 
 def _write_half() -> None:
     """Leave half of a result in its place, as a file system does that loses writes."""
-    replace = os.replace
+    rename = os.rename
 
-    def cut(source: Any, target: Any) -> None:
-        os.truncate(source, os.path.getsize(source) // 2)
-        replace(source, target)
+    def cut(source: Any, target: Any, src_dir_fd: int, dst_dir_fd: int) -> None:
+        file = os.open(source, os.O_WRONLY, dir_fd=src_dir_fd)
+        os.ftruncate(file, os.fstat(file).st_size // 2)
+        os.close(file)
+        rename(source, target, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd)
 
-    os.replace = cut  # type: ignore[assignment]
+    os.rename = cut  # type: ignore[assignment]
 
 
 WAYS: dict[str, Callable[[], Any]] = {

@@ -537,7 +537,13 @@ def test_detail_by_scontrol() -> None:
     ("output", "cause"),
     [
         ("slurmstepd: error: Job 7 exceeded memory limit (2048 > 1024), being killed", Cause.OUT_OF_MEMORY),
+        # Since 26.05 nobody says who is speaking.
+        (
+            "[2026-11-28T23:31:08.503] error: Job 7 exceeded memory limit (2048 > 1024), being killed",
+            Cause.OUT_OF_MEMORY,
+        ),
         ("slurmstepd: error: *** JOB 7 ON node1 CANCELLED ***", Cause.NONE),
+        ("error: it exceeded memory limit", Cause.NONE),
         ("", Cause.NONE),
     ],
 )

@@ -1,7 +1,7 @@
 """Slurm's language: scripts and commands for it, and what its answers mean. Nothing is run here.
 
-Written for Slurm 20.11 and later, tried with 22.05. Sources of the words: the manual pages of sbatch, squeue, sacct,
-scontrol and scancel, and what a real Slurm printed, which tests/unit/test_slurm.py keeps.
+Written for Slurm 20.11 and later, tried with 22.05 and 26.05. Sources of the words: the manual pages of sbatch, squeue,
+sacct, scontrol and scancel, and what a real Slurm printed, which tests/unit/test_slurm.py keeps.
 """
 
 from __future__ import annotations
@@ -93,7 +93,10 @@ _CAUSES = {
     "TIMEOUT": Cause.TIME_LIMIT,
 }
 # Written into the output where Slurm itself watches over the memory; the job's state is FAILED then.
-_MEMORY = re.compile(r"slurmstepd.*exceeded (job )?memory limit", re.IGNORECASE)
+_MEMORY = re.compile(
+    r"(slurmstepd|\[\d{4}-\d\d-\d\dT[\d:.]+\] error: ).*exceeded (job )?memory limit",  # the latter since 26.05
+    re.IGNORECASE,
+)
 # Reasons for which a job waits until somebody changes it, or the limits. A job that somebody holds is not among them:
 # they mean it to wait. Where that is its user, they know.
 _HOPELESS = re.compile(
