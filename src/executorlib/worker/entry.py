@@ -10,7 +10,7 @@ Loaded by workers of executors that keep results, and ahead of the calls where w
 
 from __future__ import annotations
 
-from executorlib import entries, fingerprint
+from executorlib import entries, fingerprint, sources
 from executorlib.worker.call import bounded, named_inputs
 
 TYPE_CHECKING = False
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from typing import Any
 
     from executorlib.serialize import Frame
+
+# Once in the agent, instead of in each call that is forked from it.
+sources.remember_loaded()
 
 
 class Entry:
