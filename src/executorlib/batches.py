@@ -77,10 +77,14 @@ def _make(fd: int, root: str, folder: str, directory: str) -> None:
     os.mkdir(os.path.basename(directory), files.FOLDER_MODE, dir_fd=fd)
 
 
-def remove(directory: str) -> bool:
+def remove(directory: str, but_output: bool = False) -> bool:
     """Remove a batch directory and the files in it, if it is one, and this user's; says whether it was removed.
 
     Nothing is followed: a link, or what was put in the place of a folder, stays as it is.
+
+    Args:
+        directory: The batch directory.
+        but_output: Keep what jobs printed, and then the directory.
     """
     above, name = os.path.split(directory)
     if not is_name(name):
@@ -92,10 +96,12 @@ def remove(directory: str) -> bool:
                 if not files.is_own(os.fstat(fd)):
                     return False
                 # Batches have no folders in them.
-                names = os.listdir(fd)
-                if any(stat.S_ISDIR(os.stat(each, dir_fd=fd, follow_symlinks=False).st_mode) for each in names):
+                found = {each: os.stat(each, dir_fd=fd, follow_symlinks=False) for each in os.listdir(fd)}
+                if any(stat.S_ISDIR(status.st_mode) for status in found.values()):
                     return False
-                for each in names:
+                for each, status in found.items():
+                    if but_output and each.startswith("output.") and status.st_size:
+                        continue
                     with contextlib.suppress(FileNotFoundError):
                         os.unlink(each, dir_fd=fd)
             finally:

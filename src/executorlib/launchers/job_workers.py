@@ -168,7 +168,7 @@ class JobWorkerLauncher:
         """See `Launcher.close`; what still runs loses its connection and ends."""
         self._router.close()
         for directory in {member.array.directory for member in self._members.values()}:
-            batches.remove(directory)
+            batches.remove(directory, but_output=True)
         batches.remove_folder(self._folder)
         self._members.clear()
         self._system.close()
@@ -417,6 +417,6 @@ class JobWorkerLauncher:
         del array.members[member.index]
         process.stderr += read_tail(os.path.join(array.directory, f"output.{member.index}"))
         planned = member.last is not None and member.last.cause.ends_early
-        if not array.members and not process.stderr:
-            batches.remove(array.directory)
+        if not array.members:
+            batches.remove(array.directory, but_output=True)  # no entry has it: a worker prints for many calls
         self._events.on_exit(process, Exit(None, text, planned=planned))
