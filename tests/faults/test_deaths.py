@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -312,6 +313,60 @@ def suspend(*pids: int) -> None:
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
         until(lambda pid=pid: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T")
+
+
+# A rank's MPI library: it makes the memory that its world shares, then waits for the others.
+_STARTING_MPI = """
+import mmap, os, time
+from pathlib import Path
+fd = os.open({memory!r}, os.O_CREAT | os.O_RDWR, 0o600)
+os.ftruncate(fd, 4096)
+shared = mmap.mmap(fd, 4096)
+os.close(fd)
+Path({folder!r}, f"rank.{{os.getpid()}}").touch()
+time.sleep(600)
+"""
+
+
+@pytest.mark.linux
+@pytest.mark.rows("fork")
+@pytest.mark.parametrize(
+    ("victim", "is_parent_suspended"),
+    [(0, False), (1, False), (-2, False), (-1, False), (-1, True)],
+    ids=["rank", "its parent", "mpiexec", "agent", "agent, and its parent is suspended"],
+)
+def test_world_dies_while_it_starts(
+    make_executor: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    victim: int,
+    is_parent_suspended: bool,
+) -> None:
+    """Whoever of its ancestors is killed, neither its ranks nor the memory that they share are left."""
+    memory = Path(f"/dev/shm/mpich_shm_{secrets.token_hex(4)}_0")
+    package = tmp_path / "mpi4py"
+    package.mkdir()
+    put(package / "__init__.py")
+    put(package / "MPI.py", _STARTING_MPI.format(memory=str(memory), folder=str(tmp_path)))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with (
+        contextlib.ExitStack() as at_end,
+        make_executor(max_cores=2, resource_dict={"cores": 2, "openmpi_oversubscribe": True}) as executor,
+    ):
+        at_end.callback(memory.unlink, missing_ok=True)
+        future = executor.submit(add, 1, 2)
+        until(lambda: len(list(tmp_path.glob("rank.*"))) == 2, WAIT)
+        ranks = [int(path.suffix[1:]) for path in tmp_path.glob("rank.*")]
+        line = [ranks[0]]
+        while (parent := int(Path(f"/proc/{line[-1]}/stat").read_text().rpartition(")")[2].split()[1])) != os.getpid():
+            line.append(parent)
+        assert memory.exists()
+        if is_parent_suspended:
+            suspend(line[1])
+        os.kill(line[victim], signal.SIGKILL)
+        assert isinstance(future.exception(WAIT), BrokenExecutor)
+        until(lambda: not memory.exists(), WAIT)
+        wait_until_gone(*ranks, *(pid for pid in line if pid != line[-1] or victim == -1))
 
 
 @pytest.mark.linux

@@ -172,9 +172,14 @@ class Agent:
 
     # -- requests -------------------------------------------------------------------------------------------------
 
+    @property
+    def runs(self) -> bool:
+        """Whether there is an agent, as far as is known."""
+        return self._popen is not None
+
     def start(self) -> None:
         """Start the agent, if it does not run."""
-        if self._popen is not None:
+        if self.runs:
             return
         self.surroundings = Surroundings()
         environ = os.environ.copy()

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -126,6 +127,23 @@ def check_mpi() -> BaseException | None:
     return None
 
 
+@dataclass(frozen=True)
+class _World:
+    """A world that was started.
+
+    Attributes:
+        worker: The worker that it is.
+        agent: Runs its `mpiexec`.
+        mark: Variable and value by which its processes are known from all others.
+        since: When it was started.
+    """
+
+    worker: ConnectingWorker
+    agent: Agent
+    mark: str
+    since: float
+
+
 class MpiLauncher:
     """Starts worlds and connects them to the loop.
 
@@ -138,7 +156,7 @@ class MpiLauncher:
         self._events = events
         self._foreign = (*FOREIGN_PREFIXES, *hidden)
         self._router: Router | None = None
-        self._worlds: dict[str, tuple[ConnectingWorker, Agent]] = {}  # by identity
+        self._worlds: dict[str, _World] = {}  # by identity
         self._directories: dict[str, list[str]] = {}
 
     def launch(self, process: Process, agent: Agent, program: list[str]) -> None:
@@ -171,9 +189,9 @@ class MpiLauncher:
             env = {**dict.fromkeys(_SESSION_VARIABLES, directory), **env}
             if os.access(_MEMORY, os.W_OK):
                 env = {**dict.fromkeys(_SHARED_VARIABLES, self._make_directory(identity, _MEMORY)), **env}
-        env[CONNECTION_VARIABLE] = self._router.credentials(identity).dumps()
+        credentials = env[CONNECTION_VARIABLE] = self._router.credentials(identity).dumps()
         argv = mpiexec.command(resources.cores, program, resources.openmpi_oversubscribe)
-        world = ConnectingWorker(
+        worker = ConnectingWorker(
             self._events,
             self._router,
             process,
@@ -181,7 +199,7 @@ class MpiLauncher:
             starter=f"{mpiexec.path} ({mpiexec.version})",
             advice=f"Use an mpi4py that was built for this MPI. {_INSTALL}",
         )
-        self._worlds[identity] = world, agent
+        self._worlds[identity] = _World(worker, agent, f"{CONNECTION_VARIABLE}={credentials}", time.time())
         process.on_gone = lambda: self._forget(identity)
         agent.run(process, argv, env, resources.cwd)
 
@@ -193,10 +211,9 @@ class MpiLauncher:
     def _on_message(self, peer: bytes, header: list[Any], frames: list[Frame]) -> None:
         from executorlib.transports.router import worker_of
 
-        known = self._worlds.get(worker_of(peer))
-        if known is not None:
-            world, _ = known
-            world.on_message(peer, header, frames)
+        world = self._worlds.get(worker_of(peer))
+        if world is not None:
+            world.worker.on_message(peer, header, frames)
 
     def kill(self, process: Process, agent: Agent, signal_number: int) -> None:
         """Signal a world; see `Launcher.kill`."""
@@ -212,20 +229,26 @@ class MpiLauncher:
         self._events.call_later(_GRACE_SECONDS, lambda: self._kill_if_alive(identity))
 
     def _signal(self, process: Process, agent: Agent, signal_number: int) -> None:
-        known = self._worlds.get(str(process.worker.number))
-        if known is not None and known[0].peer is None and signal_number in (signal.SIGTERM, signal.SIGINT):
+        world = self._worlds.get(str(process.worker.number))
+        if world is not None and world.worker.peer is None and signal_number in (signal.SIGTERM, signal.SIGINT):
             # Nothing of the user's runs in it. Only the agent can tidy up after ranks that have not found each other.
             signal_number = signal.SIGKILL
         agent.kill(process, signal_number)
 
     def _kill_if_alive(self, identity: str) -> None:
-        known = self._worlds.get(identity)
-        if known is not None:
-            world, agent = known
-            agent.kill(world.process, signal.SIGKILL)
+        world = self._worlds.get(identity)
+        if world is not None:
+            world.agent.kill(world.worker.process, signal.SIGKILL)
 
     def _forget(self, identity: str) -> None:
-        self._worlds.pop(identity, None)
+        world = self._worlds.pop(identity, None)
+        if world is not None and not world.agent.runs:
+            # The agent was killed and could not do it. Ranks have lost all of their ancestors then, or are about to.
+            from executorlib.worker.family import end_marked
+            from executorlib.worker.world import remove_unused_files
+
+            end_marked(os.fsencode(world.mark))
+            remove_unused_files(world.since)
         for directory in self._directories.pop(identity, ()):
             shutil.rmtree(directory, ignore_errors=True)
 

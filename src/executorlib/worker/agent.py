@@ -22,6 +22,7 @@ import select
 import signal
 import socket
 import sys
+import time
 
 from executorlib.transports.messages import Connection
 from executorlib.worker import call, family, settings
@@ -47,6 +48,7 @@ class Agent:
         self._children: dict[int, int] = {}  # pid → worker number
         self._pids: dict[int, int] = {}
         self._programs: set[int] = set()  # pids of those that are no workers by themselves, such as mpiexec
+        self._since: float | None = None  # when the first of these was started
         self._pid = os.getpid()
         self._parent = os.getppid()
         self._wake_read, self._wake_write = socket.socketpair()
@@ -133,6 +135,8 @@ class Agent:
         theirs: list[socket.socket] = []  # for the executor
         ours: list[socket.socket] = []  # for the child
         error_read, error_write = os.pipe()
+        if options.get("own_channel") and self._since is None:
+            self._since = time.time()
         try:
             if not options.get("own_channel"):
                 for _ in range(2 if options.get("pooled") else 1):
@@ -219,16 +223,26 @@ class Agent:
                 return
             if pid == 0:
                 return
+            is_program = pid in self._programs
             self._programs.discard(pid)
             number = self._children.pop(pid, None)
             if number is None:
-                continue  # a process that one of ours left behind
+                self._tidy_up()  # a process that one of ours left behind, maybe a rank that has outlived mpiexec
+                continue
             if status != 0:
                 # The group keeps the number from being used again as long as anybody is in it.
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(pid, signal.SIGKILL)
+                if is_program:
+                    self._tidy_up()
             del self._pids[number]
             self._connection.send(["exited", number, status])
+
+    def _tidy_up(self) -> None:
+        if self._since is not None:
+            from executorlib.worker import world
+
+            world.remove_unused_files(self._since)
 
     def end(self) -> None:
         """Kill and reap all that descends from the agent."""
@@ -238,6 +252,7 @@ class Agent:
         for pid in self._children:
             _kill_group(pid, signal.SIGKILL)
         family.end()
+        self._tidy_up()
 
 
 def _kill_group(pid: int, signal_number: int) -> None:

@@ -78,6 +78,31 @@ def end() -> None:
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
 
+def end_marked(mark: bytes) -> None:
+    """Kill all processes that were started with a certain variable, and wait for their ends.
+
+    For those whose ancestors are gone, by which they could be found.
+
+    Args:
+        mark: The variable and its value, as ``name=value``.
+    """
+    give_up = time.monotonic() + _REAP_SECONDS
+    while [pid for pid in _marked(mark) if kill(pid, signal.SIGKILL)] and time.monotonic() < give_up:
+        time.sleep(_PAUSE_SECONDS)
+
+
+def _marked(mark: bytes) -> list[int]:
+    found = []
+    with contextlib.suppress(OSError):
+        for name in os.listdir("/proc"):
+            if name.isdigit():
+                # Another user's tells nothing; one that has ended and was not reaped has no environment any more.
+                with contextlib.suppress(OSError), open(f"/proc/{name}/environ", "rb") as environ:
+                    if mark in environ.read().split(b"\0"):
+                        found.append(int(name))
+    return found
+
+
 def _reap() -> bool:
     """Reap children that have ended; whether there were any."""
     found = False

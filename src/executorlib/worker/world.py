@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -13,7 +14,9 @@ if TYPE_CHECKING:
 # How long a rank that has failed waits for the others, in seconds: they may be waiting for it inside the function.
 _PATIENCE_SECONDS = 0.5
 # Where MPICH keeps what the ranks of a node share. From version 5 on it stays there when a world does not end in order.
-_SHARED_FILES = "/dev/shm/mpich_shm_"
+_MEMORY = "/dev/shm"
+_SHARED_FILES = _MEMORY + "/mpich_shm_"
+_SHARED_NAMES = r"mpich_(shm|vci)_[0-9a-f]{1,8}_\d+"
 
 
 def join() -> Any:
@@ -38,6 +41,37 @@ def unlink_shared_files(pid: int) -> None:
             if path and not path.endswith(" (deleted)"):
                 with contextlib.suppress(FileNotFoundError):  # another rank was first
                     os.unlink(_SHARED_FILES + path)
+
+
+def remove_unused_files(since: float) -> None:
+    """Remove what is left of ranks that were killed before all had begun (see `join`).
+
+    Nobody but the kernel knows who uses a file: processes in other containers are in no `/proc` of ours. It grants a
+    lease for reading only where no process has the file open for writing, and a mapping counts as that. MPICH writes to
+    it from its creation on. Where the kernel has no leases the files stay.
+
+    Args:
+        since: When the first of these ranks was started. What was last written before that is left alone.
+    """
+    import fcntl
+    import re
+    import signal
+
+    with contextlib.suppress(OSError):
+        for name in filter(re.compile(_SHARED_NAMES).fullmatch, os.listdir(_MEMORY)):
+            path = f"{_MEMORY}/{name}"
+            with contextlib.suppress(OSError):  # another's, in use, or removed meanwhile
+                # Without waiting or following: anybody may put something there.
+                fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+                try:
+                    found = os.fstat(fd)
+                    if stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and found.st_mtime >= since:
+                        # Whoever opens it meanwhile has us told of it; by default that ends a process.
+                        fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
+                        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+                        os.unlink(path)
+                finally:
+                    os.close(fd)
 
 
 def gather(world: Any, value: object, on_left_alone: Callable[[], None] | None = None) -> list[Any] | None:

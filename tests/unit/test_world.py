@@ -1,0 +1,49 @@
+"""What is left of MPI worlds that were killed."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from executorlib.worker.world import remove_unused_files
+
+pytestmark = pytest.mark.linux
+
+
+@pytest.fixture
+def name() -> Iterator[str]:
+    """A name as MPICH gives them, without the number at its end."""
+    name = f"/dev/shm/mpich_shm_{secrets.token_hex(4)}"
+    yield name
+    for path in Path("/dev/shm").glob(f"{name.rpartition('/')[2]}*"):
+        path.unlink()
+
+
+def test_only_what_nobody_uses_is_removed(name: str) -> None:
+    since = time.time() - 10
+    opened, mapped, old, both, unused, other_kind = (Path(f"{name}_{number}") for number in range(6))
+    for path in (opened, mapped, old, both, unused):
+        path.write_bytes(bytes(4096))
+    os.utime(old, (since - 1, since - 1))
+    vci = Path(f"{unused}".replace("_shm_", "_vci_"))
+    vci.write_bytes(b"x")
+    foreign = Path(f"{name}_tool")
+    foreign.write_bytes(b"x")
+    link = Path(f"{name}_17")
+    link.symlink_to(foreign)
+    os.mkfifo(other_kind)
+    with mapped.open("r+b") as file:
+        memory = mmap.mmap(file.fileno(), 4096)
+    with memory, opened.open("r+b"), both.open("r+b") as file, mmap.mmap(file.fileno(), 4096):
+        remove_unused_files(since)
+        kept = {opened, mapped, old, both, foreign, other_kind}
+        assert {path for path in (*kept, unused, vci) if path.exists()} == kept
+        assert link.is_symlink()
+    remove_unused_files(since)
+    assert {path for path in kept if path.exists()} == {old, foreign, other_kind}
