@@ -67,6 +67,7 @@ class ClusterExecutor(BaseExecutor):
         openmpi_oversubscribe: Let Open MPI start more ranks than there are cores; MPICH always does.
         cache_versions: Whether results in the cache that were made with other versions of libraries are used and told
             once (``"warn"``), not found (``"key"``), or used (``"ignore"``).
+        log_records: In block mode, hand what calls log to this process's handlers; see `SingleNodeExecutor`.
 
     Raises:
         ValueError: An argument that cannot be honoured; the text says why and what to do.
@@ -144,6 +145,7 @@ class TestClusterExecutor(ClusterExecutor):
         openmpi_oversubscribe: bool = False,
         *,
         cache_versions: str = "warn",
+        log_records: bool = False,
     ) -> None:
         common = Common(
             type(self).__name__,
@@ -163,6 +165,7 @@ class TestClusterExecutor(ClusterExecutor):
             wait=wait,
             openmpi_oversubscribe=openmpi_oversubscribe,
             cache_versions=cache_versions,
+            log_records=log_records,
             has_template=True,
             default_directory=None if block_allocation else _CACHE_DIRECTORY,
         )
@@ -176,7 +179,7 @@ class TestClusterExecutor(ClusterExecutor):
                     spawn=False,
                     pooled=True,
                     stock=0,
-                    preload=["executorlib.worker.entry"],
+                    preload=["executorlib.worker.entry", *(["executorlib.worker.records"] if log_records else [])],
                     default_threads=common.resources.threads_per_core,
                 )
             options = {
@@ -228,6 +231,7 @@ class QueueExecutor(ClusterExecutor):
         openmpi_oversubscribe: bool = False,
         *,
         cache_versions: str = "warn",
+        log_records: bool = False,
     ) -> None:
         common = Common(
             type(self).__name__,
@@ -247,6 +251,7 @@ class QueueExecutor(ClusterExecutor):
             wait=wait,
             openmpi_oversubscribe=openmpi_oversubscribe,
             cache_versions=cache_versions,
+            log_records=log_records,
             has_template=True,
             default_directory=None if block_allocation else _CACHE_DIRECTORY,
         )

@@ -65,6 +65,7 @@ class Common:
         cache_versions: What becomes of a result in the cache that was made with other versions of the distributions
             that its call reaches than those installed: ``"warn"``, used and told once; ``"ignore"``, used;
             ``"key"``, not found, as the versions are part of the key.
+        log_records: See `SingleNodeExecutor`.
         restart_limit: Likewise.
         restarts_calls: Whether `restart_limit` means something without a block.
         has_template: Whether unknown keys of ``resource_dict`` go to a submission template.
@@ -97,6 +98,7 @@ class Common:
         wait: bool,
         openmpi_oversubscribe: bool,
         cache_versions: str,
+        log_records: bool,
         restart_limit: int = 0,
         restarts_calls: bool = False,
         has_template: bool = False,
@@ -115,6 +117,7 @@ class Common:
             expected = ", ".join(map(repr, _CACHE_VERSIONS))
             raise ValueError(f"cache_versions is {cache_versions!r}, expected one of {expected}.")
         self.cache_versions = cache_versions
+        self.log_records = log_records
         _check_init_function(init_function, block_allocation)
         if restart_limit and not block_allocation and not restarts_calls:
             raise ValueError(
@@ -138,6 +141,7 @@ class Common:
             "log_obj_size": log_obj_size,
             "wait": wait,
             "cache_versions": cache_versions,
+            "log_records": log_records,
         }
 
 
@@ -182,6 +186,12 @@ class BaseExecutor(Executor):
         jobs: bool = False,
     ) -> None:
         resources, block = common.resources, common.block
+        if jobs and common.log_records:
+            raise ValueError(
+                f"{type(self).__name__}: log_records=True cannot be honoured for calls that are jobs: they go on "
+                "without this process and its handlers. Add a handler that writes a file inside the function, or have "
+                "workers run the calls, with block_allocation=True."
+            )
         self._capacity = capacity
         self._jobs = jobs
         self._count_cores = count_cores
@@ -217,6 +227,7 @@ class BaseExecutor(Executor):
             name=f"executorlib-{next(_executor_numbers)}",
             jobs=jobs,
             cache_versions=common.cache_versions,
+            log_records=common.log_records,
         )
         # An executor that is dropped without shutdown finishes its calls and ends. The loop knows nothing of it.
         weakref.finalize(self, loop.shutdown, False).atexit = False
@@ -595,6 +606,9 @@ class SingleNodeExecutor(BaseExecutor):
         openmpi_oversubscribe: Let Open MPI start more ranks than there are cores; MPICH always does.
         cache_versions: Whether results in the cache that were made with other versions of libraries are used and told
             once (``"warn"``), not found (``"key"``), or used (``"ignore"``).
+        log_records: Hand what calls log to this process's handlers, which see the call as ``executorlib_call`` and its
+            rank as ``executorlib_rank`` of each record. They run in the executor's thread, so they must not wait for
+            its futures.
         preload: Modules that are imported once, before any worker is forked, so that calls need not import them; with
             "spawn", every worker imports them as it starts.
         gpus: Number of GPUs, or their device names; None asks the machine.
@@ -630,6 +644,7 @@ class SingleNodeExecutor(BaseExecutor):
         start_method: str | None = None,
         pin_cores: bool | None = None,
         cache_versions: str = "warn",
+        log_records: bool = False,
     ) -> None:
         common = Common(
             type(self).__name__,
@@ -649,6 +664,7 @@ class SingleNodeExecutor(BaseExecutor):
             wait=wait,
             openmpi_oversubscribe=openmpi_oversubscribe,
             cache_versions=cache_versions,
+            log_records=log_records,
             restart_limit=restart_limit,
         )
         spawn = _is_spawn(start_method)
@@ -681,6 +697,8 @@ class SingleNodeExecutor(BaseExecutor):
         if defaults.cache_directory is not None:
             # Workers need it to write entries; imported once in the agent, it costs a call nothing.
             modules.append("executorlib.worker.entry")
+        if log_records:
+            modules.append("executorlib.worker.records")
         # More than can run at once would only take memory.
         stock = min(size, len(cpus)) if defaults.cores == 1 else 0
         if common.graph is None and not block_allocation:

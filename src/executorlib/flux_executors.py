@@ -83,6 +83,7 @@ class FluxJobExecutor(BaseExecutor):
         openmpi_oversubscribe: bool = False,
         *,
         cache_versions: str = "warn",
+        log_records: bool = False,
     ) -> None:
         common = Common(
             type(self).__name__,
@@ -102,6 +103,7 @@ class FluxJobExecutor(BaseExecutor):
             wait=wait,
             openmpi_oversubscribe=openmpi_oversubscribe,
             cache_versions=cache_versions,
+            log_records=log_records,
             restart_limit=restart_limit,
             has_template=True,
         )

@@ -158,6 +158,7 @@ class Loop(Poller, JobEvents):
         jobs: Whether calls become jobs: they travel as files of the cache directory, what is their input need not be
             done before, and they go on when the executor is left.
         cache_versions: See `executors.Common`.
+        log_records: Likewise.
     """
 
     def __init__(
@@ -172,11 +173,13 @@ class Loop(Poller, JobEvents):
         name: str,
         jobs: bool = False,
         cache_versions: str = "warn",
+        log_records: bool = False,
     ) -> None:
         # Nothing here has to be freed again: a Ctrl-C may strike at any line. See `start`.
         self._number = next(_loop_numbers)
         self._jobs = jobs
         self._cache_versions = cache_versions
+        self._log_records = log_records
         self.scheduler: Scheduler = scheduler
         self._ledger = scheduler.ledger
         self._block = scheduler if isinstance(scheduler, BlockScheduler) else None
@@ -196,6 +199,7 @@ class Loop(Poller, JobEvents):
         self._tasks: dict[int, Task] = {}
         self._processes: dict[int, Process] = {}
         self._results: list[tuple[Task, list[Any], list[Frame]]] = []
+        self._records: list[dict[str, Any]] = []
         self._broken_by: BaseException | None = None
         self._last_death = ""
         self._ended_by = ""  # who has ended all workers
@@ -528,6 +532,8 @@ class Loop(Poller, JobEvents):
                 self._carry_out(effect)
         while self._soon:
             self._soon.pop()()
+        if self._records:
+            self._hand_over_records()
         results, self._results = self._results, []
         for task, header, frames in results:
             self._resolve(task, header, frames)
@@ -820,6 +826,8 @@ class Loop(Poller, JobEvents):
         changed = {name: value for name, value in settings().items() if process.settings.get(name) != value}
         if changed:
             setup["settings"] = changed
+        if self._log_records:
+            setup["records"] = True
         setup["slot"] = worker.slot
         setup["threads"] = resources.threads_per_core
         if resources.cwd is not None:
@@ -855,6 +863,9 @@ class Loop(Poller, JobEvents):
             lookahead = process.permits is not None or process.recall is not None
             self.scheduler.on_started(worker, lookahead)
             return
+        if kind == "log":
+            self._on_record(*rest)
+            return
         number, seconds, text, more = rest
         if number == 0:  # not in a call, but before: setting up, or the init function
             self._on_setup_error(process, frames, text)
@@ -870,6 +881,27 @@ class Loop(Poller, JobEvents):
             # The launcher ends the world, whose other ranks may wait for the failed one for ever; it is replaced.
             self._block.on_planned_exit(worker)
         self._results.append((task, header, frames))
+
+    def _on_record(self, number: int, rank: int, values: dict[str, Any]) -> None:
+        task = self._tasks.get(number)
+        subject = "the init_function" if number == 0 else f"call {number}"
+        values["executorlib_call"] = subject if task is None else f"{subject} of {task.name}"
+        values["executorlib_rank"] = rank
+        self._records.append(values)
+
+    def _hand_over_records(self) -> None:
+        """Give what calls have logged to the handlers here, before the calls' futures are done."""
+        records, self._records = self._records, []
+        for values in records:
+            record: Any = None
+            try:
+                record = logging.makeLogRecord(values)
+                named = logging.getLogger(record.name)
+                if named.isEnabledFor(record.levelno):
+                    named.handle(record)
+            except BaseException:  # of the user's handler, filter or record factory; told as `logging` tells of these
+                with contextlib.suppress(BaseException):
+                    logging.Handler().handleError(record)
 
     def _on_setup_error(self, process: Process, frames: list[Frame], text: str) -> None:
         error = self._load_error(frames, text, "the worker's set-up")
@@ -905,6 +937,8 @@ class Loop(Poller, JobEvents):
         verdict = process.verdict
         if isinstance(verdict, TimeLimitError):
             verdict = TimeLimitError(f"{verdict}{said}")
+        if self._records:
+            self._hand_over_records()
         for task in lost:
             error = (
                 verdict

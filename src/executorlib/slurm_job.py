@@ -57,6 +57,7 @@ class SlurmJobExecutor(BaseExecutor):
         openmpi_oversubscribe: bool = False,
         *,
         cache_versions: str = "warn",
+        log_records: bool = False,
     ) -> None:
         common = Common(
             type(self).__name__,
@@ -76,6 +77,7 @@ class SlurmJobExecutor(BaseExecutor):
             wait=wait,
             openmpi_oversubscribe=openmpi_oversubscribe,
             cache_versions=cache_versions,
+            log_records=log_records,
             restart_limit=restart_limit,
             restarts_calls=True,
         )
@@ -89,6 +91,8 @@ class SlurmJobExecutor(BaseExecutor):
         # One that never fits is an error below.
         fitting = 0 if demand is None else ledger.room_for(demand)
         modules = ["executorlib.worker.entry"] if defaults.cache_directory is not None else []
+        if log_records:
+            modules.append("executorlib.worker.records")
 
         def make_launcher(events: Events) -> Launcher:
             return NodesLauncher(

@@ -104,18 +104,19 @@ CONSTRUCTORS: dict[str, dict[str, object]] = {
 }
 # Arguments beyond those of executorlib 1.x; by keyword only, so that no position moves.
 CONSTRUCTORS_BEYOND: dict[str, dict[str, object]] = {
-    "FluxClusterExecutor": {"cache_versions": "warn"},
-    "FluxJobExecutor": {"cache_versions": "warn"},
+    "FluxClusterExecutor": {"cache_versions": "warn", "log_records": False},
+    "FluxJobExecutor": {"cache_versions": "warn", "log_records": False},
     "SingleNodeExecutor": {
         "preload": (),
         "gpus": None,
         "start_method": None,
         "pin_cores": None,
         "cache_versions": "warn",
+        "log_records": False,
     },
-    "SlurmClusterExecutor": {"cache_versions": "warn"},
-    "SlurmJobExecutor": {"cache_versions": "warn"},
-    "TestClusterExecutor": {"cache_versions": "warn"},
+    "SlurmClusterExecutor": {"cache_versions": "warn", "log_records": False},
+    "SlurmJobExecutor": {"cache_versions": "warn", "log_records": False},
+    "TestClusterExecutor": {"cache_versions": "warn", "log_records": False},
 }
 
 # Methods: parameter, kind, default.

@@ -101,6 +101,8 @@ class ConnectingWorker:
         split = kind == "error" and process.resources.cores > 1 and "whole" not in header[4]
         if kind == "hello":
             self._on_hello(peer, header[1])
+        elif kind == "log":
+            self._events.on_message(process, header, frames)
         elif not process.single:
             self._events.on_message(process, header, frames)
             if split:

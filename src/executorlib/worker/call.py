@@ -6,7 +6,7 @@ Messages to a worker are ``["setup", {...}]``, once, ``["call", number, function
 ``["stop"]``; a call's frames begin with the function's pickle where the worker does not have it yet. Answers are
 ``["ready"]``, ``["result", number, seconds, warning, more]`` and ``["error", number, seconds, traceback, more]``, where
 number 0 is the init function, and ``more`` may say ``leaving``: that nothing is left of the process but to exit, and
-``other``: that what ran is not what was looked up in the cache.
+``other``: that what ran is not what was looked up in the cache. `worker.records` sends what calls log beside.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from executorlib.serialize import Frame
     from executorlib.transports.messages import Connection, Message
     from executorlib.worker.entry import Entry
+    from executorlib.worker.records import Reporter
 
     class Beginning(Protocol):
         """Is told of a call that was unpickled, before it runs; must not raise."""
@@ -347,14 +348,18 @@ def traceback_text(error: BaseException) -> str:
     return "".join(traceback.format_exception(type(error), error, trace))
 
 
-def bounded(text: str) -> str:
+def bounded(text: str, most: int = _MOST_TEXT) -> str:
     """The text without its middle where it is too long for a message's header, which is no place for data.
 
-    The exception itself, with all that it says, travels beside it whatever its size.
+    An exception itself, with all that it says, travels beside its text whatever its size.
+
+    Args:
+        text: The text.
+        most: Characters that are not too many.
     """
-    if len(text) <= _MOST_TEXT:
+    if len(text) <= most:
         return text
-    half = _MOST_TEXT // 2
+    half = most // 2
     return f"{text[:half]}\n... {len(text) - 2 * half} characters were left out here ...\n{text[-half:]}"
 
 
@@ -389,7 +394,8 @@ def _safe_str(obj: object) -> str:
         return "<no text>"
 
 
-def _safe_repr(obj: object) -> str:
+def safe_repr(obj: object) -> str:
+    """What `repr` says, or else what it is."""
     try:
         return repr(obj)
     except Exception:
@@ -398,7 +404,7 @@ def _safe_repr(obj: object) -> str:
 
 def log_error(path: str, fn: object, args: object, kwargs: object, text: str) -> None:
     """Append to the user's error log what the function raised, and on which inputs."""
-    entry = f"function: {_safe_repr(fn)}\nargs: {_safe_repr(args)}\nkwargs: {_safe_repr(kwargs)}\n{text}\n"
+    entry = f"function: {safe_repr(fn)}\nargs: {safe_repr(args)}\nkwargs: {safe_repr(kwargs)}\n{text}\n"
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         with open(path, "a", encoding="utf-8") as log:
@@ -425,7 +431,8 @@ def set_up(setup: dict[str, Any]) -> None:
             ``gpus`` (device names), ``cores`` (CPU numbers to pin to), ``node`` (a number of CPUs and a list of device
             names: ``cores`` and ``gpus`` count among these, which may be called otherwise here), ``shown_gpus``
             (whether what started the process has set one of the variables that name devices), ``settings`` (see
-            `worker.settings`).
+            `worker.settings`). The caller sees to the others: ``records`` (whether the executor wants what is logged),
+            ``slot`` and ``init_key``.
     """
     tell_crashes()
     for name, value in setup.get("env", {}).items():
@@ -478,7 +485,7 @@ def _as_called_here(
     return [translated[name] for name in names]
 
 
-def serve(connection: Connection, permits: Permits | None) -> None:
+def serve(connection: Connection | Reporter, permits: Permits | None) -> None:
     """Run calls until there are no more.
 
     Args:
@@ -492,6 +499,10 @@ def serve(connection: Connection, permits: Permits | None) -> None:
     defaults = Defaults(setup.get("slot", 0))
     try:
         set_up(setup)
+        if "records" in setup:
+            from executorlib.worker.records import Reporter
+
+            connection = Reporter(connection)
         if setup_message.frames:
             defaults.initialize(setup_message.frames, setup.get("init_key"))
     except BaseException as error:
@@ -527,7 +538,7 @@ def _learn(functions: dict[int, Frame], message: Message) -> tuple[Frame, list[F
 
 
 def _run_one(
-    connection: Connection, message: Message, defaults: Defaults, functions: dict[int, Frame], *, last: bool
+    connection: Connection | Reporter, message: Message, defaults: Defaults, functions: dict[int, Frame], *, last: bool
 ) -> bool:
     """Run a call and answer; return whether the process, if this was its last call, has nothing left to do."""
     _, number, _, options = message.header

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from executorlib.serialize import Frame
     from executorlib.transports.dealer import Dealer
+    from executorlib.worker.records import Reporter
 
 
 def main(single: bool, path: str = "", identity: str = "", numbered: bool = False, local: bool = False) -> None:
@@ -84,14 +85,15 @@ class Rank:
         self._world = world
         self._rank = world.Get_rank()
         self._connect = connect
-        self._dealer: Dealer | None = None
+        self._dealer: Dealer | Reporter | None = None
+        self._reporter: Reporter | None = None
         self._functions: dict[int, Frame] = {}
         if self._rank == 0:
             from executorlib.worker.remote import hello
 
             self._connection().send(hello(world.Get_size(), library))
 
-    def _connection(self) -> Dealer:
+    def _connection(self) -> Dealer | Reporter:
         if self._dealer is None:
             self._dealer = self._connect(self._rank)
         return self._dealer
@@ -114,6 +116,10 @@ class Rank:
         defaults = call.Defaults(setup.get("slot", 0))
         try:
             call.set_up(self._share(setup))
+            if "records" in setup:
+                from executorlib.worker.records import Reporter
+
+                self._dealer = self._reporter = Reporter(self._dealer, lambda: self._connect(self._rank), self._rank)
             if frames:
                 defaults.initialize(frames, setup.get("init_key"))
         except BaseException as error:
@@ -158,6 +164,8 @@ class Rank:
         if options.get("new"):
             self._functions[function_number] = frames.pop(0)
         function = self._functions[function_number]
+        if self._reporter is not None:
+            self._reporter.number = number
         entry = defaults.entry(function, options, whole=self._rank == 0)
         started = time.perf_counter()
         answer = call.run(function, frames, defaults.values, options, entry)

@@ -10,7 +10,9 @@ import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import logging
     import re
+    from collections.abc import Callable
     from typing import Any
 
 # What was changed here before: by the agent, from which this process was forked.
@@ -30,6 +32,34 @@ def apply(settings: dict[str, Any]) -> None:
         _filter_warnings(settings["warnings"])
     if "logging" in settings and (settings["logging"] or _loggers):
         _set_up_logging(settings["logging"])
+
+
+def divert(handler: logging.Handler) -> Callable[[], None]:
+    """Have a handler get what the handlers of the user's session would get, in the place of those that stand for them.
+
+    Returns:
+        Undoes it.
+    """
+    import logging
+
+    changed: dict[str, logging.Logger] = {"": logging.root}
+    for name in _loggers:
+        logger = logging.getLogger(name or None)
+        if not logger.propagate:
+            changed[name] = logger
+        for each in _loggers[name]:
+            logger.removeHandler(each)
+    for logger in changed.values():
+        logger.addHandler(handler)
+
+    def undo() -> None:
+        for logger in changed.values():
+            logger.removeHandler(handler)
+        for name, handlers in _loggers.items():
+            for each in handlers:
+                logging.getLogger(name or None).addHandler(each)
+
+    return undo
 
 
 def _filter_warnings(filters: list[Any]) -> None:
