@@ -198,3 +198,9 @@ def test_logging_that_changes(row: Any, scripts: Any) -> None:
     """
     lines = scripts.run(source, row.arguments()).splitlines()
     assert lines == ["plain", "WARNING: styled", "INFO: styled", "WARNING: its own"]
+
+
+@pytest.mark.rows("jobs")
+def test_no_records_of_jobs_which_outlive_the_handlers(make_executor: Callable[..., Any]) -> None:
+    with pytest.raises(ValueError, match="log_records=True cannot be honoured for calls that are jobs"):
+        make_executor(log_records=True)
