@@ -201,7 +201,8 @@ class JobIds:
         for name in names:
             start, _, part = name.rpartition(".")
             first, _, end = part.partition("-")
-            job_id = read_text(directory, name) if start == JOB_ID_FILE and (first + end).isdecimal() else None
+            is_part = start == JOB_ID_FILE and first.isdecimal() and end.isdecimal()
+            job_id = read_text(directory, name) if is_part else None
             if job_id is not None:
                 found.add(int(first), int(end), job_id.strip())
         return found

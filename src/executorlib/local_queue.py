@@ -115,7 +115,9 @@ def _state(future: Future[Any]) -> tuple[str, str, str, str, str]:
         return "ended", "FAILED", "", f"{error.args[0]}:0", "none"
     if isinstance(error, TimeoutError):
         return "ended", "TIMEOUT", "", "", "time limit"
-    died = re.search(r"(?:code (\d+)|signal (\d+))", str(error))
+    # Only of its process's end: the text of another error may name codes of its own.
+    text = str(error) if isinstance(error, ExecutorlibSocketError) else ""
+    died = re.search(r"(?:code (\d+)|signal (\d+))", text)
     if died is None:
         return "ended", "FAILED", _reason(error), "", "none"
     killed = "where nobody sent SIGKILL, the kernel's out-of-memory killer did" if died[2] == "9" else ""

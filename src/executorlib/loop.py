@@ -53,7 +53,7 @@ from executorlib.futures import (
     when_done,
 )
 from executorlib.launchers import streams
-from executorlib.launchers.base import Exit, JobEvents, Launcher, Process, has_stack, tail_text
+from executorlib.launchers.base import Exit, JobEvents, Launcher, Process, Timer, has_stack, tail_text
 from executorlib.launchers.session import settings
 from executorlib.poller import Poller
 from executorlib.resources import Demand, Resources
@@ -211,6 +211,8 @@ class Loop(Poller, JobEvents):
         self._known_functions: dict[int, dict[int, int]] = {}  # by worker, their sizes by function number
         self._real_paths: dict[str, str] = {}
         self._changed_functions: set[str] = set()  # whose calls were changed between their look-up and their run
+        self._deadlines: dict[int, tuple[float, int]] = {}  # by worker: when its call's time is over, and the call
+        self._deadline = Timer(self, self._on_deadline)
         self._equal_calls: dict[str, list[Task]] = {}  # by file in the cache: one that is on its way, others that wait
         self._pid = os.getpid()
         self._make_launcher = make_launcher
@@ -544,8 +546,10 @@ class Loop(Poller, JobEvents):
         self._sleeping = True
         if self._inbox:
             timeout = 0.0
-        ready = self.poll(timeout)
-        self._sleeping = False
+        try:
+            ready = self.poll(timeout)
+        finally:
+            self._sleeping = False  # also of a loop that ends by an error: the descriptor to wake it is closed then
         self._settled = False
         self.call_back(ready)
 
@@ -672,7 +676,7 @@ class Loop(Poller, JobEvents):
             process.transport.flush()
         if process.resources.run_time_max is not None:
             seconds = process.resources.run_time_max + _GRACE_SECONDS
-            self.call_later(seconds, lambda: self._end_leftover(process))
+            self.call_later(seconds, lambda: self._end_leftover(worker.number))
 
     def _recall(self, worker: Worker, count: int) -> None:
         process = self._processes[worker.number]
@@ -917,6 +921,7 @@ class Loop(Poller, JobEvents):
         if self._processes.pop(worker.number, None) is None:
             return  # given up by `detach`
         self._known_functions.pop(worker.number, None)
+        self._deadlines.pop(worker.number, None)
         recalled = self._take_back(process, len(worker.calls)) + self._held(worker, end.unstarted)
         expected = worker.stopping
         # One that was never ready would come to the same end each time.
@@ -963,39 +968,48 @@ class Loop(Poller, JobEvents):
         self._soon.append(callback)
 
     def _set_deadline(self, process: Process, task: Task, seconds: float) -> None:
-        number = task.number
-        worker_number = process.worker.number
+        # A timer for each call would stay until it is due: with limits of a day, for a day's calls.
+        self._deadlines[process.worker.number] = (time.monotonic() + seconds, task.number)
+        self._deadline.within(seconds)
 
-        # By numbers: the timer stays until it is due, and must not keep the call, or its result, until then.
-        def expire(seen: int = 0, looks: int = _MOST_LOOKS) -> None:
-            task = self._tasks.get(number)
-            process = self._processes.get(worker_number)
-            if process is None:
-                return
-            worker = process.worker
-            if process.single and (task is None or task.over):
-                # It may be about to exit, as it should.
-                self.call_later(_GRACE_SECONDS, lambda: self._end_leftover(process))
-                return
-            if task is None or task.state is not RUNNING or task not in worker.calls:
-                return
-            told = len(process.stderr) if has_stack(process.stderr) else 0
-            if looks and not (told and told == seen):  # where the call is has yet to be told, or to be told in full
-                self.call_later(_LOOK_SECONDS, lambda: expire(told, looks - 1))
-                return
-            process.verdict = TimeLimitError(
-                f"Call {number} of {task.name} ran longer than its run_time_max of {seconds:g} s and was ended; "
-                "give it more time with resource_dict={'run_time_max': seconds}."
-            )
-            if self._block is not None:
-                self._block.on_planned_exit(worker)
-            self._kill(worker)
+    def _on_deadline(self) -> None:
+        now = time.monotonic()
+        for worker_number, (due, number) in list(self._deadlines.items()):
+            if due <= now:
+                del self._deadlines[worker_number]
+                self._expire(worker_number, number)
+        if self._deadlines:
+            self._deadline.within(max(0.0, min(self._deadlines.values())[0] - now))
 
-        self.call_later(seconds, expire)
+    def _expire(self, worker_number: int, number: int, seen: int = 0, looks: int = _MOST_LOOKS) -> None:
+        """The time of a call is over, if it still runs."""
+        task = self._tasks.get(number)
+        process = self._processes.get(worker_number)
+        if process is None:
+            return
+        worker = process.worker
+        if process.single and (task is None or task.over):
+            # It may be about to exit, as it should.
+            self.call_later(_GRACE_SECONDS, lambda: self._end_leftover(worker_number))
+            return
+        if task is None or task.state is not RUNNING or task not in worker.calls:
+            return
+        told = len(process.stderr) if has_stack(process.stderr) else 0
+        if looks and not (told and told == seen):  # where the call is has yet to be told, or to be told in full
+            self.call_later(_LOOK_SECONDS, lambda: self._expire(worker_number, number, told, looks - 1))
+            return
+        process.verdict = TimeLimitError(
+            f"Call {number} of {task.name} ran longer than its run_time_max of {task.resources.run_time_max:g} s and "
+            "was ended; give it more time with resource_dict={'run_time_max': seconds}."
+        )
+        if self._block is not None:
+            self._block.on_planned_exit(worker)
+        self._kill(worker)
 
-    def _end_leftover(self, process: Process) -> None:
+    def _end_leftover(self, worker_number: int) -> None:
         """Kill a worker that is to end and does not: exit handlers and threads of calls have a limit, too."""
-        if process.worker.number in self._processes:
+        process = self._processes.get(worker_number)
+        if process is not None:
             logger.warning(
                 "process %d on %s was killed: its calls are over, but what they left (exit handlers, threads) went on "
                 "beyond their run_time_max of %g s",

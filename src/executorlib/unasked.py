@@ -7,6 +7,7 @@ ask any more: when the executor ends, of futures that are gone by then, and at e
 from __future__ import annotations
 
 import logging
+import threading
 import weakref
 from collections.abc import Iterable
 from typing import Any, TypeAlias
@@ -21,8 +22,9 @@ _MOST_KEPT, _MOST_SHOWN = 20, 5
 _MOST_CHARACTERS = 200
 _FIRST_ROOM = 100
 
-# Of executors that have ended, whose futures have not.
+# Of executors that have ended, whose futures have not. Several may end at once, each in its own thread.
 _left: list[Record] = []
+_lock = threading.Lock()
 
 
 class Failures:
@@ -56,8 +58,9 @@ class Failures:
     def tell(self) -> None:
         """The executor has ended: tell of futures that are gone, and leave the others to the end of the program."""
         _tell(record for future, record in self._records if future() is None)
-        _left[:] = [record for record in _left if record]
-        _left.extend(record for future, record in self._records if record and future() is not None)
+        with _lock:
+            _left[:] = [record for record in _left if record]
+            _left.extend(record for future, record in self._records if record and future() is not None)
         self._records.clear()
 
 
@@ -69,6 +72,8 @@ def tell_the_rest() -> None:
 
 def forget() -> None:
     """Leave everything to another process, of which this one is a copy."""
+    global _lock
+    _lock = threading.Lock()
     _left.clear()
 
 

@@ -261,6 +261,16 @@ def test_run_time_max_ends_what_the_call_started(make_executor: Callable[..., An
         wait_until_gone(pid)
 
 
+@pytest.mark.rows(jobs=False)
+def test_time_limits_of_calls_that_are_over_are_not_kept(make_executor: Callable[..., Any]) -> None:
+    with make_executor(resource_dict={"run_time_max": 86_400}) as executor:
+        for number in range(20):
+            assert executor.submit(identity, number).result(WAIT) == number
+        loop = executor._loop
+        assert len(loop._timers) < 20
+        assert len(loop._deadlines) <= len(loop._processes) + 1
+
+
 @pytest.mark.rows(block=False)
 def test_run_time_max_of_one_call(executor: Any, gate: Callable[..., Gate]) -> None:
     """Neither waiting for a turn nor another call's limit counts."""

@@ -15,7 +15,8 @@ from typing import Any, cast
 
 import pytest
 
-from executorlib import batches, cache, entries
+from executorlib import batches, cache, entries, local_queue
+from executorlib.errors import ExecutorlibSocketError
 from executorlib.launchers.base import Exit, Process
 from executorlib.launchers.jobs import JobLauncher
 from executorlib.launchers.queue import Cause, JobState, Limit, Phase
@@ -936,3 +937,24 @@ def test_a_job_of_another_session_that_is_cancelled(
         events.run_timers()
     assert bool(submitted) is not terminated
     assert ("was terminated" in events.exits.get(1, "")) is terminated
+
+
+def test_files_that_are_no_part_of_a_batch(tmp_path: Path) -> None:
+    for name in ("job_id.-5", "job_id.5-", "job_id.-", "job_id.x-5", "job_id.1-2"):
+        (tmp_path / "store" / ".executorlib" / "batch").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "store" / ".executorlib" / "batch" / name).write_text("7")
+    ids = batches.JobIds.read(str(tmp_path / "store" / ".executorlib" / "batch"), 5)
+    assert [ids.of(index) for index in (0, 1, 2, 5)] == [None, ("7", 1), ("7", 2), None]
+
+
+@pytest.mark.parametrize(
+    ("error", "state"),
+    [
+        (ExecutorlibSocketError("it exited with code 12."), ("ended", "FAILED", "", "12:0", "none")),
+        (OSError("error code 12"), ("ended", "FAILED", "OSError: error code 12", "", "none")),
+    ],
+)
+def test_only_the_end_of_a_process_has_an_exit_code(error: Exception, state: tuple[str, ...]) -> None:
+    future: Future[None] = Future()
+    future.set_exception(error)
+    assert local_queue._state(future) == state

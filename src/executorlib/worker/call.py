@@ -118,7 +118,8 @@ class OnlyHere:
                 code = error.code or 0
             else:
                 # Not by `sys.stderr`, which may hold what the worker has yet to write.
-                os.write(2, traceback_text(error).encode(errors="replace"))
+                text = f"{error.code}\n" if isinstance(error, SystemExit) else traceback_text(error)
+                os.write(2, text.encode(errors="replace"))
         finally:
             os._exit(code & 0xFF)
 
@@ -613,10 +614,15 @@ def leave(code: int, last: Callable[[], None] | None = None) -> None:
     """
     try:
         with OnlyHere():
-            threading._shutdown()  # type: ignore[attr-defined]
+            try:
+                threading._shutdown()  # type: ignore[attr-defined]
+            except BaseException as error:  # a signal that comes while threads are waited for
+                sys.stderr.write(traceback_text(error))
             atexit._run_exitfuncs()
-        flush()
-        if last is not None:
-            last()
     finally:
-        os._exit(code)
+        try:
+            flush()
+            if last is not None:
+                last()
+        finally:
+            os._exit(code)
