@@ -553,7 +553,7 @@ def test_entry_of_a_session_that_has_not_submitted_it_yet(
 # What jobs print.
 
 
-@pytest.mark.rows("jobs")
+@pytest.mark.rows("jobs", "flux-cluster")
 def test_what_calls_print_is_in_their_entries(
     make: Callable[..., Any], store: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -583,6 +583,27 @@ def test_what_calls_print_is_in_their_entries(
     commands.main(["cache", "show", "word", "-d", str(store)])
     assert "printed:        a word\n                aside\n" in capsys.readouterr().out
     assert all("printed" not in row for row in get_cache_data(store))
+
+
+@pytest.mark.mpi
+@pytest.mark.rows("jobs", "flux-cluster")
+def test_what_ranks_print_is_in_their_entries(
+    make: Callable[..., Any], store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whichever of them prints, and however late."""
+
+    def speak() -> None:
+        from mpi4py import MPI
+
+        rank = MPI.COMM_WORLD.Get_rank()
+        sys.stdout.write(f"rank {rank}\n" * (1000 if rank else 1))
+
+    with make() as executor:
+        executor.submit(speak, resource_dict={"cores": 2, **key("ranks")}).result(WAIT)
+    until(lambda: not waiting(store))
+    assert os.listdir(store) == ["ranks_o.h5"]
+    printed = show(store, "ranks", capsys)["printed"].splitlines()
+    assert sorted(printed) == ["rank 0", *["rank 1"] * 1000]
 
 
 def show(store: Path, name: str, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:

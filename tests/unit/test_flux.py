@@ -115,7 +115,11 @@ def test_shell_options() -> None:
         "pmi": "pmix",
     }
     assert options(Resources(), output="/out", errors="/err") == {
-        "output": {"stdout": {"type": "file", "path": "/out"}, "stderr": {"type": "file", "path": "/err"}}
+        "output": {
+            "mode": "append",
+            "stdout": {"type": "file", "path": "/out"},
+            "stderr": {"type": "file", "path": "/err"},
+        }
     }
 
 

@@ -75,7 +75,8 @@ def jobspec(
     if pmi_mode is not None and not nested:  # what brokers find each other by is Flux's own
         options["pmi"] = pmi_mode
     if output:
-        options["output"] = {"stdout": {"type": "file", "path": output}}
+        # The job may write there itself; see `worker.job.OUTPUT_VARIABLE`.
+        options["output"] = {"mode": "append", "stdout": {"type": "file", "path": output}}
         if errors:
             options["output"]["stderr"] = {"type": "file", "path": errors}
     system: dict[str, Any] = {

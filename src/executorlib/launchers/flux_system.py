@@ -33,6 +33,7 @@ from executorlib.launchers.queue import Batch, Cause, JobState, Phase
 from executorlib.launchers.systems import JobKey, Refused, States
 from executorlib.launchers.templates import FLUX, Templates, warn_of_unused
 from executorlib.resources import Resources
+from executorlib.worker.job import OUTPUT_VARIABLE
 
 # A script says by directives what its instance has; where it does not, it is what the call asks for.
 _HAS_RESOURCES = re.compile(r"^#+\s*flux:.*?\s(-n|-N|--nslots|--num-slots|--nodes)\b", re.MULTILINE)
@@ -155,12 +156,12 @@ class FluxSystem:
         spec = jobspec(
             batch.resources,
             shlex.split(batch.command),
-            os.environ,
+            {**os.environ, OUTPUT_VARIABLE: _output(batch)},
             name=batch.name,
             cwd=batch.cwd,
             policy=self._policy,
             pmi_mode=self._pmi_mode,
-            output=self._output(batch),
+            output=_for_flux(_output(batch)),
             dependencies=[job_number(dependency.job_id) for dependency in batch.dependencies],
         )
         self._instance.submit(spec, urgency(batch.resources.priority, self._instance.is_owner), answered)
@@ -174,11 +175,6 @@ class FluxSystem:
         if resources.cores == 1 or not self.has_script(resources):
             return program
         return run_command(resources, self._pmi_mode, program)
-
-    @staticmethod
-    def _output(batch: Batch) -> str:
-        # Where Flux's shell sees braces it would fill something in.
-        return os.path.join(batch.directory, "output.0").replace("{{", "{{{{")
 
     def _submit_script(self, batch: Batch, answered: Callable[[int | Refused], None]) -> None:
         path = os.path.join(batch.directory, "job.sh")
@@ -194,7 +190,7 @@ class FluxSystem:
         resources = batch.resources
         says_resources = _HAS_RESOURCES.search(script) is not None
         warn_of_unused([key for key in unused if says_resources or key in batch.template_values], self._warned)
-        options = [f"--job-name={batch.name}", f"--cwd={batch.cwd}", f"--output={self._output(batch)}"]
+        options = [f"--job-name={batch.name}", f"--cwd={batch.cwd}", f"--output={_for_flux(_output(batch))}"]
         options.append(f"--urgency={urgency(resources.priority, self._instance.is_owner)}")
         options += [f"--dependency=afterok:{dependency.job_id}" for dependency in batch.dependencies]
         if not says_resources:
@@ -307,6 +303,16 @@ class FluxSystem:
         """See `JobSystem.close`."""
         self._commands.close()
         self._instance.close()
+
+
+def _output(batch: Batch) -> str:
+    """The file of what a batch's job prints."""
+    return os.path.join(batch.directory, "output.0")
+
+
+def _for_flux(path: str) -> str:
+    """A path such that Flux's shell, which would fill something in where it sees braces, leaves it as it is."""
+    return path.replace("{{", "{{{{")
 
 
 def _is_listening(path: str) -> bool:

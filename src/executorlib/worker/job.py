@@ -33,6 +33,10 @@ RAISED = 83  # the entry holds what the function raised; hardly any program ends
 NOT_MINE = 84  # somebody else has claimed the call since
 FAILED = 70  # EX_SOFTWARE of sysexits.h
 
+# In the environment of a job of a system that writes what the job prints, and does so later: the file. The job writes
+# there itself, so that all is there when its entry is made.
+OUTPUT_VARIABLE = "EXECUTORLIB_OUTPUT"
+
 _PRINTED_BYTES = 1 << 20  # of what a job printed, so many are kept in its entry, the last ones
 
 
@@ -66,15 +70,28 @@ def run(directory: str, index: int, part: str = "") -> int:
         The exit code.
     """
     setup = pickle.loads(files.read(os.path.join(directory, batches.SETUP_FILE), batches.root_of(directory)))
+    output = os.environ.pop(OUTPUT_VARIABLE, "")
     call.set_up(setup)
     if setup.get("ranks", 1) > 1:
-        return _run_ranks(directory, index, part, setup)
+        return _run_ranks(directory, index, part, setup, output)
+    if output:
+        _print_to(output)
     job = _claimed(directory, index, part, setup)
     if isinstance(job, int):
         return job
     claim = Claim(job)
     answer, seconds = _run(job, claim)
     return _store(job, answer, seconds, claim)
+
+
+def _print_to(output: str) -> None:
+    """Write what is printed from now on to a file itself; as before, where that is not to be had."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(output, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW)
+        call.flush()
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        os.close(descriptor)
 
 
 def _claimed(directory: str, index: int, part: str, setup: dict[str, Any]) -> dict[str, Any] | int:
@@ -245,9 +262,7 @@ def _store(job: dict[str, Any], answer: call.Answer, seconds: float, claim: Clai
 
 def _printed(path: str, root: str) -> dict[str, bytes]:
     """What this job has printed so far, for its entry: the batch directory does not last."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(Exception):  # whatever the function has put in their place
-            stream.flush()
+    call.flush()
     try:
         # A network file system may know less of the file than this process has written.
         data = files.read(path, root, last=_PRINTED_BYTES)
@@ -283,7 +298,7 @@ def _choose_gpus(each: int) -> None:
             os.environ[name] = ",".join(devices[local_rank * each : (local_rank + 1) * each])
 
 
-def _run_ranks(directory: str, index: int, part: str, setup: dict[str, Any]) -> int:
+def _run_ranks(directory: str, index: int, part: str, setup: dict[str, Any], output: str) -> int:
     from mpi4py import MPI
 
     from executorlib.worker import world
@@ -298,6 +313,9 @@ def _run_ranks(directory: str, index: int, part: str, setup: dict[str, Any]) -> 
         advice = "Use an mpi4py that was built for the MPI of the cluster, and the pmi_mode that suits it."
         sys.stderr.write(f"executorlib: {describe_split_world(ranks, 'the job', size, library, advice)}\n")
         return FAILED
+    # Between nodes, appending is safe on few network file systems.
+    if output and world.is_on_one_node(all_ranks):
+        _print_to(output)
     _choose_gpus(setup["gpus_per_rank"])
     job: dict[str, Any] | int = all_ranks.bcast(_claimed(directory, index, part, setup) if rank == 0 else 0, 0)
     if isinstance(job, int):
@@ -306,6 +324,8 @@ def _run_ranks(directory: str, index: int, part: str, setup: dict[str, Any]) -> 
     answer, seconds = _run(job, claim)
     if answer.traceback:
         answer.traceback = f"on rank {rank} of {size}:\n{answer.traceback}"
+
+    call.flush()  # the first rank reads what all have printed
 
     def give_up() -> None:
         _store(job, answer, seconds, claim)

@@ -29,6 +29,16 @@ def join() -> Any:
     return world
 
 
+def is_on_one_node(world: Any) -> bool:
+    """Whether all ranks are on one node; to be called on each."""
+    from mpi4py import MPI
+
+    node = world.Split_type(MPI.COMM_TYPE_SHARED)
+    size: int = node.Get_size()
+    node.Free()
+    return size == int(world.Get_size())
+
+
 def unlink_shared_files(pid: int) -> None:
     """Remove the names of the memory that a rank shares with others: it is freed with the last one, whatever ends that.
 
