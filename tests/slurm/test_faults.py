@@ -41,13 +41,15 @@ from executorlib.api import ExecutorlibSocketError
 
 pytestmark = [
     pytest.mark.slurm,
-    pytest.mark.timeout(120),
+    pytest.mark.timeout(600),  # what is waited for takes a tenth of it, but on a machine that is busy otherwise
     pytest.mark.skipif(os.geteuid() != 0, reason="a cluster of its own needs root"),
 ]
 
-WAIT = 60.0
-# From Slurm's knowledge of a job's end to the error, in seconds.
-SOON = 15.0
+WAIT = 200.0
+# From Slurm's knowledge of a job's end to the error, in seconds: 15, and what a busy machine adds.
+SOON = 45.0
+# Until processes have started, or ended.
+SETTLED = 90.0
 
 
 class Cluster:
@@ -72,6 +74,10 @@ class Cluster:
 
     def pid(self, daemon: str) -> int:
         return int((self.directory / "run" / f"{daemon}.pid").read_text())
+
+    def last_words(self, daemon: str) -> str:
+        """The last line of a daemon's log."""
+        return (self.directory / "log" / f"{daemon}.log").read_text().splitlines()[-1]
 
     def set(self, **settings: object) -> None:
         """Change lines of the configuration until the next ``up``."""
@@ -100,7 +106,15 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
     with pytest.MonkeyPatch.context() as patch:
         made = Cluster(CLUSTERS[request.param])
         patch.setenv("SLURM_CONF", str(made.directory / "etc" / "slurm.conf"))
-        made.command("up")
+        try:
+            made.command("up")
+        except AssertionError:
+            made.command("down")
+            if made.accounting and made.last_words("slurmdbd").endswith(
+                "null result from query `select @var := concat('');`"
+            ):
+                pytest.skip("this release's slurmdbd does not work with its MariaDB client")
+            raise
         # An account that this partition does not take; without sacctmgr's there are no others that are refused.
         slurm("scontrol", "update", "PartitionName=short", "AllowAccounts=physics")
         yield made
@@ -113,7 +127,7 @@ def no_jobs() -> bool:
 
 def job_id(name: str) -> str:
     """The id of the job of this name, once there is one."""
-    until(lambda: slurm("squeue", "--noheader", f"--name={name}"), 10.0)
+    until(lambda: slurm("squeue", "--noheader", f"--name={name}"), SETTLED)
     return slurm("squeue", "--noheader", f"--name={name}", "--format=%A")
 
 
@@ -270,7 +284,7 @@ def outcomes(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict
         for name, fault in faults.items():
             if fault.act is not None:
                 if not fault.queued:
-                    wait_for(folder / f"{fault.call('')[1]} started", 30.0)
+                    wait_for(folder / f"{fault.call('')[1]} started", SETTLED)
                 fault.act(f"test-{name.replace(' ', '-')}")
         pending = wait([*futures.values(), *dependents.values()], WAIT).not_done
         if pending:
@@ -279,14 +293,14 @@ def outcomes(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict
         errors = {name: future.exception() for name, future in futures.items()}
         of_dependents = {name: future.exception() for name, future in dependents.items()}
         assert executor.submit(identity, "unharmed").result(WAIT) == "unharmed"
-    until(no_jobs, 10.0)
+    until(no_jobs, SETTLED)
     put(str(folder / "calm"))
     with SlurmClusterExecutor(cache_directory=folder / "cache") as executor:
         second = {
             name: executor.submit(*fault.call(str(folder)), resource_dict=fault.again) for name, fault in faults.items()
         }
         again = {name: future.exception(WAIT) or future.result() for name, future in second.items()}
-    until(no_jobs, 10.0)
+    until(no_jobs, SETTLED)
     assert not list((folder / "cache").glob("*_i.h5"))
     known_at = dict.fromkeys(faults, submitted_at)
     for name, error in errors.items():
@@ -332,11 +346,11 @@ def executor(cluster: Cluster, tmp_path: Path) -> Iterator[SlurmClusterExecutor]
         yield made
         made.shutdown(cancel_futures=True)
     put(str(tmp_path / "calm"))
-    until(no_jobs, 10.0)
+    until(no_jobs, SETTLED)
 
 
 def started(folder: Path, way: str) -> None:
-    wait_for(folder / f"{way} started", 20.0)
+    wait_for(folder / f"{way} started", SETTLED)
 
 
 def error_of(future: Future[Any], limit: float = SOON) -> str:
@@ -393,7 +407,7 @@ def test_node_that_does_not_answer(cluster: Cluster, executor: Any, tmp_path: Pa
         return "down" in slurm("sinfo", "--noheader", "--nodes=node2", "--format=%T")
 
     try:
-        until(is_down, 40.0)
+        until(is_down, SETTLED)
         assert re.search("NODE_FAIL.*node node2", error_of(future))
     finally:
         cluster.command("up")
@@ -418,9 +432,9 @@ def test_controller_is_away(cluster: Cluster, executor: Any, tmp_path: Path, end
             os.kill(pid, signal.SIGCONT)
         else:
             cluster.command("up")
-    assert "exit code 7:0" in error_of(late, 45.0)
+    assert "exit code 7:0" in error_of(late, SETTLED)
     assert len(lines(tmp_path / "os._exit started")) == 1
-    until(no_jobs, 20.0)
+    until(no_jobs, SETTLED)
 
 
 @pytest.fixture
@@ -498,8 +512,8 @@ def test_result_that_shows_late(executor: Any, tmp_path: Path) -> None:
     """Slurm says that the job succeeded, but a slow file system does not show its result yet."""
     future = executor.submit(strike, "result is late", str(tmp_path), resource_dict={"cache_key": "late"})
     late = tmp_path / "cache" / "late_o.h5.late"
-    until(late.exists, 20.0)
-    until(no_jobs, 10.0)
+    until(late.exists, SETTLED)
+    until(no_jobs, SETTLED)
     arrives = threading.Timer(6.0, lambda: late.rename(tmp_path / "cache" / "late_o.h5"))
     arrives.start()
     assert future.result(SOON) == CALM
