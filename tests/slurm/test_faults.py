@@ -228,7 +228,7 @@ TABLE = {
     # The submission.
     "partition": refused(r"sbatch.*[Ii]nvalid partition", partition="nonsense"),
     "account": refused("PENDING.*account not ", partition="short", account="nonsense"),
-    "cores": refused("PENDING.*PartitionConfig", cores=99),
+    "cores": refused("PENDING.*PartitionConfig|sbatch.*not available", cores=99),  # the latter is 24.11's
     "much memory": refused("sbatch.*Memory specification", memory_max=999),
     "gpus": refused("sbatch.*not available", gpus_per_core=9),
     "long": refused("PENDING.*PartitionTimeLimit", partition="short", run_time_max=86400, account="physics"),
