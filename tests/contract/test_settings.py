@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -204,3 +205,72 @@ def test_logging_that_changes(row: Any, scripts: Any) -> None:
 def test_no_records_of_jobs_which_outlive_the_handlers(make_executor: Callable[..., Any]) -> None:
     with pytest.raises(ValueError, match="log_records=True cannot be honoured for calls that are jobs"):
         make_executor(log_records=True)
+
+
+# What a program may put in the place of what logging and warnings have: none of it may keep calls from running.
+ODDITIES = {
+    "formatter without a format": "class Own(logging.Formatter):\n    def __init__(self):\n        pass\n"
+    "    def format(self, record):\n        return 'own'\nhandler.setFormatter(Own())",
+    "formatter of another kind": "class Own:\n    def format(self, record):\n        return 'own'\n"
+    "handler.setFormatter(Own())",
+    "format without fields": "handler.setFormatter(logging.Formatter('no fields', validate=False))",
+    "field that a filter adds": "def add(record):\n    record.rank = 1\n    return True\n"
+    "handler.addFilter(add)\nhandler.setFormatter(logging.Formatter('%(rank)s %(message)s'))",
+    "stream that cannot be compared": "class Stream:\n    def __eq__(self, other):\n        raise RuntimeError('eq')\n"
+    "logging.root.addHandler(logging.StreamHandler(Stream()))",
+    "level that is an enumeration": "class Level(enum.IntEnum):\n    LOW = 15\n"
+    "logging.getLogger('other').setLevel(Level.LOW)",
+    "name that is an enumeration": "class Name(str, enum.Enum):\n    PART = 'part'\n"
+    "logging.getLogger(Name.PART).setLevel(logging.INFO)",
+    "level that is none": "logging.getLogger('other').level = 'LOW'",
+    "filter that is none": "warnings.filters.append(('ignore', None))",
+}
+
+ODD = """
+import enum, logging, warnings
+
+handler = logging.StreamHandler(sys.stdout)
+log = logging.getLogger("app")
+log.propagate = False
+log.addHandler(handler)
+log.setLevel(logging.INFO)
+{oddity}
+
+def talk():
+    logging.getLogger("app").info("in the call")
+
+if __name__ == "__main__":
+    with Executor(**OPTIONS) as executor:
+        executor.submit(talk).result()
+"""
+
+
+@pytest.mark.rows("fork", "jobs")
+@pytest.mark.parametrize("oddity", ODDITIES)
+def test_settings_that_are_odd(row: Any, scripts: Any, oddity: str) -> None:
+    """What can be handed on is; for the rest calls run without, and say nothing on standard error."""
+    said = scripts.run(ODD.format(oddity=ODDITIES[oddity]), row.arguments())
+    if row.prints_here:
+        assert said == {"format without fields": "no fields\n"}.get(oddity, "in the call\n")
+
+
+def calls_made(function: Callable[[], Any]) -> int:
+    """How many functions are called, of Python and of C."""
+    events: list[str] = []
+    sys.setprofile(lambda frame, event, argument: events.append(event))
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return sum(event in ("call", "c_call") for event in events)
+
+
+def test_loggers_that_are_as_they_were_made_cost_little() -> None:
+    """Each fresh call looks for changes, and large libraries have hundreds of loggers."""
+    from executorlib.launchers.session import settings
+
+    settings()
+    before = calls_made(settings)
+    for number in range(300):
+        logging.getLogger(f"many.loggers.{number}.deep")
+    assert calls_made(settings) == before

@@ -1,6 +1,7 @@
 """Settings of the user's interpreter, put in force in a worker; `launchers.session` describes them.
 
 Nothing is imported that is not wanted: a filter for warnings of a module that is not loaded here waits for it.
+Settings are a help to the calls, not a need: one that cannot be put in force here is left out.
 """
 
 from __future__ import annotations
@@ -26,12 +27,14 @@ def apply(settings: dict[str, Any]) -> None:
         settings: Those that are to change.
     """
     if "recursion_limit" in settings:
-        with contextlib.suppress(RecursionError):  # lower than this very call is deep
+        with contextlib.suppress(Exception):  # lower than this very call is deep
             sys.setrecursionlimit(settings["recursion_limit"])
     if "warnings" in settings:
-        _filter_warnings(settings["warnings"])
+        with contextlib.suppress(Exception):
+            _filter_warnings(settings["warnings"])
     if "logging" in settings and (settings["logging"] or _loggers):
-        _set_up_logging(settings["logging"])
+        with contextlib.suppress(Exception):
+            _set_up_logging(settings["logging"])
 
 
 def divert(handler: logging.Handler) -> Callable[[], None]:
@@ -123,14 +126,15 @@ def _set_up_logging(described: dict[str, Any]) -> None:
     _loggers.clear()
     logging.disable(described.get("disabled", logging.NOTSET))
     for name, (level, propagates, handlers) in described.get("loggers", {}).items():
-        logger = logging.getLogger(name or None)
-        logger.setLevel(level)
-        logger.propagate = propagates
-        _loggers[name] = []
-        for stream, handler_level, text, date, style in handlers:
-            handler = logging.StreamHandler(getattr(sys, stream))
-            handler.setLevel(handler_level)
-            if text is not None:
-                handler.setFormatter(logging.Formatter(text, date, style))
-            logger.addHandler(handler)
-            _loggers[name].append(handler)
+        with contextlib.suppress(Exception):  # of a class of the program's own
+            logger = logging.getLogger(name or None)
+            _loggers[name] = []
+            logger.setLevel(level)
+            logger.propagate = propagates
+            for stream, handler_level, text, date, style in handlers:
+                handler = logging.StreamHandler(getattr(sys, stream))
+                handler.setLevel(handler_level)
+                if text is not None:
+                    handler.setFormatter(logging.Formatter(text, date, style, validate=False))
+                logger.addHandler(handler)
+                _loggers[name].append(handler)
