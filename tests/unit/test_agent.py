@@ -585,6 +585,19 @@ def test_shared_memory_of_ranks_that_are_killed_as_they_start(
 
 
 @linux
+def test_mpiexec_that_has_nobody_left_to_wait_for(make_agent: Callable[..., Client], tmp_path: Path) -> None:
+    """MPICH's waits for ever if its proxy dies at a bad moment; one that has ranks may run as long as it likes."""
+    (tmp_path / "impatient.py").write_text("from executorlib.worker import agent\nagent._ALONE_SECONDS = 2.0\n")
+    client = make_agent(["impatient"], [str(tmp_path)])
+    options = {"env": dict(os.environ), "own_channel": True, "forks": True}
+    busy = client.start(1, argv=["/bin/sh", "-c", "sleep 600 & wait"], **options)
+    until(lambda: children_of(busy.pid), WAIT)
+    client.start(2, argv=["/bin/sleep", "600"], **options)
+    assert client.status(2) == signal.SIGKILL
+    assert alive(busy.pid)
+
+
+@linux
 def test_family_of_a_worker_that_dies(make_agent: Callable[..., Client], lifeline: Lifeline) -> None:
     """What was in its group is killed: it may wait for its dead parent for ever."""
     client = make_agent(pass_fds=[lifeline.writing])

@@ -234,8 +234,18 @@ class Agent:
             self._order(process)
         self._flush()
 
-    def run(self, process: Process, argv: list[str], env: dict[str, str], cwd: str | None) -> None:
-        """Have the agent run a program, such as `mpiexec`, as a worker that connects back on its own."""
+    def run(
+        self, process: Process, argv: list[str], env: dict[str, str], cwd: str | None, *, forks: bool = False
+    ) -> None:
+        """Have the agent run a program, such as `mpiexec`, as a worker that connects back on its own.
+
+        Args:
+            process: The worker.
+            argv: The program and its arguments.
+            env: Its environment.
+            cwd: Its working directory, if another one.
+            forks: Whether it is at its end, and to be killed, when it has had no process of its own for a while.
+        """
         try:
             self.start()
         except OSError as error:
@@ -243,7 +253,7 @@ class Agent:
             return
         number = self._next_number()
         self._wanted[number] = process
-        self._put(["start", number, {"argv": argv, "env": env, "cwd": cwd, "own_channel": True}])
+        self._put(["start", number, {"argv": argv, "env": env, "cwd": cwd, "own_channel": True, "forks": forks}])
         self._flush()
 
     def kill(self, process: Process, signal_number: int) -> None:

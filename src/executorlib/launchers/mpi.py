@@ -201,7 +201,7 @@ class MpiLauncher:
         )
         self._worlds[identity] = _World(worker, agent, f"{CONNECTION_VARIABLE}={credentials}", time.time())
         process.on_gone = lambda: self._forget(identity)
-        agent.run(process, argv, env, resources.cwd)
+        agent.run(process, argv, env, resources.cwd, forks=True)
 
     def _make_directory(self, identity: str, parent: str | None) -> str:
         directory = tempfile.mkdtemp(prefix="executorlib-", dir=parent)

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 # Descriptors that an exec'ed worker finds its connection and its permits at.
 CONNECTION_FD = 3
 PERMITS_FD = 4
+# MPICH's mpiexec waits for ever if the process that it starts ranks with is killed at a bad moment. How long such a
+# program may be without a process of its own, in seconds, and how often to look for one.
+_ALONE_SECONDS, _LOOK_SECONDS = 10.0, 1.0
 
 
 class Agent:
@@ -48,6 +51,8 @@ class Agent:
         self._children: dict[int, int] = {}  # pid → worker number
         self._pids: dict[int, int] = {}
         self._programs: set[int] = set()  # pids of those that are no workers by themselves, such as mpiexec
+        self._busy: dict[int, float] = {}  # of these, who only waits for its own processes: when it last had one
+        self._next_look = 0.0
         self._since: float | None = None  # when the first of these was started
         self._pid = os.getpid()
         self._parent = os.getppid()
@@ -72,9 +77,11 @@ class Agent:
             parent_fd = os.pidfd_open(self._parent)
             poll.register(parent_fd, select.POLLIN)
         while True:
-            ready = {fd for fd, _ in poll.poll(1000 if parent_fd < 0 else None)}
+            ready = {fd for fd, _ in poll.poll(1000 * _LOOK_SECONDS if parent_fd < 0 or self._busy else None)}
             if parent_fd in ready or os.getppid() != self._parent:
                 return
+            if self._busy:
+                self._end_those_alone()
             if self._wake_read.fileno() in ready:
                 with contextlib.suppress(BlockingIOError):
                     self._wake_read.recv(4096)
@@ -88,6 +95,18 @@ class Agent:
                 except (EOFError, OSError):
                     return
                 self._load_the_rest()
+
+    def _end_those_alone(self) -> None:
+        """End programs that have nobody left to wait for."""
+        now = time.monotonic()
+        if now < self._next_look:
+            return
+        self._next_look = now + _LOOK_SECONDS
+        for pid, seen in self._busy.items():
+            if not family.is_alone(pid):
+                self._busy[pid] = now
+            elif now - seen > _ALONE_SECONDS:
+                _kill_group(pid, signal.SIGKILL)
 
     def _load_the_rest(self) -> None:
         """Load what most children need, once the first ones are on their way: they would wait longer for it."""
@@ -130,7 +149,8 @@ class Agent:
         Args:
             number: The executor's number for it.
             options: ``pooled``: it runs many calls and needs permits; ``argv``: exec this instead of going on as a
-                fork, with ``env`` and ``cwd``; ``own_channel``: it connects back on its own and needs no connection.
+                fork, with ``env`` and ``cwd``; ``own_channel``: it connects back on its own and needs no connection;
+                ``forks``: it has processes for as long as it has something to do.
         """
         theirs: list[socket.socket] = []  # for the executor
         ours: list[socket.socket] = []  # for the child
@@ -159,6 +179,8 @@ class Agent:
             self._children[pid] = number
             if options.get("own_channel"):
                 self._programs.add(pid)
+            if options.get("forks"):
+                self._busy[pid] = time.monotonic()
             self._pids[number] = pid
             fds = [error_read, *(sock.fileno() for sock in theirs)]
             if options.get("pooled"):
@@ -225,6 +247,7 @@ class Agent:
                 return
             is_program = pid in self._programs
             self._programs.discard(pid)
+            self._busy.pop(pid, None)
             number = self._children.pop(pid, None)
             if number is None:
                 self._tidy_up()  # a process that one of ours left behind, maybe a rank that has outlived mpiexec

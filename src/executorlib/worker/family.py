@@ -122,6 +122,17 @@ def children_of(pid: int) -> list[int]:
     return found
 
 
+def is_alone(child: int) -> bool:
+    """Whether a child of this process has none that runs; False where the system does not tell."""
+    if child not in children_of(os.getpid()):
+        return False
+    for each in children_of(child):
+        with contextlib.suppress(OSError), open(f"/proc/{each}/stat") as status:
+            if status.read().rpartition(") ")[2][:1] != "Z":
+                return False
+    return True
+
+
 def descendants(pid: int) -> list[int]:
     """Children of a process, and theirs."""
     found = []
