@@ -100,6 +100,12 @@ def test_result(executor: Any, kind: str) -> None:
     assert executor.submit(add, 1, 2).result(WAIT) == 3
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="notes of exceptions came with Python 3.11")
+def test_result_is_named(executor: Any) -> None:
+    error = executor.submit(threading.Lock).exception(WAIT)
+    assert any("its result cannot be pickled" in note for note in error.__notes__)
+
+
 @pytest.mark.parametrize("cause", [OSError(24, "Too many open files"), MemoryError()], ids=["files", "memory"])
 def test_want_of_the_system_is_not_blamed_on_the_objects(executor: Any, cause: Exception) -> None:
     error = executor.submit(identity, Unsavable(cause)).exception(WAIT)

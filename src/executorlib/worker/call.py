@@ -236,6 +236,8 @@ def run(
             name = getattr(fn, "__qualname__", type(fn).__qualname__) if fn is not None else "a function"
             if stage:
                 text = f"call of {name}: {stage}\n{text}"
+                if hasattr(error, "add_note"):  # from Python 3.11 on
+                    error.add_note(f"call of {name}: {stage}")
             told = error if isinstance(error, Exception) else _contained(error, name, loaded, bool(stage))
             frames = dump_error(told)
         if "error_log_file" in options:
