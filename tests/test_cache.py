@@ -31,6 +31,7 @@ from conftest import as_user
 from executorlib import SingleNodeExecutor, batches, cache, commands, entries, files, terminate
 from executorlib.api import TestClusterExecutor
 from executorlib.worker import job
+from executorlib.worker.call import Answer
 from unit import repeatable
 
 pytestmark = pytest.mark.cache
@@ -981,6 +982,70 @@ def test_asking_whether_something_is_there_changes_nothing(tmp_path: Path) -> No
         assert files.is_there(str(tmp_path / name)) is there
         assert files.is_there(str(tmp_path / name)) is there
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a_o.h5", "link"]
+
+
+def test_a_cache_directory_that_a_link_leads_to_can_be_asked(tmp_path: Path) -> None:
+    store, link = tmp_path / "store", tmp_path / "link"
+    store.mkdir()
+    link.symlink_to(store)
+    assert not files.is_there(str(link / "a_o.h5"))
+    with pytest.raises(FileNotFoundError, match="has no entry"):
+        cache.get_future_from_cache(link, "a")
+    assert not list(store.iterdir())
+    write(store / "a_o.h5", output=1)
+    assert files.is_there(str(link / "a_o.h5"))
+    assert cache.get_future_from_cache(link, "a").result() == 1
+
+
+def test_a_result_that_shows_when_it_is_asked_for_is_an_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a network file system, which remembered that it was not there."""
+    path = tmp_path / "a_o.h5"
+    is_there = files.is_there
+
+    def ask(asked: str) -> bool:
+        write(path, output=3)
+        return is_there(asked)
+
+    monkeypatch.setattr(files, "is_there", ask)
+    assert pickle.loads(pickle.dumps(entries.ResultOf(str(path)))) == 3
+
+
+def test_an_input_that_is_damaged_is_told_of_as_such(tmp_path: Path) -> None:
+    path = tmp_path / "a_o.h5"
+    path.write_bytes(b"damaged")
+    with pytest.raises(FileNotFoundError, match=r"a_o\.h5, which is damaged.*Submit that call again"):
+        pickle.loads(pickle.dumps(entries.ResultOf(str(path))))
+
+
+@pytest.mark.parametrize("there", ["a file for a folder", "damaged", "not kept", "kept"])
+def test_a_job_that_ran_something_else_leaves_its_result_whatever_is_at_the_other_key(
+    tmp_path: Path, there: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, other = tmp_path / "folder", tmp_path / "folder" / "other_o.h5"
+    pickles = {name: pickle.dumps(()) for name in ("function", "input_args", "input_kwargs", "resource_dict")}
+    kept = {**pickles, "output": pickle.dumps("older")}
+    if there == "a file for a folder":
+        folder.write_text("")
+    elif there == "damaged":
+        folder.mkdir()
+        other.write_bytes(b"damaged")
+    else:
+        more = {} if there == "kept" else {entries.NOT_KEPT: pickle.dumps(True)}
+        entries.write_pickles(str(other), {**kept, **more}, str(tmp_path))
+    store = {"path": str(tmp_path / "a_i.h5"), "root": str(tmp_path), "batch": "batch", "queue_id": None}
+    what = {**pickles, **store, "key": ["a", {}], "job_output": str(tmp_path / "output"), "ranks": 1}
+    claim = job.Claim(what)
+    claim.ran, claim.versions = "folder/other", {}
+    assert job._store(what, Answer([pickle.dumps(5)], ""), 1.0, claim) == job.RESULT
+    ending = entries.read_ending(str(tmp_path / "a_o.h5"), str(tmp_path))
+    assert ending is not None
+    assert (pickle.loads(ending.data), ending.kept, ending.ran) == (5, False, "folder/other")
+    if there == "a file for a folder":
+        assert "the result was not kept in the cache file" in capsys.readouterr().err
+    else:
+        output = entries.read_output(other, tmp_path)
+        assert output is not None
+        assert output.value == ("older" if there == "kept" else 5)
 
 
 @repeatable

@@ -151,8 +151,15 @@ _others: dict[str, str] = {}
 def _load_result(path: str, keys: tuple[Any, ...], root: str | None = None, batch: str | None = None) -> Any:
     give_up = time.monotonic() + _SHOW_SECONDS
     while (output := _read_input_result(path, root, batch)) is None:
-        if files.is_there(path) or time.monotonic() > give_up:
-            raise FileNotFoundError(f"an input of this call is the result of {path}, which is not there (any more)")
+        there = files.is_there(path)
+        # Which may be the first to see it: what was read before came from a network file system's memory.
+        if there and (output := _read_input_result(path, root, batch)) is not None:
+            break
+        if there or time.monotonic() > give_up:
+            what = "is damaged, or was not to be kept" if there else "is not there (any more)"
+            raise FileNotFoundError(
+                f"an input of this call is the result of {path}, which {what}. Submit that call again, and this one."
+            )
         time.sleep(1.0)
     if output.error is not None:
         raise output.error
@@ -167,8 +174,9 @@ def _read_input_result(path: str, root: str | None, batch: str | None) -> Output
     if values is not None and RAN in values:
         if values.get("batch") != batch:
             raise FileNotFoundError(
-                f"an input of this call is the result of {path}, where another session's job has left that of something"
-                " else: what it ran was changed between submit and run. Submit the call again."
+                f"an input of this call is the result of {path}, which holds the result of other code or inputs than "
+                "its key says: another session's job left it there, whose function, inputs or modules were changed "
+                "between submit and run. Submit that call again, and this one."
             )
         _others[path] = values[RAN]
         del values[NOT_KEPT]

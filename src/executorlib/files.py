@@ -450,23 +450,25 @@ def is_there(path: str) -> bool:
 
     Such file systems remember for a while which names are there and which are not, NFS by default for up to a minute.
     NFS asks its server again about the names in a folder that is opened. File systems of FUSE ask when a name is to be
-    made that must not be there yet; so a link is tried that can never be made, as no folder has a second name.
+    made that must not be there yet; so a link is tried that can never be made, as no folder has a second name. Its
+    source is the folder that was opened, by descriptor: by its path, it could be a symbolic link, which can have one.
     """
-    folder = os.path.dirname(path) or "."
+    folder, name = os.path.split(path)
     try:
-        os.close(os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+        fd = os.open(folder or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except FileNotFoundError:
-        if not is_there(folder):
-            return False
+        return bool(folder) and is_there(folder) and os.path.lexists(path)
+    except OSError:
+        return os.path.lexists(path)
+    try:
+        if sys.platform == "linux":
+            os.link(".", name, src_dir_fd=fd, dst_dir_fd=fd)
+    except FileExistsError:
+        return True
     except OSError:
         pass
-    if sys.platform == "linux":
-        try:
-            os.link(folder, path, follow_symlinks=False)
-        except FileExistsError:
-            return True
-        except OSError:
-            pass
+    finally:
+        os.close(fd)
     return os.path.lexists(path)
 
 

@@ -133,8 +133,17 @@ def key_of(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     return _derive(fn, args, kwargs, by_version)[0]
 
 
+def prepare(key: Key) -> None:
+    """Note what a call will load, before any of it is unpickled: see `recompute`.
+
+    A module may be loaded while its call is unpickled, and its file may change before that ends, as inputs may take
+    long to load. The file that is noted here is the one that was loaded, or an older one.
+    """
+    sources.remember(key.sources[1] if key.sources else ())
+
+
 def recompute(key: Key, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Key:
-    """Derive the key of a call in the process that is about to run it.
+    """Derive the key of a call in the process that is about to run it, which has called `prepare` before.
 
     Args:
         key: What `key_of` told the process that submitted the call.
@@ -150,12 +159,13 @@ def recompute(key: Key, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: d
     Raises:
         TypeError: If the function or an input cannot be described.
     """
-    sources.remember_loaded()
     if key.sources:
         roots, known = key.sources
         sources.learn(frozenset((module, tuple(chain)) for module, chain in roots), known)
     found, read = _derive(fn, args, kwargs, key.by_version)
-    if sources.changed_here(read):
+    changed = sources.changed_here(read)
+    sources.remember()
+    if changed:
         return found._replace(name=found.name[:-_DIGITS] + _digest(b"changed", found.name.encode()).hex())
     return found
 
@@ -550,7 +560,8 @@ def _reduced(walk: _Walk, obj: Any) -> bytes:
     # What was made for this reduction alone is described in place and not remembered.
     tokens = [b"object:", walk.part(build, ""), walk.part(set_state, "")]
     states = state if type(state) is tuple and len(state) == 2 else (state,)
-    if build is copyreg.__newobj__ and _loses_slots(type(obj)):  # type: ignore[attr-defined]
+    own = any(each is not None and type(each) is not dict for each in states)  # from a __getstate__ of the user's
+    if build is copyreg.__newobj__ and not own and _loses_slots(type(obj)):  # type: ignore[attr-defined]
         merged = {name: value for each in states for name, value in (each or {}).items()}
         states = ({name: merged[name] for name in sorted(merged)},)
     for each in states:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 # it gives the class its attributes by.
 _MAKERS = {"_make_skeleton_class": 4, "_make_skeleton_enum": 5}
 _SETTER = "_class_setstate"
+# Unpickles a pickle within the pickle, such as what one of several ranks has returned.
+_NESTED = ("executorlib.serialize", "unpickled")
 
 
 class Unpickler(pickle.Unpickler):
@@ -36,6 +38,8 @@ class Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """See `pickle.Unpickler.find_class`."""
+        if (module, name) == _NESTED:
+            return self._nested
         found = super().find_class(module, name)
         if module.partition(".")[0] == "cloudpickle":
             if name in _MAKERS:
@@ -43,6 +47,11 @@ class Unpickler(pickle.Unpickler):
             if name == _SETTER:
                 return self._setter(found)
         return found
+
+    def _nested(self, data: bytes) -> Any:
+        loader = type(self)(io.BytesIO(data))
+        loader.known, loader.made = self.known, self.made
+        return loader.load()
 
     def _maker(self, make: Callable[..., type], place: int) -> Callable[..., type]:
         def made(*args: Any) -> type:

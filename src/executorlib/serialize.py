@@ -27,6 +27,24 @@ PROTOCOL = 5
 # into the pickle is cheaper (measured with numpy arrays: break-even near 4 KiB).
 _OUT_OF_BAND_BYTES = 4096
 
+
+class Pickled:
+    """Unpickles to what a pickle holds: to put that into another one without rebuilding it, which runs users' code."""
+
+    __slots__ = ("_data",)
+
+    def __init__(self, data: Frame) -> None:
+        self._data = bytes(data)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return unpickled, (self._data,)
+
+
+def unpickled(data: bytes) -> Any:
+    """What a `Pickled` becomes; `foreign` has its own way."""
+    return pickle.loads(data)
+
+
 # Exactly these types pickle alike everywhere, so the much cheaper C pickler can take them.
 _PLAIN = frozenset({int, float, complex, bool, str, bytes, type(None)})
 

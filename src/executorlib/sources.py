@@ -474,9 +474,10 @@ NOTHING = Slice("", {}, [], True, [], [[], []])
 
 _SLICES: dict[frozenset[Root], Slice] = {}
 
-# The files of the user's modules as they were when this process first came across them.
+# The files of the user's modules as they were when this process first came across them, and when it last looked.
 _FIRST: dict[str, Stamp] = {}
 _CHECKED: set[str] = set()
+_looked = time.time_ns()
 
 
 def reach(roots: frozenset[Root]) -> Slice:
@@ -518,8 +519,17 @@ def _current(known: Slice) -> Slice | None:
     return known._replace(search=[here, [[folder, stamp(folder)] for folder in folders]])
 
 
-def remember_loaded() -> None:
-    """Note the files of the modules that this process has loaded; `changed_here` tells of changes since then."""
+def remember(known: Sequence[Any] = ()) -> None:
+    """Note files of modules before what comes next may load them; `changed_here` tells of changes since then.
+
+    Args:
+        known: The `Slice` whose files to note, besides those of the modules that this process has loaded.
+    """
+    global _looked
+    _looked = time.time_ns()
+    for path, _ in Slice(*known).files if known else ():
+        if path not in _FIRST:
+            _FIRST[path] = stamp(path)
     for name in sys.modules.keys() - _CHECKED:
         _CHECKED.add(name)
         path = loaded(name).get("__file__")
@@ -529,8 +539,16 @@ def remember_loaded() -> None:
 
 def changed_here(known: Slice) -> bool:
     """Whether this process may have loaded, or may load, another state of a module than its file is in now."""
-    changed = [path for path, then in known.files if _FIRST.setdefault(path, then) != then]
+    changed = [path for path, then in known.files if not _is_as_first(path, then)]
     return bool(changed) or any(_has_stale_byte_code(path) for path, _ in known.files)
+
+
+def _is_as_first(path: str, now: Stamp) -> bool:
+    first = _FIRST.setdefault(path, now)
+    if first is not now:
+        return first == now
+    # Nobody knew that it would be loaded, so it was not noted before. Since then it may have been loaded, and changed.
+    return not now or max(now[:2]) < _looked - _TICK_NS
 
 
 def _has_stale_byte_code(path: str) -> bool:

@@ -246,6 +246,24 @@ def test_worlds_leave_no_shared_memory(make_executor: Callable[..., Any], tmp_pa
     assert not [name for name in names if os.path.exists(f"/dev/shm/{name}")]
 
 
+@pytest.mark.cache
+@pytest.mark.rows("block-fork", "jobs")
+def test_result_that_cannot_be_rebuilt_does_not_end_the_world(
+    make_executor: Callable[..., Any], tmp_path: Path
+) -> None:
+    """It is kept as it was returned, and only who asks for it rebuilds it."""
+
+    class Unbuildable:
+        def __reduce__(self) -> Any:
+            return int, ("cannot be built",)
+
+    options: dict[str, Any] = {"cache_directory": str(tmp_path / "store"), "max_workers": None, "max_cores": 2}
+    with make_executor(**options, resource_dict=TWO) as executor:
+        error = executor.submit(Unbuildable).exception(WAIT)
+        assert "cannot be built" in f"{error} {error.__cause__}"
+        assert executor.submit(add, 1, 2).result(WAIT) == [3, 3]
+
+
 @pytest.mark.rows("block-fork")
 @pytest.mark.parametrize("ranks", [[0], [1], [0, 1]])
 def test_exception_that_is_returned_does_not_end_the_world(

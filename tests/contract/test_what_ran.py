@@ -184,6 +184,40 @@ def test_module_that_changes(scripts: Any, row: Any, store: str, log: str, tmp_p
     assert sorted(lines(log)) in (["new", "old"], ["new", "old", said])
 
 
+_CHANGED_MEANWHILE = """
+import sys
+sys.path.insert(0, os.getcwd())
+import mine
+
+class Slow:
+    def __reduce__(self):
+        return write, (OPTIONS["now"],)
+
+def write(text):
+    with open("mine.py", "w") as file:
+        file.write(text)
+
+with Executor(**OPTIONS["executor"]) as executor:
+    print(executor.submit(mine.tell, Slow()).result(40))
+"""
+
+
+@pytest.mark.rows("fork", "spawn", "jobs")
+def test_module_that_changes_while_the_inputs_are_loaded(scripts: Any, row: Any, store: str, tmp_path: Path) -> None:
+    """The worker has imported it by then, as it is the function's."""
+    module = tmp_path / "mine.py"
+    text = "WHAT = {0!r}  # {1}\ndef tell(_):\n    return WHAT\n"
+    old, new = text.format("old", ""), text.format("new", "and longer")
+    module.write_text(old)
+    options = {"executor": row.arguments(cache_directory=store, max_workers=1), "now": new}
+    env = {"PYTHONDONTWRITEBYTECODE": "1"}
+    for said in ("old", "new"):
+        process = scripts.start(_CHANGED_MEANWHILE, options, env=env)
+        out, err = process.communicate(timeout=WAIT)
+        assert (out.strip(), "looked up" in err) == (said, True)
+        assert module.read_text() == new
+
+
 @pytest.mark.mpi
 @pytest.mark.rows("fork", "jobs")
 def test_ranks_that_change_their_argument(make_executor: Callable[..., Any], store: str, log: str) -> None:

@@ -85,6 +85,14 @@ def test_a_class_that_was_changed_is_another_one(program: Path) -> None:
     assert run(program, "read", 2).splitlines()[-1] == "False 1 Inner"
 
 
+def test_a_pickle_within_a_pickle(program: Path) -> None:
+    """As of the result of one of several ranks."""
+    run(program, "write", 1)
+    data = (program.parent / "pickle").read_bytes()
+    (program.parent / "pickle").write_bytes(serialize.dumps_in_band(serialize.Pickled(data)))
+    assert run(program, "read", 1).splitlines()[0] == "True True False True"
+
+
 @pytest.mark.parametrize("value", [1, "text", [1.5, {"a": (None,)}], abs, Path("/tmp")])
 def test_what_has_no_classes_in_it(value: object) -> None:
     assert foreign.loads(serialize.dumps_in_band(value)) == value

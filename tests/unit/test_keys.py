@@ -313,6 +313,13 @@ WAYS = {
 PROGRAMS = {
     "global of the program": in_program("A = 1\ndef f(): return A", "1", "2"),
     "instance of the program": in_program(INSTANCE + "X = K(1)\ndef f(): return X.a", "K(1)", "K(2)"),
+    "slots with a state of another kind": in_program(
+        "class C:\n  __slots__ = ('a', 'b')\n  def __init__(self): self.a, self.b = 1, 5\n"
+        "  def __getstate__(self): return self.a, self.b\n  def __setstate__(self, state): self.a, self.b = state\n"
+        "X = C()\ndef f(): return X.a",
+        "= 1,",
+        "= 2,",
+    ),
     "pattern of the program": in_program("import re\nX = re.compile('a')\ndef f(): return X.pattern", "'a'", "'b'"),
     "dunder attribute": in_program("class C:\n  __version__ = 1\ndef f(): return C.__version__", "1", "2"),
     "hash": in_program(

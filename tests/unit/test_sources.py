@@ -111,6 +111,7 @@ def test_what_another_process_has_read_is_not_read_again(folder: Path, monkeypat
     path.write_text("def f(): return 1")
     key = fingerprint.key_of(importlib.import_module("lab_a").f, (), {})
     sent = fingerprint.Key(*json.loads(json.dumps(key)))
+    fingerprint.prepare(sent)
     function = sys.modules["lab_a"].f
     parsed = count_parsing(monkeypatch)
     monkeypatch.setattr(sources, "_SLICES", {})
@@ -133,6 +134,7 @@ def test_a_process_that_has_loaded_an_older_state_has_another_key(folder: Path, 
     if imported == "before":
         function = importlib.import_module("lab_a").f
         old = fingerprint.key_of(function, (), {})
+        fingerprint.prepare(old)
         assert fingerprint.recompute(old, function, (), {}).name == old.name
     else:
         function = importlib.import_module("lab_a").f
@@ -140,6 +142,24 @@ def test_a_process_that_has_loaded_an_older_state_has_another_key(folder: Path, 
     path.write_text("def f(): return 2")
     new = fingerprint.key_of(function, (), {})  # of what a new process would run
     assert fingerprint.recompute(new, function, (), {}).name != new.name
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["the call's", "another"])
+def test_a_module_that_changes_while_its_call_is_unpickled_has_another_key(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, known: bool
+) -> None:
+    """Also one that nobody could know would be loaded, as an input that changed meanwhile refers to it."""
+    path = folder / "lab_a.py"
+    path.write_text("def f(): return 1")
+    function = importlib.import_module("lab_a").f
+    key = fingerprint.key_of(function if known else len, (), {})
+    for name in ("_FIRST", "_SLICES", "_SOURCES"):  # as in a new process
+        monkeypatch.setattr(sources, name, {})
+    monkeypatch.setattr(sources, "_CHECKED", set(sys.modules))
+    fingerprint.prepare(key)
+    path.write_text("def f(): return 22")
+    now = fingerprint.key_of(function, (), {})
+    assert fingerprint.recompute(key, function, (), {}).name != now.name
 
 
 def test_stale_byte_code_has_another_key(folder: Path) -> None:
@@ -258,4 +278,5 @@ def test_versions_are_part_of_the_key_where_this_is_wanted(folder: Path) -> None
         now = fingerprint.key_of(function, (), {}, by_version=by)
         assert (key.versions, now.versions) == ({"lab_used": "1.0"}, {"lab_used": "2.0"})
         assert (key.name == now.name) is not by
+        fingerprint.prepare(now)
         assert fingerprint.recompute(now, function, (), {}).name == now.name

@@ -301,9 +301,9 @@ def _reseed() -> None:
 def note_files(modules: list[str]) -> None:
     """Note the files of modules that were loaded ahead, so that a later change of one is noticed with a key."""
     if any(name.partition(".")[0] != "executorlib" for name in modules):
-        from executorlib.sources import remember_loaded  # what most workers do without
+        from executorlib.sources import remember  # what most workers do without
 
-        remember_loaded()
+        remember()
 
 
 def main(fd: int, preload: list[str], given: dict[str, Any]) -> None:

@@ -302,6 +302,10 @@ class Defaults:
             frames: The function.
             key: The executor's key of it, where results are kept and it has one.
         """
+        if key is not None:
+            from executorlib import fingerprint
+
+            fingerprint.prepare(fingerprint.Key(*key))
         with OnlyHere():
             function = serialize.loads(frames)
             try:

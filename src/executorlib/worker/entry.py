@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from executorlib.serialize import Frame
 
 # Once in the agent, instead of in each call that is forked from it.
-sources.remember_loaded()
+sources.remember()
 
 
 class Entry:
-    """A call's entry.
+    """A call's entry, made before anything of the call is unpickled.
 
     Args:
         wanted: What the executor has sent of it: ``path``, its file; ``key``, a `fingerprint.Key` by which it was
@@ -51,6 +51,8 @@ class Entry:
         self._versions: dict[str, str] | None = None
         self.name = ""
         self.problem = ""
+        if self._key is not None:
+            fingerprint.prepare(self._key)
 
     def begin(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Take in what is about to run; its function may change its arguments, and itself."""

@@ -138,18 +138,8 @@ def _job_id(setup: dict[str, Any]) -> str:
     return next((os.environ[name].partition(".")[0] for name in names if os.environ.get(name)), "")
 
 
-class _Pickled:
-    """Unpickles to what a pickle holds."""
-
-    def __init__(self, data: bytes) -> None:
-        self._data = data
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return pickle.loads, (self._data,)
-
-
 class Claim:
-    """What a job is about to run, against what its entry is named by.
+    """What a job is about to run, against what its entry is named by; made before anything of that is unpickled.
 
     The session has seen to it that both are the same. But an array may have changed, and changed back, while it was
     pickled, and a module that the function comes from may have another file by now. Then the result is kept under the
@@ -167,6 +157,10 @@ class Claim:
         self._job = job
         self.ran = ""
         self.versions: dict[str, str] | None = None
+        if job["key"] is not None:
+            from executorlib import fingerprint
+
+            fingerprint.prepare(fingerprint.Key(*job["key"]))
 
     def begin(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """See `call.run`."""
@@ -204,7 +198,7 @@ def _run(job: dict[str, Any], claim: Claim) -> tuple[call.Answer, float]:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         faulthandler.register(signal.SIGALRM, file=2, chain=True)  # tells where the call is before it ends
         signal.setitimer(signal.ITIMER_REAL, job["run_time_max"])
-    arguments = pickle.dumps((_Pickled(job["input_args"]), _Pickled(job["input_kwargs"])))
+    arguments = pickle.dumps((serialize.Pickled(job["input_args"]), serialize.Pickled(job["input_kwargs"])))
     options = {"error_log_file": job["error_log_file"]} if job["error_log_file"] else {}
     started = time.perf_counter()
     with _no_silent_exit():
@@ -247,8 +241,8 @@ def _store(job: dict[str, Any], answer: call.Answer, seconds: float, claim: Clai
         **_printed(job["job_output"], root),
     }
     kept_at = claim.kept_at()
-    if kept_at is not None and answer.loaded and not os.path.exists(kept_at):
-        entries.write_pickles(kept_at, pickles, root)
+    if kept_at is not None and answer.loaded:
+        _keep(kept_at, pickles, root)
     unkept: dict[str, Any] = {}
     if not answer.loaded:
         unkept = {entries.NOT_KEPT: True}  # the next one who submits the call may find what was missing
@@ -258,6 +252,16 @@ def _store(job: dict[str, Any], answer: call.Answer, seconds: float, claim: Clai
     entries.write_pickles(output, pickles, root)
     entries.remove_input(path, root)
     return RAISED if answer.traceback else RESULT
+
+
+def _keep(path: str, pickles: dict[str, bytes], root: str) -> None:
+    """Put an entry in place for later sessions. It is not worth losing the result over for those who wait for it."""
+    try:
+        there = entries.read_ending(path, root)
+        if there is None or not there.kept:
+            entries.write_pickles(path, pickles, root)
+    except Exception as error:
+        sys.stderr.write(f"executorlib: the result was not kept in the cache file {path}: {error}\n")
 
 
 def _printed(path: str, root: str) -> dict[str, bytes]:
@@ -339,7 +343,7 @@ def _run_ranks(directory: str, index: int, part: str, setup: dict[str, Any], out
             claim.ran, claim.versions = "what differs between ranks: a module changed as they began", None
         ending = next((call.Answer([data], text, loaded=loaded) for data, text, loaded, _ in gathered if text), None)
         if ending is None:
-            results = [pickle.loads(data) for data, *_ in gathered]
+            results = [serialize.Pickled(data) for data, *_ in gathered]
             ending = call.Answer([serialize.dumps_in_band(results)], "")
         code = _store(job, ending, seconds, claim)
     # A rank that leaves without this takes the others along, maybe before the result is in place.

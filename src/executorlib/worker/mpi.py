@@ -190,7 +190,9 @@ class Rank:
         if entry is not None:
             if any(other != ran for _, other, _ in gathered):
                 entry.problem = entry.problem or "its ranks did not all run the same: a module changed as they began"
-            results = [serialize.loads(rank_frames) for rank_frames in everything]
+            # With an entry, what a rank returned is one frame, see `call.run`. It is not rebuilt here: that is the
+            # user's code, and may fail, or make something else of it.
+            results = [serialize.Pickled(*rank_frames) for rank_frames in everything]
             warning = entry.store(serialize.dumps_in_band(results), answer.seconds)
             if entry.is_other:
                 more["other"] = True
