@@ -139,8 +139,8 @@ def end_of(job: str) -> float:
 
 
 def end_by_time_limit(name: str) -> None:
-    # Limits are whole minutes, but the end can be moved. Slurm looks at it every 30 seconds.
-    soon = datetime.datetime.now() + datetime.timedelta(seconds=1)
+    # Limits are whole minutes, but the end can be moved, though not into the past. Slurm looks at it every 30 seconds.
+    soon = datetime.datetime.now() + datetime.timedelta(seconds=10)
     slurm("scontrol", "update", f"JobId={job_id(name)}", f"EndTime={soon.isoformat(timespec='seconds')}")
 
 
