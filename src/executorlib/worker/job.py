@@ -53,6 +53,11 @@ def main(directory: str, part: str = "") -> None:
     code = FAILED
     try:
         code = run(directory, call.element_number(), part)
+        if "executorlib.worker.world" in sys.modules:
+            from mpi4py import MPI
+
+            # Not by `run`: where a rank of another world has called that, it goes on to use MPI.
+            MPI.Finalize()
     except BaseException as error:
         sys.stderr.write(call.traceback_text(error))
     call.leave(code, family.end)
@@ -348,5 +353,4 @@ def _run_ranks(directory: str, index: int, part: str, setup: dict[str, Any], out
         code = _store(job, ending, seconds, claim)
     # A rank that leaves without this takes the others along, maybe before the result is in place.
     all_ranks.Barrier()
-    MPI.Finalize()
     return code
