@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
-from pathlib import Path
 from typing import Any
 
 from executorlib import batches, files
@@ -166,10 +165,6 @@ def _files(directory: str | os.PathLike[str], endings: tuple[str, ...]) -> Itera
         if name.endswith(endings)
     ]
     yield from sorted(paths)
-
-
-def _output_of(path: Path) -> Path:
-    return path.with_name(path.name.removesuffix(INPUT) + OUTPUT)
 
 
 def _is_pending(output_path: str) -> bool:

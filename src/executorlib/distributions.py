@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 _INFO = (".dist-info", ".egg-info")
-_LIBRARY_FOLDERS = ("site-packages", "dist-packages")
+LIBRARY_FOLDERS = ("site-packages", "dist-packages")
 # Of a folder by another name, as `pip install --target` fills it; the folder of a program may hold more, and listing it
 # whenever a file is added to it would take long.
 _MOST_FILES = 2000
@@ -40,6 +40,7 @@ class _Folder:
         self._by_name = by_name
         self._owners: dict[str, list[str]] | None = None
         self._known: dict[str, Distribution | None] = {}
+        self._files: dict[str, frozenset[str]] = {}
 
     def owner(self, top: str, path: str) -> Distribution | None:
         """The distribution of a module at this path, of which `top` is the first part of the name."""
@@ -56,11 +57,18 @@ class _Folder:
                         self._owners.setdefault(name, []).append(info)
             infos = self._owners.get(top, [])
         if len(infos) > 1:  # parts of a namespace package
-            listed = os.path.relpath(path, self._path).replace(os.sep, "/") + ","
-            infos = [each for each in infos if listed in "\n" + self._read(each, "RECORD")] or infos
+            listed = os.path.relpath(path, self._path).replace(os.sep, "/")
+            infos = [each for each in infos if listed in self._modules(each)] or infos
             return self._described(infos[0])
         found = self._known[top] = self._described(infos[0]) if infos else None
         return found
+
+    def _modules(self, info: str) -> frozenset[str]:
+        """The files of a distribution; kept, as they are asked for with every module of a namespace package."""
+        if info not in self._files:
+            lines = self._read(info, "RECORD").split("\n")
+            self._files[info] = frozenset([line.partition(",")[0] for line in lines])
+        return self._files[info]
 
     def _tops(self, info: str) -> set[str]:
         """First parts of the names of modules that a distribution has here."""
@@ -114,7 +122,7 @@ def owner(folder: str, top: str, path: str) -> Distribution | None:
 
 def _infos(folder: str) -> list[str]:
     """The directories, and for egg-info files, that describe the distributions in a folder."""
-    is_library = os.path.basename(folder) in _LIBRARY_FOLDERS
+    is_library = os.path.basename(folder) in LIBRARY_FOLDERS
     endings = _INFO if is_library else _INFO[:1]  # an egg-info elsewhere belongs to sources that are being edited
     found = []
     try:

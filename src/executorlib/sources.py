@@ -43,7 +43,7 @@ LOADED, OBJECTS = "", "*"
 
 _STANDARD_LIBRARY = os.path.join(os.path.dirname(os.__file__), "")
 _STANDARD_ZIP = f"python{sys.version_info[0]}{sys.version_info[1]}.zip"
-_LIBRARY_FOLDERS = re.compile(r"[/\\](site|dist)-packages[/\\]")
+_LIBRARY_FOLDERS = re.compile(rf"[/\\]({'|'.join(distributions.LIBRARY_FOLDERS)})[/\\]")
 _BUILTINS = frozenset(dir(builtins))
 
 # A file may be written twice within one tick of its file system's clock; the time of a change tells no more until then.

@@ -53,6 +53,24 @@ def test_a_namespace_of_several_distributions(site: Path) -> None:
     assert found(site, "space/b.py") == ("space_b", "2")
 
 
+def test_files_of_a_namespace_are_listed_once(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"space/m{number}.py" for number in range(5)]
+    install(site, "space_a-1.dist-info", *names)
+    install(site, "space_b-2.dist-info", "space/b.py")
+    read: list[str] = []
+    original = distributions._Folder._read
+
+    def counting(self: distributions._Folder, info: str, file: str) -> str:
+        read.append(info)
+        return original(self, info, file)
+
+    monkeypatch.setattr(distributions._Folder, "_read", counting)
+    assert found(site, "space/b.py") == ("space_b", "2")
+    read.clear()
+    assert {found(site, name) for name in names} == {("space_a", "1")}
+    assert read == []
+
+
 def test_eggs_of_older_tools_and_of_debian(site: Path) -> None:
     install(site, "old-1.0-py3.11.egg-info", top_level_txt="")
     (site / "old-1.0-py3.11.egg-info" / "top_level.txt").write_text("older\n")

@@ -9,7 +9,9 @@
 - *Results* are noticed by looking for their files. The system is asked, seldom, only for what leaves none.
 
 Files of a batch, in ``<cache directory>/.executorlib/<batch>/``: ``entries`` (index and entry of each call),
-``setup`` (what jobs set up), ``owner`` (who submits it), ``job.sh``, ``job_id``, and ``output.<index>``.
+``setup`` (what jobs set up), ``owner`` (who submits it), ``job.sh``, ``run.py`` where the system starts that,
+``job_id``, and ``output.<index>``. Where the system takes a batch in parts, each part has its own, such as
+``run.5-9.py`` and ``job_id.5-9``.
 """
 
 from __future__ import annotations
@@ -303,7 +305,11 @@ class JobLauncher:
         finally:
             if batch is not None and not batch.size:
                 batch.remove_files()
-        self._end(job, Exit(None, f"its entry {job.path} is claimed and given up again and again"))
+        text = (
+            f"another session claims its entry {job.path} and gives it up again and again. Look for other programs "
+            f"that use the cache directory {job.root}, and submit the call again"
+        )
+        self._end(job, Exit(None, text))
 
     def _follow_owner(self, job: Job) -> bool:
         """Follow the session that has claimed the call; False where the entry is ours to try again."""
