@@ -199,7 +199,13 @@ def input_error(future: Future[Any]) -> BaseException | None:
     """The exception with which a future that is done fails a call that has it as input."""
     if future.cancelled():
         return CancelledError("an input of this call was cancelled")
-    return future.exception()
+    return future.failure() if isinstance(future, LeanFuture) else future.exception()
+
+
+def _hand_on_failure(record: Any, future: Future[Any]) -> None:
+    """Have a future fail for another one, whose failure somebody is still to ask for."""
+    if record:
+        record.share(future)
 
 
 class DerivedFuture(LeanFuture[Any]):
@@ -272,6 +278,8 @@ class _Derive:
             else:
                 derived.set_result(value)
                 return
+        else:
+            _hand_on_failure(getattr(source, "unasked", None), derived)
         derived.failed_call = failed_call(source)  # type: ignore[attr-defined]
         derived.set_exception(error)
 
@@ -360,34 +368,35 @@ class _Batches:
         self._n = n
         self._missing = total
         self._results: list[Any] = []
-        self._errors: list[BaseException] = []
+        self._errors: list[tuple[BaseException, Any]] = []  # with what is told if nobody asks for them
 
     def on_done(self, future: Future[Any]) -> None:
-        ready: list[tuple[Future[list[Any]], list[Any], BaseException | None]] = []
+        ready: list[tuple[Future[list[Any]], list[Any], BaseException | None, Any]] = []
         with self._lock:
             error = input_error(future)
             if error is None:
                 self._results.append(future.result())
             else:
-                self._errors.append(error)
+                self._errors.append((error, getattr(future, "unasked", None)))
             self._missing -= 1
             while self._groups and (len(self._results) >= self._n or not self._missing):
                 values = self._results[: self._n]
                 del self._results[: self._n]
-                group_error = None
+                group_error, record = None, None
                 if len(values) < self._n and self._errors:
-                    group_error = self._errors[0]
+                    group_error, record = self._errors[0]
                     del self._errors[: self._n - len(values)]
-                ready.append((self._groups.popleft(), values, group_error))
+                ready.append((self._groups.popleft(), values, group_error, record))
         # Outside the lock: callbacks of a group may finish further inputs. All groups, whatever callbacks raise.
         raised = None
-        for group, values, group_error in ready:
+        for group, values, group_error, record in ready:
             if not group.set_running_or_notify_cancel():
                 continue
             try:
                 if group_error is None:
                     group.set_result(values)
                 else:
+                    _hand_on_failure(record, group)
                     group.set_exception(group_error)
             except BaseException as error:
                 raised = raised or error

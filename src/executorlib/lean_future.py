@@ -150,11 +150,16 @@ class LeanFuture(Future[_T]):
     """
 
     _condition: _Condition  # type: ignore[assignment]
+    unasked: Any = None  # see `unasked.Record`
 
     def __init__(self) -> None:
         super().__init__()
         self._condition = _Condition()
         self._waiters: list[Any] = _Waiters()
+
+    def failure(self) -> BaseException | None:
+        """The exception of a future that is done, for other futures' sake: its user has not asked for it by that."""
+        return super().exception(0)
 
     def result(self, timeout: float | None = None) -> _T:
         """See `concurrent.futures.Future.result`."""
@@ -162,13 +167,19 @@ class LeanFuture(Future[_T]):
             self._condition.sleep(self.done, timeout)
             return super().result(0)
         finally:
+            if self.unasked:
+                self.unasked.clear()
             # An exception's traceback refers to this frame, and the frame to the future, which has the exception.
             del self
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """See `concurrent.futures.Future.exception`."""
-        self._condition.sleep(self.done, timeout)
-        return super().exception(0)
+        try:
+            self._condition.sleep(self.done, timeout)
+            return super().exception(0)
+        finally:
+            if self.unasked:
+                self.unasked.clear()
 
     def set_running_or_notify_cancel(self) -> bool:
         """See `concurrent.futures.Future.set_running_or_notify_cancel`."""

@@ -73,7 +73,7 @@ from executorlib.scheduler import (
 )
 from executorlib.serialize import Frame
 from executorlib.task import CANCELLED, FAILED, LAUNCHING, RUNNING, CallFuture, Task
-from executorlib.unasked import Failures
+from executorlib.unasked import Failures, Record
 from executorlib.worker.call import PERMIT, named_inputs, traceback_text
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ class _InputDone:
         if loop is not None and task is not None:
             error = input_error(future)
             if error is not None or not self._is_job:
-                loop.post(loop.on_input_done, task, error, "" if error is None else failed_call(future))
+                loop.post(loop.on_input_done, task, error, failed_call(future), getattr(future, "unasked", None))
 
 
 class _Cancelled:
@@ -390,14 +390,18 @@ class Loop(Poller, JobEvents):
             if not dependent.over:
                 self.scheduler.on_input(dependent)
 
-    def on_input_done(self, task: Task, error: BaseException | None, source: str = "") -> None:
-        """One of a call's inputs, of which ``source`` is the name, is done."""
+    def on_input_done(
+        self, task: Task, error: BaseException | None, source: str = "", record: Record | None = None
+    ) -> None:
+        """One of a call's inputs, of which ``source`` is the name, is done; ``record`` is of its failure."""
         if task.over or task.number not in self._tasks:  # given up by `detach`
             return
         if error is not None:
             if task.state is not RUNNING:  # a job that runs all the same does so to its own end
                 note_chain(error, source, f"call {task.number} of {task.name}")
                 self._fail(task, error)
+                if record and isinstance(task.future, CallFuture):
+                    record.clear()  # the failure is told, or asked for, as that of this call
             return
         if task.missing == 1 and not self._jobs:  # the last one
             try:
@@ -721,7 +725,7 @@ class Loop(Poller, JobEvents):
             output = entries.read_output(task.cache_path, directory)
         except BaseException as error:
             # To find its key, objects are asked what they tell pickle.
-            hidden = misplaced(*self._named_inputs(task)) if isinstance(error, TypeError) else ""
+            hidden = misplaced(*self._by_names(task)) if isinstance(error, TypeError) else ""
             if hidden:
                 error = advise_unpicklable(error, task.number, task.name, hidden)
             self._fail(task, contained(error, f"pickling the arguments of {task.name}", PicklingError))
@@ -807,13 +811,28 @@ class Loop(Poller, JobEvents):
 
     def _named_inputs(self, task: Task) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
         """What makes a call's key: its function and inputs, and what else makes its result another one."""
+        fn, args, kwargs = self._by_names(task)
+        init = "" if self._init_function is None else self._init_key(self._init_function).name
+        return fn, args, named_inputs(kwargs, task.resources.cores, init)
+
+    def _init_key(self, init: Callable[[], dict[str, Any]]) -> Key:
+        try:
+            return self._key(init, (), {})
+        except TypeError as error:
+            raise TypeError(
+                "the results of this executor cannot be kept in its cache_directory, as they depend on its "
+                f"init_function, which has no key: {error} (A block takes no cache_key for its calls: do without that "
+                "object, or without cache_directory.)"
+            ) from error
+
+    def _by_names(self, task: Task) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+        """A call's function and inputs; results of other jobs by name."""
         assert task.fn is not None
         args, kwargs = task.args, task.kwargs
         if self._jobs:
             # By the name of the call whose result it is, which is known before the result.
             args, kwargs = fill_in(args, _name_of_input), fill_in(kwargs, _name_of_input)
-        init = "" if self._init_function is None else self._key(self._init_function, (), {}).name
-        return task.fn, args, named_inputs(kwargs, task.resources.cores, init)
+        return task.fn, args, kwargs
 
     # -- launcher events ----------------------------------------------------------------------------------------------
 

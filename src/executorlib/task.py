@@ -52,25 +52,6 @@ class CallFuture(LeanFuture[Any]):
     on_cancel: Callable[[], None] | None = None
     stored: Any = None  # see `futures.Stored`
     failed_call = ""  # the call, by name, once it has failed
-    unasked: list[str] | None = None  # see `unasked.Record`
-
-    def result(self, timeout: float | None = None) -> Any:
-        """See `concurrent.futures.Future.result`."""
-        try:
-            return super().result(timeout)
-        finally:
-            if self.unasked:
-                self.unasked.clear()
-            # The exception's traceback refers to this frame.
-            self = None  # type: ignore[assignment]
-
-    def exception(self, timeout: float | None = None) -> BaseException | None:
-        """See `concurrent.futures.Future.exception`."""
-        try:
-            return super().exception(timeout)
-        finally:
-            if self.unasked:
-                self.unasked.clear()
 
     def cancel(self) -> bool:
         """Cancel the call if it has not started; see `concurrent.futures.Future.cancel`."""

@@ -10,12 +10,35 @@ import logging
 import threading
 import weakref
 from collections.abc import Iterable
-from typing import Any, TypeAlias
+from typing import Any
 
 logger = logging.getLogger("executorlib")
 
-# The failure's text, until somebody asks for it.
-Record: TypeAlias = list[str]
+
+class Record(list[str]):
+    """The failure's text, until somebody asks for it; shared by all futures that have the failure.
+
+    Args:
+        text: It.
+        future: The call's.
+    """
+
+    __slots__ = ("_holders",)
+
+    def __init__(self, text: str, future: Any) -> None:
+        super().__init__([text])
+        self._holders = [weakref.ref(future)]
+
+    def share(self, future: Any) -> None:
+        """Have a future that was made from the failed one stand for it, too: to ask either of them is to ask."""
+        self._holders.append(weakref.ref(future))
+        future.unasked = self
+
+    @property
+    def can_be_asked(self) -> bool:
+        """Whether there is still a future to ask."""
+        return any(holder() is not None for holder in self._holders)
+
 
 # Texts that are kept of each executor, and that are shown.
 _MOST_KEPT, _MOST_SHOWN = 20, 5
@@ -31,7 +54,7 @@ class Failures:
     """Those of one executor."""
 
     def __init__(self) -> None:
-        self._records: list[tuple[weakref.ref[Any], Record]] = []
+        self._records: list[Record] = []
         self._room = _FIRST_ROOM
 
     def add(self, future: Any, call: str, error: BaseException) -> Record:
@@ -43,7 +66,7 @@ class Failures:
             error: What it fails with.
         """
         if len(self._records) >= self._room:
-            self._records = [each for each in self._records if each[1]]
+            self._records = [each for each in self._records if each]
             self._room = max(_FIRST_ROOM, 2 * len(self._records))
         text = ""
         if len(self._records) < _MOST_KEPT:
@@ -51,16 +74,17 @@ class Failures:
                 text = f"{call}: {type(error).__name__}: {error}"[:_MOST_CHARACTERS]
             except Exception:  # of the user's own class
                 text = f"{call}: {type(error).__name__}"
-        record = [text]
-        self._records.append((weakref.ref(future), record))
+        record = Record(text, future)
+        self._records.append(record)
         return record
 
     def tell(self) -> None:
         """The executor has ended: tell of futures that are gone, and leave the others to the end of the program."""
-        _tell(record for future, record in self._records if future() is None)
+        waiting = [record for record in self._records if record and record.can_be_asked]
+        _tell(record for record in self._records if not record.can_be_asked)
         with _lock:
             _left[:] = [record for record in _left if record]
-            _left.extend(record for future, record in self._records if record and future() is not None)
+            _left.extend(waiting)
         self._records.clear()
 
 

@@ -195,3 +195,22 @@ def test_a_failed_call_leaves_the_worker_alive(make_executor: Callable[..., Any]
         before = executor.submit(os.getpid).result(WAIT)
         assert isinstance(executor.submit(fail).exception(WAIT), CustomError)
         assert executor.submit(os.getpid).result(WAIT) == before
+
+
+@pytest.mark.rows("block-fork")
+def test_init_function_without_a_key(make_executor: Callable[..., Any], tmp_path: Path) -> None:
+    """What depends on it cannot be kept. Each call fails with the reason."""
+    held = open(__file__)  # noqa: SIM115  # for the closure
+
+    def prepare() -> dict[str, Any]:
+        return {"y": 0 if held is None else 1}
+
+    def one(x: int) -> int:
+        return x
+
+    with held, make_executor(init_function=prepare, cache_directory=str(tmp_path)) as executor:
+        for number in range(2):
+            error = executor.submit(one, number).exception(WAIT)
+            assert isinstance(error, TypeError)
+            assert "as they depend on its init_function, which has no key" in str(error)
+            assert "closure variable 'held'" in str(error)

@@ -463,6 +463,60 @@ def test_failures_that_nobody_asked_for_are_told_once(row: Any, scripts: Any) ->
     assert "ValueError: asked" not in told
 
 
+UNASKED_BUT_USED = """
+    import logging
+    from executorlib import get_item_from_future
+    from executorlib.futures import batched
+
+    logging.basicConfig(format="%(message)s", stream=sys.stdout)
+
+    def bad(text):
+        raise ValueError(text)
+
+    if __name__ == "__main__":
+        with Executor(**OPTIONS) as executor:
+            get_item_from_future(executor.submit(bad, "lost item"), 0)
+            batched([executor.submit(bad, "lost group")], 1)
+            item = get_item_from_future(executor.submit(bad, "item asked later"), 0)
+            (group,) = batched([executor.submit(bad, "group asked later")], 1)
+            source = executor.submit(bad, "source asked")
+            unread = get_item_from_future(source, 0)
+            get_item_from_future(source, 1).cancel()
+            assert source.exception() is not None
+        print("after the executor", flush=True)
+        assert item.exception() is not None
+        assert group.exception() is not None
+"""
+
+
+@pytest.mark.rows("fork", "block-fork")
+def test_failures_which_only_other_futures_have_asked_for(row: Any, scripts: Any) -> None:
+    """Items and groups stand for the failed call: it is told unless somebody asks one of them, or the call itself."""
+    told = scripts.run(UNASKED_BUT_USED, row.arguments())
+    assert told.count("ValueError: lost item") == 1
+    assert told.count("ValueError: lost group") == 1
+    assert "asked" not in told.replace("nobody has asked", "")
+
+
+@pytest.mark.rows("fork", "block-fork")
+def test_failure_of_the_input_of_a_cancelled_call(
+    make_executor: Callable[..., Any], gate: Callable[..., Gate], caplog: Any
+) -> None:
+    """It has nobody else to tell of it."""
+    held = gate()
+
+    def bad() -> None:
+        held(0)
+        raise ValueError("lost input")
+
+    with make_executor(max_workers=1) as executor:
+        source = executor.submit(bad)
+        assert executor.submit(fail, source).cancel()
+        del source
+        held.open()
+    assert "ValueError: lost input" in caplog.text
+
+
 @pytest.mark.rows("fork")
 def test_many_failures_that_nobody_asked_for(make_executor: Callable[..., Any], caplog: Any) -> None:
     with make_executor(block_allocation=True) as executor:

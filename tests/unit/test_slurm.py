@@ -515,7 +515,7 @@ JobId=20005 ArrayJobId=20001 ArrayTaskId=1 ArrayTaskThrottle=5 JobName=a JobStat
    NodeList=node1
    BatchHost=node1
    NumNodes=1 NumCPUs=1 NumTasks=1 CPUs/Task=1 ReqB:S:C:T=0:0:*:*
-   Command=/work/a.sh 2
+   Command=/home/user/a.sh 2
 """
 
 
