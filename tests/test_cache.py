@@ -1061,3 +1061,26 @@ def test_damaged_files_of_others(damage: list[tuple[int, int]]) -> None:
         path.write_bytes(content)
         output = entries.read_output(path)
         assert output is None or output.value == "the result"
+
+
+@pytest.mark.parametrize("take", [os.link, shutil.copy, os.replace], ids=["link", "copy", "rename"])
+def test_a_file_under_the_name_of_another_call_is_no_result(tmp_path: Path, take: Any, caplog: Any) -> None:
+    """... where the name was derived from the call. One that the user has given to it may be changed by the user."""
+    for key, versions in ("derived", {}), ("named", None):
+        entries.write_output(
+            tmp_path / f"{key}_o.h5",
+            function=len,
+            args=[""],
+            kwargs={},
+            resource_dict={},
+            runtime=0.5,
+            output=3,
+            versions=versions,
+        )
+        take(tmp_path / f"{key}_o.h5", tmp_path / f"{key}2_o.h5")
+    assert entries.read_output(tmp_path / "derived2_o.h5") is None
+    assert entries.read_ending(str(tmp_path / "derived2_o.h5")) is None
+    assert "derived" in caplog.text
+    found = entries.read_output(tmp_path / "named2_o.h5")
+    assert found is not None
+    assert found.value == 3

@@ -57,6 +57,9 @@ PRINTED, PRINTED_BYTES = "printed", "printed_bytes"
 # A dataset that says, together with it: what ran is not what the entry is named by, but what this names. Then `batch`
 # is the batch directory of the job.
 RAN = "ran"
+# The key that names the entry, where it was derived from the call: a file that was copied or linked to the name of
+# another call is no result of that.
+NAME = "name"
 _CALL = ("function", "input_args", "input_kwargs", "resource_dict")
 _RESULT = ("output", "error", "runtime", "traceback")
 
@@ -320,7 +323,7 @@ def write_output(
         "resource_dict": resource_dict,
         **result,
         "runtime": runtime,
-        **({} if versions is None else {VERSIONS: versions}),
+        **({} if versions is None else {VERSIONS: versions, NAME: _name_of(path)}),
     }
     files.write(os.fspath(path), _pack(values), root, durable=True)
 
@@ -337,6 +340,8 @@ def write_pickles(path: str, pickles: dict[str, bytes], root: str | None = None)
         ImportError: If h5py is missing.
         OSError: If the file cannot be written; nothing is left behind.
     """
+    if VERSIONS in pickles:  # of a derived key
+        pickles = {**pickles, NAME: dumps_in_band(_name_of(path))}
     files.write(path, _pack({name: Snapshot(data) for name, data in pickles.items()}), root, durable=True)
 
 
@@ -687,11 +692,19 @@ def read_values(
         return None
 
 
+def _name_of(path: str | os.PathLike[str]) -> str:
+    return os.path.basename(path).removesuffix(OUTPUT)
+
+
 def _read_pickles(
     path: str | os.PathLike[str], names: Iterable[str], root: str | os.PathLike[str] | None
 ) -> dict[str, bytes] | None:
     try:
-        return _datasets(files.read(path, root), set(names))
+        pickles = _datasets(files.read(path, root), {*names, NAME})
+        name = pickles.pop(NAME, None)
+        if name is not None and _load(name) != _name_of(path):
+            raise hdf5.Damaged(f"it is a copy of the entry {_load(name)!r}, and no result of this call")
+        return pickles
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ImportError, files.UntrustedFile):

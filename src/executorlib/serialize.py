@@ -118,24 +118,26 @@ def _fill_single_dispatch(dispatching: Any, state: tuple[dict[type, Any], dict[s
 _LAZY_ANNOTATIONS = sys.version_info >= (3, 14)
 
 
-def _reduce_lazily_annotated(obj: Any, by_cloudpickle: Callable[[Any], Any]) -> Any:
-    """Reduce a function or class of Python 3.14 or later together with its annotations.
+def _reduce_class(cls: type, by_cloudpickle: Callable[[Any], Any]) -> Any:
+    """Reduce a class with what cloudpickle loses: its annotations, and the name of the function that defines it."""
+    reduced = by_cloudpickle(cls)
+    if isinstance(reduced, tuple) and len(reduced) > 2:
+        attributes = reduced[2][0]
+        if cls.__qualname__ != cls.__name__:
+            attributes["__qualname__"] = cls.__qualname__
+        if _LAZY_ANNOTATIONS and "__annotate_func__" in vars(cls):
+            attributes["__annotations__"] = annotations_of(cls)
+    return reduced
 
-    Args:
-        obj: The function or class.
-        by_cloudpickle: Reduces it as cloudpickle does.
-    """
-    if isinstance(obj, type):
-        reduced = by_cloudpickle(obj)
-        if isinstance(reduced, tuple) and "__annotate_func__" in vars(obj):
-            reduced[2][0]["__annotations__"] = annotations_of(obj)
-        return reduced
+
+def _reduce_lazily_annotated(fn: FunctionType, by_cloudpickle: Callable[[Any], Any]) -> Any:
+    """Reduce a function of Python 3.14 or later, also where its annotations cannot be evaluated."""
     try:
-        obj.__annotations__  # noqa: B018  # which cloudpickle asks for
+        fn.__annotations__  # noqa: B018  # which cloudpickle asks for
     except Exception:
-        if not _is_found_by_name(obj):
-            return by_cloudpickle(_annotated_by_text(obj))
-    return by_cloudpickle(obj)
+        if not _is_found_by_name(fn):
+            return by_cloudpickle(_annotated_by_text(fn))
+    return by_cloudpickle(fn)
 
 
 def _annotated_by_text(fn: FunctionType) -> FunctionType:
@@ -176,9 +178,8 @@ def _pickler() -> Any:
     def keep_file_name(code: types.CodeType) -> tuple[Any, ...]:
         """Undo what cloudpickle 3.1.3 does: without the file's name a remote traceback has no lines of the function."""
         make, args = reduce_code(code)
-        if "<dynamic-code>" in args:
-            args = tuple(code.co_filename if arg == "<dynamic-code>" else arg for arg in args)
-        return make, args
+        # By type: with the option -bb comparing the bytes among them with text is an error.
+        return make, tuple(code.co_filename if type(arg) is str and arg == "<dynamic-code>" else arg for arg in args)
 
     special = {
         types.CodeType: keep_file_name,
@@ -193,7 +194,9 @@ def _pickler() -> Any:
         def reducer_override(self, obj: Any) -> Any:
             if type(obj) is FunctionType and obj.__code__ is _DISPATCHING and not _is_found_by_name(obj):
                 return _reduce_single_dispatch(obj)
-            if _LAZY_ANNOTATIONS and isinstance(obj, (FunctionType, type)):
+            if isinstance(obj, type):
+                return _reduce_class(obj, functools.partial(by_cloudpickle, self))
+            if _LAZY_ANNOTATIONS and isinstance(obj, FunctionType):
                 return _reduce_lazily_annotated(obj, functools.partial(by_cloudpickle, self))
             return by_cloudpickle(self, obj)
 

@@ -422,8 +422,10 @@ for what, row in json.load(sys.stdin).items():
         row["result"] = repr(f())
         row["after"] = fingerprint.key_of(f, (), {}).name
     elif row["pickle"] is not None:
+        key = fingerprint.Key(*row["key"])
+        fingerprint.prepare(key)
         f = serialize.loads([base64.b64decode(row["pickle"])])
-        row["there"] = fingerprint.recompute(fingerprint.Key(*row["key"]), f, (), {}).name
+        row["there"] = fingerprint.recompute(key, f, (), {}).name
         row["result there"] = repr(f())
     rows[what] = row
 print(json.dumps(rows))

@@ -6,10 +6,12 @@ import collections
 import functools
 import gc
 import pickle
+import subprocess
 import sys
 import threading
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -439,3 +441,25 @@ def test_annotations_go_along() -> None:
     else:
         assert point.__annotations__ == {"x": "int", "other": "'Point'"}
     assert g(None) == g.__annotations__ == {"point": "Missing", "return": "int"}
+
+
+def test_a_class_of_a_function_keeps_its_name() -> None:
+    class Local:
+        pass
+
+    assert name_elsewhere(Local) == "test_a_class_of_a_function_keeps_its_name.<locals>.Local"
+
+
+def name_elsewhere(cls: type) -> str:
+    """The class's full name, as a process tells it that has not defined the class."""
+    code = "import pickle, sys; print(pickle.loads(sys.stdin.buffer.read())().__qualname__)"
+    sent = dumps_in_band(lambda: cls)
+    said = subprocess.run([sys.executable, "-bb", "-c", code], input=sent, capture_output=True, check=True).stdout
+    return said.decode().strip()
+
+
+def test_bytes_and_text_are_not_compared(tmp_path: Path) -> None:
+    """... which the interpreter's option -bb makes an error."""
+    program = tmp_path / "program.py"
+    program.write_text("from executorlib import serialize\ndef f(): return b'a'\nserialize.dumps(f)\n")
+    subprocess.run([sys.executable, "-bb", str(program)], check=True)
