@@ -25,6 +25,7 @@ Byte code differs between minor versions of Python, and so do the keys of most f
 
 from __future__ import annotations
 
+import abc
 import copyreg
 import dis
 import enum
@@ -74,7 +75,6 @@ _CLASS_BOOKKEEPING = frozenset({"__firstlineno__", "__static_attributes__"})
 _NOT_OF_A_CLASS = _CLASS_BOOKKEEPING | {
     "__module__",
     "__qualname__",
-    "__doc__",
     "__dict__",
     "__weakref__",
     "__abstractmethods__",
@@ -90,8 +90,44 @@ _NOT_OF_A_CLASS = _CLASS_BOOKKEEPING | {
 _READS_GLOBAL = frozenset({"LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"})
 _READS_ATTRIBUTE = frozenset({"LOAD_ATTR", "LOAD_METHOD"})
 
-_DOTTED_NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
+# What `functools` keeps in the attributes of its wrappers, besides copies of those of the function.
+_OF_A_CACHE = frozenset({"__wrapped__", "cache_parameters", "__annotations__", "__annotate__"})
+_OF_A_DISPATCHER = frozenset({"__wrapped__", "register", "dispatch", "registry", "_clear_cache"})
+
+# What the library keeps in the attributes of an enumeration, in one release of Python or another.
+_OF_AN_ENUM = frozenset(
+    f"_{name}_"
+    for name in [
+        "add_alias",
+        "add_value_alias",
+        "all_bits",
+        "flag_mask",
+        "generate_next_value",
+        "hashable_values",
+        "ignore",
+        "inverted",
+        "iter_member",
+        "iter_member_by_def",
+        "iter_member_by_value",
+        "member_map",
+        "member_names",
+        "member_type",
+        "new_member",
+        "order",
+        "singles_mask",
+        "sort_order",
+        "unhashable_values",
+        "unhashable_values_map",
+        "use_args",
+        "value2member_map",
+        "value_repr",
+    ]
+)
+
+_DOTTED_NAME = re.compile(r"[^\W\d]\w*([.:][^\W\d]\w*)*")
 _IMPORTERS = frozenset({"import_module", "__import__"})
+# Functions of the standard library that find a module by its name, and the module of that function, under any name.
+_MACHINERY = frozenset({"importlib", "pkgutil", "runpy", "pydoc", "imp"})
 
 
 class Key(NamedTuple):
@@ -196,7 +232,8 @@ def _derive(
             'Name the cache entry yourself with resource_dict={"cache_key": "..."}, '
             "or do without that object."
         ) from error.__cause__
-    pieces = [_FORMAT, b"".join(tokens)]
+    # Without assertions a module says something else; a worker is started with the session's flags.
+    pieces = [_FORMAT, b"optimize %d;" % sys.flags.optimize, b"".join(tokens)]
     if not walk.roots:
         return Key(name + _digest(*pieces).hex(), {}, by_version), sources.NOTHING
     read = sources.reach(frozenset(walk.roots))
@@ -471,11 +508,26 @@ def _describe(walk: _Walk, obj: Any) -> bytes:
     if qualname is not None and not _home(module).users and _find(module, qualname) is obj:
         return walk.named(module, qualname)
     wrapped = getattr(obj, "__wrapped__", None) if callable(obj) else None
-    if callable(wrapped) and not _home(kind.__module__).users:  # functools.lru_cache, numba.jit
+    if callable(wrapped) and not _home(kind.__module__).users:
         if qualname is not None and _is_by_name(obj, module, qualname) and isinstance(_reduce(obj), str):
             return walk.named(module, qualname)
-        return b"wrapped:" + walk.named(kind.__module__, kind.__qualname__) + walk.part(wrapped, "")
+        return _wrapper(walk, obj, wrapped)
     return _reduced(walk, obj)
+
+
+def _wrapper(walk: _Walk, obj: Any, wrapped: Any) -> bytes:
+    """Describe what a library has made of a function: by that, and by all that goes with it."""
+    kind = type(obj)
+    if kind is functools._lru_cache_wrapper:
+        held: Any = obj.cache_parameters()
+    elif kind.__module__.partition(".")[0] == "numba" and hasattr(obj, "_reduce_states"):
+        states = obj._reduce_states()
+        return b"compiled:" + _mapping(walk, {name: states[name] for name in sorted(states) if name != "uuid"})
+    else:
+        return _reduced(walk, obj)
+    own = {name: value for name, value in sorted(vars(obj).items()) if name not in _OF_A_CACHE}
+    head = b"wrapped:" + walk.named(kind.__module__, kind.__qualname__) + walk.part(wrapped, "")
+    return head + _mapping(walk, held) + _mapping(walk, own, ".{}")
 
 
 def _own_name(obj: Any) -> tuple[str | None, str | None]:
@@ -581,11 +633,13 @@ class _Code(NamedTuple):
         digest: Stands for it, less where it was written.
         globals: The globals that it reads, each with the attributes that it takes of it.
         imports: The modules and names that it imports, with the level of relative imports.
+        texts: The texts in it that may name a module.
     """
 
     digest: bytes
     globals: dict[str, frozenset[tuple[str, ...]]]
     imports: frozenset[tuple[str, int, str | None]]
+    texts: frozenset[str]
 
 
 _CODES: weakref.WeakKeyDictionary[types.CodeType, _Code] = weakref.WeakKeyDictionary()
@@ -598,12 +652,14 @@ def _code(code: types.CodeType) -> _Code:
     instructions = [each for each in dis.get_instructions(code) if each.opname not in ("EXTENDED_ARG", "CACHE")]
     read: dict[str, set[tuple[str, ...]]] = {}
     imports = set(_imported(code, instructions))
+    texts = set(_texts(code.co_consts))
     for name, chain in _chains(instructions):
         read.setdefault(name, set()).add(chain)
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             nested = _code(constant)
             imports.update(nested.imports)
+            texts.update(nested.texts)
             for name, chains in nested.globals.items():
                 read.setdefault(name, set()).update(chains)
     walk = _Walk()
@@ -616,7 +672,7 @@ def _code(code: types.CodeType) -> _Code:
     handlers = getattr(code, "co_exceptiontable", b"")
     digest = _digest(walk.token((parameters, variables, handlers)), *body)
     names = {name: frozenset(read[name]) for name in sorted(read)}
-    described = _CODES[code] = _Code(digest, names, frozenset(imports))
+    described = _CODES[code] = _Code(digest, names, frozenset(imports), frozenset(texts))
     return described
 
 
@@ -644,10 +700,27 @@ def _imported(code: types.CodeType, instructions: list[dis.Instruction]) -> Iter
             else:
                 for name in names:
                     yield *module, name
-    if not _IMPORTERS.isdisjoint(code.co_names):
-        for constant in code.co_consts:
-            if isinstance(constant, str) and _DOTTED_NAME.fullmatch(constant):
-                yield constant, 0, None
+    if not _IMPORTERS.isdisjoint(code.co_names) or not _MACHINERY.isdisjoint(code.co_names):
+        for text in _texts(code.co_consts):
+            yield text, 0, None
+
+
+def _texts(constants: Iterable[object]) -> Iterable[str]:
+    """The texts that may name a module, or something in one: each part from the left."""
+    for constant in constants:
+        if isinstance(constant, str) and _DOTTED_NAME.fullmatch(constant):
+            parts = re.split("[.:]", constant)
+            for count in range(1, len(parts) + 1):
+                yield ".".join(parts[:count])
+
+
+def _finds_modules(value: object, chains: Iterable[tuple[str, ...]]) -> bool:
+    """Whether a global finds modules by their names: the import machinery, and `sys.modules`."""
+    if isinstance(value, types.ModuleType):
+        return value.__name__ in _MACHINERY or (value is sys and any(chain[:1] == ("modules",) for chain in chains))
+    return value is sys.modules or (
+        isinstance(value, types.FunctionType) and value.__module__.partition(".")[0] in _MACHINERY
+    )
 
 
 def _class_body(instructions: list[dis.Instruction]) -> list[object]:
@@ -669,9 +742,11 @@ def _function(walk: _Walk, fn: types.FunctionType) -> bytes:
     home: Any = fn.__globals__.get("__name__")
     if home == "functools" and hasattr(fn, "registry"):  # of functools.singledispatch; else it is caches and state
         registry = [walk.token(item) for item in fn.registry.items()]
-        return b"singledispatch:" + walk.part(fn.__wrapped__, "") + b"".join(registry)  # type: ignore[attr-defined]
+        own = {name: value for name, value in sorted(fn.__dict__.items()) if name not in _OF_A_DISPATCHER}
+        wrapped = walk.part(fn.__wrapped__, "")  # type: ignore[attr-defined]
+        return b"singledispatch:" + wrapped + b"".join(registry) + _mapping(walk, own, ".{}")
     code = _code(fn.__code__)
-    tokens = [b"function:", code.digest]
+    tokens = [b"function:", code.digest, walk.token((fn.__name__, qualname)), walk.part(fn.__doc__, ".__doc__")]
     if fn.__defaults__:
         tokens.append(b"defaults:")
         tokens += [walk.part(value, ", default {}", i) for i, value in enumerate(fn.__defaults__)]
@@ -692,6 +767,10 @@ def _function(walk: _Walk, fn: types.FunctionType) -> bytes:
     for name, chains in code.globals.items():
         if name in fn.__globals__:
             value = fn.__globals__[name]
+            if _finds_modules(value, chains):
+                walk.roots.update((text, ()) for text in code.texts)
+            if value is sys.modules:
+                continue  # as which it arrives; what it holds is another process's own
             tokens += b"global:", walk.token(name)
             if type(value) is types.ModuleType and _home(value.__name__).root:
                 tokens.append(_named(value.__name__, ""))
@@ -718,6 +797,9 @@ def _class(walk: _Walk, cls: type) -> bytes:
         return walk.named(module, qualname)
     tokens = [b"class:", walk.token(qualname), walk.token(type(cls)), walk.token(_annotations(cls))]
     tokens += [walk.part(base, ", base {}", base.__name__) for base in cls.__bases__]
+    if isinstance(cls, abc.ABCMeta):
+        registered = [each() for each in abc._get_dump(cls)[0]]  # type: ignore[attr-defined]
+        tokens += b"registered:", walk.unordered(each for each in registered if each is not None)
     members = getattr(cls, "__members__", {}) if issubclass(cls, enum.Enum) else None
     for name, member in (members or {}).items():
         tokens += walk.token(name), walk.part(member._value_, ".{}", name)
@@ -728,6 +810,8 @@ def _class(walk: _Walk, cls: type) -> bytes:
         # cloudpickle leaves out what a base has as well.
         if name in _NOT_OF_A_CLASS or (name in inherited and inherited[name] is value):
             continue
+        if name == "__doc__" and not _is_written(cls, value):
+            continue
         if members is not None and (name in members or _is_kept_by_enum(name)):
             continue
         # Made from __slots__; cloudpickle loses them.
@@ -737,9 +821,14 @@ def _class(walk: _Walk, cls: type) -> bytes:
     return b"".join(tokens)
 
 
+def _is_written(cls: type, doc: object) -> bool:
+    """Whether the text of a class is its author's: a data class without one makes it of what counts anyway."""
+    return isinstance(doc, str) and not ("__dataclass_fields__" in vars(cls) and doc.startswith(f"{cls.__name__}("))
+
+
 def _is_kept_by_enum(name: str) -> bool:
     """Whether an attribute of an enumeration is the library's own record of its members."""
-    return name != "_boundary_" and name[:1] == name[-1:] == "_" and name[1:2] != "_"
+    return name in _OF_AN_ENUM
 
 
 def _annotations(cls: type) -> list[tuple[str, str]]:

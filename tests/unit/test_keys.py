@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import pytest
 
 import executorlib
+from executorlib import fingerprint
+from executorlib.worker.call import named_inputs
 
 
 class Case(NamedTuple):
@@ -398,7 +400,62 @@ PROGRAMS = {
     "method": Case({"MOD.py": OTHER}, "import MOD\nf = MOD.C().m", "return 3", "return 9"),
 }
 
-CASES = {**GLOBALS, **WAYS, **PROGRAMS}
+# What libraries make of functions and classes of the program, and what they note about them.
+MADE = {
+    "partial with the looks of a function": in_program(
+        "import functools\ndef scale(k, x): return k * x\n"
+        "f = functools.partial(functools.update_wrapper(functools.partial(scale, 2), scale), 5)",
+        "scale, 2",
+        "scale, 3",
+    ),
+    "attribute of a cached function": in_program(
+        "import functools\n@functools.lru_cache\ndef g(): return 1\ng.unit = 1\ndef f(): return g.unit",
+        "unit = 1",
+        "unit = 2",
+    ),
+    "size of a cache": in_program(
+        "import functools\n@functools.lru_cache(4)\ndef g(): return 1\ndef f(): return g.cache_parameters()['maxsize']",
+        "(4)",
+        "(5)",
+    ),
+    "attribute of a dispatching function": in_program(
+        "import functools\n@functools.singledispatch\ndef g(x): return 1\ng.unit = 1\ndef f(): return g.unit",
+        "unit = 1",
+        "unit = 2",
+    ),
+    "missing member of an enumeration": in_program(
+        "import enum\nclass C(enum.Enum):\n  A = 1\n  B = 2\n  @classmethod\n"
+        "  def _missing_(cls, value): return cls.A\ndef f(): return C(7).value",
+        "cls.A",
+        "cls.B",
+    ),
+    "class registered with an abstract one": in_program(
+        "import abc\nclass A(abc.ABC): pass\nclass C: pass\nclass D: pass\nA.register(C)\n"
+        "def f(): return issubclass(C, A)",
+        "register(C)",
+        "register(D)",
+    ),
+    "name of a function": in_program("def g(): return 1\ng.__name__ = 'a'\ndef f(): return g.__name__", "'a'", "'b'"),
+    "text of a function": in_program("def g(): pass\ng.__doc__ = 'a'\ndef f(): return g.__doc__", "'a'", "'b'"),
+    "text of a class": in_program("class C:\n  'a'\ndef f(): return C.__doc__", "'a'", "'b'"),
+    "import by another name": Case(
+        {"MOD.py": OTHER},
+        "from importlib import import_module as load\ndef f(): return load('MOD').A",
+        "A = 4",
+        "A = 9",
+    ),
+    "name resolved": Case(
+        {"MOD.py": OTHER}, "import pkgutil as p\ndef f(): return p.resolve_name('MOD:A')", "A = 4", "A = 9"
+    ),
+    "loaded module": Case(
+        {"MOD.py": OTHER},
+        "import sys as s, MOD\nM = MOD.g\ndef f(): return M() and s.modules['MOD'].A",
+        "A = 4",
+        "A = 9",
+    ),
+}
+
+CASES = {**MADE, **GLOBALS, **WAYS, **PROGRAMS}
 
 # Computes keys, in a session and in the process that runs the calls.
 DRIVER = """
@@ -424,6 +481,7 @@ for what, row in json.load(sys.stdin).items():
     elif row["pickle"] is not None:
         key = fingerprint.Key(*row["key"])
         fingerprint.prepare(key)
+        fingerprint.prepare(fingerprint.Key(*row["key"]))
         f = serialize.loads([base64.b64decode(row["pickle"])])
         row["there"] = fingerprint.recompute(key, f, (), {}).name
         row["result there"] = repr(f())
@@ -508,3 +566,22 @@ def test_the_process_that_runs_a_call_derives_the_same_key(keys: Keys, what: str
             pytest.skip("cannot be pickled")
         assert row[what]["there"] == row[what]["key"][0]
         assert row[what]["result there"] == row[what]["result"]
+
+
+def test_a_keyword_is_not_what_is_added_to_the_key() -> None:
+    def key(kwargs: dict[str, Any], ranks: int, init: str) -> str:
+        return fingerprint.call_key(dict, (), named_inputs(kwargs, ranks, init))
+
+    assert key({"number of ranks": 2}, 1, "") != key({}, 2, "")
+    assert key({"init function": "a"}, 1, "") != key({}, 1, "a")
+    assert key({"keyword number of ranks": 2}, 1, "") != key({"number of ranks": 2}, 1, "")
+
+
+def test_a_call_without_assertions_is_another_one() -> None:
+    program = (
+        "import os.path\nfrom executorlib import fingerprint\nprint(fingerprint.call_key(os.path.join, ('a',), {}))"
+    )
+    commands = [[sys.executable, *options, "-c", program] for options in ([], ["-O"], [])]
+    keys = [subprocess.check_output(command, timeout=100) for command in commands]
+    assert keys[0] != keys[1]
+    assert keys[0] == keys[2]

@@ -271,7 +271,8 @@ def named_inputs(kwargs: dict[str, Any], ranks: int, init: str) -> dict[str, Any
         ranks: On how many ranks it runs: its result is a list of as many.
         init: Name of the key of the init function, which fills parameters that the caller left out; empty without one.
     """
-    inputs = dict(kwargs)
+    # Only keywords that were given as `**{"...": value}` are no identifiers; they are kept apart from what is added.
+    inputs = {name if name.isidentifier() else f"keyword {name}": value for name, value in kwargs.items()}
     if ranks > 1:
         inputs["number of ranks"] = ranks
     if init:
