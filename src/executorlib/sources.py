@@ -19,11 +19,13 @@ import functools
 import hashlib
 import importlib.machinery
 import importlib.util
+import marshal
 import os
 import re
 import stat
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -551,20 +553,47 @@ def _is_as_first(path: str, now: Stamp) -> bool:
     return not now or max(now[:2]) < _looked - _TICK_NS
 
 
-def _has_stale_byte_code(path: str) -> bool:
-    """Whether an import takes the byte code of an older state of a file.
+# By path: stamps of a file and of its byte code, and whether this is that of another state of the file.
+_BYTE_CODE: dict[str, tuple[Stamp, Stamp, bool]] = {}
 
-    It tells states apart by the size and the second of the change. A file that changes twice within a second and keeps
-    its size has byte code that was written before the last change.
-    """
+
+def _has_stale_byte_code(path: str) -> bool:
+    """Whether an import takes the byte code of another state of a file."""
     try:
-        byte_code = importlib.util.cache_from_source(path)
-        written, changed = os.stat(byte_code).st_mtime_ns, os.stat(path)
-        if written >= changed.st_mtime_ns:
-            return False
-        with open(byte_code, "rb") as file:
-            header = file.read(16)
-    except (OSError, NotImplementedError):
+        cached = importlib.util.cache_from_source(path)
+    except NotImplementedError:
         return False
-    flags, second, size = (int.from_bytes(header[i : i + 4], "little") for i in (4, 8, 12))
-    return flags == 0 and second == int(changed.st_mtime) & 0xFFFFFFFF and size == changed.st_size & 0xFFFFFFFF
+    compiled = stamp(cached)
+    if not compiled or not path.endswith(".py"):
+        return False
+    now = stamp(path)
+    known = _BYTE_CODE.get(path)
+    if known is None or known[0] != now or known[1] != compiled:
+        known = _BYTE_CODE[path] = now, compiled, _is_of_another_state(path, now, cached, compiled)
+    return known[2]
+
+
+def _is_of_another_state(path: str, now: Stamp, cached: str, compiled: Stamp) -> bool:
+    """Whether an import takes byte code without compiling the file, which says something else.
+
+    Python goes by the size of the file and the second of its change, which are the same for one that changes twice
+    within a second or gets its time back; or by a hash, or by nothing, as the byte code itself demands.
+    """
+    code, source = _read(cached), _read(path)
+    if code[:4] != importlib.util.MAGIC_NUMBER:
+        return False
+    flags, second, size = (int.from_bytes(code[i : i + 4], "little") for i in (4, 8, 12))
+    if flags & 1:
+        return code[8:16] != importlib.util.source_hash(source)  # else Python may look itself, which does no harm
+    if second != now[0] // 1_000_000_000 & 0xFFFFFFFF or size != len(source) & 0xFFFFFFFF:
+        return False
+    if compiled[0] > max(now[:2]):
+        return False
+    try:
+        # Also the time of a change to a file's rights, or of its copy, may be later than that of its byte code.
+        known: object = marshal.loads(code[16:])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return known != compile(source, path, "exec", dont_inherit=True)
+    except Exception:
+        return True

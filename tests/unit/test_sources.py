@@ -179,6 +179,31 @@ def test_stale_byte_code_has_another_key(folder: Path) -> None:
     assert fingerprint.recompute(key, function, (), {}).name == key.name
 
 
+@pytest.mark.parametrize(
+    ("mode", "text", "stale"),
+    [
+        ("TIMESTAMP", "def f(): return 2", True),
+        ("TIMESTAMP", "def f(): return 1", False),  # written anew, as a copy or a change of its rights leaves it
+        ("UNCHECKED_HASH", "def f(): return 2", True),
+        ("UNCHECKED_HASH", "def f(): return 1", False),
+    ],
+)
+def test_byte_code_of_another_text_has_another_key(folder: Path, mode: str, text: str, stale: bool) -> None:
+    path = folder / "lab_a.py"
+    path.write_text("def f(): return 1")
+    os.utime(path, ns=(10**18, 10**18))
+    byte_code = py_compile.compile(str(path), invalidation_mode=py_compile.PycInvalidationMode[mode])
+    assert byte_code is not None
+    path.write_text(text)
+    os.utime(path, ns=(10**18, 10**18))
+    os.utime(byte_code, ns=(10**18 + 1, 10**18 + 1))  # older than the last change of the file
+    sources.remember(reach(frozenset({("lab_a", ("f",))})))
+    function = importlib.import_module("lab_a").f
+    assert function() == 1  # the import takes the byte code
+    key = fingerprint.key_of(function, (), {})
+    assert (fingerprint.recompute(key, function, (), {}).name != key.name) == stale
+
+
 def test_nothing_is_imported(folder: Path) -> None:
     (folder / "lab_p").mkdir()
     (folder / "lab_p" / "__init__.py").write_text("1 / 0")
