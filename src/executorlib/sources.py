@@ -33,7 +33,7 @@ from executorlib import distributions
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from executorlib.statements import Source
+    from executorlib.statements import Source, Statement
 
 # A name in a module, and attributes of it: ``("pkg.mod", ("Model", "fit"))``; without any, all of the module.
 Root: TypeAlias = tuple[str, tuple[str, ...]]
@@ -47,6 +47,50 @@ _STANDARD_LIBRARY = os.path.join(os.path.dirname(os.__file__), "")
 _STANDARD_ZIP = f"python{sys.version_info[0]}{sys.version_info[1]}.zip"
 _LIBRARY_FOLDERS = re.compile(rf"[/\\]({'|'.join(distributions.LIBRARY_FOLDERS)})[/\\]")
 _BUILTINS = frozenset(dir(builtins))
+
+# Calls that change nothing: built-in functions and classes but for these, and those of libraries by their names.
+_HARMFUL = frozenset(
+    {"setattr", "delattr", "__import__", "exec", "eval", "next", "print", "input", "open", "breakpoint"}
+)
+_HARMLESS_MODULES = frozenset(
+    {
+        "abc",
+        "collections",
+        "collections.abc",
+        "dataclasses",
+        "datetime",
+        "enum",
+        "fractions",
+        "functools",
+        "itertools",
+        "math",
+        "numbers",
+        "os.path",
+        "typing",
+        "typing_extensions",
+    }
+)
+_HARMLESS_CALLS = frozenset(
+    {
+        "contextlib.asynccontextmanager",
+        "contextlib.contextmanager",
+        "decimal.Decimal",
+        "logging.getLogger",
+        "operator.attrgetter",
+        "operator.itemgetter",
+        "os.environ.get",
+        "os.getenv",
+        "pathlib.Path",
+        "re.compile",
+        "threading.Lock",
+        "threading.RLock",
+        "types.MappingProxyType",
+        "types.SimpleNamespace",
+        *(f"numba.{name}" for name in ("guvectorize", "jit", "njit", "vectorize")),
+        *(f"numpy.{name}" for name in ("arange", "array", "asarray", "dtype", "empty", "eye", "full", "linspace")),
+        *(f"numpy.{name}" for name in ("cos", "exp", "log", "ones", "sin", "sqrt", "zeros")),
+    }
+)
 
 # A file may be written twice within one tick of its file system's clock; the time of a change tells no more until then.
 _TICK_NS = 2_000_000_000
@@ -278,8 +322,13 @@ class _Slicer:
             state.update(b"%s:%d;" % (name.encode(), len(taken)))
             if source.whole:
                 state.update(source.content)
-            for index in sorted(taken):
-                state.update(source.statements[index].digest)
+            for index, statement in enumerate(source.statements):
+                for module, chain in statement.loads:
+                    for each in (module, ".".join((module, *chain[:1]))):
+                        if each in self._sources:  # its import may have effects, whose order counts
+                            state.update(b"import %s;" % each.encode())
+                if index in taken:
+                    state.update(statement.digest)
         found = self._finder.found
         missing = sorted(name for name, module in found.items() if module is None)
         state.update("\0".join(missing).encode())
@@ -322,6 +371,7 @@ class _Slicer:
                 self._import(root)
         for star in source.stars:
             self._import((star, ()))
+            self._later((star, ("__all__",)), own=True)
         if source.whole:
             self._later((name, ()))
         if source.lazy and module.folders:
@@ -330,7 +380,7 @@ class _Slicer:
             for _, inner, _ in pkgutil.iter_modules(module.folders, f"{name}."):
                 self._later((inner, ()))
         for index, statement in enumerate(source.statements):
-            if statement.runs or self._may_change(source, statement.runs_with):
+            if statement.runs or self._may_change(name, source, statement):
                 self._take(name, index)
         return source
 
@@ -347,16 +397,39 @@ class _Slicer:
         inner = f"{module}.{name}"
         return inner if self._finder.find(inner) is not None else None
 
-    def _may_change(self, source: Source, names: Iterable[str]) -> bool:
-        """Whether one of these names stands for something of the user's."""
-        for name in names:
+    def _may_change(self, module: str, source: Source, statement: Statement) -> bool:
+        """Whether a statement may change what others define, with something of the user's or by a call."""
+        for name in statement.runs_with:
             if name in source.imports:
-                found = [self._finder.find(module) for module, _ in source.imports[name]]
-                if any(module is None or module.users for module in found):
+                found = [self._finder.find(each) for each, _ in source.imports[name]]
+                if any(each is None or each.users for each in found):
                     return True
-            elif name in source.defined or (source.stars and name not in _BUILTINS):
+            elif name in source.defined or (source.stars and self._may_come_from_star(source, name)):
                 return True
-        return False
+        return any(self._has_effects(source, chain) for chain in statement.calls) or any(
+            self._is_registering(module, chain, set()) for chain in statement.extends
+        )
+
+    def _may_come_from_star(self, source: Source, name: str) -> bool:
+        return name not in _BUILTINS or any(self._defines(star, name, set()) for star in source.stars)
+
+    def _has_effects(self, source: Source, chain: tuple[str, ...]) -> bool:
+        """Whether a function of a library may do more than to return something."""
+        if not chain:
+            return True
+        if chain[0] in source.imports:
+            return not all(_is_harmless(*target) for target in _targets(source.imports, chain))
+        return chain[0] not in _BUILTINS or chain[0] in _HARMFUL or any(name[:2] == "__" for name in chain[1:])
+
+    def _is_registering(self, module: str, chain: tuple[str, ...], seen: set[Root]) -> bool:
+        """Whether a class is a library's, which may know its subclasses."""
+        if (module, chain) in seen:
+            return False
+        seen.add((module, chain))
+        source = self._load(module)
+        if source is None:
+            return not _is_harmless(module, chain)
+        return any(self._is_registering(*target, seen) for target in _targets(source.imports, chain) if target[1])
 
     def _take(self, module: str, index: int) -> None:
         """Take a statement, and later what it uses."""
@@ -391,13 +464,11 @@ class _Slicer:
             targets.append((inner, tuple(rest)))
         for target in targets:
             self._later(target)
-        if indices or targets or (own and first in _BUILTINS):
-            return
-        # Any of the modules whose names are all imported may have it.
+        # Any of the modules whose names are all imported may have it, instead of this one or a built-in one.
         stars = [star for star in source.stars if own or self._defines(star, first, set())]
         for star in stars:
             self._later((star, chain), own)
-        if not stars and not own:
+        if not (stars or own or indices or targets):
             self._take_all(name, source)  # defined in a way that does not show
 
     def _use(self, name: str) -> None:
@@ -448,6 +519,12 @@ def _targets(imports: dict[str, list[Root]], chain: tuple[str, ...]) -> Iterator
         yield module, (*attributes, *rest)
         if not attributes and not rest:  # an object, whose attributes are the modules below it, too
             yield from [root for root in imports.get(LOADED, ()) if root[0].startswith(module + ".")]
+
+
+def _is_harmless(module: str, chain: tuple[str, ...]) -> bool:
+    """Whether calling something of a library, or deriving from it, changes nothing but what is returned."""
+    *within, _ = name = (module, *chain)
+    return ".".join(within) in _HARMLESS_MODULES or ".".join(name) in _HARMLESS_CALLS
 
 
 def _plain(module: Module | None) -> list[Any] | None:

@@ -18,9 +18,14 @@ from executorlib.sources import LOADED, OBJECTS, Root, absolute
 # arguments.
 _ANY_NAME = frozenset({"exec", "eval", "globals"})
 _ANY_NAME_ALONE = frozenset({"locals", "vars", "dir"})
-_ANY_MODULE = ("sys", "modules")
 _IDENTIFIER = re.compile(r"[^\W\d]\w*")
 _IMPORTERS = frozenset({"import_module", "__import__"})
+# Modules with functions that find a module by its name, and what of them does not. In a module that imports one of
+# them, each text counts that is a module's name.
+_MACHINERY = frozenset({"importlib", "importlib.util", "pkgutil", "runpy", "pydoc", "imp"})
+_NO_MACHINERY = frozenset({"metadata", "resources"})
+_MODULE_NAME = re.compile(r"[^\W\d]\w*([.:][^\W\d]\w*)*")
+_CHECKER = "TYPE_CHECKING"
 
 
 class Statement(NamedTuple):
@@ -34,6 +39,8 @@ class Statement(NamedTuple):
         runs: Whether it may change what other statements have defined.
         runs_with: It may if one of these names is the user's own.
         extends: Names of the classes that it derives from, which can know their subclasses.
+        calls: Names of the functions that it calls as it runs, empty for one without a name.
+        loads: What it imports as it runs, in this order.
     """
 
     digest: bytes
@@ -43,6 +50,8 @@ class Statement(NamedTuple):
     runs: bool
     runs_with: frozenset[str]
     extends: tuple[tuple[str, ...], ...]
+    calls: frozenset[tuple[str, ...]]
+    loads: tuple[Root, ...]
 
 
 class Source(NamedTuple):
@@ -85,15 +94,72 @@ def parse(data: bytes, path: str, package: str, content: bytes) -> Source:
             tree = ast.parse(data, path)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return unknown
-    reader = _Reader(package)
-    statements = tuple(filter(None, map(reader.statement, tree.body)))
+    reader = _Reader(package, _names_for_checkers(tree) if _CHECKER.encode() in data else set())
+    statements = list(filter(None, map(reader.statement, tree.body)))
+    if ast.get_docstring(tree, clean=False) is not None:
+        statements[0] = statements[0]._replace(binds=frozenset({"__doc__"}))
+    if reader.machinery:
+        for statement, texts in zip(statements, reader.texts, strict=True):
+            statement.imports.setdefault(OBJECTS, []).extend((text, ()) for text in sorted(texts))
     defined: dict[str, list[int]] = {}
     for index, statement in enumerate(statements):
         for bound in statement.binds:
             defined.setdefault(bound, []).append(index)
+    constants = set() if reader.stars else _constants(tree, defined)
     return Source(
-        content, statements, defined, reader.imports, tuple(reader.stars), reader.whole, "__getattr__" in defined
+        content,
+        tuple(each._replace(runs_with=each.runs_with - constants) for each in statements),
+        defined,
+        reader.imports,
+        tuple(reader.stars),
+        reader.whole,
+        "__getattr__" in defined,
     )
+
+
+def _names_for_checkers(tree: ast.Module) -> set[tuple[str, ...]]:
+    """What stands for `typing.TYPE_CHECKING` in a module, as far as nothing else is given its name."""
+    known: set[tuple[str, ...]] = set()
+    false: set[int] = set()
+    given: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                if alias.name == "*":
+                    return set()
+                if alias.name == _CHECKER and node.module in ("typing", "typing_extensions") and not node.level:
+                    known.add((alias.asname or alias.name,))
+                else:
+                    given.add(alias.asname or alias.name)
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name in ("typing", "typing_extensions"):
+                    known.add((alias.asname or alias.name, _CHECKER))
+                else:
+                    given.add(alias.asname or alias.name.partition(".")[0])
+        elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant) and node.value.value is False:
+            false.update(id(target) for target in node.targets if isinstance(target, ast.Name))
+            known.update((target.id,) for target in node.targets if isinstance(target, ast.Name))
+        elif isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load) and id(node) not in false:
+            given.add(node.id)
+        elif isinstance(node, ast.Attribute) and node.attr == _CHECKER and not isinstance(node.ctx, ast.Load):
+            return set()
+    return {chain for chain in known if chain[-1] == _CHECKER and chain[0] not in given}
+
+
+def _constants(tree: ast.Module, defined: dict[str, list[int]]) -> set[str]:
+    """Names of numbers, texts and the like, which nothing can change."""
+    constants: set[str] = set()
+    for node in tree.body:
+        target = node.targets[0] if isinstance(node, ast.Assign) and len(node.targets) == 1 else None
+        value = node.value if isinstance(node, ast.Assign | ast.AnnAssign) else None
+        if isinstance(node, ast.AnnAssign):
+            target = node.target
+        if value is not None and isinstance(target, ast.Name) and len(defined.get(target.id, ())) == 1:
+            parts = [each for each in ast.walk(value) if isinstance(each, ast.expr)]
+            if all(isinstance(each, _CONSTANT) and getattr(each, "id", "") in {"", *constants} for each in parts):
+                constants.add(target.id)
+    return constants
 
 
 NAMESPACE = Source(b"", (), {}, {}, (), False)
@@ -102,19 +168,27 @@ NAMESPACE = Source(b"", (), {}, {}, (), False)
 class _Reader:
     """Turns the statements of one module into what a slice needs of them."""
 
-    def __init__(self, package: str) -> None:
+    def __init__(self, package: str, for_checkers: set[tuple[str, ...]]) -> None:
         self._package = package
+        self._for_checkers = for_checkers
+        self._systems = {"sys"}
+        self._importers = set(_IMPORTERS)
+        self.machinery = False
+        self.texts: list[set[str]] = []
         self.imports: dict[str, list[Root]] = {}
         self.stars: list[str] = []
         self.whole = False
 
     def statement(self, node: ast.stmt) -> Statement | None:
         """Describe a statement; None for one that does nothing when the module is imported."""
-        if isinstance(node, ast.If) and _is_never_true(node.test):
+        if isinstance(node, ast.If) and (_chain(node.test) in self._for_checkers or _is_of_a_program(node.test)):
             if not node.orelse:
                 return None
             node = ast.If(ast.Constant(False), [ast.Pass()], node.orelse)
+        stars = len(self.stars)
+        self.texts.append(set())
         text, uses, imports, binds = self._walk(node)
+        loads: list[Root] = []
         if isinstance(node, _SCOPES):
             binds.add(node.name)
             self.whole |= node.name == "__getattr__"
@@ -122,12 +196,25 @@ class _Reader:
             binds = {*binds, *_stored(node), *imports} - {LOADED, OBJECTS}
             for name, roots in imports.items():
                 self.imports.setdefault(name, []).extend(roots)
+                loads += roots if name != OBJECTS else ()
+            loads += [(star, ()) for star in self.stars[stars:]]
             imports = {name: roots for name, roots in imports.items() if name == OBJECTS}
-        runs, runs_with = _effects(node)
+        risks = _Risks()
+        runs = _runs(node, risks)
         bases = node.bases if isinstance(node, ast.ClassDef) else []
-        extends = tuple(filter(None, map(_chain, bases)))
+        extends = (_chain(base.value if isinstance(base, ast.Subscript) else base) for base in bases)
         digest = hashlib.blake2b("\0".join(text).encode("utf-8", "surrogatepass"), digest_size=16).digest()
-        return Statement(digest, frozenset(binds), frozenset(uses), imports, runs, frozenset(runs_with), extends)
+        return Statement(
+            digest,
+            frozenset(binds),
+            frozenset(uses),
+            imports,
+            runs,
+            frozenset(risks.names),
+            tuple(filter(None, extends)),
+            frozenset(risks.calls),
+            tuple(loads),
+        )
 
     def _walk(self, top: ast.stmt) -> tuple[list[str], set[tuple[str, ...]], dict[str, list[Root]], set[str]]:
         """List what a tree says, the names in it, its imports and the globals that its functions set.
@@ -149,12 +236,17 @@ class _Reader:
                     chain = (inner.id, *attributes)
                     text.append(inner.id)
                     uses.add(chain)
-                    self.whole |= inner.id in _ANY_NAME or chain[:2] == _ANY_MODULE
+                    loaded = inner.id in self._systems and chain[1:2] == ("modules",)
+                    self.whole |= inner.id in _ANY_NAME or loaded
+                    self.machinery |= loaded or inner.id in _IMPORTERS
                 else:
                     stack.append(inner)
                 continue
             if isinstance(node, ast.Constant):
                 text.append(f"{type(node.value).__name__} {node.value!r}")
+                if isinstance(node.value, str) and _MODULE_NAME.fullmatch(node.value):
+                    parts = re.split("[.:]", node.value)
+                    self.texts[-1].update(".".join(parts[: count + 1]) for count in range(len(parts)))
                 continue
             text.append(kind.__name__)
             if isinstance(node, ast.Import | ast.ImportFrom):
@@ -186,7 +278,10 @@ class _Reader:
     def _note_import(self, node: ast.Import | ast.ImportFrom, imports: dict[str, list[Root]]) -> None:
         if isinstance(node, ast.Import):
             for alias in node.names:
+                self.machinery |= alias.name in _MACHINERY
                 if alias.asname:
+                    if alias.name == "sys":
+                        self._systems.add(alias.asname)
                     imports.setdefault(alias.asname, []).append((alias.name, ()))
                 else:
                     top = alias.name.partition(".")[0]
@@ -197,6 +292,11 @@ class _Reader:
         if module is None:
             return
         for alias in node.names:
+            self.machinery |= module in _MACHINERY and alias.name not in _NO_MACHINERY
+            if module == "sys" and alias.name in ("modules", "*"):
+                self.machinery = self.whole = True
+            if module == "importlib" and alias.name in _IMPORTERS:
+                self._importers.add(alias.asname or alias.name)
             if alias.name == "*":
                 self.stars.append(module)
             else:
@@ -208,7 +308,7 @@ class _Reader:
             return
         if called[0] in _ANY_NAME_ALONE and not node.args:
             self.whole = True
-        elif called[0] in _IMPORTERS and node.args and isinstance(node.args[0], ast.Constant):
+        elif called[0] in self._importers and node.args and isinstance(node.args[0], ast.Constant):
             name = node.args[0].value
             if isinstance(name, str):
                 plain = name.lstrip(".")
@@ -252,10 +352,8 @@ def _quoted_annotations(node: ast.AST) -> Iterator[str]:
                     yield each.value
 
 
-def _is_never_true(test: ast.expr) -> bool:
-    """Whether a condition is that of a block for type checkers, or for running the module as a program."""
-    if _chain(test)[-1:] == ("TYPE_CHECKING",):
-        return True
+def _is_of_a_program(test: ast.expr) -> bool:
+    """Whether a condition is that of a block for running the module as a program."""
     return (
         isinstance(test, ast.Compare)
         and _chain(test.left) == ("__name__",)
@@ -276,48 +374,96 @@ _HARMLESS = (
     ast.List,
     ast.Set,
     ast.Dict,
-    ast.UnaryOp,
-    ast.BinOp,
     ast.BoolOp,
-    ast.Compare,
     ast.IfExp,
     ast.JoinedStr,
     ast.FormattedValue,
 )
+# Of expressions of these, made of such values, the value cannot be changed.
+_CONSTANT = (ast.Constant, ast.Name, ast.Tuple, ast.UnaryOp, ast.BinOp, ast.BoolOp, ast.Compare, ast.IfExp)
+
+# Decorators that a class makes of its own properties and methods.
+_OF_MEMBERS = frozenset({"setter", "getter", "deleter", "register"})
 
 
-def _effects(node: ast.stmt) -> tuple[bool, set[str]]:
-    """Say whether a statement may change what others define: surely not, or with one of some names, or always."""
-    names: set[str] = set()
-    return _runs(node, names), names
+class _Risks:
+    """With what a statement may change what others define.
+
+    Attributes:
+        names: With one of these, if it stands for something of the user's.
+        calls: By calling one of these, if it is no function that is known to do nothing else than to return something.
+    """
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+        self.calls: set[tuple[str, ...]] = set()
+
+    def add(self, node: ast.AST) -> None:
+        """Add all names and calls of an expression."""
+        for each in ast.walk(node):
+            if isinstance(each, ast.Name):
+                self.names.add(each.id)
+            elif isinstance(each, ast.Call) and not isinstance(_unwound(each.func)[0], ast.Constant | ast.JoinedStr):
+                self.calls.add(_chain(each.func))
+
+    def add_decorator(self, node: ast.expr) -> None:
+        """Add what is called with a function or class as it is defined."""
+        self.add(node)
+        if not isinstance(node, ast.Call):
+            self.calls.add(_chain(node))
+
+    def add_values(self, expressions: Sequence[ast.expr]) -> None:
+        """Add what is in calls, operators and the like, which may change what the names stand for."""
+        stack: list[ast.AST] = list(expressions)
+        while stack:
+            node = stack.pop()
+            if isinstance(node, _HARMLESS):
+                stack += [each for each in ast.iter_child_nodes(node) if isinstance(each, ast.expr)]
+            elif isinstance(node, ast.Lambda):
+                stack += [*node.args.defaults, *filter(None, node.args.kw_defaults)]
+            else:
+                self.add(node)
 
 
-def _runs(node: ast.stmt, names: set[str]) -> bool:
-    if isinstance(node, ast.Import | ast.ImportFrom | ast.Pass) or type(node).__name__ == "TypeAlias":
+def _runs(node: ast.stmt, risks: _Risks) -> bool:
+    """Whether a statement may change what others define in any case; else it may with what is added to the risks."""
+    if isinstance(node, ast.ImportFrom):
+        return any(alias.name == "*" for alias in node.names)  # in place of what others define
+    if isinstance(node, ast.Import | ast.Pass) or type(node).__name__ == "TypeAlias":
         return False
     if isinstance(node, ast.Expr):
         return not isinstance(node.value, ast.Constant)
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
         for decorator in node.decorator_list:
-            _add_names(decorator, names)
-        _add_risks([*node.args.defaults, *filter(None, node.args.kw_defaults)], names)
+            risks.add_decorator(decorator)
+        risks.add_values([*node.args.defaults, *filter(None, node.args.kw_defaults)])
         return False
     if isinstance(node, ast.ClassDef):
-        for part in (*node.decorator_list, *node.keywords):
-            _add_names(part, names)
-        _add_risks([base for base in node.bases if not _chain(base)], names)
-        runs = [_runs(each, names) for each in node.body]  # of each, for the names
-        return any(runs) or any(getattr(each, "name", "") == "__init_subclass__" for each in node.body)
+        inner = _Risks()
+        runs = [_runs(each, inner) for each in node.body]  # of each, for the names
+        own = {getattr(each, "name", "") for each in node.body}
+        risks.names |= inner.names
+        risks.calls |= {
+            chain for chain in inner.calls if chain[:1] not in {(name,) for name in own} or chain[-1] not in _OF_MEMBERS
+        }
+        for decorator in node.decorator_list:
+            risks.add_decorator(decorator)
+        for keyword in node.keywords:
+            risks.add(keyword.value)
+            if keyword.arg == "metaclass":
+                risks.calls.add(_chain(keyword.value))
+        risks.add_values([base for base in node.bases if not _chain(base)])
+        return any(runs) or "__init_subclass__" in own
     if isinstance(node, ast.Assign):
         if not all(_is_plain(target) for target in node.targets):
             return True
         if any(not isinstance(target, ast.Name) for target in node.targets) and not isinstance(node.value, ast.Tuple):
-            _add_names(node.value, names)  # taking it apart may use it up
-        _add_risks([node.value], names)
+            risks.add(node.value)  # taking it apart may use it up
+        risks.add_values([node.value])
         return False
     if isinstance(node, ast.AnnAssign):
         if node.value is not None:
-            _add_risks([node.value], names)
+            risks.add_values([node.value])
         return not isinstance(node.target, ast.Name)
     return True
 
@@ -326,20 +472,3 @@ def _is_plain(target: ast.expr) -> bool:
     if isinstance(target, ast.Tuple | ast.List):
         return all(map(_is_plain, target.elts))
     return isinstance(target, ast.Name)
-
-
-def _add_names(node: ast.AST, names: set[str]) -> None:
-    names.update(each.id for each in ast.walk(node) if isinstance(each, ast.Name))
-
-
-def _add_risks(expressions: Sequence[ast.expr], names: set[str]) -> None:
-    """Add the names in calls and the like, which may change what the names stand for."""
-    stack: list[ast.AST] = list(expressions)
-    while stack:
-        node = stack.pop()
-        if isinstance(node, _HARMLESS):
-            stack += [each for each in ast.iter_child_nodes(node) if isinstance(each, ast.expr)]
-        elif isinstance(node, ast.Lambda):
-            stack += [*node.args.defaults, *filter(None, node.args.kw_defaults)]
-        else:
-            _add_names(node, names)

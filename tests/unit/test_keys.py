@@ -455,7 +455,135 @@ MADE = {
     ),
 }
 
-CASES = {**MADE, **GLOBALS, **WAYS, **PROGRAMS}
+# What a module does when it is imported, in other ways than by calling what is its own.
+TASKS = (
+    "class T:\n  def __init__(s, n): s.n, s.down = n, []\n  def __rshift__(s, o): s.down.append(o.n)\n"
+    "t1, t2, t3 = T(1), T(2), T(3)\n"
+)
+IMPORTS = {
+    "all names of a library": in_module("from math import *", "math", "cmath", "return sqrt(4)"),
+    "all names, with one of a built-in": Case(
+        {"MOD_b.py": "def round(x): return 1", "MOD.py": "from MOD_b import *\ndef f(): return round(7.5)"},
+        "from MOD import f",
+        "return 1",
+        "return 2",
+    ),
+    "all names, one of them instead of another": Case(
+        {"MOD_b.py": "def g(): return 1", "MOD.py": "def g(): return 0\nfrom MOD_b import *\ndef f(): return g()"},
+        "from MOD import f",
+        "return 1",
+        "return 2",
+    ),
+    "all names of two modules": Case(
+        {
+            "MOD_b.py": "A = 1",
+            "MOD_c.py": "A = 2",
+            "MOD.py": "from MOD_b import *\nfrom MOD_c import *\ndef f(): return A",
+        },
+        "from MOD import f",
+        "from MOD_b import *\nfrom MOD_c import *",
+        "from MOD_c import *\nfrom MOD_b import *",
+    ),
+    "list of all names": Case(
+        {
+            "MOD_b.py": "A = 1",
+            "MOD_c.py": "__all__ = ['B']\nA = 2\nB = 3",
+            "MOD.py": "from MOD_b import *\nfrom MOD_c import *\ndef f(): return A",
+        },
+        "from MOD import f",
+        "['B']",
+        "['A']",
+    ),
+    "registered with a library": Case(
+        {
+            "MOD.py": "import codecs\n@codecs.register\ndef search(name):\n  if name == 'MOD_x':\n"
+            "    return codecs.CodecInfo(lambda s, e='strict': (b'1', len(s)), None)\n"
+            "def f(): return 'x'.encode('MOD_x')"
+        },
+        "from MOD import f",
+        "b'1'",
+        "b'2'",
+    ),
+    "subclass of a library's class": in_module(
+        "from email.policy import Policy\nclass My(Policy):\n  marker = 1",
+        "marker = 1",
+        "marker = 2",
+        "return [c.marker for c in Policy.__subclasses__() if c.__module__ == __name__]",
+    ),
+    "subclass of a library's class, by another module": Case(
+        {
+            "MOD_b.py": "from email.policy import Policy",
+            "MOD.py": "from MOD_b import Policy\nclass My(Policy):\n  marker = 1\ndef g(c): return c.__subclasses__()\n"
+            "def f():\n  import email.policy as p\n"
+            "  return [c.marker for c in g(p.Policy) if c.__module__ == __name__]",
+        },
+        "from MOD import f",
+        "marker = 1",
+        "marker = 2",
+    ),
+    "assigned while a library is set": in_module(
+        "import decimal\n_c = decimal.setcontext(decimal.Context(prec=5))",
+        "prec=5",
+        "prec=9",
+        "return decimal.Decimal(1) / 3",
+    ),
+    "assigned while an operator is at work": in_module(
+        TASKS + "chain = t1 >> t2", "t1 >> t2", "t1 >> t3", "return t1.down"
+    ),
+    "assigned while an iterator is used up": in_module(
+        "it = iter(range(9))\nfound = 3 in it", "3 in", "5 in", "return next(it)"
+    ),
+    "order of imports": Case(
+        {
+            "MOD_r.py": "X = []",
+            "MOD_b.py": "import MOD_r\nMOD_r.X.append(1)",
+            "MOD_c.py": "import MOD_r\nMOD_r.X.append(2)",
+            "MOD.py": "import MOD_b\nimport MOD_c\nimport MOD_r\ndef f(): return MOD_r.X",
+        },
+        "from MOD import f",
+        "import MOD_b\nimport MOD_c",
+        "import MOD_c\nimport MOD_b",
+    ),
+    "text of a module": Case({"MOD.py": "'one'\ndef f(): return __doc__"}, "from MOD import f", "'one'", "'two'"),
+    "text of a module, from another": Case(
+        {"MOD.py": "'one'\nA = 1"}, "import MOD\ndef f(): return MOD.__doc__", "'one'", "'two'"
+    ),
+    "block of one's own for type checkers": in_module(
+        "TYPE_CHECKING = True\nif TYPE_CHECKING:\n  X = 1", "X = 1", "X = 2"
+    ),
+    "importer by another name": Case(
+        {"MOD_b.py": OTHER, "MOD.py": "from importlib import import_module as load\ndef f(): return load('MOD_b').A"},
+        "from MOD import f",
+        "A = 4",
+        "A = 9",
+    ),
+    "name of a module resolved": Case(
+        {"MOD_b.py": OTHER, "MOD.py": "import pkgutil\ndef f(): return pkgutil.resolve_name('MOD_b:A')"},
+        "from MOD import f",
+        "A = 4",
+        "A = 9",
+    ),
+    "module run by its name": Case(
+        {"MOD_b.py": OTHER, "MOD.py": "import runpy\ndef f(): return runpy.run_module('MOD_b')['A']"},
+        "from MOD import f",
+        "A = 4",
+        "A = 9",
+    ),
+    "loaded modules": Case(
+        {"MOD_b.py": OTHER, "MOD.py": "from sys import modules\nimport MOD_b\ndef f(): return modules['MOD_b'].A"},
+        "from MOD import f",
+        "A = 4",
+        "A = 9",
+    ),
+    "loaded modules by another name": Case(
+        {"MOD_b.py": OTHER, "MOD.py": "import sys as s\nimport MOD_b\ndef f(): return s.modules['MOD_b'].A"},
+        "from MOD import f",
+        "A = 4",
+        "A = 9",
+    ),
+}
+
+CASES = {**MADE, **IMPORTS, **GLOBALS, **WAYS, **PROGRAMS}
 
 # Computes keys, in a session and in the process that runs the calls.
 DRIVER = """
