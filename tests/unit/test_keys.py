@@ -625,10 +625,11 @@ def write(folder: Path, changed: bool) -> dict[str, dict[str, Any]]:
         name = f"lab_{number}"
         texts = {path.replace("MOD", name): text.replace("MOD", name) for path, text in case.files.items()}
         program = case.program.replace("MOD", name)
+        old, new = case.old.replace("MOD", name), case.new.replace("MOD", name)
         if changed:
-            assert any(case.old in text for text in (program, *texts.values())), what
-            texts = {path: text.replace(case.old, case.new) for path, text in texts.items()}
-            program = program.replace(case.old, case.new)
+            assert any(old in text for text in (program, *texts.values())), what
+            texts = {path: text.replace(old, new) for path, text in texts.items()}
+            program = program.replace(old, new)
         for path, text in texts.items():
             folder.joinpath(path).parent.mkdir(parents=True, exist_ok=True)
             folder.joinpath(path).write_text(text)
