@@ -109,7 +109,7 @@ class Client:
         )
         with theirs:
             self.popen = subprocess.Popen(
-                [sys.executable, "-c", code],
+                [sys.executable, "-W", "error", "-c", code],
                 stdin=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 pass_fds=[theirs.fileno(), *pass_fds],

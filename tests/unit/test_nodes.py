@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import pytest
 
+from conftest import Scripts
 from executorlib import SlurmJobExecutor
 from executorlib.errors import ExecutorlibSocketError
 from executorlib.launchers.base import Process
@@ -56,8 +57,8 @@ wait
 
 
 @pytest.fixture
-def allocation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
-    """Makes executors that find themselves in a job of two nodes with two CPUs each."""
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process, and what it starts, find themselves in a job of two nodes with two CPUs each."""
     programs = tmp_path / "bin"
     programs.mkdir()
     for name, text in {"srun": SRUN, "scontrol": "#!/bin/sh\nexit 1\n", "squeue": "#!/bin/sh\nexit 1\n"}.items():
@@ -67,6 +68,11 @@ def allocation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Call
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_JOB_NODELIST", "a,b")
     monkeypatch.setenv("SLURM_JOB_CPUS_PER_NODE", "2(x2)")
+
+
+@pytest.fixture
+def allocation(job: None) -> Iterator[Callable[..., Any]]:
+    """Makes executors of that job."""
     made: list[Any] = []
 
     def make(**options: Any) -> Any:
@@ -76,6 +82,20 @@ def allocation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Call
     yield make
     for executor in made:
         executor.shutdown(cancel_futures=True)
+
+
+def test_agents_end_in_silence(job: None, scripts: Scripts) -> None:
+    """They have the warning filters of their session, which here make errors of all warnings."""
+    scripts.run(
+        """
+        from executorlib import SlurmJobExecutor
+
+        if __name__ == "__main__":
+            with SlurmJobExecutor(hostname_localhost=True) as executor:
+                for needs in ({}, {"slurm_cmd_args": ["--quiet"]}):
+                    assert executor.submit(abs, -1, resource_dict=needs).result() == 1
+        """
+    )
 
 
 def node() -> str:

@@ -151,7 +151,10 @@ class Relay(Poller):
         finally:
             self._launcher.close()
             self._dealer.close()
-            signal.set_wakeup_fd(-1)  # a signal that comes from here on may find its socket closed
+            signal.set_wakeup_fd(-1)
+            # The interpreter would warn of open ones as it exits, which the user's program may see as errors.
+            self._wake_read.close()
+            self._wake_write.close()
 
     def _take_messages(self) -> None:
         while not self._ended_by and (message := self._dealer.take()) is not None:

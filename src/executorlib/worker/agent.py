@@ -269,13 +269,19 @@ class Agent:
 
     def end(self) -> None:
         """Kill and reap all that descends from the agent."""
-        signal.set_wakeup_fd(-1)  # what is told of children's ends from here on may find its socket closed
+        signal.set_wakeup_fd(-1)  # what is told of children's ends from here on is for nobody
         for pid in self._programs:
             self._kill(pid)
         for pid in self._children:
             _kill_group(pid, signal.SIGKILL)
         family.end()
         self._tidy_up()
+
+    def close(self) -> None:
+        """Close its sockets, of which the interpreter would warn as it exits."""
+        self._wake_read.close()
+        self._wake_write.close()
+        self._connection.close()
 
 
 def _kill_group(pid: int, signal_number: int) -> None:
@@ -337,3 +343,5 @@ def main(fd: int, preload: list[str], given: dict[str, Any]) -> None:
         pass  # the executor is gone
     finally:
         agent.end()
+    # Not where an exception leaves: the executor reads its text once the connection has ended.
+    agent.close()
