@@ -305,3 +305,25 @@ def test_versions_are_part_of_the_key_where_this_is_wanted(folder: Path) -> None
         assert (key.name == now.name) is not by
         fingerprint.prepare(now)
         assert fingerprint.recompute(now, function, (), {}).name == now.name
+
+
+@pytest.mark.parametrize(
+    ("text", "old", "new"),
+    [
+        ("A = 1\nB = A * 2", "* 2", "* 3"),
+        ("import re\nX = re.compile('a')", "'a'", "'b'"),
+        ("import dataclasses\n@dataclasses.dataclass\nclass C:\n  a: int = dataclasses.field(default=1)", "=1", "=2"),
+        ("class C:\n  @property\n  def p(self): return 1\n  @p.setter\n  def p(self, v): pass", "return 1", "return 2"),
+        ("import enum\nclass C(enum.Enum):\n  A = 1", "A = 1", "A = 2"),
+        ("class C(ValueError):\n  A = 1", "A = 1", "A = 2"),
+        ("if __name__ == '__main__':\n  print(1)", "(1)", "(2)"),
+        ("import typing as t\nif t.TYPE_CHECKING:\n  X = 1", "X = 1", "X = 2"),
+        ("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n  X = 1", "X = 1", "X = 2"),
+    ],
+)
+def test_what_a_function_does_not_reach_does_not_count(folder: Path, text: str, old: str, new: str) -> None:
+    path = folder / "lab_a.py"
+    path.write_text(f"{text}\ndef f(): return 0")
+    first = digest("lab_a", "f")
+    path.write_text(path.read_text().replace(old, new))
+    assert digest("lab_a", "f") == first
