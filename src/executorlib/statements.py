@@ -442,6 +442,11 @@ def _runs(node: ast.stmt, risks: _Risks) -> bool:
         inner = _Risks()
         runs = [_runs(each, inner) for each in node.body]  # of each, for the names
         own = {getattr(each, "name", "") for each in node.body}
+        for each in node.body:
+            if isinstance(each, ast.Assign | ast.AnnAssign) and each.value is not None:
+                inner.names.update(
+                    name.id for name in ast.walk(each.value) if isinstance(name, ast.Name)
+                )  # __set_name__
         risks.names |= inner.names
         risks.calls |= {
             chain for chain in inner.calls if chain[:1] not in {(name,) for name in own} or chain[-1] not in _OF_MEMBERS

@@ -533,6 +533,9 @@ IMPORTS = {
     "assigned while an iterator is used up": in_module(
         "it = iter(range(9))\nfound = 3 in it", "3 in", "5 in", "return next(it)"
     ),
+    "told its name by a class": in_module(
+        "X = []\nclass D:\n  def __set_name__(s, c, name): X.append(name)\nd = D()\nclass C:\n  a = d", "a = d", "b = d"
+    ),
     "order of imports": Case(
         {
             "MOD_r.py": "X = []",
@@ -622,7 +625,7 @@ def write(folder: Path, changed: bool) -> dict[str, dict[str, Any]]:
     """Write the modules of all cases; return their programs."""
     rows = {}
     for number, (what, case) in enumerate(CASES.items()):
-        name = f"lab_{number}"
+        name = "lab_" + str(number).translate(str.maketrans("0123456789", "ghijklmnop"))  # no change is to meet it
         texts = {path.replace("MOD", name): text.replace("MOD", name) for path, text in case.files.items()}
         program = case.program.replace("MOD", name)
         old, new = case.old.replace("MOD", name), case.new.replace("MOD", name)
