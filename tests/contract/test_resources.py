@@ -254,7 +254,8 @@ def test_run_time_max_ends_what_the_call_started(make_executor: Callable[..., An
         put(tmp_path / "pid", str(program.pid))
         program.wait()
 
-    with make_executor(resource_dict={"run_time_max": 0.5}) as executor:
+    # Enough for a busy machine to start the program.
+    with make_executor(resource_dict={"run_time_max": 3}) as executor:
         future = executor.submit(run_a_program)
         pid = int(wait_for(tmp_path / "pid"))
         assert isinstance(future.exception(WAIT), TimeoutError)
