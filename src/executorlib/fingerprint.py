@@ -41,6 +41,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from executorlib import serialize, sources
 from executorlib.sources import Root
+from executorlib.statements import IMPORTERS
 
 # Changing how anything is described means changing this, so that no new key meets an old entry.
 _FORMAT = b"executorlib 2"
@@ -125,7 +126,6 @@ _OF_AN_ENUM = frozenset(
 )
 
 _DOTTED_NAME = re.compile(r"[^\W\d]\w*([.:][^\W\d]\w*)*")
-_IMPORTERS = frozenset({"import_module", "__import__"})
 # Functions of the standard library that find a module by its name, and the module of that function, under any name.
 _MACHINERY = frozenset({"importlib", "pkgutil", "runpy", "pydoc", "imp"})
 
@@ -451,7 +451,7 @@ def _find_home(name: str) -> _Home:
 
 def _is_by_name(obj: object, module: str | None, qualname: str) -> bool:
     """Whether an object is pickled as the name by which a module has it."""
-    if module in _MAIN or _find(module, qualname) is not obj:
+    if module in _MAIN or serialize.held(module, qualname) is not obj:
         return False
     home = _home(module)
     if home.users and not home.root:
@@ -459,14 +459,6 @@ def _is_by_name(obj: object, module: str | None, qualname: str) -> bool:
     cloudpickle = sys.modules.get("cloudpickle")
     by_value = cloudpickle.list_registry_pickle_by_value() if cloudpickle is not None else ()
     return not any(f"{module}.".startswith(f"{each}.") for each in by_value)
-
-
-def _find(module: str | None, qualname: str) -> Any:
-    """Return what a loaded module holds under a dotted name, or None."""
-    found: Any = sys.modules.get(module or "")
-    for name in qualname.split("."):
-        found = getattr(found, name, None)
-    return found
 
 
 def _named(module: str | None, qualname: str) -> bytes:
@@ -502,10 +494,10 @@ def _describe(walk: _Walk, obj: Any) -> bytes:
     if kind is TypeVar and not _is_by_name(obj, obj.__module__, obj.__name__):
         parts = (obj.__name__, obj.__bound__, obj.__constraints__, obj.__covariant__, obj.__contravariant__)
         return b"type variable:" + walk.part(parts, "")
-    if kind.__name__ in _SHARED_GENERATORS and _find(*_SHARED_GENERATORS[kind.__name__]) is obj:
+    if kind.__name__ in _SHARED_GENERATORS and serialize.held(*_SHARED_GENERATORS[kind.__name__]) is obj:
         return walk.named(*_SHARED_GENERATORS[kind.__name__])
     module, qualname = _own_name(obj)
-    if qualname is not None and not _home(module).users and _find(module, qualname) is obj:
+    if qualname is not None and not _home(module).users and serialize.held(module, qualname) is obj:
         return walk.named(module, qualname)
     wrapped = getattr(obj, "__wrapped__", None) if callable(obj) else None
     if callable(wrapped) and not _home(kind.__module__).users:
@@ -700,7 +692,7 @@ def _imported(code: types.CodeType, instructions: list[dis.Instruction]) -> Iter
             else:
                 for name in names:
                     yield *module, name
-    if not _IMPORTERS.isdisjoint(code.co_names) or not _MACHINERY.isdisjoint(code.co_names):
+    if not IMPORTERS.isdisjoint(code.co_names) or not _MACHINERY.isdisjoint(code.co_names):
         for text in _texts(code.co_consts):
             yield text, 0, None
 

@@ -106,10 +106,7 @@ def _module_of(obj: object, unfinished: set[str]) -> str | None:
         module = obj.__name__
     elif isinstance(obj, type | FunctionType | BuiltinFunctionType):
         module = obj.__module__ or ""
-        found: Any = sys.modules.get(module)
-        for part in obj.__qualname__.split("."):
-            found = getattr(found, part, None)
-        if found is not obj:
+        if serialize.held(module, obj.__qualname__) is not obj:
             return None  # pickled by value
     else:
         return None

@@ -64,10 +64,15 @@ def _is_found_by_name(obj: Any) -> bool:
     by_value = sys.modules["cloudpickle"].list_registry_pickle_by_value()
     if by_value and any(name == each or name.startswith(f"{each}.") for each in by_value):
         return False
-    found: Any = sys.modules.get(name)
-    for part in getattr(obj, "__qualname__", "").split("."):
+    return held(name, getattr(obj, "__qualname__", "")) is obj
+
+
+def held(module: str | None, qualname: str) -> Any:
+    """What a loaded module holds under a dotted name, or None."""
+    found: Any = sys.modules.get(module or "")
+    for part in qualname.split("."):
         found = getattr(found, part, None)
-    return found is obj
+    return found
 
 
 def _reduce_cached(cached: Any) -> str | tuple[Any, ...]:

@@ -19,7 +19,7 @@ from executorlib.sources import LOADED, OBJECTS, Root, absolute
 _ANY_NAME = frozenset({"exec", "eval", "globals"})
 _ANY_NAME_ALONE = frozenset({"locals", "vars", "dir"})
 _IDENTIFIER = re.compile(r"[^\W\d]\w*")
-_IMPORTERS = frozenset({"import_module", "__import__"})
+IMPORTERS = frozenset({"import_module", "__import__"})
 # Modules with functions that find a module by its name, and what of them does not. In a module that imports one of
 # them, each text counts that is a module's name.
 _MACHINERY = frozenset({"importlib", "importlib.util", "pkgutil", "runpy", "pydoc", "imp"})
@@ -172,7 +172,7 @@ class _Reader:
         self._package = package
         self._for_checkers = for_checkers
         self._systems = {"sys"}
-        self._importers = set(_IMPORTERS)
+        self._importers = set(IMPORTERS)
         self.machinery = False
         self.texts: list[set[str]] = []
         self.imports: dict[str, list[Root]] = {}
@@ -238,7 +238,7 @@ class _Reader:
                     uses.add(chain)
                     loaded = inner.id in self._systems and chain[1:2] == ("modules",)
                     self.whole |= inner.id in _ANY_NAME or loaded
-                    self.machinery |= loaded or inner.id in _IMPORTERS
+                    self.machinery |= loaded or inner.id in IMPORTERS
                 else:
                     stack.append(inner)
                 continue
@@ -295,7 +295,7 @@ class _Reader:
             self.machinery |= module in _MACHINERY and alias.name not in _NO_MACHINERY
             if module == "sys" and alias.name in ("modules", "*"):
                 self.machinery = self.whole = True
-            if module == "importlib" and alias.name in _IMPORTERS:
+            if module == "importlib" and alias.name in IMPORTERS:
                 self._importers.add(alias.asname or alias.name)
             if alias.name == "*":
                 self.stars.append(module)
