@@ -223,6 +223,7 @@ class Loop(Poller, JobEvents):
         self._alive = threading.Lock()  # held by the thread
         self._attached = threading.Lock()  # held by it until it has given up all futures
         self._has_let_go = False
+        self._detached = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=False)
 
     def start(self) -> None:
@@ -394,7 +395,9 @@ class Loop(Poller, JobEvents):
         self, task: Task, error: BaseException | None, source: str = "", record: Record | None = None
     ) -> None:
         """One of a call's inputs, of which ``source`` is the name, is done; ``record`` is of its failure."""
-        if task.over or task.number not in self._tasks:  # given up by `detach`
+        if task.over or task.number not in self._tasks:
+            return
+        if self._detached:  # the input was given up; its job goes on, and so does the one that comes after it
             return
         if error is not None:
             if task.state is not RUNNING:  # a job that runs all the same does so to its own end
@@ -433,7 +436,9 @@ class Loop(Poller, JobEvents):
         self.call_later(_RESUME_SECONDS, self._resume)
 
     def _on_detach(self) -> None:
-        self._closing = True
+        if self._detached:  # by a `shutdown` before this one
+            return
+        self._closing = self._detached = True
         # What was submitted just before becomes jobs; what cannot yet is given up, and its futures say so.
         while effects := self.scheduler.take_effects():
             for effect in effects:
@@ -441,16 +446,17 @@ class Loop(Poller, JobEvents):
         for task in list(self._tasks.values()):
             if task.state < LAUNCHING:
                 self.scheduler.on_cancel(task)
+            # Now, and not once the jobs are in the system: that may take as long as the system is silent.
+            task.announced = True
+            if isinstance(task.future, CallFuture):
+                _cancel(task.future.abandon, task.future)
+        self._let_go()
         self._launcher.detach(self._on_detached)
 
     def _on_detached(self) -> None:
         for task in list(self._tasks.values()):
-            future = task.future
             self._drop(task)
-            if isinstance(future, CallFuture):
-                _cancel(future.abandon, future)
         self._processes.clear()
-        self._let_go()
 
     def _let_go(self) -> None:
         """All futures have been given up, or are over."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -209,6 +210,46 @@ def test_mpiexec_is_asked_where_a_call_is_submitted(
         assert not asked
         executor.submit(shlex.quote, "b", resource_dict={"cores": 2})
         assert len(asked) == (0 if pmi_mode else 1)
+
+
+# Says nothing before the test opens the gate; takes every job, and notes what it is to wait for.
+SILENT = {
+    "scontrol": '#!/bin/sh\nread line < "$GATE"\n',
+    "sbatch": '#!/bin/sh\necho "$@" >> "$GATE.jobs"\ngrep -c . "$GATE.jobs"\n',
+    "squeue": "#!/bin/sh\nexit 1\n",
+}
+
+
+@pytest.mark.cache
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_leaving_while_the_queue_is_silent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The futures are cancelled at once; the jobs are handed over when it answers, each after its inputs."""
+    for name, text in SILENT.items():
+        tmp_path.joinpath(name).write_text(text)
+        tmp_path.joinpath(name).chmod(0o755)
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    monkeypatch.setenv("GATE", str(gate))
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    executor = SlurmClusterExecutor(cache_directory=str(tmp_path / "store"))
+    try:
+        first = executor.submit(abs, -1)
+        futures = [first, executor.submit(max, first, 2), executor.submit(max, 1, 2)]
+        cancelled: list[Any] = []
+        for future in futures:
+            future.add_done_callback(cancelled.append)
+        executor.shutdown(wait=False)
+        assert cancelled == futures
+        assert all(future.cancelled() for future in futures)
+        executor.shutdown(wait=False)  # as does the end of a `with` block
+    finally:
+        gate.write_text("\n")
+        executor.shutdown()
+    jobs = (tmp_path / "gate.jobs").read_text().splitlines()
+    assert ["--dependency=" in job for job in jobs] == [False, True]
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(
