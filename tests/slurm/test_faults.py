@@ -75,7 +75,7 @@ class Cluster:
 
     def kill(self, daemon: str, signal_number: int) -> None:
         """Send a daemon a signal; one that has ended is an `OSError`, whoever has its process id now."""
-        pid = int((self.directory / "run" / f"{daemon}.pid").read_text())
+        pid = int((self.directory / "run" / f"{daemon}.pid").read_text().split()[0])
         if not Path(f"/proc/{pid}/comm").read_text().startswith(daemon.partition("-")[0]):
             raise ProcessLookupError(f"{daemon} does not run")
         os.kill(pid, signal_number)

@@ -1,7 +1,7 @@
 """Slurm's language: scripts and commands for it, and what its answers mean. Nothing is run here.
 
-Written for Slurm 20.11 and later, tried with 22.05 and 26.05. Sources of the words: the manual pages of sbatch, squeue,
-sacct, scontrol and scancel, and what a real Slurm printed, which tests/unit/test_slurm.py keeps.
+Written for Slurm 20.11 and later, tried with 22.05, 24.11 and 26.05. Sources of the words: the manual pages of sbatch,
+squeue, sacct, scontrol and scancel, and what a real Slurm printed, which tests/unit/test_slurm.py keeps.
 """
 
 from __future__ import annotations
