@@ -528,6 +528,9 @@ def test_users_process_is_killed_with_busy_workers(row: Any, scripts: Any, tmp_p
 @pytest.mark.mpi
 @pytest.mark.rows("fork")
 def test_users_process_is_killed_with_ranks(row: Any, scripts: Any, tmp_path: Path) -> None:
+    """Neither ranks nor files are left."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
     process = scripts.start(
         """
         import time
@@ -544,12 +547,15 @@ def test_users_process_is_killed_with_ranks(row: Any, scripts: Any, tmp_path: Pa
         executor.submit(work, resource_dict={"cores": 2})
         time.sleep(60)
         """,
+        env={"TMPDIR": str(folder)},
     )
     for i in range(2):
         wait_for(tmp_path / f"pid-{i}")
     pids = processes_of(tmp_path, process.pid)
+    assert any(folder.iterdir())
     process.kill()
     wait_until_gone(*pids, seconds=5)
+    until(lambda: not any(folder.iterdir()))  # the agent's last deed
 
 
 def test_users_process_is_terminated(row: Any, scripts: Any, tmp_path: Path) -> None:

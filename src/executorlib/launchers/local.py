@@ -235,7 +235,14 @@ class Agent:
         self._flush()
 
     def run(
-        self, process: Process, argv: list[str], env: dict[str, str], cwd: str | None, *, forks: bool = False
+        self,
+        process: Process,
+        argv: list[str],
+        env: dict[str, str],
+        cwd: str | None,
+        *,
+        forks: bool = False,
+        folders: Sequence[str] = (),
     ) -> None:
         """Have the agent run a program, such as `mpiexec`, as a worker that connects back on its own.
 
@@ -245,6 +252,7 @@ class Agent:
             env: Its environment.
             cwd: Its working directory, if another one.
             forks: Whether it is at its end, and to be killed, when it has had no process of its own for a while.
+            folders: What the executor has for all such workers, and the agent removes if the executor is killed.
         """
         try:
             self.start()
@@ -253,7 +261,8 @@ class Agent:
             return
         number = self._next_number()
         self._wanted[number] = process
-        self._put(["start", number, {"argv": argv, "env": env, "cwd": cwd, "own_channel": True, "forks": forks}])
+        options = {"argv": argv, "env": env, "cwd": cwd, "own_channel": True, "forks": forks, "folders": list(folders)}
+        self._put(["start", number, options])
         self._flush()
 
     def kill(self, process: Process, signal_number: int) -> None:

@@ -157,7 +157,7 @@ class MpiLauncher:
         self._foreign = (*FOREIGN_PREFIXES, *hidden)
         self._router: Router | None = None
         self._worlds: dict[str, _World] = {}  # by identity
-        self._directories: dict[str, list[str]] = {}
+        self._folders: list[str] = []  # for the socket, and for what Open MPI keeps in files, by world
 
     def launch(self, process: Process, agent: Agent, program: list[str]) -> None:
         """Start the ranks of a world.
@@ -175,6 +175,7 @@ class MpiLauncher:
             from executorlib.transports.router import Router
 
             self._router = Router(self._events, self._on_message)
+            self._folders = [self._router.directory]
         from executorlib.launchers.connecting import ConnectingWorker
         from executorlib.transports.curve import CONNECTION_VARIABLE
 
@@ -185,10 +186,12 @@ class MpiLauncher:
         env.update(mpiexec.environment())
         env.update(dict.fromkeys(THREAD_VARIABLES, str(resources.threads_per_core)))
         if mpiexec.is_open_mpi:
-            directory = self._make_directory(identity, None)
-            env = {**dict.fromkeys(_SESSION_VARIABLES, directory), **env}
-            if os.access(_MEMORY, os.W_OK):
-                env = {**dict.fromkeys(_SHARED_VARIABLES, self._make_directory(identity, _MEMORY)), **env}
+            if len(self._folders) == 1 and os.access(_MEMORY, os.W_OK):
+                self._folders.append(tempfile.mkdtemp(prefix="executorlib-", dir=_MEMORY))
+            for folder, variables in zip(self._folders, (_SESSION_VARIABLES, _SHARED_VARIABLES), strict=False):
+                own = os.path.join(folder, identity)
+                os.mkdir(own, mode=0o700)
+                env = {**dict.fromkeys(variables, own), **env}
         credentials = env[CONNECTION_VARIABLE] = self._router.credentials(identity).dumps()
         argv = mpiexec.command(resources.cores, program, resources.openmpi_oversubscribe)
         worker = ConnectingWorker(
@@ -201,12 +204,7 @@ class MpiLauncher:
         )
         self._worlds[identity] = _World(worker, agent, f"{CONNECTION_VARIABLE}={credentials}", time.time())
         process.on_gone = lambda: self._forget(identity)
-        agent.run(process, argv, env, resources.cwd, forks=True)
-
-    def _make_directory(self, identity: str, parent: str | None) -> str:
-        directory = tempfile.mkdtemp(prefix="executorlib-", dir=parent)
-        self._directories.setdefault(identity, []).append(directory)
-        return directory
+        agent.run(process, argv, env, resources.cwd, forks=True, folders=self._folders)
 
     def _on_message(self, peer: bytes, header: list[Any], frames: list[Frame]) -> None:
         from executorlib.transports.router import worker_of
@@ -249,12 +247,14 @@ class MpiLauncher:
 
             end_marked(os.fsencode(world.mark))
             remove_unused_files(world.since)
-        for directory in self._directories.pop(identity, ()):
-            shutil.rmtree(directory, ignore_errors=True)
+        for folder in self._folders:
+            shutil.rmtree(os.path.join(folder, identity), ignore_errors=True)
 
     def close(self) -> None:
         """Close the connections; the worlds are gone."""
-        for identity in {*self._worlds, *self._directories}:
+        for identity in list(self._worlds):
             self._forget(identity)
         if self._router is not None:
             self._router.close()
+        for folder in self._folders:
+            shutil.rmtree(folder, ignore_errors=True)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
 import signal
 import tempfile
 import time
@@ -114,7 +115,7 @@ class NodesLauncher:
         )
         self._step: Process | None = None  # of the relays
         self._steps: dict[str, ConnectingWorker] = {}  # of ranks, by identity
-        self._host_files: dict[str, str] = {}
+        self._folder = ""  # of files that say where the ranks of steps are to be
         self._commands = Commands(events)
         self._closing = False
 
@@ -205,8 +206,8 @@ class NodesLauncher:
         self._agent.close()
         self._commands.close()
         self._router.close()
-        for identity in list(self._host_files):
-            self._forget_step(identity)
+        if self._folder:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     # -- relays ---------------------------------------------------------------------------------------------------
 
@@ -325,10 +326,10 @@ class NodesLauncher:
         else:
             argv = ranks_command(resources, hosts, self._pmi_mode, program)
             if len(shares) > 1:
-                descriptor, path = tempfile.mkstemp(prefix="executorlib-")
-                with open(descriptor, "w", encoding="utf-8") as file:
+                self._folder = self._folder or tempfile.mkdtemp(prefix="executorlib-")
+                env["SLURM_HOSTFILE"] = os.path.join(self._folder, identity)
+                with open(env["SLURM_HOSTFILE"], "w", encoding="utf-8") as file:
                     file.write("".join(f"{host}\n" for host in hosts))
-                self._host_files[identity] = env["SLURM_HOSTFILE"] = path
         process.host = ", ".join(share.node.name for share in shares)
         self._steps[identity] = ConnectingWorker(
             self._events,
@@ -339,7 +340,7 @@ class NodesLauncher:
             advice="MPICH needs pmi_mode='pmi2', Open MPI pmi_mode='pmix' (`srun --mpi=list` shows what there is); or "
             "leave pmi_mode out to have the MPI's own mpiexec start the ranks.",
         )
-        self._agent.run(process, argv, env, resources.cwd)
+        self._agent.run(process, argv, env, resources.cwd, folders=[self._folder] if self._folder else [])
 
     def _end_step(self, process: Process) -> None:
         """End a step: srun kills its tasks when it is told to end."""
@@ -356,9 +357,9 @@ class NodesLauncher:
 
     def _forget_step(self, identity: str) -> None:
         self._steps.pop(identity, None)
-        if identity in self._host_files:
-            with contextlib.suppress(OSError):
-                os.unlink(self._host_files.pop(identity))
+        if self._folder:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(self._folder, identity))
 
     def _on_step_exit(self, process: Process, end: Exit) -> None:
         """A step is over, that of the relays or of ranks."""

@@ -66,6 +66,7 @@ class Router:
 
     Attributes:
         endpoints: Where it may be reached.
+        directory: Where its Unix socket is, this user's alone and removed in the end; empty where it has none.
 
     Raises:
         OSError: It cannot listen there.
@@ -89,7 +90,7 @@ class Router:
         self._peers: dict[int, set[bytes]] = {}
         self._lost: deque[bytes] = deque()
         self._resting = False
-        self._directory = ""
+        self.directory = ""
         self._context = zmq.Context()
         self._door = Door(self._context)
         self._socket = self._context.socket(zmq.ROUTER)
@@ -104,8 +105,8 @@ class Router:
                 hosts = [address.LOOPBACK] if hostname_localhost else list(interfaces)
                 self.endpoints = self._listen(hosts)
             else:
-                self._directory = address.socket_directory(_SOCKET)
-                self.endpoints = [f"ipc://{self._directory}/{_SOCKET}"]
+                self.directory = address.socket_directory(_SOCKET)
+                self.endpoints = [f"ipc://{self.directory}/{_SOCKET}"]
                 self._socket.bind(self.endpoints[0])
         except BaseException:
             self._close()
@@ -238,8 +239,8 @@ class Router:
         self._monitor.close(linger=0)
         self._door.close()
         self._context.term()
-        if self._directory:
-            shutil.rmtree(self._directory, ignore_errors=True)
+        if self.directory:
+            shutil.rmtree(self.directory, ignore_errors=True)
 
 
 class RouterTransport:

@@ -53,6 +53,8 @@ class Agent:
         self._programs: set[int] = set()  # pids of those that are no workers by themselves, such as mpiexec
         self._busy: dict[int, float] = {}  # of these, who only waits for its own processes: when it last had one
         self._next_look = 0.0
+        self._folders: set[str] = set()  # of the executor, which cannot remove them where it was killed
+        self._is_left = False
         self._since: float | None = None  # when the first of these was started
         self._pid = os.getpid()
         self._parent = os.getppid()
@@ -79,6 +81,7 @@ class Agent:
         while True:
             ready = {fd for fd, _ in poll.poll(1000 * _LOOK_SECONDS if parent_fd < 0 or self._busy else None)}
             if parent_fd in ready or os.getppid() != self._parent:
+                self._is_left = True
                 return
             if self._busy:
                 self._end_those_alone()
@@ -92,7 +95,10 @@ class Agent:
                     self._obey(message.header)
                     while self._connection.pending():
                         self._obey(self._connection.receive().header)
-                except (EOFError, OSError):
+                except EOFError:
+                    self._is_left = True
+                    return
+                except OSError:
                     return
                 self._load_the_rest()
 
@@ -150,10 +156,12 @@ class Agent:
             number: The executor's number for it.
             options: ``pooled``: it runs many calls and needs permits; ``argv``: exec this instead of going on as a
                 fork, with ``env`` and ``cwd``; ``own_channel``: it connects back on its own and needs no connection;
-                ``forks``: it has processes for as long as it has something to do.
+                ``forks``: it has processes for as long as it has something to do; ``folders``: what to remove in the
+                end if the executor is gone.
         """
         theirs: list[socket.socket] = []  # for the executor
         ours: list[socket.socket] = []  # for the child
+        self._folders.update(options.get("folders", ()))
         error_read, error_write = os.pipe()
         if options.get("own_channel") and self._since is None:
             self._since = time.time()
@@ -276,6 +284,11 @@ class Agent:
             _kill_group(pid, signal.SIGKILL)
         family.end()
         self._tidy_up()
+        if self._is_left and self._folders:
+            from shutil import rmtree
+
+            for folder in self._folders:
+                rmtree(folder, ignore_errors=True)
 
     def close(self) -> None:
         """Close its sockets, of which the interpreter would warn as it exits."""
