@@ -110,6 +110,53 @@ def test_recursion_limit_that_changes(
             assert executor.submit(limit, number).result(WAIT) == number
 
 
+@pytest.fixture
+def umask() -> Iterator[Callable[[int], int]]:
+    before = os.umask(0)
+    os.umask(before)
+    yield os.umask
+    os.umask(before)
+
+
+@pytest.fixture
+def digits() -> Iterator[Callable[[int], None]]:
+    if not hasattr(sys, "set_int_max_str_digits"):
+        pytest.skip("this Python has no limit of digits")
+    before = sys.get_int_max_str_digits()
+    yield sys.set_int_max_str_digits
+    sys.set_int_max_str_digits(before)
+
+
+def mask_and_digits(number: int) -> tuple[int, int]:
+    import os
+    import sys
+
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask, sys.get_int_max_str_digits()
+
+
+def test_umask_and_digits(
+    make_executor: Callable[..., Any], umask: Callable[[int], int], digits: Callable[[int], None]
+) -> None:
+    umask(0o27)
+    digits(5000)
+    with make_executor() as executor:
+        assert executor.submit(mask_and_digits, 0).result(WAIT) == (0o27, 5000)
+
+
+@pytest.mark.linux
+@pytest.mark.rows(block=False)
+def test_umask_and_digits_that_change(
+    make_executor: Callable[..., Any], umask: Callable[[int], int], digits: Callable[[int], None]
+) -> None:
+    with make_executor() as executor:
+        for mask, number in ((0o22, 0), (0o77, 7000), (0o2, 641)):
+            umask(mask)
+            digits(number)
+            assert executor.submit(mask_and_digits, number).result(WAIT) == (mask, number)
+
+
 class OwnWarning(UserWarning):
     pass
 

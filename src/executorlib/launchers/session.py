@@ -1,4 +1,6 @@
-"""Settings of this interpreter that its workers are to have, too: options, recursion limit, warning filters, logging.
+"""Settings of this process that its workers are to have, too.
+
+They are the interpreter's options, recursion limit, limit of digits, warning filters and logging, and the umask.
 
 The options are those that `multiprocessing` hands on to processes that it spawns. The others may change while the
 program runs. They are taken when a worker is set up: in the default mode as its call starts, in block mode as the
@@ -10,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import os
 import subprocess
 import sys
 import warnings
@@ -33,10 +36,22 @@ def settings() -> dict[str, Any]:
     in its place, stays with this process.
     """
     found: dict[str, Any] = {"recursion_limit": sys.getrecursionlimit()}
-    for name, describe in (("warnings", _filters), ("logging", _logging)):
+    if hasattr(sys, "get_int_max_str_digits"):  # Python 3.10 has it from 3.10.7 on
+        found["int_digits"] = sys.get_int_max_str_digits()
+    for name, describe in (("umask", _umask), ("warnings", _filters), ("logging", _logging)):
         with contextlib.suppress(Exception):
             found[name] = describe()
     return found
+
+
+def _umask() -> int:
+    """The umask, as Linux tells it: the system call sets it, which other threads' files would come to feel."""
+    fd = os.open("/proc/self/status", os.O_RDONLY)
+    try:
+        head = os.read(fd, 256)  # it is in the second line; what comes later takes long to gather
+    finally:
+        os.close(fd)
+    return int(head.partition(b"\nUmask:")[2].split()[0], 8)
 
 
 def _filters() -> list[Any]:

@@ -1,4 +1,4 @@
-"""Settings of the user's interpreter, put in force in a worker; `launchers.session` describes them.
+"""Settings of the user's process, put in force in a worker; `launchers.session` describes them.
 
 Nothing is imported that is not wanted: a filter for warnings of a module that is not loaded here waits for it.
 Settings are a help to the calls, not a need: one that cannot be put in force here is left out.
@@ -7,6 +7,7 @@ Settings are a help to the calls, not a need: one that cannot be put in force he
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 
 TYPE_CHECKING = False
@@ -29,6 +30,11 @@ def apply(settings: dict[str, Any]) -> None:
     if "recursion_limit" in settings:
         with contextlib.suppress(Exception):  # lower than this very call is deep
             sys.setrecursionlimit(settings["recursion_limit"])
+    if "int_digits" in settings:
+        with contextlib.suppress(Exception):  # of a Python that has no such limit
+            sys.set_int_max_str_digits(settings["int_digits"])
+    if "umask" in settings:
+        os.umask(settings["umask"])
     if "warnings" in settings:
         with contextlib.suppress(Exception):
             _filter_warnings(settings["warnings"])
