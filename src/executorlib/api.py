@@ -929,10 +929,11 @@ class _Raised:
     """An exception on its way: unpickled, it is the exception, with its traceback as cause."""
 
     def __init__(self, error: BaseException) -> None:
-        self._error = serialize.loads(call.dump_error(error))
+        frames = call.dump_error(error)
+        self._error = serialize.Pickled(frames[0]) if len(frames) == 1 else serialize.loads(frames)
         self._text = call.traceback_text(error)
 
-    def __reduce__(self) -> tuple[Callable[..., BaseException], tuple[BaseException, str]]:
+    def __reduce__(self) -> tuple[Callable[..., BaseException], tuple[Any, str]]:
         return _arrived, (self._error, self._text)
 
 

@@ -248,6 +248,50 @@ def dumps_in_band(obj: object) -> bytes:
     return stream.getvalue()
 
 
+@functools.cache
+def _exception_pickler() -> Any:
+    class ExceptionPickler(_pickler()):  # type: ignore[misc]
+        def reducer_override(self, obj: Any) -> Any:
+            if isinstance(obj, BaseException):
+                cls = type(obj)
+                # A class that has a way of its own knows best.
+                if cls.__reduce__ is _built_in(cls).__reduce__ and cls.__reduce_ex__ is object.__reduce_ex__:
+                    reduced: Any = obj.__reduce__()
+                    return (rebuilt_exception, reduced[:2], *reduced[2:])
+            return super().reducer_override(obj)
+
+    return ExceptionPickler
+
+
+def dumps_exception(error: BaseException) -> bytes:
+    """Pickle an exception, and those in it, such that they are rebuilt without their ``__init__``.
+
+    By default that is called with ``args``, which is what was handed on to `Exception`, and often too little.
+
+    Raises:
+        Exception: Something in it cannot be pickled.
+    """
+    stream = io.BytesIO()
+    _exception_pickler()(stream, PROTOCOL).dump(error)
+    return stream.getvalue()
+
+
+def rebuilt_exception(cls: type[BaseException], args: tuple[Any, ...]) -> BaseException:
+    """Make an exception that has ``args``, and gets its attributes next."""
+    built_in = _built_in(cls)
+    error: BaseException = built_in.__new__(cls, *args)
+    built_in.__init__(error, *args)
+    return error
+
+
+def _built_in(cls: type[BaseException]) -> Any:
+    """The class of Python's own whose memory layout an exception class has."""
+    found: Any = cls
+    while found.__module__ != "builtins":
+        found = found.__base__
+    return found
+
+
 class _Found(Exception):
     """Ends a search."""
 

@@ -135,6 +135,14 @@ class PickyError(Exception):
         self.code = code
 
 
+class PickyOSError(OSError):
+    """The same of an exception that Python itself makes more of."""
+
+    def __init__(self, code: int, *, path: str) -> None:
+        super().__init__(code, os.strerror(code), path)
+        self.path = path
+
+
 class HoldingError(Exception):
     """An exception with something that cannot be pickled."""
 

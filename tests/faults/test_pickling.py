@@ -17,7 +17,7 @@ import pytest
 
 from contract.functions import CustomError, Thing, add, fail, identity, keywords
 from executorlib import get_item_from_future
-from faults.functions import HoldingError, PickyError, Unloadable, Unsavable
+from faults.functions import HoldingError, PickyError, PickyOSError, Unloadable, Unsavable
 
 WAIT = 30
 pytestmark = pytest.mark.rows(live=True)
@@ -257,13 +257,66 @@ def test_result_whose_module_the_user_lacks(executor: Any) -> None:
     assert executor.submit(add, 1, 2).result(WAIT) == 3
 
 
-def test_error_that_cannot_be_rebuilt(executor: Any) -> None:
-    def picky() -> None:
-        raise PickyError(5, "what went wrong")
+def test_error_whose_class_wants_more_than_its_args(executor: Any) -> None:
+    """It arrives as what it is, with all that it has."""
 
-    error = executor.submit(picky).exception(WAIT)
-    assert error is not None
-    assert "what went wrong (5)" in f"{error} {error.__cause__}"
+    class LocalError(ValueError):
+        def __init__(self, *, code: int) -> None:
+            super().__init__()
+            self.code = code
+
+        def __str__(self) -> str:
+            return f"local, {self.code}"
+
+    def picky() -> None:
+        error = PickyError(5, "what went wrong")
+        if hasattr(error, "add_note"):
+            error.add_note("a note")
+        raise error
+
+    def of_the_system() -> None:
+        raise PickyOSError(2, path="/no/such/file")
+
+    def local() -> None:
+        raise LocalError(code=7)
+
+    calls = [executor.submit(fn) for fn in (picky, of_the_system, local)]
+    error, of_system, own = [call.exception(WAIT) for call in calls]
+    assert type(error) is PickyError
+    assert (str(error), error.args, error.code) == ("what went wrong (5)", ("what went wrong (5)",), 5)
+    assert getattr(error, "__notes__", ["a note"]) == ["a note"]
+    assert "in picky" in str(error.__cause__)
+    assert type(of_system) is PickyOSError
+    assert (of_system.errno, of_system.filename, of_system.path) == (2, "/no/such/file", "/no/such/file")
+    assert str(of_system) == str(PickyOSError(2, path="/no/such/file"))
+    assert isinstance(own, ValueError)
+    assert (type(own).__name__, str(own), own.args) == ("LocalError", "local, 7", ())
+    assert executor.submit(add, 1, 2).result(WAIT) == 3
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.11 brought groups")
+def test_group_of_errors_whose_classes_want_more_than_their_args(executor: Any) -> None:
+    def several() -> None:
+        raise ExceptionGroup("several", [PickyError(5, "one"), CustomError("two")])  # noqa: F821
+
+    error: Any = executor.submit(several).exception(WAIT)
+    assert [type(each) for each in error.exceptions] == [PickyError, CustomError]
+    assert str(error.exceptions[0]) == "one (5)"
+
+
+def test_error_that_cannot_be_rebuilt(executor: Any) -> None:
+    """It says of which class it was."""
+
+    class StubbornError(Exception):
+        def __reduce__(self) -> Any:
+            return int, ("no number",)
+
+    def stubborn() -> None:
+        raise StubbornError("what went wrong")
+
+    error = executor.submit(stubborn).exception(WAIT)
+    assert isinstance(error, RuntimeError)
+    assert "StubbornError: what went wrong" in str(error)
     assert executor.submit(add, 1, 2).result(WAIT) == 3
 
 

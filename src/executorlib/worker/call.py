@@ -378,6 +378,10 @@ def dump_error(error: BaseException) -> list[Frame]:
         serialize.loads(frames)
         return frames
     except Exception as reason:
+        with contextlib.suppress(Exception):
+            data = serialize.dumps_exception(error)
+            serialize.loads([data])
+            return [data]
         # Without the original: its traceback travels as text beside it.
         text = (
             f"{type(error).__name__}: {_safe_str(error)} (the exception itself cannot be pickled: "
