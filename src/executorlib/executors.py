@@ -26,7 +26,7 @@ from executorlib.launchers.local import LocalLauncher
 from executorlib.launchers.mpi import check_mpi
 from executorlib.ledger import Ledger, Node
 from executorlib.loop import Loop, running_loops
-from executorlib.resources import Demand, Resources, whole_number
+from executorlib.resources import Demand, Resources, check_cache_key, whole_number
 from executorlib.scheduler import BlockScheduler, FreshScheduler
 from executorlib.task import CallFuture, function_name
 from executorlib.worker.call import Function
@@ -205,6 +205,7 @@ class BaseExecutor(Executor):
         self._settings = {**common.settings, **settings}
         self._is_shut_down = False
         self._demand = self._checked_demand(resources, type(self).__name__)
+        check_cache_key(resources, type(self).__name__)
         self._make_directories(resources, type(self).__name__)
         if common.graph is not None:
             return
@@ -281,6 +282,7 @@ class BaseExecutor(Executor):
                 )
             resources = resources.updated(resource_dict, subject, self._has_template)
             demand = self._checked_demand(resources, subject)
+            check_cache_key(resources, subject)
             self._make_directories(resources, subject)
         if self._jobs and resources.cwd is None:
             # A job starts later, and elsewhere.

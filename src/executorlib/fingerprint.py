@@ -227,11 +227,7 @@ def _derive(
             tokens += walk.token(key), walk.part(kwargs[key], "kwargs[{!r}]", key)
     except _Indescribable as error:
         where = "".join(error.path[: -1 - _PATH_PARTS : -1])
-        raise TypeError(
-            f"no cache key can be derived for the call of {name}: {where} {error}. "
-            'Name the cache entry yourself with resource_dict={"cache_key": "..."}, '
-            "or do without that object."
-        ) from error.__cause__
+        raise TypeError(f"no cache key can be derived for the call of {name}: {where} {error}.") from error.__cause__
     # Without assertions a module says something else; a worker is started with the session's flags.
     pieces = [_FORMAT, b"optimize %d;" % sys.flags.optimize, b"".join(tokens)]
     if not walk.roots:

@@ -28,7 +28,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from pickle import PicklingError
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from executorlib import foreign, serialize
 from executorlib.errors import (
@@ -730,10 +730,6 @@ class Loop(Poller, JobEvents):
             assert task.cache_path is not None
             output = entries.read_output(task.cache_path, directory)
         except BaseException as error:
-            # To find its key, objects are asked what they tell pickle.
-            hidden = misplaced(*self._by_names(task)) if isinstance(error, TypeError) else ""
-            if hidden:
-                error = advise_unpicklable(error, task.number, task.name, hidden)
             self._fail(task, contained(error, f"pickling the arguments of {task.name}", PicklingError))
             return
         if output is None:
@@ -744,6 +740,30 @@ class Loop(Poller, JobEvents):
                 distributions.tell_of_others(output.versions, task.key.versions, directory)
             self.scheduler.on_found(task)
             self._conclude(task, output.value, output.error)
+
+    def _key_of(self, task: Task) -> Key:
+        try:
+            return self._key(*self._named_inputs(task))
+        except TypeError as error:
+            self._refuse_without_key(task, error)
+
+    def _refuse_without_key(self, task: Task, error: TypeError) -> NoReturn:
+        """Raise why a call has no key, with what to do."""
+        call = self._by_names(task)
+        # To find its key, objects are asked what they tell pickle.
+        hidden = misplaced(*call)
+        if hidden:
+            raise advise_unpicklable(error, task.number, task.name, hidden)
+        if not _can_be_pickled(call):  # a name for its entry would be of no use
+            advice = (
+                "It could not be sent to a worker either: create such objects (open files, locks, connections) inside "
+                "the function instead."
+            )
+        elif self._block is not None:
+            advice = "A block takes no cache_key for its calls: do without that object, or without cache_directory."
+        else:
+            advice = 'Name the cache entry yourself with resource_dict={"cache_key": "..."}, or do without that object.'
+        raise TypeError(f"{error} {advice}") from error.__cause__
 
     def _key(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Key:
         """Derive the key of a function with inputs."""
@@ -766,7 +786,7 @@ class Loop(Poller, JobEvents):
             directory = self._real_path(directory)
             # Results of other jobs are not held for those that depend on them.
             task.args, task.kwargs = fill_in(task.args, _by_name), fill_in(task.kwargs, _by_name)
-        key = task.key = None if resources.cache_key else self._key(*self._named_inputs(task))
+        key = task.key = None if resources.cache_key else self._key_of(task)
         name = key.name if key is not None else str(resources.cache_key)
         task.cache_path = str(entries.entry_path(directory, name, "o"))
         if self._jobs and isinstance(task.future, CallFuture):
@@ -827,8 +847,7 @@ class Loop(Poller, JobEvents):
         except TypeError as error:
             raise TypeError(
                 "the results of this executor cannot be kept in its cache_directory, as they depend on its "
-                f"init_function, which has no key: {error} (A block takes no cache_key for its calls: do without that "
-                "object, or without cache_directory.)"
+                f"init_function, which has no key: {error}"
             ) from error
 
     def _by_names(self, task: Task) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
@@ -1213,6 +1232,14 @@ def _load_ranks(frames: list[Frame], counts: list[int]) -> list[Any]:
     """The results of all ranks, each of which has so many of the frames."""
     each = iter(frames)
     return [serialize.loads(list(itertools.islice(each, count))) for count in counts]
+
+
+def _can_be_pickled(obj: object) -> bool:
+    try:
+        serialize.dumps(obj)
+    except BaseException:  # whatever the user's objects raise
+        return False
+    return True
 
 
 def _cancel(cancel: Callable[[], object], future: Future[Any]) -> bool:

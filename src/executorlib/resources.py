@@ -172,6 +172,19 @@ def check_ranks_of_nodes(resources: Resources, subject: str) -> None:
         )
 
 
+def check_cache_key(resources: Resources, subject: str) -> None:
+    """Make sure that an entry that is named is in a cache directory.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if resources.cache_key is not None and resources.cache_directory is None:
+        raise ValueError(
+            f"{subject}: cache_key={resources.cache_key!r} names an entry of a cache directory, but there is none, so "
+            "nothing would be kept. Name one with cache_directory, or leave cache_key out."
+        )
+
+
 def nearest_key(key: object, more: Iterable[str] = ()) -> str | None:
     """The known key that somebody may have meant.
 
@@ -201,7 +214,7 @@ def unknown_key(key: object, subject: str) -> str:
 
 def listed(keys: Iterable[str]) -> str:
     """Keys for a warning, each with the known one that may be meant."""
-    near = {key: nearest_key(key) for key in keys}
+    near = {key: None if key in OF_JOBS else nearest_key(key) for key in keys}
     return ", ".join(f"{key!r} (did you mean {known!r}?)" if known else repr(key) for key, known in near.items())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 from pathlib import Path
@@ -136,8 +137,45 @@ def test_keys_for_a_template_that_there_is_not(executor: Any, caplog: pytest.Log
     assert executor.submit(add, 1, 2, resource_dict={"partition": "long"}).result(WAIT) == 3
     [record] = [record for record in caplog.records if "template" in record.getMessage()]
     assert "'partition'" in record.getMessage()
+    caplog.clear()
+    assert executor.submit(add, 1, 2, resource_dict={"memory_max": 2}).result(WAIT) == 3
+    [record] = [record for record in caplog.records if "template" in record.getMessage()]
+    assert "use 'memory_max'" in record.getMessage()
+    assert "did you mean" not in record.getMessage()
     with pytest.raises(BAD, match="expected a non-empty str"):
         executor.submit(add, 1, 2, resource_dict={3: 1})
+
+
+@pytest.mark.rows(jobs=False)
+def test_name_of_an_entry_without_a_cache_directory(
+    make_executor: Callable[..., Any], row: Any, tmp_path: Path
+) -> None:
+    """Nothing would be kept under it."""
+    named, said = {"cache_key": "answer"}, "cache_key='answer' names an entry of a cache directory, but there is none"
+    with pytest.raises(ValueError, match=said):
+        make_executor(resource_dict=named)
+    if not row.block:
+        with make_executor() as executor, pytest.raises(ValueError, match=said):
+            executor.submit(add, 1, 2, resource_dict=named)
+        with make_executor(cache_directory=str(tmp_path)) as executor:
+            assert executor.submit(add, 1, 2, resource_dict=named).result(WAIT) == 3
+
+
+@pytest.mark.cache
+@pytest.mark.rows("fork", "block-fork", "jobs")
+def test_advice_for_calls_without_a_key(make_executor: Callable[..., Any], row: Any, tmp_path: Path) -> None:
+    """To name the entry, where that can be done and is of use."""
+    # cloudpickle sends an open file's text.
+    with open(__file__) as file, make_executor(cache_directory=str(tmp_path)) as executor:
+        error = executor.submit(add, 1, file).exception(WAIT)
+        assert isinstance(error, TypeError)
+        expected = "A block takes no cache_key for its calls" if row.block else "Name the cache entry yourself"
+        assert expected in str(error)
+        error = executor.submit(add, 1, threading.Lock()).exception(WAIT)
+        assert isinstance(error, TypeError)
+        assert "args[1] is a _thread.lock" in str(error)
+        assert "cache_key" not in str(error)
+        assert "create such objects" in str(error)
 
 
 @pytest.mark.rows(block=False)
