@@ -3,6 +3,7 @@ that a program of ours starts in place of `srun`."""
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from executorlib.errors import ExecutorlibSocketError
 from executorlib.launchers.base import Process
 from executorlib.launchers.local import Agent
 from executorlib.launchers.relay import Relay
+from executorlib.launchers.relays import Relays
 from executorlib.ledger import Allocation
 from executorlib.resources import Resources
 from executorlib.scheduler import Worker
@@ -137,6 +139,35 @@ def test_large_and_small_values(allocation: Callable[..., Any], block: bool) -> 
     executor = allocation(block_allocation=block, max_workers=2 if block else None)
     values = [bytes([index]) * (10, 100_000, 300_000, 1_000_000)[index % 4] for index in range(24)]
     assert list(executor.map(same, values, timeout=SECONDS)) == values
+
+
+def limits() -> tuple[int, int]:
+    import logging
+
+    return sys.getrecursionlimit(), logging.getLogger("talkative").level
+
+
+def test_settings_are_sent_once(
+    allocation: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """Workers have them by birth. To load `logging` alone takes each of them longer than a call."""
+    sent: list[set[str]] = []
+    put = Relays.put
+
+    def note(self: Relays, relay: Any, number: int, header: list[Any], frames: Any = ()) -> None:
+        if header[0] == "setup":
+            sent.append(set(header[1].get("settings", ())))
+        put(self, relay, number, header, frames)
+
+    monkeypatch.setattr(Relays, "put", note)
+    talkative, before = logging.getLogger("talkative"), sys.getrecursionlimit()
+    request.addfinalizer(lambda: (talkative.setLevel(logging.NOTSET), sys.setrecursionlimit(before)))
+    talkative.setLevel(logging.DEBUG)
+    executor = allocation()
+    assert executor.submit(limits).result(SECONDS) == (before, logging.DEBUG)
+    sys.setrecursionlimit(before + 1)
+    assert executor.submit(limits).result(SECONDS) == (before + 1, logging.DEBUG)
+    assert sent == [set(), {"recursion_limit"}]
 
 
 def fail() -> None:

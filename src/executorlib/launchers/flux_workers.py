@@ -173,7 +173,8 @@ class FluxLauncher:
         process = member.process
         ranks = process.resources.cores
         if member.relay is not None:
-            return relay_program(pooled=True, stock=0, preload=(), threads=process.resources.threads_per_core)
+            # Its one worker is set up once, so it may as well get the settings by that.
+            return relay_program(pooled=True, stock=0, preload=(), threads=process.resources.threads_per_core, given={})
         module = "executorlib.worker.mpi" if ranks > 1 else "executorlib.worker.remote"
         program = boot_command(module, f"({process.single})" if ranks > 1 else "()")
         # An instance of its own begins with one process.

@@ -135,6 +135,7 @@ class Agent:
         preload: Modules that the agent imports before it forks.
         threads: Value of the thread variables in the agent, where modules are preloaded that read them.
         on_exit: Told of the ends of workers instead of the loop.
+        given: Settings that forked workers have by birth (see `session.settings`); by default this process's own.
     """
 
     def __init__(
@@ -147,8 +148,10 @@ class Agent:
         preload: Sequence[str],
         threads: int,
         on_exit: Callable[[Process, Exit], None] | None = None,
+        given: dict[str, Any] | None = None,
     ) -> None:
         self._events = events
+        self._given = given
         self._on_exit = on_exit or events.on_exit
         self._spawn = spawn
         self._pooled = pooled
@@ -186,7 +189,8 @@ class Agent:
         if self._preload:
             environ.update(dict.fromkeys(THREAD_VARIABLES, str(self._threads)))
         preload = [] if self._spawn else self._preload
-        self._settings = {} if self._spawn else settings()
+        if not self._spawn:
+            self._settings = settings() if self._given is None else self._given
         streams.fill()
         with contextlib.ExitStack() as on_failure:
             ours, theirs = socket.socketpair()
@@ -553,6 +557,7 @@ class LocalLauncher:
         preload: Modules that an agent imports before it forks.
         default_threads: `threads_per_core` of the executor, for the agent that is started first.
         hidden: Beginnings of the names of variables that `mpiexec` must not see.
+        given: See `Agent`.
     """
 
     def __init__(
@@ -565,8 +570,10 @@ class LocalLauncher:
         preload: Sequence[str],
         default_threads: int,
         hidden: tuple[str, ...] = (),
+        given: dict[str, Any] | None = None,
     ) -> None:
         self._events = events
+        self._given = given
         self._spawn = spawn
         self._pooled = pooled
         self._stock = stock
@@ -594,6 +601,7 @@ class LocalLauncher:
                 stock=self._stock,
                 preload=self._preload,
                 threads=threads,
+                given=self._given,
             )
         return agent
 

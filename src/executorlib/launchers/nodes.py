@@ -27,6 +27,7 @@ from executorlib.launchers.connecting import ConnectingWorker
 from executorlib.launchers.local import Agent
 from executorlib.launchers.mpi import find_mpiexec
 from executorlib.launchers.relays import RelayEnd, Relays, relay_program
+from executorlib.launchers.session import settings
 from executorlib.launchers.slurm import command_environment
 from executorlib.launchers.slurm_steps import parse_time_left, ranks_command, relays_command, step_environment
 from executorlib.resources import Resources
@@ -125,12 +126,16 @@ class NodesLauncher:
         """See `Launcher.prepare`."""
         if self._step is not None:
             return
+        given = settings()
         program = relay_program(
             pooled=self._pooled,
             stock=0 if self._pooled else max(relay.node.total_cores for relay in self._relays.values()),
             preload=self._preload,
             threads=self._threads,
+            given=given,
         )
+        for relay in self._relays.values():
+            relay.settings = given
         self._step = Process(cast("Worker", _NoWorker()), Resources())
         env = step_environment(os.environ)
         env[CONNECTION_VARIABLE] = self._router.credentials(_RELAYS).dumps()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 from executorlib import serialize
@@ -19,7 +19,9 @@ from executorlib.transports.router import Router
 from executorlib.worker.call import PERMIT
 
 
-def relay_program(*, pooled: bool, stock: int, preload: Sequence[str], threads: int) -> list[str]:
+def relay_program(
+    *, pooled: bool, stock: int, preload: Sequence[str], threads: int, given: Mapping[str, Any]
+) -> list[str]:
     """The command that runs a relay; its credentials are to be in the environment.
 
     Args:
@@ -27,6 +29,7 @@ def relay_program(*, pooled: bool, stock: int, preload: Sequence[str], threads: 
         stock: Likewise.
         preload: Likewise.
         threads: Likewise, `default_threads`.
+        given: Likewise.
     """
     environ = {name: value for name, value in os.environ.items() if name.startswith("SLURM_")}
     environ.pop("SLURM_JWT", None)  # no secret belongs on a command line; in a Slurm job the relay has it already
@@ -36,6 +39,7 @@ def relay_program(*, pooled: bool, stock: int, preload: Sequence[str], threads: 
         "stock": stock,
         "preload": list(preload),
         "default_threads": threads,
+        "given": dict(given),
     }
     return boot_command("executorlib.launchers.relay", f"({environ!r}, {launcher!r})")
 
@@ -48,6 +52,7 @@ class RelayEnd:
         processes: Workers behind it, by number.
         recalling: Numbers of those that were asked for calls and have not answered.
         killing: Numbers of those that are killed by us.
+        settings: What they have of this session's settings by birth, but for ranks.
         lost: Why nothing is sent to it any more, where that is so.
         parts: Messages to be sent, and `frames` of all of them.
     """
@@ -57,6 +62,7 @@ class RelayEnd:
         self.processes: dict[int, Process] = {}
         self.recalling: set[int] = set()
         self.killing: set[int] = set()
+        self.settings: Mapping[str, Any] = {}
         self.lost = ""
         self.parts: list[list[Any]] = []
         self.frames: list[Frame] = []
@@ -157,6 +163,8 @@ class Relays:
         number = process.worker.number
         resources = process.resources
         relay.processes[number] = process
+        if resources.cores == 1:
+            process.settings = relay.settings
         if self._pooled and resources.cores == 1:
             process.transport = _StreamTransport(self, relay, number)
             process.recall = lambda count: self._recall(relay, number, count)
