@@ -94,7 +94,9 @@ def test_calls_and_what_jobs_find(
         failing = executor.submit(fail, "on purpose")
         after_failing = executor.submit(identity, failing)
         unnamed = executor.submit(lambda: 5)
-        found = executor.submit(surroundings, resource_dict={"job_name": "named", "colour": "red"})
+        found = executor.submit(surroundings, resource_dict={"job_name": "named", "account": "ours"})
+        with pytest.raises(ValueError, match="unknown key 'colour' in resource_dict"):
+            executor.submit(surroundings, resource_dict={"colour": "red"})
         elsewhere = executor.submit(
             surroundings, resource_dict={"cwd": str(tmp_path / "else where"), "cache_key": "elsewhere"}
         )
@@ -108,7 +110,7 @@ def test_calls_and_what_jobs_find(
         assert (environment["JOB_NAME"], environment["cwd"]) == ("named", str(tmp_path / "here"))
         assert elsewhere.result(WAIT)["cwd"] == str(tmp_path / "else where")
     warnings = [record.getMessage() for record in caplog.records]
-    assert len([text for text in warnings if "does not use" in text and "colour" in text]) == 1
+    assert len([text for text in warnings if "does not use" in text and "account" in text]) == 1
 
 
 def test_jobs_that_end_without_a_result(make: Callable[..., Any], gate: Callable[..., Gate], tmp_path: Path) -> None:
