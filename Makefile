@@ -5,7 +5,7 @@
 #   make test-debian SUITE=forky SUITE_PYTHON=python3.15              with one of another release of Debian
 #   make test-debian SUITE=forky SUITE_PYTHON=python3.14 GOAL=test-slurm   on its Slurm, too
 
-.PHONY: help demo test stress check lint docs bench bench-slurm bench-flux test-slurm test-gridengine test-flux test-debian clean
+.PHONY: help demo test quick stress check lint docs bench bench-slurm bench-flux test-slurm test-gridengine test-flux test-debian clean
 .DEFAULT_GOAL := help
 
 # Found is not enough: a shim may be there without its Python, and a Python without venv.
@@ -23,7 +23,8 @@ BIN := $(VENV)/bin
 
 help:
 	@echo "make demo       run examples/equation_of_state.py, about a minute"
-	@echo "make test       run the tests"
+	@echo "make quick      run the tests of the parts, and the essential ones over two ways to run calls: a minute"
+	@echo "make test       run the tests (ARGS=--rows=all: each of them over every way to run calls)"
 	@echo "make check      ruff, mypy, import-linter, the documentation and the tests"
 	@echo "make bench      measure against other executors, results into docs/performance.md"
 	@echo "make docs       build the documentation into site/"
@@ -39,8 +40,14 @@ help:
 demo: $(VENV)/installed-demo
 	@$(BIN)/python examples/equation_of_state.py
 
+# One process more than there are cores, as tests often wait; ARGS=-n0 has all in one, for a debugger.
+TEST_PROCESSES ?= $(shell $(PYTHON) -c 'import os; print(min(len(os.sched_getaffinity(0)) + 1 if hasattr(os, "sched_getaffinity") else 4, 8))')
 test: $(VENV)/installed-dev
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n $(TEST_PROCESSES) $(ARGS)
+
+quick: $(VENV)/installed-dev
+	@$(BIN)/python -m pytest -n $(TEST_PROCESSES) --hypothesis-profile=quick --rows=fork,block-fork \
+		tests/compat tests/unit tests/contract $(ARGS)
 
 # Not part of the tests: it takes long, and what it finds depends on chance. Each program tells its seed.
 stress: $(VENV)/installed-dev

@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -26,6 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 # Functions that are sent to workers live in modules under tests/, which workers find by sys.path.
@@ -34,6 +36,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from contract.functions import Gate
 from executorlib import machine
 from executorlib.loop import running_loops
+
+# For `make quick`. The numbers of examples that tests give are for the default profile.
+hypothesis.settings.register_profile("quick", max_examples=10)
 
 LINUX = sys.platform.startswith("linux")
 TEST_SECONDS = 60.0
@@ -57,7 +62,9 @@ class Row:
         executor: The class, after ``executorlib.``.
         options: Arguments that choose the way.
         linux_only: Whether other systems do not have it.
-        slurm: Whether it needs a Slurm; a call takes seconds there, so that it runs only tests marked ``essential``.
+        slurm: Whether it needs a Slurm.
+        essential: Whether it runs only the tests marked ``essential``, and those that no other row runs: a call takes
+            long there, or the code is another row's but for how workers start. ``--rows=all`` runs all of its tests.
         allocation: Whether it is there only where the tests themselves run inside a Slurm job.
         flux: Whether it needs a Flux instance around the tests.
     """
@@ -67,6 +74,7 @@ class Row:
     options: dict[str, Any] = field(default_factory=dict)
     linux_only: bool = False
     slurm: bool = False
+    essential: bool = False
     allocation: bool = False
     flux: bool = False
 
@@ -145,13 +153,14 @@ def _block(start_method: str) -> dict[str, Any]:
 
 ROWS = [
     Row("fork", "SingleNodeExecutor", {"start_method": "fork"}, linux_only=True),
-    Row("spawn", "SingleNodeExecutor", {"start_method": "spawn"}),
+    # Where there is no fork, these two are all there is.
+    Row("spawn", "SingleNodeExecutor", {"start_method": "spawn"}, essential=LINUX),
     Row("block-fork", "SingleNodeExecutor", _block("fork"), linux_only=True),
-    Row("block-spawn", "SingleNodeExecutor", _block("spawn")),
+    Row("block-spawn", "SingleNodeExecutor", _block("spawn"), essential=LINUX),
     Row("jobs", "api.TestClusterExecutor"),
-    Row("block-jobs", "api.TestClusterExecutor", {"block_allocation": True}),
-    Row("slurm", "SlurmClusterExecutor", {"max_workers": None}, slurm=True),
-    Row("block-slurm", "SlurmClusterExecutor", {"block_allocation": True}, slurm=True),
+    Row("block-jobs", "api.TestClusterExecutor", {"block_allocation": True}, essential=True),
+    Row("slurm", "SlurmClusterExecutor", {"max_workers": None}, slurm=True, essential=True),
+    Row("block-slurm", "SlurmClusterExecutor", {"block_allocation": True}, slurm=True, essential=True),
     Row("slurm-job", "SlurmJobExecutor", allocation=True),
     Row("block-slurm-job", "SlurmJobExecutor", {"block_allocation": True}, allocation=True),
     Row("flux", "FluxJobExecutor", flux=True),
@@ -165,17 +174,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run a test that asks for ``row`` over every row that its ``rows`` marks let through."""
     if "row" not in metafunc.fixturenames:
         return
-    essential = metafunc.definition.get_closest_marker("essential") is not None
     inside = "SLURM_JOB_ID" in os.environ and told_to_use("SLURM")
     in_flux = "FLUX_URI" in os.environ
     chosen = [
         row
         for row in ROWS
-        if (LINUX or not row.linux_only)
-        and (essential or not row.slurm)
-        and (inside or not row.allocation)
-        and (in_flux or not row.flux)
+        if (LINUX or not row.linux_only) and (inside or not row.allocation) and (in_flux or not row.flux)
     ]
+    named: set[str] = set()
     for mark in metafunc.definition.iter_markers("rows"):
         unknown = set(mark.args) - {row.name for row in ROWS}
         assert not unknown, f"no such rows: {unknown}"
@@ -185,12 +191,35 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             if (not mark.args or row.name in mark.args)
             and all(getattr(row, key) == value for key, value in mark.kwargs.items())
         ]
+        named |= set(mark.args)
+    chosen = _usual(metafunc, chosen, named)
     marks = {"slurm": pytest.mark.slurm, "flux": pytest.mark.flux}
     params = [
         pytest.param(row, id=row.name, marks=[mark for kind, mark in marks.items() if getattr(row, kind)])
         for row in chosen
     ]
     metafunc.parametrize("row", params, indirect=True, scope="module")
+
+
+def _usual(metafunc: pytest.Metafunc, rows: list[Row], named: set[str]) -> list[Row]:
+    """Those of a test's rows that this run has: see ``--rows``.
+
+    Args:
+        metafunc: The test.
+        rows: All that it can run over.
+        named: Names of rows that the test itself names, which are worth their time there.
+    """
+    which = metafunc.config.getoption("rows")
+    essential = metafunc.definition.get_closest_marker("essential") is not None
+    if which == "all":
+        return [row for row in rows if essential or not row.slurm]
+    if which != "usual":
+        return [row for row in rows if row.name in which.split(",")] if essential else []
+    if essential:
+        return rows
+    full = [row for row in rows if not row.essential or (row.name in named and not row.slurm)]
+    # A kind of rows of which none is run in full, such as those that spawn, has the test for its own.
+    return full or [row for row in rows if not row.slurm]
 
 
 @pytest.fixture(scope="module")
@@ -386,6 +415,8 @@ def pytest_runtest_makereport(
     report = yield
     if report.failed:
         item.stash[_failed_key] = True
+    # What a test printed may hold bytes of any kind, which pytest-xdist cannot send.
+    report.sections = [(name, text.encode(errors="backslashreplace").decode()) for name, text in report.sections]
     return report
 
 
@@ -474,6 +505,13 @@ def missing_for_flux() -> list[str]:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--rows",
+        default="usual",
+        help="the ways to run calls: usual (each test over the rows that can fail it in a way of their own), "
+        "all (every test over every row), or names of rows with commas between them, which then run the tests that "
+        "are marked essential (%(default)s)",
+    )
     parser.addoption("--slow", action="store_true", help="run also what takes longer than 10 s")
 
 
@@ -484,7 +522,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "linux: reads /proc",
         "slow: takes longer than 10 s; runs with --slow only",
         "rows(*names, **properties): the rows that a test runs over, all of them without it",
-        "essential: runs also over rows where a call takes seconds",
+        "essential: runs over every row (see --rows)",
     ):
         config.addinivalue_line("markers", line)
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -505,7 +543,35 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     shutil.rmtree(os.environ[FOLDER_VARIABLE])
 
 
+# In parallel: `pytest -n`, of pytest-xdist.
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Send the tests of a module to one process, those over a row to another than those over the next: they share one
+    executor or fixture.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    if config.getoption("dist") != "load":  # asked for by hand
+        return None
+
+    names = "|".join(sorted((row.name for row in ROWS), key=len, reverse=True))
+
+    class ByModuleAndRow(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            module, _, test = nodeid.partition("::")
+            of_row = re.search(rf"\[({names})[-\]]", test)
+            return f"{module}[{of_row[1]}]" if of_row else module
+
+    return ByModuleAndRow(config, log)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("rows") not in ("usual", "all"):
+        has_row = [not hasattr(item, "callspec") or item.callspec.params.get("row", ROWS[0]) in ROWS for item in items]
+        config.hook.pytest_deselected(items=[item for item, has in zip(items, has_row, strict=True) if not has])
+        items[:] = [item for item, has in zip(items, has_row, strict=True) if has]
     needs = {
         "mpi": missing_for_mpi(),
         "cache": [] if importlib.util.find_spec("h5py") else ["h5py (pip install h5py)"],

@@ -32,7 +32,7 @@ from executorlib import SingleNodeExecutor, batches, cache, commands, entries, f
 from executorlib.api import TestClusterExecutor
 from executorlib.worker import job
 from executorlib.worker.call import Answer
-from unit import repeatable
+from unit.properties import repeatable
 
 pytestmark = pytest.mark.cache
 

@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
+from contract.telling import (
+    NAME,
+    flood,
+    fork_and_tell,
+    loaded,
+    tell,
+    tell_and_die,
+    tell_as_it_starts,
+    tell_badly,
+    tell_levels,
+    tell_on_ranks,
+    tell_what_cannot_travel,
+)
 from executorlib.api import ExecutorlibSocketError
 
 WAIT = 60
 LOCAL = ("fork", "spawn", "block-fork", "block-spawn", "block-jobs")
 ALL = (*LOCAL, "slurm-job", "block-slurm-job", "flux", "block-flux", "block-flux-cluster")
 pytestmark = pytest.mark.rows(*ALL)
-
-NAME = "executorlib_tests.records"
 
 
 class Kept(logging.Handler):
@@ -49,12 +58,6 @@ def kept() -> Iterator[Kept]:
     logger.propagate = True
 
 
-def tell(text: str, *args: Any, **extra: Any) -> tuple[int, int]:
-    """Log a text in a call; return process and thread."""
-    logging.getLogger(NAME).info(text, *args, extra=extra)
-    return os.getpid(), threading.get_ident()
-
-
 def test_a_record_is_what_was_logged(make_executor: Callable[..., Any], kept: Kept) -> None:
     with make_executor(log_records=True) as executor:
         future = executor.submit(tell, "%s are %d", "two", 2, sample="Fe", steps=7)
@@ -64,7 +67,7 @@ def test_a_record_is_what_was_logged(make_executor: Callable[..., Any], kept: Ke
     assert (record.getMessage(), record.args) == ("two are 2", ())
     assert (record.process, record.thread, record.threadName) == (process, thread, "MainThread")
     assert process != os.getpid()
-    assert (record.funcName, record.filename) == ("tell", "test_records.py")
+    assert (record.funcName, record.filename) == ("tell", "telling.py")
     assert (record.sample, record.steps) == ("Fe", 7)  # type: ignore[attr-defined]
     assert record.executorlib_call == "call 1 of tell"  # type: ignore[attr-defined]
     assert record.executorlib_rank == 0  # type: ignore[attr-defined]
@@ -75,12 +78,6 @@ def test_each_record_says_which_call_it_is_of(make_executor: Callable[..., Any],
         assert len(list(executor.map(tell, [f"{number}" for number in range(1, 9)]))) == 8
     told = {record.getMessage(): record.executorlib_call for record in kept.records}  # type: ignore[attr-defined]
     assert told == {f"{number}": f"call {number} of tell" for number in range(1, 9)}
-
-
-def tell_levels() -> None:
-    logger = logging.getLogger(NAME)
-    logger.debug("debug")
-    logger.warning("warning")
 
 
 @pytest.mark.parametrize("propagate", [True, False])
@@ -96,23 +93,6 @@ def test_levels_of_loggers_and_handlers(make_executor: Callable[..., Any], kept:
         logging.getLogger(NAME).setLevel(logging.ERROR)
         executor.submit(tell_levels).result(WAIT)
         assert kept.texts == ["debug", "warning", "warning"]
-
-
-class NoText:
-    def __repr__(self) -> str:
-        raise RuntimeError("no text")
-
-
-def tell_what_cannot_travel() -> None:
-    logger = logging.getLogger(NAME)
-    lock = threading.Lock()
-    try:
-        raise ValueError("of the call")
-    except ValueError:
-        logger.exception("with %s", lock, extra={"lock": lock, "bad": NoText(), "large": 10**5000})
-    logger.info("stack", stack_info=True)
-    logger.info("x" * 1_000_000)
-    logger.info("\ud800\U0001f600\0")
 
 
 def test_what_cannot_travel_becomes_text(make_executor: Callable[..., Any], kept: Kept) -> None:
@@ -132,31 +112,10 @@ def test_what_cannot_travel_becomes_text(make_executor: Callable[..., Any], kept
     assert odd.getMessage() == "\ud800\U0001f600\0"
 
 
-def tell_badly() -> None:
-    logging.getLogger(NAME).info("%d", "no number")
-    logging.getLogger(NAME).info("after")
-
-
 def test_a_record_without_a_text_harms_nothing(make_executor: Callable[..., Any], kept: Kept) -> None:
     with make_executor(log_records=True) as executor:
         executor.submit(tell_badly).result(WAIT)
     assert kept.texts == ["after"]
-
-
-def flood(count: int, size: int) -> bytes:
-    """Log from several threads while there is more to send."""
-    logger = logging.getLogger(NAME)
-
-    def run(name: str) -> None:
-        for number in range(count):
-            logger.info("%s %d %s", name, number, "x" * size)
-
-    threads = [threading.Thread(target=run, args=(name,)) for name in "abc"]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return bytes(3_000_000)
 
 
 def test_a_flood_comes_whole_and_in_order(make_executor: Callable[..., Any], kept: Kept) -> None:
@@ -166,12 +125,6 @@ def test_a_flood_comes_whole_and_in_order(make_executor: Callable[..., Any], kep
     for name in "abc":
         of_thread = [text.split()[1] for text in kept.texts if text.startswith(name)]
         assert of_thread == [f"{number}" for number in range(1000)]
-
-
-def tell_and_die() -> None:
-    for number in range(100):
-        logging.getLogger(NAME).info("%d", number)
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.rows(*LOCAL)
@@ -186,11 +139,6 @@ def test_what_was_logged_before_a_death_arrives(make_executor: Callable[..., Any
     assert seen == [100]
 
 
-def tell_as_it_starts() -> dict[str, Any]:
-    logging.getLogger(NAME).info("setting up")
-    return {}
-
-
 @pytest.mark.rows("block-fork", "block-spawn", "block-jobs", "block-slurm-job", "block-flux", "block-flux-cluster")
 def test_the_init_function_logs(make_executor: Callable[..., Any], kept: Kept) -> None:
     with make_executor(log_records=True, max_workers=1, init_function=tell_as_it_starts) as executor:
@@ -199,22 +147,6 @@ def test_the_init_function_logs(make_executor: Callable[..., Any], kept: Kept) -
         ("setting up", "the init_function"),
         ("in the call", "call 1 of tell"),
     ]
-
-
-def fork_and_tell() -> int:
-    """Log in a process that the call forks, then in the call."""
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            for _ in range(100):
-                logging.getLogger(NAME).info("in the fork")
-            code = 0
-        finally:
-            os._exit(code)
-    _, status = os.waitpid(pid, 0)
-    logging.getLogger(NAME).info("in the call")
-    return status
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -243,12 +175,6 @@ def test_a_handler_that_raises(
         logging.getLogger(NAME).removeHandler(failing)
     assert kept.texts == ["one", "two"]
     assert capsys.readouterr().err.count("SystemExit: the handler fails") == 2
-
-
-def loaded() -> bool:
-    import sys
-
-    return "executorlib.worker.records" in sys.modules
 
 
 def test_nothing_is_sent_nor_loaded_unless_asked_for(make_executor: Callable[..., Any], kept: Kept) -> None:
@@ -285,11 +211,6 @@ def test_each_handler_writes_a_record_once(row: Any, scripts: Any) -> None:
     lines = scripts.run(SCRIPT, {**row.arguments(), "log_records": True}).splitlines()
     assert sorted(lines) == ["INFO in the call", "INFO in the fork"]
     assert (scripts.folder / "log").read_text() == "call 1 of talk: in the call\n"
-
-
-def tell_on_ranks(text: str) -> int:
-    logging.getLogger(NAME).info(text)
-    return os.getpid()
 
 
 @pytest.mark.mpi

@@ -11,42 +11,11 @@ from typing import Any
 
 import pytest
 
-from contract.functions import Gate, append, files, identity, lines, record
+from contract.changing import Changing, Counting, see
+from contract.functions import Gate, files, identity, lines, record
 
 WAIT = 50
 pytestmark = [pytest.mark.cache]
-
-
-class Changing:
-    """An argument that another thread changes: to each that looks at it, it is the next of these values.
-
-    A session looks at a call's arguments when it looks the call up, and as it pickles them; where calls are jobs, it
-    makes sure then that they are still the same.
-    """
-
-    def __init__(self, *values: str) -> None:
-        self.values = list(values)
-
-    def __reduce__(self) -> Any:
-        value = self.values.pop(0) if len(self.values) > 1 else self.values[0]
-        return Changing, (value,)
-
-
-def see(log: str, changing: Changing) -> str:
-    """What the argument is in the process that runs the call."""
-    value = changing.values[0]
-    append(log, value)
-    return value
-
-
-class Counting:
-    """A result that a thread of the function goes on changing: pickled again, it is another one."""
-
-    pickled = 0
-
-    def __reduce__(self) -> Any:
-        self.pickled += 1
-        return int, (self.pickled,)
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from executorlib.transports.messages import Connection, Message
 from executorlib.worker.agent import _kill_group
 from executorlib.worker.call import PERMIT, Permits
 from executorlib.worker.family import children_of, descendants
-from unit import repeatable
+from unit.properties import examples, repeatable
 
 WAIT = 20.0
 # What is promised: all that descends from the agent is gone within five seconds of its end.
@@ -865,7 +865,7 @@ def test_workers_have_random_numbers_of_their_own(make_agent: Callable[..., Clie
 # Permits: who reads a call's number first, the worker or the executor, has the call.
 
 
-@settings(repeatable, max_examples=150)
+@settings(repeatable, max_examples=examples(150))
 @given(st.lists(st.sampled_from(["hand", "hand", "recall", "read", "read", "answer"]), max_size=60), st.data())
 def test_each_call_is_run_once_however_it_is_handed_about(steps: list[str], data: st.DataObject) -> None:
     give, take = socket.socketpair()

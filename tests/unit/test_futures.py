@@ -27,7 +27,7 @@ from executorlib.futures import (
     when_done,
 )
 from executorlib.lean_future import LeanFuture
-from unit import repeatable
+from unit.properties import repeatable
 
 
 def done(value: Any) -> Future[Any]:

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from executorlib import hdf5
-from unit import repeatable
+from unit.properties import repeatable
 
 h5py = pytest.importorskip("h5py")
 

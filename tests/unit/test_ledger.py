@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from executorlib import ledger as module
 from executorlib.ledger import Allocation, Ledger, Node, Reservation, spread_over
 from executorlib.resources import Demand, Resources
-from unit import repeatable
+from unit.properties import examples, repeatable
 
 
 def spread(nodes: int, further: int, cores: int, gpus: int = 0, exclusive: bool = False) -> Demand:
@@ -212,7 +212,7 @@ class AgainstModel(RuleBasedStateMachine):
         self.agrees()
 
 
-AgainstModel.TestCase.settings = settings(repeatable, max_examples=60, stateful_step_count=40)
+AgainstModel.TestCase.settings = settings(repeatable, max_examples=examples(60), stateful_step_count=40)
 test_against_model = AgainstModel.TestCase
 
 

@@ -21,7 +21,7 @@ from executorlib.serialize import Frame
 from executorlib.transports import messages
 from executorlib.transports.messages import Channel, Connection, Decoder, Message, Undecoded, encode
 from executorlib.worker import call
-from unit import repeatable
+from unit.properties import examples, repeatable
 
 LARGE = messages.MAPPED_BYTES
 memory_files = pytest.mark.skipif(not messages.HAS_MEMORY_FILES, reason="needs memfd_create")
@@ -78,7 +78,7 @@ def receive_all(channel: Channel, count: int) -> list[Message]:
 # Coding, without a socket.
 
 
-@settings(repeatable, max_examples=80)
+@settings(repeatable, max_examples=examples(80))
 @given(
     sent=st.lists(st.tuples(headers, frames_of_any_size), max_size=5),
     cuts=st.lists(st.integers(1, 400), min_size=1, max_size=20),
@@ -98,7 +98,7 @@ def test_round_trip_however_the_stream_is_cut(sent: list[tuple[Any, list[bytes]]
 
 
 @memory_files
-@settings(repeatable, max_examples=80)
+@settings(repeatable, max_examples=examples(80))
 @given(
     sent=st.lists(st.tuples(headers, st.lists(st.binary(max_size=200), max_size=4)), max_size=4),
     limit=st.integers(1, 300),

@@ -25,6 +25,19 @@ from executorlib.launchers.relays import Relays
 from executorlib.ledger import Allocation
 from executorlib.resources import Resources
 from executorlib.scheduler import Worker
+from unit.node_functions import (
+    agent_and_relay,
+    append,
+    append_and_die,
+    arguments,
+    begin,
+    fail,
+    limits,
+    node,
+    relay,
+    same,
+    write_to_sockets,
+)
 
 
 def test_outside_an_allocation(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,51 +113,12 @@ def test_agents_end_in_silence(job: None, scripts: Scripts) -> None:
     )
 
 
-def node() -> str:
-    return os.environ["SLURMD_NODENAME"]
-
-
-def arguments() -> list[str]:
-    return sys.argv
-
-
-def same(value: Any) -> Any:
-    return value
-
-
-def append(path: str, number: int) -> int:
-    with open(path, "a") as file:
-        file.write(f"{number}\n")
-    return number
-
-
-def append_and_die(path: str, number: int) -> None:
-    append(path, number)
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def write_to_sockets(data: bytes) -> None:
-    import contextlib
-    import stat
-
-    for fd in range(3, 64):
-        with contextlib.suppress(OSError):
-            if stat.S_ISSOCK(os.fstat(fd).st_mode):
-                os.write(fd, data)
-
-
 @pytest.mark.parametrize("block", [False, True], ids=["default", "block"])
 def test_large_and_small_values(allocation: Callable[..., Any], block: bool) -> None:
     """Large ones travel otherwise than small ones between a relay and a worker, and the order is kept."""
     executor = allocation(block_allocation=block, max_workers=2 if block else None)
     values = [bytes([index]) * (10, 100_000, 300_000, 1_000_000)[index % 4] for index in range(24)]
     assert list(executor.map(same, values, timeout=SECONDS)) == values
-
-
-def limits() -> tuple[int, int]:
-    import logging
-
-    return sys.getrecursionlimit(), logging.getLogger("talkative").level
 
 
 def test_settings_are_sent_once(
@@ -168,10 +142,6 @@ def test_settings_are_sent_once(
     sys.setrecursionlimit(before + 1)
     assert executor.submit(limits).result(SECONDS) == (before + 1, logging.DEBUG)
     assert sent == [set(), {"recursion_limit"}]
-
-
-def fail() -> None:
-    raise ValueError("an ordinary one")
 
 
 def test_workers_that_are_steps_outlive_exceptions(allocation: Callable[..., Any]) -> None:
@@ -283,10 +253,6 @@ def test_signals_that_the_session_does_not_get(allocation: Callable[..., Any], n
     assert isinstance(executor.submit(os._exit, 3).exception(SECONDS), ExecutorlibSocketError)
 
 
-def agent_and_relay() -> tuple[int, int]:
-    return os.getppid(), relay()
-
-
 def test_shutdown_with_a_suspended_agent_on_a_node(allocation: Callable[..., Any], tmp_path: Path) -> None:
     executor = allocation(block_allocation=True, max_workers=1)
     agent, _ = executor.submit(agent_and_relay).result(SECONDS)
@@ -353,24 +319,6 @@ def test_what_cannot_be_received_on_the_node(allocation: Callable[..., Any]) -> 
     large = executor.submit(bytes, 1 << 20)
     assert "too many open files" in str(large.exception(SECONDS))
     assert executor.submit(same, 2).result(SECONDS) == 2
-
-
-def relay() -> int:
-    """The process id of the relay, which is the parent of the node agent."""
-    with open(f"/proc/{os.getppid()}/stat") as stat:
-        return int(stat.read().rpartition(")")[2].split()[1])
-
-
-def begin(folder: str, number: int) -> tuple[str, int]:
-    """Tell which relay this is below, and wait until the file ``end`` is there."""
-    path = os.path.join(folder, str(number))
-    first = not os.path.exists(path)
-    with open(path + ".new", "w") as file:
-        file.write(f"{relay()} {node()}")
-    os.rename(path + ".new", path)
-    while first and not os.path.exists(os.path.join(folder, "end")):
-        time.sleep(0.01)
-    return node(), number
 
 
 @pytest.mark.parametrize("limit", [0, 1])

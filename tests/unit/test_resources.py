@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from executorlib.resources import Demand, Resources
-from unit import repeatable
+from unit.properties import repeatable
 
 KEYS = [field.name for field in dataclasses.fields(Resources) if field.name != "further"]
 

@@ -45,7 +45,7 @@ from executorlib.scheduler import (
     Worker,
 )
 from executorlib.task import CANCELLED, DONE, FAILED, LAUNCHING, READY, RUNNING, WAITING, CallFuture, Task
-from unit import repeatable
+from unit.properties import examples, repeatable
 
 # The driver: the loop's part, with workers that only exist in a dictionary.
 
@@ -885,9 +885,9 @@ class BlockMachine(Machine):
             assert driver.unfinished() in ([held.current], list(held.worker.calls)[:1])
 
 
-def as_test(machine: type[Machine], examples: int, steps: int) -> Any:
+def as_test(machine: type[Machine], number: int, steps: int) -> Any:
     machine.TestCase.settings = settings(
-        repeatable, max_examples=examples, stateful_step_count=steps, report_multiple_bugs=False
+        repeatable, max_examples=examples(number), stateful_step_count=steps, report_multiple_bugs=False
     )
     return machine.TestCase
 

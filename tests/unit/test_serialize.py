@@ -27,7 +27,7 @@ from executorlib.serialize import (
     dumps_in_band,
     loads,
 )
-from unit import repeatable
+from unit.properties import examples, repeatable
 
 
 class Number(int):
@@ -328,7 +328,7 @@ def test_call_that_is_sent_after_a_later_one() -> None:
     assert loads([submits.send(function, third)])() == 3
 
 
-@settings(repeatable, max_examples=60)
+@settings(repeatable, max_examples=examples(60))
 @given(st.lists(st.sampled_from(["submit", "send", "change"]), max_size=25), st.data())
 def test_no_call_sees_what_was_before_its_submit(steps: list[str], data: st.DataObject) -> None:
     function, namespace = of_main("k = 0\ndef f(): return k")

@@ -25,7 +25,7 @@ from executorlib.launchers.slurm import (
 )
 from executorlib.launchers.templates import Templates, check_keys, minutes
 from executorlib.resources import Resources
-from unit import repeatable
+from unit.properties import repeatable
 
 needs_pysqa = pytest.mark.skipif(importlib.util.find_spec("pysqa") is None, reason="needs pysqa (pip install pysqa)")
 
