@@ -61,7 +61,7 @@ _MOST_DISCARDED = 1_000_000
 _DIGITS = 32  # of a key, in hexadecimal
 _PATH_PARTS = 12  # of the way to an object that an error text names
 
-_MAIN = frozenset({None, "__main__", "__mp_main__"})
+_MAIN = serialize.PROGRAM | {None}
 # Of numpy's dtypes: what is told by kind, size, byte order and unit, all of which their `str` names.
 _PLAIN_KINDS = frozenset("biufcmMSU")
 
@@ -446,15 +446,11 @@ def _find_home(name: str) -> _Home:
 
 
 def _is_by_name(obj: object, module: str | None, qualname: str) -> bool:
-    """Whether an object is pickled as the name by which a module has it."""
-    if module in _MAIN or serialize.held(module, qualname) is not obj:
+    """Whether an object is pickled as a name that tells what it is: that of a module with a file, or of a library."""
+    if not serialize.is_by_name(obj, module, qualname):
         return False
     home = _home(module)
-    if home.users and not home.root:
-        return False
-    cloudpickle = sys.modules.get("cloudpickle")
-    by_value = cloudpickle.list_registry_pickle_by_value() if cloudpickle is not None else ()
-    return not any(f"{module}.".startswith(f"{each}.") for each in by_value)
+    return not home.users or bool(home.root)
 
 
 def _named(module: str | None, qualname: str) -> bytes:

@@ -56,15 +56,21 @@ _dispatching: Any = functools.singledispatch(len)
 _DISPATCHING = _dispatching.__code__
 
 
+# Modules that are the program itself; the second where it was started by `multiprocessing`.
+PROGRAM = frozenset({"__main__", "__mp_main__"})
+
+
+def is_by_name(obj: object, module: object, qualname: str) -> bool:
+    """Whether an object is pickled as the name under which a module holds it, to be imported by that in a worker."""
+    if not isinstance(module, str) or module in PROGRAM or held(module, qualname) is not obj:
+        return False
+    cloudpickle = sys.modules.get("cloudpickle")
+    by_value = () if cloudpickle is None else cloudpickle.list_registry_pickle_by_value()
+    return not by_value or not any(f"{module}.".startswith(f"{each}.") for each in by_value)
+
+
 def _is_found_by_name(obj: Any) -> bool:
-    """Whether a worker finds an object by importing its module."""
-    name = getattr(obj, "__module__", None)
-    if not isinstance(name, str) or name == "__main__":
-        return False
-    by_value = sys.modules["cloudpickle"].list_registry_pickle_by_value()
-    if by_value and any(name == each or name.startswith(f"{each}.") for each in by_value):
-        return False
-    return held(name, getattr(obj, "__qualname__", "")) is obj
+    return is_by_name(obj, getattr(obj, "__module__", None), getattr(obj, "__qualname__", ""))
 
 
 def held(module: str | None, qualname: str) -> Any:
@@ -336,13 +342,7 @@ def _is_importable(fn: object) -> bool:
     """Whether cloudpickle would pickle a function as the name under which a worker can import it."""
     if type(fn) is BuiltinFunctionType:
         return isinstance(fn.__self__, ModuleType)  # not a method of some object
-    if type(fn) is not FunctionType or fn.__module__ == "__main__":
-        return False
-    module = sys.modules.get(fn.__module__)
-    if module is None or getattr(module, fn.__qualname__, None) is not fn:
-        return False
-    cloudpickle = sys.modules.get("cloudpickle")
-    return cloudpickle is None or not cloudpickle.list_registry_pickle_by_value()
+    return type(fn) is FunctionType and is_by_name(fn, fn.__module__, fn.__qualname__)
 
 
 class FunctionPickler:

@@ -19,12 +19,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from executorlib import serialize
+from executorlib.fingerprint import _is_by_name
 from executorlib.serialize import (
     _OUT_OF_BAND_BYTES,
     FunctionPickler,
     dumps,
     dumps_arguments,
     dumps_in_band,
+    is_by_name,
     loads,
 )
 from unit.properties import examples, repeatable
@@ -35,6 +37,39 @@ class Number(int):
 
     def __reduce__(self) -> Any:
         return (Number, (int(self) + 1,))
+
+
+class Nested:
+    def method(self) -> None:
+        pass
+
+
+def test_what_is_pickled_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As cloudpickle does it: a worker must find it by that, and the key of a call must say the same of it."""
+    import cloudpickle
+
+    def goes_by_name(obj: Any, module: str, qualname: str) -> bool:
+        assert is_by_name(obj, module, qualname) is _is_by_name(obj, module, qualname)
+        pickled = cloudpickle.dumps(obj)
+        assert is_by_name(obj, module, qualname) is (len(pickled) < 100)
+        return is_by_name(obj, module, qualname)
+
+    here, above = sys.modules[__name__], sys.modules["unit"]
+    for obj, qualname in ((Nested, "Nested"), (Nested.method, "Nested.method"), (of_main, "of_main")):
+        assert goes_by_name(obj, __name__, qualname)
+        assert not is_by_name(obj, "no_such_module", qualname)
+        assert not is_by_name(obj, None, qualname)
+        for module in (here, above):
+            cloudpickle.register_pickle_by_value(module)
+            try:
+                assert not goes_by_name(obj, __name__, qualname)
+            finally:
+                cloudpickle.unregister_pickle_by_value(module)
+    replaced = Nested
+    local, _ = of_main("def f(): pass")
+    assert not goes_by_name(local, "__main__", "f")
+    monkeypatch.setattr(here, "Nested", None)  # its place is taken
+    assert not is_by_name(replaced, __name__, "Nested")
 
 
 def of_main(source: str, name: str = "f") -> tuple[Callable[..., Any], dict[str, Any]]:
