@@ -416,6 +416,16 @@ def test_status() -> None:
     assert SlurmQueue().parse_status("", IDS) == {}
 
 
+def test_an_exit_code_that_is_made_up() -> None:
+    """Slurm 24.11 says 0:1, which would be SIGHUP, of a job whose node has failed. Of others it is true."""
+    lines = "1|N/A|NODE_FAIL|0:1|node2|NodeDown|\n2|N/A|FAILED|0:1|node2|NonZeroExitCode|\n"
+    states = SlurmQueue().parse_status(lines, ["1", "2"])
+    assert [states[job_id, 0].facts() for job_id in "12"] == [
+        " (reason NodeDown, node node2)",
+        " (reason NonZeroExitCode, exit code 0:1 by SIGHUP, node node2)",
+    ]
+
+
 def test_jobs_that_were_not_asked_for() -> None:
     """They may be arrays of millions, so no more is told than that there are some."""
     printed = (

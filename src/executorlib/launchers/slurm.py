@@ -402,6 +402,8 @@ def _state(word: str, reason: str, exit_code: str, node: str) -> JobState:
     hopeless = phase is Phase.PENDING and _HOPELESS.fullmatch(reason) is not None
     cause = Cause.NODE_FAILED if hopeless and reason.startswith("launch") else _CAUSES.get(state, Cause.NONE)
     held = phase is Phase.PENDING and reason == "JobHeldAdmin"
+    if cause is not Cause.NONE and exit_code == "0:1":
+        exit_code = ""  # made up by newer ones; it would be said to have died of SIGHUP
     return JobState(phase, state, reason, exit_code, node, hopeless, cause, held)
 
 
