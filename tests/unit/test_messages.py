@@ -485,6 +485,29 @@ def test_worker_receives_from_a_closed_peer(pair: tuple[socket.socket, socket.so
         connection.receive()
 
 
+class Tight(socket.socket):
+    """A socket of a process that has little memory left."""
+
+    def recvmsg(self, size: int, *rest: int) -> Any:
+        if size > 8192:
+            raise MemoryError
+        return super().recvmsg(size, *rest)
+
+
+def test_worker_receives_with_little_memory(pair: tuple[socket.socket, socket.socket]) -> None:
+    channel = Channel(pair[0])
+    with Tight(fileno=os.dup(pair[1].fileno())) as tight:
+        channel.put(["call", 1], [b"x" * 20_000])
+        channel.put(["call", 2])
+        channel.flush()
+        connection = Connection(tight)
+        assert contents(connection.receive()) == (["call", 1], [b"x" * 20_000])
+        assert connection.receive().header == ["call", 2]
+        channel.close()
+        with pytest.raises(EOFError):
+            connection.receive()
+
+
 def test_peer_that_dies_within_a_message(pair: tuple[socket.socket, socket.socket]) -> None:
     channel = Channel(pair[0])
     pair[1].sendall(wire(encode(["result"], [b"x" * 1000])[0])[:-1])

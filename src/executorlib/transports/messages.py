@@ -49,6 +49,8 @@ MAPPED_BYTES = 192 * 1024
 _ALIGNMENT = 64
 # Just below malloc's default threshold for mmap, so that a receive does not map and fault fresh pages.
 _RECEIVE_BYTES = 120 * 1024
+# What a worker receives at once where its calls have left no memory for that; most messages are shorter.
+_LITTLE_BYTES = 4 * 1024
 # Headers hold an environment at most. What claims to be longer is no message.
 _MOST_HEADER_BYTES = 16 * 1024 * 1024
 # The kernel takes at most SCM_MAX_FD = 253 descriptors with one message.
@@ -462,9 +464,10 @@ class Connection:
             OSError: There were too many open files, or too little memory, to take it.
         """
         while not self._messages:
-            data, ancillary, flags, _ = self._sock.recvmsg(
-                _RECEIVE_BYTES, _ANCILLARY_BYTES, getattr(socket, "MSG_CMSG_CLOEXEC", 0)
-            )
+            try:
+                data, ancillary, flags = self._read(_RECEIVE_BYTES)
+            except MemoryError:  # for what is read, so that nothing was
+                data, ancillary, flags = self._read(_LITTLE_BYTES)
             if not data:
                 raise EOFError("the executor closed the connection")
             self._messages.extend(self._decoder.feed(data, ancillary, flags))
@@ -472,6 +475,9 @@ class Connection:
         if message.error is not None:
             raise message.error
         return message
+
+    def _read(self, size: int) -> tuple[bytes, list[Any], int]:
+        return self._sock.recvmsg(size, _ANCILLARY_BYTES, getattr(socket, "MSG_CMSG_CLOEXEC", 0))[:3]
 
     def close(self) -> None:
         """Close the stream."""
