@@ -21,7 +21,7 @@ def name() -> Iterator[str]:
     """A name as MPICH gives them, without the number at its end."""
     name = f"/dev/shm/mpich_shm_{secrets.token_hex(4)}"
     yield name
-    for path in Path("/dev/shm").glob(f"{name.rpartition('/')[2]}*"):
+    for path in Path("/dev/shm").glob(f"*{name.rpartition('_')[2]}*"):
         path.unlink()
 
 
@@ -33,6 +33,8 @@ def test_only_what_nobody_uses_is_removed(name: str) -> None:
     os.utime(old, (since - 1, since - 1))
     vci = Path(f"{unused}".replace("_shm_", "_vci_"))
     vci.write_bytes(b"x")
+    ucx = Path(f"/dev/shm/ucx_shm_posix_{name.rpartition('_')[2]}")
+    ucx.write_bytes(b"x")
     foreign = Path(f"{name}_tool")
     foreign.write_bytes(b"x")
     link = Path(f"{name}_17")
@@ -43,7 +45,7 @@ def test_only_what_nobody_uses_is_removed(name: str) -> None:
     with memory, opened.open("r+b"), both.open("r+b") as file, mmap.mmap(file.fileno(), 4096):
         remove_unused_files(since)
         kept = {opened, mapped, old, both, foreign, other_kind}
-        assert {path for path in (*kept, unused, vci) if path.exists()} == kept
+        assert {path for path in (*kept, unused, vci, ucx) if path.exists()} == kept
         assert link.is_symlink()
     remove_unused_files(since)
     assert {path for path in kept if path.exists()} == {old, foreign, other_kind}

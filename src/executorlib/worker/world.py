@@ -14,9 +14,10 @@ if TYPE_CHECKING:
 # How long a rank that has failed waits for the others, in seconds: they may be waiting for it inside the function.
 _PATIENCE_SECONDS = 0.5
 # Where MPICH keeps what the ranks of a node share. From version 5 on it stays there when a world does not end in order.
+# UCX, below it, removes the names of its files as soon as it has made them: a rank that is killed between leaves one.
 _MEMORY = "/dev/shm"
 _SHARED_FILES = _MEMORY + "/mpich_shm_"
-_SHARED_NAMES = r"mpich_(shm|vci)_[0-9a-f]{1,8}_\d+"
+_SHARED_NAMES = r"mpich_(shm|vci)_[0-9a-f]{1,8}_\d+|ucx_shm_posix_[0-9a-f]{1,16}"
 
 
 def join() -> Any:
@@ -57,8 +58,8 @@ def remove_unused_files(since: float) -> None:
     """Remove what is left of ranks that were killed before all had begun (see `join`).
 
     Nobody but the kernel knows who uses a file: processes in other containers are in no `/proc` of ours. It grants a
-    lease for reading only where no process has the file open for writing, and a mapping counts as that. MPICH writes to
-    it from its creation on. Where the kernel has no leases the files stay.
+    lease for reading only where no process has the file open for writing, and a mapping counts as that. MPICH and
+    UCX write to it from its creation on. Where the kernel has no leases the files stay.
 
     Args:
         since: When the first of these ranks was started. What was last written before that is left alone.
