@@ -744,6 +744,16 @@ def fail(text: str) -> None:
     raise ValueError(text)
 
 
+class MoreThanArgs(Exception):
+    def __init__(self, *, code: int) -> None:
+        super().__init__(f"code {code}")
+        self.code = code
+
+
+def fail_with_more_than_args(code: int) -> None:
+    raise MoreThanArgs(code=code)
+
+
 def ask(interface: SocketInterface, fn: Callable[..., Any], *args: Any, **extra: Any) -> Any:
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
     try:
@@ -763,6 +773,8 @@ def test_interactive_serial_runs_functions(boot: Booter) -> None:
     error = ask(interface, fail, "no")["error"]
     assert (type(error), error.args) == (ValueError, ("no",))
     assert "in fail" in str(error.__cause__)
+    error = ask(interface, fail_with_more_than_args, 5)["error"]
+    assert (type(error), str(error), error.code) == (MoreThanArgs, "code 5", 5)
     assert isinstance(ask(interface, lambda: (i for i in []))["error"], TypeError)
     assert isinstance(interface.send_and_receive_dict({})["error"], KeyError)
     assert interface.shutdown() is True
