@@ -5,7 +5,7 @@
 #   make test-debian SUITE=forky SUITE_PYTHON=python3.15              with one of another release of Debian
 #   make test-debian SUITE=forky SUITE_PYTHON=python3.14 GOAL=test-slurm   on its Slurm, too
 
-.PHONY: help demo test quick stress check lint docs bench bench-slurm bench-flux test-slurm test-gridengine test-flux test-debian clean
+.PHONY: help demo test quick stress check lint docs bench bench-slurm bench-flux release-check test-slurm test-gridengine test-flux test-debian clean
 .DEFAULT_GOAL := help
 
 # Found is not enough: a shim may be there without its Python, and a Python without venv.
@@ -35,6 +35,7 @@ help:
 	@echo "make bench-flux measure calls as Flux jobs (where flux is on the PATH), into docs/performance.md"
 	@echo "make test-flux  run the tests that need Flux, in an instance of pretended nodes (where flux is on the PATH)"
 	@echo "make test-debian SUITE=forky  run the tests in a folder with another release of Debian (as root)"
+	@echo "make release-check  build the package, and run the README's program where only that is installed"
 	@echo "make clean      remove what the other targets made"
 
 demo: $(VENV)/installed-demo
@@ -97,6 +98,9 @@ test-debian:
 	@[ -n "$(SUITE)" ] || { echo "Name a release of Debian: make test-debian SUITE=forky"; exit 1; }
 	@DEBIAN_PACKAGES=$(SUITE_PYTHON)-venv tests/debian/run $(SUITE) \
 		make $(GOAL) PYTHON=$(SUITE_PYTHON) VENV=/opt/executorlib/$(SUITE_PYTHON) 'ARGS=$(ARGS)'
+
+release-check:
+	@PYTHON=$(PYTHON) .ci/release-check
 
 clean:
 	rm -rf .venv .venvs site dist build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
