@@ -22,6 +22,7 @@ _UNDEFINED = 0xFFFFFFFFFFFFFFFF
 # II.A, version 3: sizes of offsets and lengths, flags; base, extension, end of file, root group; checksum.
 _SUPERBLOCK = struct.Struct("<8sBBBBQQQQ")
 _CHECKSUM = struct.Struct("<I")
+_LENGTH = struct.Struct("<Q")
 _SUPERBLOCK_BYTES = _SUPERBLOCK.size + _CHECKSUM.size
 
 # Types of messages in an object header (IV.A.2).
@@ -87,19 +88,13 @@ def pack(values: Mapping[str, bytes | memoryview]) -> bytearray:
     headers = len(file)
     for name, size, address, stored in chunks:
         encoded = name.encode()
-        links.append(_message(_LINK, _LINK_START.pack(1, 0, len(encoded)) + encoded + struct.pack("<Q", len(file))))
-        file += _object_header(
-            _message(_DATASPACE, _DATASPACE_START + struct.pack("<Q", size)),
-            _message(_DATATYPE, _UNSIGNED_BYTE),
-            _message(_FILL_VALUE, _NO_FILL_VALUE),
-            _message(_FILTERS, _DEFLATE.pack(2, 1, 1, 0, 1, _LEVEL)),
-            _message(_LAYOUT, _layout(size) + _SINGLE_CHUNK.pack(1, stored, 0, address)),
-        )
+        links.append(_message(_LINK, _LINK_START.pack(1, 0, len(encoded)) + encoded + _LENGTH.pack(len(file))))
+        file += _with_checksum(_dataset_header(size, stored, address))
     root = len(file)
     content = b"".join(links)
     head = _HEADER.pack(*_HEADER_START, len(content) + _MESSAGE.size + _HEADERS.size)
     crc = zlib.crc32(head + content, zlib.crc32(memoryview(file)[headers:]))
-    file += _object_header(content, _message(_NIL, _HEADERS.pack(headers, crc)))
+    file += _with_checksum(head + content + _message(_NIL, _HEADERS.pack(headers, crc)))
     head = _SUPERBLOCK.pack(SIGNATURE, 3, 8, 8, 0, 0, _UNDEFINED, len(file), root)
     file[:_SUPERBLOCK_BYTES] = head + _CHECKSUM.pack(checksum(head))
     return file
@@ -123,9 +118,30 @@ def _message(kind: int, data: bytes) -> bytes:
     return _MESSAGE.pack(kind, len(data), 0) + data
 
 
-def _object_header(*messages: bytes) -> bytes:
-    content = b"".join(messages)
-    header = _HEADER.pack(*_HEADER_START, len(content)) + content
+# What is the same for all datasets.
+_SPACE_START = _MESSAGE.pack(_DATASPACE, len(_DATASPACE_START) + _LENGTH.size, 0) + _DATASPACE_START
+_ELEMENTS = (
+    _message(_DATATYPE, _UNSIGNED_BYTE)
+    + _message(_FILL_VALUE, _NO_FILL_VALUE)
+    + _message(_FILTERS, _DEFLATE.pack(2, 1, 1, 0, 1, _LEVEL))
+)
+_SIZE_AT = _HEADER.size + len(_SPACE_START)
+
+
+def _dataset_header(size: int, stored: int, address: int) -> bytes:
+    """The object header of a dataset, less its checksum.
+
+    Args:
+        size: Bytes of the value,
+        stored: and those that it takes in the file,
+        address: where they begin.
+    """
+    layout = _message(_LAYOUT, _layout(size) + _SINGLE_CHUNK.pack(1, stored, 0, address))
+    content = _SPACE_START + _LENGTH.pack(size) + _ELEMENTS + layout
+    return _HEADER.pack(*_HEADER_START, len(content)) + content
+
+
+def _with_checksum(header: bytes) -> bytes:
     return header + _CHECKSUM.pack(checksum(header))
 
 
@@ -190,7 +206,7 @@ def _unpack(file: bytes, names: Collection[str] | None) -> dict[str, bytes]:
             raise _OtherForm
         name = data[_LINK_START.size : _LINK_START.size + length].decode()
         if names is None or name in names:
-            (address,) = struct.unpack_from("<Q", data, _LINK_START.size + length)
+            (address,) = _LENGTH.unpack_from(data, _LINK_START.size + length)
             values[name] = _dataset(file, address, checked)
     return values
 
@@ -212,18 +228,16 @@ def _are_headers_right(file: bytes, root: int, links: list[tuple[int, bytes]]) -
 
 
 def _dataset(file: bytes, address: int, checked: bool) -> bytes:
-    messages = dict(_messages(file, address))
+    if address > len(file) - _HEADER.size:
+        raise Damaged(f"it has nothing at {address}")
+    # The numbers are where `pack` puts them, or its header is another one.
+    end = address + _HEADER.size + _HEADER.unpack_from(file, address)[-1]
+    (size,) = _LENGTH.unpack_from(file, address + _SIZE_AT)
+    _, stored, _, chunk = _SINGLE_CHUNK.unpack_from(file, end - _SINGLE_CHUNK.size)
+    if file[address:end] != _dataset_header(size, stored, chunk):
+        raise _OtherForm
     if not checked:
-        _check_header(file, address)
-    if messages.get(_DATATYPE) != _UNSIGNED_BYTE or messages.get(_FILTERS) != _DEFLATE.pack(2, 1, 1, 0, 1, _LEVEL):
-        raise _OtherForm
-    space, layout = messages.get(_DATASPACE, b""), messages.get(_LAYOUT, b"")
-    if not space.startswith(_DATASPACE_START) or len(layout) < _SINGLE_CHUNK.size:
-        raise _OtherForm
-    (size,) = struct.unpack_from("<Q", space, len(_DATASPACE_START))
-    index, stored, mask, chunk = _SINGLE_CHUNK.unpack(layout[-_SINGLE_CHUNK.size :])
-    if (index, mask) != (1, 0) or layout[: -_SINGLE_CHUNK.size] != _layout(size):
-        raise _OtherForm
+        _check(file, address, end)
     if chunk > len(file) or stored > len(file) - chunk or size > most_inflated(stored):
         raise Damaged(f"a dataset of {size} bytes is not in {stored} bytes at {chunk}")
     stream = zlib.decompressobj()
