@@ -362,7 +362,8 @@ def test_data_has_the_same_key_where_it_is_unpickled() -> None:
     same = {}
     for what, (key, data) in json.load(sys.stdin).items():
         value = serialize.loads([base64.b64decode(data)])
-        same[what] = fingerprint.recompute(fingerprint.Key(*key), len, (value,), {}).name == key[0]
+        known = fingerprint.Key(*key)._replace(sources=base64.b64decode(key[-1]))
+        same[what] = fingerprint.recompute(known, len, (value,), {}).name == known.name
     print(json.dumps(same))
     """
     here = """
@@ -371,10 +372,12 @@ def test_data_has_the_same_key_where_it_is_unpickled() -> None:
     from test_fingerprint import DATA, LIBRARY_DATA
     exec(DATA)
     exec(LIBRARY_DATA)
+    text = lambda data: base64.b64encode(data).decode()
     rows = {}
     for number, value in enumerate([*values, *library_values]):
         key = fingerprint.key_of(len, (value,), {})
-        rows[f"{number} {value!r}"] = list(key), base64.b64encode(serialize.dumps_in_band(value)).decode()
+        pickled = serialize.dumps_in_band(value)
+        rows[f"{number} {value!r}"] = [*key[:-1], text(key.sources)], text(pickled)
     print(json.dumps(rows))
     """
     rows = in_other_process(here, 1)

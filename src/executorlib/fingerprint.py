@@ -36,7 +36,7 @@ import re
 import sys
 import types
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar
 
 from executorlib import serialize, sources
@@ -131,22 +131,30 @@ _MACHINERY = frozenset({"importlib", "pkgutil", "runpy", "pydoc", "imp"})
 
 
 class Key(NamedTuple):
-    """The key of a call, in plain data that travels as JSON.
+    """The key of a call, in plain data.
 
     Attributes:
         name: Of the call's entry in the cache.
         versions: The installed distributions that the call reaches, and the version of each.
         by_version: Whether the name tells these versions apart.
-        sources: What is known of the user's modules, so that `recompute` need not read them again.
+        sources: What is known of the user's modules, so that `recompute` need not read them again; as `sources.packed`
+            has it, since it is long and mostly the same for one call after the other.
     """
 
     name: str
     versions: dict[str, str]
     by_version: bool = False
-    sources: Sequence[Any] = ()
+    sources: bytes = b""
 
 
-def key_of(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, by_version: bool = False) -> Key:
+def key_of(
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    by_version: bool = False,
+    reached: sources.Reached | None = None,
+) -> Key:
     """Derive the key of a call that another process will run.
 
     The key is the same in another process or session, with any ``PYTHONHASHSEED``, and for the same function
@@ -158,6 +166,8 @@ def key_of(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
         args: Its positional arguments.
         kwargs: Its keyword arguments; their order does not count.
         by_version: Whether another version of a distribution that the call reaches makes it another key.
+        reached: What the caller has had looked at since this call was submitted, and takes for unchanged; what is not
+            in it yet is added. None to look at the files of all that the call reaches.
 
     Returns:
         The key; its name is that of the function followed by 32 hexadecimal digits: ASCII letters, digits and
@@ -166,7 +176,8 @@ def key_of(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     Raises:
         TypeError: If the function or an input holds an object that cannot be described, such as a lock.
     """
-    return _derive(fn, args, kwargs, by_version)[0]
+    key, roots, read = _derive(fn, args, kwargs, by_version, {} if reached is None else reached)
+    return key._replace(sources=sources.packed(roots, read)) if roots else key
 
 
 def prepare(key: Key) -> None:
@@ -175,7 +186,7 @@ def prepare(key: Key) -> None:
     A module may be loaded while its call is unpickled, and its file may change before that ends, as inputs may take
     long to load. The file that is noted here is the one that was loaded, or an older one.
     """
-    sources.remember(key.sources[1] if key.sources else ())
+    sources.remember(sources.unpacked(key.sources)[1] if key.sources else sources.NOTHING)
 
 
 def recompute(key: Key, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Key:
@@ -196,9 +207,8 @@ def recompute(key: Key, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: d
         TypeError: If the function or an input cannot be described.
     """
     if key.sources:
-        roots, known = key.sources
-        sources.learn(frozenset((module, tuple(chain)) for module, chain in roots), known)
-    found, read = _derive(fn, args, kwargs, key.by_version)
+        sources.learn(*sources.unpacked(key.sources))
+    found, _, read = _derive(fn, args, kwargs, key.by_version, {})
     changed = sources.changed_here(read)
     sources.remember()
     if changed:
@@ -212,8 +222,12 @@ def call_key(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def _derive(
-    fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], by_version: bool
-) -> tuple[Key, sources.Slice]:
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    by_version: bool,
+    reached: sources.Reached,
+) -> tuple[Key, frozenset[Root], sources.Slice]:
     called = fn
     while isinstance(called, functools.partial):
         called = called.func
@@ -230,14 +244,14 @@ def _derive(
         raise TypeError(f"no cache key can be derived for the call of {name}: {where} {error}.") from error.__cause__
     # Without assertions a module says something else; a worker is started with the session's flags.
     pieces = [_FORMAT, b"optimize %d;" % sys.flags.optimize, b"".join(tokens)]
-    if not walk.roots:
-        return Key(name + _digest(*pieces).hex(), {}, by_version), sources.NOTHING
-    read = sources.reach(frozenset(walk.roots))
+    roots = frozenset(walk.roots)
+    if not roots:
+        return Key(name + _digest(*pieces).hex(), {}, by_version), roots, sources.NOTHING
+    read = reached.get(roots) or reached.setdefault(roots, sources.reach(roots))
     pieces.append(read.digest.encode())
     if by_version:
         pieces.append(repr(sorted(read.versions.items())).encode())
-    known = [[*map(list, sorted(walk.roots))], [*read]]
-    return Key(name + _digest(*pieces).hex(), dict(read.versions), by_version, known), read
+    return Key(name + _digest(*pieces).hex(), dict(read.versions), by_version), roots, read
 
 
 def same_definition(first: type, second: type) -> bool:

@@ -78,12 +78,14 @@ from executorlib.worker.call import PERMIT, named_inputs, traceback_text
 
 if TYPE_CHECKING:
     from executorlib.fingerprint import Key
+    from executorlib.sources import Reached
 
 logger = logging.getLogger("executorlib")
 
-# Functions that one worker of a block keeps the pickles of, and their bytes; beyond that they are sent anew.
-_FUNCTIONS_PER_WORKER = 256
-_FUNCTION_BYTES_PER_WORKER = 256 * 1024 * 1024
+# What one worker of a block keeps: pickles of functions, and what is known of their sources; beyond that they are sent
+# anew.
+_PIECES_PER_WORKER = 256
+_PIECE_BYTES_PER_WORKER = 256 * 1024 * 1024
 # Pickles above this size are known by their digest, so that they need not be kept here.
 _DIGEST_BYTES = 256 * 1024
 
@@ -144,6 +146,21 @@ class _Cancelled:
         self._loop.post(self._loop.on_cancelled, self._task)
 
 
+class _Seen:
+    """What was seen of the user's code while the loop carries out effects; see `Loop._decide`.
+
+    Attributes:
+        reached: In modules.
+        init: Name of the key of the init function; empty before it was derived.
+    """
+
+    __slots__ = ("init", "reached")
+
+    def __init__(self) -> None:
+        self.reached: Reached = {}
+        self.init = ""
+
+
 class Loop(Poller, JobEvents):
     """Runs the calls of one executor, from `start` on.
 
@@ -194,6 +211,7 @@ class Loop(Poller, JobEvents):
         self._refusal = ""  # why submit is refused
         self._inbox: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
         self._sleeping = False
+        self._seen: _Seen | None = None
         self._settled = False  # whether the scheduler has decided upon all that it was told
         self._closing = False
         self._tasks: dict[int, Task] = {}
@@ -206,9 +224,9 @@ class Loop(Poller, JobEvents):
         self._soon: list[Callable[[], None]] = []
         self._failures = Failures()
         self._function_pickler = serialize.FunctionPickler()
-        self._function_numbers: dict[bytes, int] = {}
-        self._function_counter = itertools.count(1)
-        self._known_functions: dict[int, dict[int, int]] = {}  # by worker, their sizes by function number
+        self._piece_numbers: dict[bytes, int] = {}
+        self._piece_counter = itertools.count(1)
+        self._known_pieces: dict[int, dict[int, int]] = {}  # by worker, their sizes by number
         self._real_paths: dict[str, str] = {}
         self._changed_functions: set[str] = set()  # whose calls were changed between their look-up and their run
         self._deadlines: dict[int, tuple[float, int]] = {}  # by worker: when its call's time is over, and the call
@@ -540,8 +558,7 @@ class Loop(Poller, JobEvents):
             while inbox:
                 function, args = inbox.popleft()
                 function(*args)
-            for effect in self.scheduler.take_effects():
-                self._carry_out(effect)
+            self._decide()
         while self._soon:
             self._soon.pop()()
         if self._records:
@@ -549,6 +566,20 @@ class Loop(Poller, JobEvents):
         results, self._results = self._results, []
         for task, header, frames in results:
             self._resolve(task, header, frames)
+
+    def _decide(self) -> None:
+        """Carry out what the scheduler decides upon the events so far.
+
+        All calls that are looked up here were submitted before this begins, so one look at what they reach in files is
+        enough for all of them: whoever changed something and then submitted has done so before. A call that is
+        submitted from now on waits in the inbox, for the next decision and another look.
+        """
+        self._seen = _Seen()
+        try:
+            for effect in self.scheduler.take_effects():
+                self._carry_out(effect)
+        finally:
+            self._seen = None
 
     def _wait(self) -> None:
         """Sleep until something happens, and take it in. With more in the inbox only look: callbacks may never end."""
@@ -642,36 +673,42 @@ class Loop(Poller, JobEvents):
         if resources.run_time_max is not None:
             options["limit"] = [resources.run_time_max, time.time() + resources.run_time_max]
         if task.cache_path is not None:
-            options["cache"] = {"path": task.cache_path, "key": task.key, "resources": resources.as_dict()}
-        number = 0
+            key = None if task.key is None else task.key[:-1]
+            options["cache"] = {"path": task.cache_path, "key": key, "resources": resources.as_dict()}
+        # What goes with call after call; a worker of a block keeps it.
+        pieces = [function, task.key.sources] if task.key is not None and task.key.sources else [function]
+        numbers: Sequence[int] = range(len(pieces))
         known: dict[int, int] = {}
-        if self._block is not None:  # else nothing is kept by the worker, nor for it
-            number = self._function_number(function)
-            known = self._known_functions.setdefault(process.worker.number, known)
-        frames: list[Frame] = arguments
-        if number not in known:
-            full = len(known) >= _FUNCTIONS_PER_WORKER
-            if known and (full or sum(known.values()) + len(function) > _FUNCTION_BYTES_PER_WORKER):
+        if self._block is not None:
+            numbers = [self._number_of(piece) for piece in pieces]
+            known = self._known_pieces.setdefault(process.worker.number, known)
+        new = {number: piece for number, piece in zip(numbers, pieces, strict=True) if number not in known}
+        if new and known:
+            size = sum(known.values()) + sum(map(len, new.values()))
+            if len(known) + len(new) > _PIECES_PER_WORKER or size > _PIECE_BYTES_PER_WORKER:
                 transport.put(["forget"])
                 known.clear()
-            options["new"] = True
-            frames = [function, *arguments]
-        size = transport.put(["call", task.number, number, options], frames)
-        known[number] = len(function)
+                new = dict(zip(numbers, pieces, strict=True))
+        if new:
+            options["new"] = [*new]
+        if len(pieces) > 1:
+            options["sources"] = numbers[1]
+        size = transport.put(["call", task.number, numbers[0], options], [*new.values(), *arguments])
+        known.update((number, len(piece)) for number, piece in new.items())
         if self._log_sizes:
             logger.warning("call %d of %s: sent %d bytes", task.number, task.name, size)
 
-    def _function_number(self, function: bytes) -> int:
-        key = function
-        if len(function) > _DIGEST_BYTES:
+    def _number_of(self, piece: bytes) -> int:
+        key = piece
+        if len(piece) > _DIGEST_BYTES:
             import hashlib  # takes a millisecond, and few functions are that large
 
-            key = hashlib.sha256(function).digest()
-        number = self._function_numbers.get(key)
+            key = hashlib.sha256(piece).digest()
+        number = self._piece_numbers.get(key)
         if number is None:
-            if len(self._function_numbers) >= _FUNCTIONS_PER_WORKER:
-                self._function_numbers.clear()
-            number = self._function_numbers[key] = next(self._function_counter)
+            if len(self._piece_numbers) >= _PIECES_PER_WORKER:
+                self._piece_numbers.clear()
+            number = self._piece_numbers[key] = next(self._piece_counter)
         return number
 
     def _kill(self, worker: Worker) -> None:
@@ -769,7 +806,8 @@ class Loop(Poller, JobEvents):
         """Derive the key of a function with inputs."""
         from executorlib import fingerprint
 
-        return fingerprint.key_of(fn, args, kwargs, by_version=self._cache_versions == "key")
+        reached = None if self._seen is None else self._seen.reached
+        return fingerprint.key_of(fn, args, kwargs, by_version=self._cache_versions == "key", reached=reached)
 
     def _identify(self, task: Task) -> str:
         """Derive a call's key from what it is now, and name its entry by that; returns the cache directory.
@@ -838,17 +876,24 @@ class Loop(Poller, JobEvents):
     def _named_inputs(self, task: Task) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
         """What makes a call's key: its function and inputs, and what else makes its result another one."""
         fn, args, kwargs = self._by_names(task)
-        init = "" if self._init_function is None else self._init_key(self._init_function).name
-        return fn, args, named_inputs(kwargs, task.resources.cores, init)
+        return fn, args, named_inputs(kwargs, task.resources.cores, self._init_name())
 
-    def _init_key(self, init: Callable[[], dict[str, Any]]) -> Key:
+    def _init_name(self) -> str:
+        """Name of the key of the init function; empty without one."""
+        if self._init_function is None:
+            return ""
+        if self._seen is not None and self._seen.init:
+            return self._seen.init
         try:
-            return self._key(init, (), {})
+            name = self._key(self._init_function, (), {}).name
         except TypeError as error:
             raise TypeError(
                 "the results of this executor cannot be kept in its cache_directory, as they depend on its "
                 f"init_function, which has no key: {error}"
             ) from error
+        if self._seen is not None:
+            self._seen.init = name
+        return name
 
     def _by_names(self, task: Task) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
         """A call's function and inputs; results of other jobs by name."""
@@ -891,7 +936,9 @@ class Loop(Poller, JobEvents):
                 frames = serialize.dumps(self._init_function)
                 if resources.cache_directory is not None and resources.cache_key is None:
                     with contextlib.suppress(TypeError):  # as the look-up of each call says
-                        setup["init_key"] = self._key(self._init_function, (), {})
+                        key = self._key(self._init_function, (), {})
+                        setup["init_key"] = key[:-1]
+                        frames = [key.sources, *frames]
             except BaseException as error:
                 self._break(contained(error, "pickling the init_function"))
                 self._kill(worker)
@@ -964,7 +1011,7 @@ class Loop(Poller, JobEvents):
         self._settled = False
         if self._processes.pop(worker.number, None) is None:
             return  # given up by `detach`
-        self._known_functions.pop(worker.number, None)
+        self._known_pieces.pop(worker.number, None)
         self._deadlines.pop(worker.number, None)
         recalled = self._take_back(process, len(worker.calls)) + self._held(worker, end.unstarted)
         expected = worker.stopping

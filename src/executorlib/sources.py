@@ -275,7 +275,7 @@ def _read(path: str) -> bytes:
 
 
 class Slice(NamedTuple):
-    """What can be reached from some names, in plain data that travels as JSON.
+    """What can be reached from some names, in plain data.
 
     Attributes:
         digest: Stands for it, in hexadecimal.
@@ -549,9 +549,12 @@ def _is_settled_folder(path: str) -> bool:
 
 # -- slices that are known already ------------------------------------------------------------------------------------
 
+# Slices by the names that they were reached from.
+Reached: TypeAlias = dict[frozenset[Root], Slice]
+
 NOTHING = Slice("", {}, [], True, [], [[], []])
 
-_SLICES: dict[frozenset[Root], Slice] = {}
+_SLICES: Reached = {}
 
 # The files of the user's modules as they were when this process first came across them, and when it last looked.
 _FIRST: dict[str, Stamp] = {}
@@ -574,10 +577,32 @@ def reach(roots: frozenset[Root]) -> Slice:
     return found
 
 
-def learn(roots: frozenset[Root], known: Sequence[Any]) -> None:
+def learn(roots: frozenset[Root], known: Slice) -> None:
     """Take over what another process has read; it is used as long as the files are the same here."""
-    if roots not in _SLICES and known:
-        _SLICES[roots] = Slice(*known)
+    _SLICES.setdefault(roots, known)
+
+
+_PACKED: dict[frozenset[Root], tuple[Slice, bytes]] = {}
+
+# Version 2 of marshal, which all releases of Python read.
+_MARSHAL = 2
+
+
+def packed(roots: frozenset[Root], read: Slice) -> bytes:
+    """What `reach` has found, for another process."""
+    known = _PACKED.get(roots)
+    if known is None or known[0] is not read:
+        if len(_PACKED) >= _MOST_SLICES:
+            _PACKED.clear()
+        known = _PACKED[roots] = read, marshal.dumps((sorted(roots), [*read]), _MARSHAL)
+    return known[1]
+
+
+@functools.lru_cache(maxsize=64)
+def unpacked(data: bytes) -> tuple[frozenset[Root], Slice]:
+    """The names, and what was found, as another process has `packed` them."""
+    roots, read = marshal.loads(data)
+    return frozenset(roots), Slice(*read)
 
 
 def _current(known: Slice) -> Slice | None:
@@ -598,15 +623,15 @@ def _current(known: Slice) -> Slice | None:
     return known._replace(search=[here, [[folder, stamp(folder)] for folder in folders]])
 
 
-def remember(known: Sequence[Any] = ()) -> None:
+def remember(known: Slice = NOTHING) -> None:
     """Note files of modules before what comes next may load them; `changed_here` tells of changes since then.
 
     Args:
-        known: The `Slice` whose files to note, besides those of the modules that this process has loaded.
+        known: The slice whose files to note, besides those of the modules that this process has loaded.
     """
     global _looked
     _looked = time.time_ns()
-    for path, _ in Slice(*known).files if known else ():
+    for path, _ in known.files:
         if path not in _FIRST:
             _FIRST[path] = stamp(path)
     for name in sys.modules.keys() - _CHECKED:

@@ -38,7 +38,7 @@ def test_few_pickles_of_functions_are_kept(
     make_executor: Callable[..., Any], row: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By number and by bytes: functions may hold data. Where a worker runs one call, none are."""
-    monkeypatch.setattr(loop, "_FUNCTION_BYTES_PER_WORKER", 20_000)
+    monkeypatch.setattr(loop, "_PIECE_BYTES_PER_WORKER", 20_000)
     monkeypatch.setattr(loop, "_DIGEST_BYTES", 5_000)
 
     def holding(data: bytes) -> Callable[[], int]:
@@ -50,8 +50,8 @@ def test_few_pickles_of_functions_are_kept(
         for _ in range(2):
             assert [executor.submit(function).result(WAIT) for function in functions] == sizes
         # The executor's record of what workers keep.
-        kept = executor._loop._known_functions
-        keys = executor._loop._function_numbers
+        kept = executor._loop._known_pieces
+        keys = executor._loop._piece_numbers
         assert len(keys) == (5 if row.block else 0)
         assert all(len(key) <= 5_000 for key in keys)
         assert all(sum(known.values()) <= 30_000 + 1_000 for known in kept.values())

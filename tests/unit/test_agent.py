@@ -70,7 +70,7 @@ class Worker:
     def call(self, fn: Callable[..., Any], *args: Any, number: int = 1) -> None:
         """Have it run a function; the first thing that it is told is its set-up."""
         frames = [serialize.dumps_in_band(fn), *serialize.dumps_arguments(args, {})]
-        self.send(["call", number, number, {"new": True, "now": True}], frames)
+        self.send(["call", number, number, {"new": [number], "now": True}], frames)
 
     def set_up(self) -> None:
         self.send(["setup", {"slot": 0}])
@@ -375,7 +375,7 @@ def test_worker_of_a_block_skips_calls_that_were_taken_back(agent: Client) -> No
     function = serialize.dumps_in_band(abs)
     give.send(PERMIT.pack(5) + PERMIT.pack(6))
     assert take.recv(PERMIT.size) == PERMIT.pack(5)
-    worker.send(["call", 5, 1, {"new": True}], [function, *serialize.dumps_arguments((-5,), {})])
+    worker.send(["call", 5, 1, {"new": [1]}], [function, *serialize.dumps_arguments((-5,), {})])
     worker.send(["call", 6, 1, {}], serialize.dumps_arguments((-6,), {}))
     message = worker.receive()
     assert message.header[:2] == ["result", 6]

@@ -606,13 +606,13 @@ for what, row in json.load(sys.stdin).items():
             row["pickle"] = base64.b64encode(serialize.dumps_in_band(f)).decode()
         except Exception as error:
             row["pickle"] = None
-        row["key"] = list(key)
+        row["key"] = [*key[:-1], base64.b64encode(key.sources).decode()]
         row["result"] = repr(f())
         row["after"] = fingerprint.key_of(f, (), {}).name
     elif row["pickle"] is not None:
-        key = fingerprint.Key(*row["key"])
+        *rest, known = row["key"]
+        key = fingerprint.Key(*rest, base64.b64decode(known))
         fingerprint.prepare(key)
-        fingerprint.prepare(fingerprint.Key(*row["key"]))
         f = serialize.loads([base64.b64decode(row["pickle"])])
         row["there"] = fingerprint.recompute(key, f, (), {}).name
         row["result there"] = repr(f())

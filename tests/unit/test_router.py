@@ -708,7 +708,7 @@ class Remote:
         assert self.ask(["setup", {"path": sys.path, "slot": 4}]) == (["ready"], [])
 
     def call(self, fn: Callable[..., Any], *args: Any) -> tuple[Any, list[Any]]:
-        return self.ask(["call", 9, 1, {"new": True, "now": True}], call_frames(fn, *args))
+        return self.ask(["call", 9, 1, {"new": [1], "now": True}], call_frames(fn, *args))
 
     def end(self) -> tuple[int, str]:
         _, err = self.bench.run(lambda: self.process.communicate(timeout=WAIT))
@@ -775,7 +775,7 @@ def test_a_busy_remote_worker_ends_with_its_executor(worker: Remote, tmp_path: P
             Path(path).write_text(str(child.pid))
 
     worker.set_up()
-    worker.send(["call", 9, 1, {"new": True, "now": True}], call_frames(hold, str(tmp_path / "pid")))
+    worker.send(["call", 9, 1, {"new": [1], "now": True}], call_frames(hold, str(tmp_path / "pid")))
     child = int(worker.bench.run(lambda: wait_for(tmp_path / "pid")) or 0)
     assert alive(child)
     worker.router.close()

@@ -3,7 +3,8 @@
 The same for forked and for spawned workers, for one call and for many. Ranks of an MPI world use `run` from here too.
 
 Messages to a worker are ``["setup", {...}]``, once, ``["call", number, function number, options]``, ``["forget"]`` and
-``["stop"]``; a call's frames begin with the function's pickle where the worker does not have it yet. Answers are
+``["stop"]``. What goes with call after call, the function's pickle and what is known of its sources, has a number; what
+the worker does not have yet comes first among a call's frames, and the option ``new`` has the numbers. Answers are
 ``["ready"]``, ``["result", number, seconds, warning, more]`` and ``["error", number, seconds, traceback, more]``, where
 number 0 is the init function, and ``more`` may say ``leaving``: that nothing is left of the process but to exit, and
 ``other``: that what ran is not what was looked up in the cache. `worker.records` sends what calls log beside.
@@ -300,17 +301,20 @@ class Defaults:
         """Run an init function and check what it returns.
 
         Args:
-            frames: The function.
-            key: The executor's key of it, where results are kept and it has one.
+            frames: The function; behind the sources of its key, where there is one.
+            key: The executor's key of it, less these, where results are kept and it has one.
         """
+        expected: Key | None = None
         if key is not None:
             from executorlib import fingerprint
 
-            fingerprint.prepare(fingerprint.Key(*key))
+            expected = fingerprint.Key(*key)._replace(sources=bytes(frames[0]))
+            frames = frames[1:]
+            fingerprint.prepare(expected)
         with OnlyHere():
             function = serialize.loads(frames)
             try:
-                self.init = self._key_of(function, key)
+                self.init = self._key_of(function, expected)
             except Exception as error:
                 self._problem = f"the init function has no key: {error}"
             values = function()
@@ -321,27 +325,31 @@ class Defaults:
         self.values.update(values)
 
     @staticmethod
-    def _key_of(function: Callable[[], Any], key: list[Any] | None) -> Key:
+    def _key_of(function: Callable[[], Any], key: Key | None) -> Key:
         """The key of what runs here, as of every call; see `worker.entry`."""
         if key is None:
             raise ValueError("none could be derived as this worker was started")
         from executorlib import fingerprint
 
-        return fingerprint.recompute(fingerprint.Key(*key), function, (), {})
+        return fingerprint.recompute(key, function, (), {})
 
-    def entry(self, function: Frame, options: dict[str, Any], whole: bool = True) -> Entry | None:
+    def entry(
+        self, function: Frame, options: dict[str, Any], kept: dict[int, bytes], whole: bool = True
+    ) -> Entry | None:
         """A call's entry in the cache; None where it has none.
 
         Args:
             function: The pickled function.
-            options: ``cache``, as the executor sent it.
+            options: ``cache``, as the executor sent it, and ``sources``, the number of the sources of its key, if any.
+            kept: What this worker keeps, by its number.
             whole: Whether it is written here.
         """
         if "cache" not in options:
             return None
         from executorlib.worker.entry import Entry
 
-        entry = Entry(options["cache"], function, self.init, whole)
+        known = kept[options["sources"]] if "sources" in options else b""
+        entry = Entry(options["cache"], function, known, self.init, whole)
         entry.problem = self._problem
         return entry
 
@@ -526,36 +534,42 @@ def serve(connection: Connection | Reporter, permits: Permits | None) -> None:
             os._exit(0)
         return
     connection.send(["ready"])
-    functions: dict[int, Frame] = {}
+    kept: dict[int, bytes] = {}
     while (message := connection.receive()).header[0] != "stop":
         if message.header[0] == "forget":
-            functions.clear()
+            kept.clear()
             continue
         _, number, _, options = message.header
         if options.get("now") or permits.allow(number):
-            _run_one(connection, message, defaults, functions, last=False)
+            _run_one(connection, message, defaults, kept, last=False)
         else:
             # Taken back; but the function that came with it may be used again.
-            _learn(functions, message)
+            keep(kept, options, message.frames)
         # Not kept while waiting for the next: it may hold large arrays.
         del message
 
 
-def _learn(functions: dict[int, Frame], message: Message) -> tuple[Frame, list[Frame]]:
-    _, _, function_number, options = message.header
-    if options.get("new"):
-        functions[function_number] = bytes(message.frames[0])
-        return functions[function_number], message.frames[1:]
-    return functions[function_number], message.frames
+def keep(kept: dict[int, bytes], options: dict[str, Any], frames: list[Frame]) -> list[Frame]:
+    """Keep what came with a call for those that follow; the other frames, those of its arguments, are returned.
+
+    Args:
+        kept: What this worker keeps, by its number.
+        options: The call's; ``new`` has the numbers of what came.
+        frames: The call's.
+    """
+    numbers = options.get("new", ())
+    kept.update(zip(numbers, map(bytes, frames), strict=False))
+    return frames[len(numbers) :]
 
 
 def _run_one(
-    connection: Connection | Reporter, message: Message, defaults: Defaults, functions: dict[int, Frame], *, last: bool
+    connection: Connection | Reporter, message: Message, defaults: Defaults, kept: dict[int, bytes], *, last: bool
 ) -> bool:
     """Run a call and answer; return whether the process, if this was its last call, has nothing left to do."""
-    _, number, _, options = message.header
-    function, arguments = _learn(functions, message)
-    entry = defaults.entry(function, options)
+    _, number, function_number, options = message.header
+    arguments = keep(kept, options, message.frames)
+    function = kept[function_number]
+    entry = defaults.entry(function, options, kept)
     started = time.perf_counter()
     answer = run(function, arguments, defaults.values, options, entry)
     seconds = time.perf_counter() - started

@@ -28,9 +28,10 @@ class Entry:
     """A call's entry, made before anything of the call is unpickled.
 
     Args:
-        wanted: What the executor has sent of it: ``path``, its file; ``key``, a `fingerprint.Key` by which it was
-            looked up, or None where the user has named it; ``resources``.
+        wanted: What the executor has sent of it: ``path``, its file; ``key``, the `fingerprint.Key` by which it was
+            looked up, less its sources, or None where the user has named it; ``resources``.
         function: The pickled function.
+        known: The sources of the key.
         init: The key of the init function that this worker has run, if any.
         whole: Whether it is written here, and not only its key told.
 
@@ -40,10 +41,15 @@ class Entry:
     """
 
     def __init__(
-        self, wanted: dict[str, Any], function: Frame, init: fingerprint.Key | None = None, whole: bool = True
+        self,
+        wanted: dict[str, Any],
+        function: Frame,
+        known: bytes,
+        init: fingerprint.Key | None = None,
+        whole: bool = True,
     ) -> None:
         self._path: str = wanted["path"]
-        self._key = fingerprint.Key(*wanted["key"]) if wanted["key"] else None
+        self._key = fingerprint.Key(*wanted["key"])._replace(sources=known) if wanted["key"] else None
         self._resources: dict[str, Any] = wanted["resources"]
         self._function = function
         self._init = init

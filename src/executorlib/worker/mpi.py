@@ -87,7 +87,7 @@ class Rank:
         self._connect = connect
         self._dealer: Dealer | Reporter | None = None
         self._reporter: Reporter | None = None
-        self._functions: dict[int, Frame] = {}
+        self._kept: dict[int, bytes] = {}
         if self._rank == 0:
             from executorlib.worker.remote import hello
 
@@ -137,7 +137,7 @@ class Rank:
             if header[0] == "stop":
                 return
             if header[0] == "forget":
-                self._functions.clear()
+                self._kept.clear()
                 continue
             self._run(header, frames, defaults)
 
@@ -161,14 +161,13 @@ class Rank:
 
     def _run(self, header: list[Any], frames: list[Frame], defaults: call.Defaults) -> None:
         _, number, function_number, options = header
-        if options.get("new"):
-            self._functions[function_number] = frames.pop(0)
-        function = self._functions[function_number]
+        arguments = call.keep(self._kept, options, frames)
+        function = self._kept[function_number]
         if self._reporter is not None:
             self._reporter.number = number
-        entry = defaults.entry(function, options, whole=self._rank == 0)
+        entry = defaults.entry(function, options, self._kept, whole=self._rank == 0)
         started = time.perf_counter()
-        answer = call.run(function, frames, defaults.values, options, entry)
+        answer = call.run(function, arguments, defaults.values, options, entry)
         seconds = time.perf_counter() - started
         text = f"on rank {self._rank} of {self._world.Get_size()}:\n{answer.traceback}" if answer.traceback else ""
 
