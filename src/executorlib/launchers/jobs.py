@@ -20,7 +20,8 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from executorlib import batches, entries, files, machine
@@ -42,8 +43,9 @@ logger = logging.getLogger("executorlib")
 
 # Looking for results takes at most this share of a core, and is done at most so often (seconds).
 _LOOK_SHARE, _LOOK_SECONDS = 0.01, 0.05
-# ... and this share of the loop's time.
+# ... and this share of the loop's time, of which it takes no more than so much at once (seconds), as all else waits.
 _WAIT_SHARE = 0.1
+_AT_ONCE_SECONDS = 0.05
 # How long a result may take to show on a slow file system after its job has ended, in seconds: when there may well be
 # one (NFS shows others' files after up to a minute), and otherwise. There may be one
 # - when the exit code says so;
@@ -110,6 +112,9 @@ class JobLauncher:
         self._early: list[Callable[[], None]] = []  # what has to wait until the system is known
         self._leaving = False
         self._looks = Timer(events, self._look)
+        self._to_look_at: deque[Job] = deque()
+        self._renewals = Timer(events, self._renew_views)
+        self._to_renew: deque[Job] = deque()
         self._questions = Timer(events, self._ask)
         self._ask_after = system.first_query
         self._asking = False
@@ -400,13 +405,25 @@ class JobLauncher:
 
     def _look(self) -> None:
         """Look for results."""
-        self._ended_now.clear()
+        if not self._to_look_at:
+            self._ended_now.clear()
+            self._to_look_at.extend(self._jobs.values())
         cpu, began = time.thread_time(), time.monotonic()
-        self._each(list(self._jobs.values()), lambda job: self._look_at(job, began))
+        self._each(self._some(self._to_look_at), lambda job: self._look_at(job, began))
         if self._jobs:
             # A slow file system makes the loop wait, which is no processor time.
             pause = max((time.thread_time() - cpu) / _LOOK_SHARE, (time.monotonic() - began) / _WAIT_SHARE)
             self._looks.within(max(_LOOK_SECONDS, pause))
+
+    def _some(self, jobs: deque[Job]) -> Iterator[Job]:
+        """Take jobs, as many as a moment allows and at least one. Those that are over by then are left out."""
+        end = time.monotonic() + _AT_ONCE_SECONDS
+        while jobs:
+            job = jobs.popleft()
+            if self._jobs.get(job.process.worker.number) is job:
+                yield job
+                if time.monotonic() >= end:
+                    return
 
     def _look_at(self, job: Job, now: float) -> None:
         if job.over:
@@ -519,11 +536,10 @@ class JobLauncher:
         """Ask the system for the states of all jobs at once."""
         if self._asking or self._leaving or not self._jobs:
             return
+        if not self._to_renew:
+            self._to_renew.extend(job for job in self._jobs.values() if job.batch is None or not job.batch.ours)
+            self._renew_views()
         self._find_job_ids()
-        for job in self._jobs.values():
-            # The system may not know another session's job, and the file system may remember that there was no result.
-            if (job.batch is None or not job.batch.ours) and not _is_on_local_disk(job):
-                files.is_there(job.output)
         asked = [job for job in self._jobs.values() if job.submitted is not None]
         if not asked:
             self._questions.within(self._ask_after)
@@ -634,12 +650,23 @@ class JobLauncher:
         self._keep(job)
         job.start_over()
 
+    def _renew_views(self) -> None:
+        """See to it that what other sessions' jobs have done is seen here, whatever the file system remembers."""
+        began = time.monotonic()
+        self._each(self._some(self._to_renew), self._renew_view)
+        if self._to_renew:
+            self._renewals.within((time.monotonic() - began) / _WAIT_SHARE)
+
+    def _renew_view(self, job: Job) -> None:
+        # Nobody says whether a job has it. When it is removed, or stays unreadable, it is free again.
+        if job.batch is None and job.ending is None and (job.unreadable is not None or not files.is_there(job.path)):
+            self._try_to_claim(job)
+        # The system may not know the job, and the file system may remember that there was no result.
+        elif not _is_on_local_disk(job):
+            files.is_there(job.output)
+
     def _find_job_ids(self) -> None:
         """Find out which jobs the calls of other sessions became."""
-        for job in [job for job in self._jobs.values() if job.batch is None and job.ending is None]:
-            # Nobody says whether a job has it. When it is removed, or stays unreadable, it is free again.
-            if job.unreadable is not None or not files.is_there(job.path):
-                self._claim(job)
         followed = set(self._followed.values())
         unknown = [job for job in self._jobs.values() if job.batch in followed and job.submitted is None]
         looked: dict[JobBatch, bool] = {}
