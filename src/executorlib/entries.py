@@ -62,6 +62,8 @@ RAN = "ran"
 NAME = "name"
 _CALL = ("function", "input_args", "input_kwargs", "resource_dict")
 _RESULT = ("output", "error", "runtime", "traceback")
+# Of these, and of what else a look-up reads, what is ours: nothing in it has to be rebuilt by `foreign`.
+_PLAIN = frozenset({"runtime", "traceback", VERSIONS, NAME, NOT_KEPT, RAN})
 
 # Large arrays of floats hardly shrink at any level, so the fastest.
 _GZIP_LEVEL = 1
@@ -686,7 +688,7 @@ def read_values(
     if pickles is None:
         return None
     try:
-        return {name: _load(data) for name, data in pickles.items()}
+        return {name: pickle.loads(data) if name in _PLAIN else _load(data) for name, data in pickles.items()}
     except Exception as error:  # damaged pickles raise nearly everything
         _warn_unreadable(path, error)
         return None
@@ -701,9 +703,9 @@ def _read_pickles(
 ) -> dict[str, bytes] | None:
     try:
         pickles = _datasets(files.read(path, root), {*names, NAME})
-        name = pickles.pop(NAME, None)
-        if name is not None and _load(name) != _name_of(path):
-            raise hdf5.Damaged(f"it is a copy of the entry {_load(name)!r}, and no result of this call")
+        name = pickle.loads(pickles.pop(NAME)) if NAME in pickles else None
+        if name not in (None, _name_of(path)):
+            raise hdf5.Damaged(f"it is a copy of the entry {name!r}, and no result of this call")
         return pickles
     except (FileNotFoundError, NotADirectoryError):
         return None

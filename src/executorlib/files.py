@@ -425,7 +425,7 @@ def read(path: str | os.PathLike[str], root: str | os.PathLike[str] | None = Non
         raise
     finally:
         os.close(folder)
-    with open(fd, "rb", buffering=0) as file:
+    try:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "it is not a regular file", path)
@@ -437,12 +437,14 @@ def read(path: str | os.PathLike[str], root: str | os.PathLike[str] | None = Non
         # No more than it has now: a file that grows all the time has no end.
         size = status.st_size
         if last is not None and size > last:
-            file.seek(size - last)
+            os.lseek(fd, size - last, os.SEEK_SET)
             size = last
-        data = file.read(size)
-        while len(data) < size and (more := file.read(size - len(data))):
+        data = os.read(fd, size)
+        while len(data) < size and (more := os.read(fd, size - len(data))):
             data += more
-    return data
+        return data
+    finally:
+        os.close(fd)
 
 
 def is_there(path: str) -> bool:

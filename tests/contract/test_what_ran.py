@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import textwrap
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import pytest
 
 from contract.changing import Changing, Counting, see
 from contract.functions import Gate, files, identity, lines, record
+from executorlib import loop, sources
 
 WAIT = 50
 pytestmark = [pytest.mark.cache]
@@ -186,6 +189,119 @@ def test_module_that_changes_while_the_inputs_are_loaded(scripts: Any, row: Any,
         out, err = process.communicate(timeout=WAIT)
         assert (out.strip(), "looked up" in err) == (said, True)
         assert module.read_text() == new
+
+
+_CHANGED_BETWEEN = """
+import sys
+import threading
+sys.path.insert(0, os.getcwd())
+import mine
+
+class Pause:
+    def __init__(self):
+        self.begun, self.over = threading.Event(), threading.Event()
+
+    def __reduce__(self):
+        self.begun.set()
+        assert self.over.wait(40)
+        return str, ()
+
+with Executor(**OPTIONS["executor"]) as executor:
+    first, second = Pause(), Pause()
+    executor.submit(len, first)
+    assert first.begun.wait(40)
+    before = executor.submit(mine.tell, 1)
+    executor.submit(mine.tell, second)
+    first.over.set()
+    assert second.begun.wait(40)
+    with open("mine.py", "w") as file:
+        file.write(OPTIONS["now"])
+    after = executor.submit(mine.tell, 1)
+    second.over.set()
+    print(before.result(40), after.result(40))
+"""
+
+
+def test_module_that_changes_between_two_submits(scripts: Any, row: Any, store: str, tmp_path: Path) -> None:
+    """While calls that came together are being looked up: the one that came before the change, and the one after."""
+    text = "WHAT = {0!r}  # {1}\ndef tell(_):\n    return WHAT\n"
+    old, new = text.format("old", ""), text.format("new", "and longer")
+    (tmp_path / "mine.py").write_text(old)
+    options = {"executor": row.arguments(cache_directory=store, max_workers=1), "now": new}
+    source = """
+    sys.path.insert(0, os.getcwd())
+    import mine
+    with Executor(**OPTIONS["executor"]) as executor:
+        print(executor.submit(mine.tell, 1).result(40))
+    """
+    env = {"PYTHONDONTWRITEBYTECODE": "1"}
+
+    def run(source: str) -> str:
+        process = scripts.start(source, options, env=env)
+        out, _ = process.communicate(timeout=WAIT)
+        assert process.returncode == 0
+        return str(out.strip())
+
+    assert run("import sys\n" + textwrap.dedent(source)) == "old"
+    assert run(_CHANGED_BETWEEN) == "old new"
+
+
+class Pause:
+    """An argument at which whoever looks at it waits."""
+
+    def __init__(self) -> None:
+        self.begun, self.over = threading.Event(), threading.Event()
+
+    def __reduce__(self) -> Any:
+        self.begun.set()
+        assert self.over.wait(WAIT)
+        return str, ()
+
+
+@pytest.mark.rows(jobs=False)
+def test_files_are_looked_at_once_for_calls_that_come_together(
+    make_executor: Callable[..., Any], store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[Any] = []
+    reach = sources.reach
+    monkeypatch.setattr(sources, "reach", lambda roots: looked.append(roots) or reach(roots))
+    pause = Pause()
+    with make_executor(cache_directory=store) as executor:
+        first = executor.submit(len, pause)
+        assert pause.begun.wait(WAIT)
+        futures = [executor.submit(identity, number) for number in range(20)]
+        pause.over.set()
+        assert [future.result(WAIT) for future in (first, *futures)] == [0, *range(20)]
+        assert len(looked) == 1
+        assert executor.submit(identity, 20).result(WAIT) == 20
+        assert len(looked) == 2
+
+
+class Text(str):
+    """Comes from a module, which is read as well where it is an argument."""
+
+
+@pytest.mark.rows(jobs=False)
+@pytest.mark.parametrize(("most", "pieces"), [(256, 3), (2, 2)])
+def test_what_is_known_of_modules_is_sent_once(
+    make_executor: Callable[..., Any],
+    row: Any,
+    store: str,
+    log: str,
+    monkeypatch: pytest.MonkeyPatch,
+    most: int,
+    pieces: int,
+) -> None:
+    """One function, and what is known of it with arguments of either kind; or less at a time."""
+    monkeypatch.setattr(loop, "_PIECES_PER_WORKER", most)
+    for expected in ([pieces] if row.block else [], []):  # the second session finds all results
+        with make_executor(cache_directory=store, max_workers=1) as executor:
+            for number in range(3):
+                for value in (number, Text(number)):
+                    assert executor.submit(record, log, value).result(WAIT) == value
+            # The executor's record of what workers keep.
+            assert [len(known) for known in executor._loop._known_pieces.values()] == expected
+            assert lines(log) == ["0", "0", "1", "1", "2", "2"]
 
 
 @pytest.mark.mpi

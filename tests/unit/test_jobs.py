@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import socket
+import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -216,6 +217,37 @@ def test_only_of_its_own_jobs_a_system_is_asked(
     entries.write_output(task.cache_path, function=abs, args=[-1], kwargs={}, resource_dict={}, runtime=0.1, output=1)
     events.run_timers()
     assert events.told == ["connected"]
+
+
+def test_many_jobs_of_others_on_a_slow_file_system(
+    events: Events, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asking a server about each takes time, in which the loop does nothing else: it is done a few at a time."""
+    clock, waited = time.monotonic, 0.0
+    asked: list[str] = []
+
+    def is_there(path: str) -> bool:
+        nonlocal waited
+        waited += 0.04
+        asked.append(path)
+        return os.path.exists(path)
+
+    system, launcher, outputs = System(), None, []
+    for number in range(1, 8):
+        key = f"k{number}"
+        claimed(tmp_path, System.name, key=key)
+        launcher, task, _process = launched(events, system, tmp_path, key, launcher, number)
+        outputs.append(task.cache_path)
+    monkeypatch.setattr("executorlib.launchers.jobs._is_on_local_disk", lambda job: False)
+    monkeypatch.setattr("executorlib.launchers.jobs.files.is_there", is_there)
+    monkeypatch.setattr("executorlib.launchers.jobs.time.monotonic", lambda: clock() + waited)
+    while len(asked) < len(outputs):
+        timers, events.timers = events.timers, []
+        for timer in timers:
+            before = len(asked)
+            timer()
+            assert len(asked) - before <= 2
+    assert asked == outputs
 
 
 HOPELESS = JobState(Phase.PENDING, "PENDING", "PartitionTimeLimit", hopeless=True)
