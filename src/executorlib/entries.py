@@ -327,7 +327,7 @@ def write_output(
         "runtime": runtime,
         **({} if versions is None else {VERSIONS: versions, NAME: _name_of(path)}),
     }
-    files.write(os.fspath(path), _pack(values), root, durable=True)
+    files.write(os.fspath(path), pack(values), root, durable=True)
 
 
 def write_pickles(path: str, pickles: dict[str, bytes], root: str | None = None) -> None:
@@ -344,7 +344,7 @@ def write_pickles(path: str, pickles: dict[str, bytes], root: str | None = None)
     """
     if VERSIONS in pickles:  # of a derived key
         pickles = {**pickles, NAME: dumps_in_band(_name_of(path))}
-    files.write(path, _pack({name: Snapshot(data) for name, data in pickles.items()}), root, durable=True)
+    files.write(path, pack({name: Snapshot(data) for name, data in pickles.items()}), root, durable=True)
 
 
 def write_input(path: str, values: dict[str, Any], root: str | None = None) -> bool:
@@ -363,7 +363,7 @@ def write_input(path: str, values: dict[str, Any], root: str | None = None) -> b
         OSError: If the file cannot be written; nothing is left behind.
         Exception: Whatever pickling one of the values raises.
     """
-    return files.write_first(path, _pack(values), root)
+    return files.write_first(path, pack(values), root)
 
 
 def read_input(path: str, root: str | None = None) -> dict[str, Any] | None:
@@ -548,7 +548,7 @@ def claimed_for(path: str, root: str | None = None) -> str | None:
     return None if entry is None else entry["batch"]
 
 
-def _pack(values: dict[str, Any]) -> memoryview:
+def pack(values: dict[str, Any]) -> memoryview:
     """Return the bytes of an HDF5 file that holds these values."""
     pickles = {name: value if isinstance(value, Snapshot) else dumps_in_band(value) for name, value in values.items()}
     if all(len(pickled) <= hdf5.MOST_BYTES for pickled in pickles.values()):

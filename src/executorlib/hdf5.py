@@ -65,6 +65,11 @@ _LINK_START = struct.Struct("<BBB")
 # tells, is only wrapped: that is more than ten times as fast, and the file is as good for all who read it.
 _LEVEL = 1
 _SAMPLE_BYTES, _WORTH_IT = 1 << 16, 0.9
+# What is shorter fits in a block of a disk anyway, and the compressor's tables are many pages of a new process's memory.
+_SMALL_BYTES = 1024
+# RFC 1950: deflate with a window of 32 KiB, fast. RFC 1951: one block, the last, as it is; its length, also inverted.
+_AS_IT_IS = struct.Struct("<2sBHH")
+_ADLER = struct.Struct(">I")
 # Chunks have sizes of 32 bits.
 MOST_BYTES = 0xFFFFFFFF
 
@@ -101,6 +106,9 @@ def pack(values: Mapping[str, bytes | memoryview]) -> bytearray:
 
 
 def _compressed(value: bytes | memoryview) -> bytes:
+    if len(value) <= _SMALL_BYTES:
+        head = _AS_IT_IS.pack(b"\x78\x01", 1, len(value), len(value) ^ 0xFFFF)
+        return b"".join((head, value, _ADLER.pack(zlib.adler32(value))))
     if len(value) > 4 * _SAMPLE_BYTES:
         middle = len(value) // 2
         sample = value[middle : middle + _SAMPLE_BYTES]

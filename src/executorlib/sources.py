@@ -19,6 +19,7 @@ import functools
 import hashlib
 import importlib.machinery
 import importlib.util
+import itertools
 import marshal
 import os
 import re
@@ -558,8 +559,9 @@ _SLICES: Reached = {}
 
 # The files of the user's modules as they were when this process first came across them, and when it last looked.
 _FIRST: dict[str, Stamp] = {}
-_CHECKED: set[str] = set()
 _looked = time.time_ns()
+# How many modules were loaded when it last looked, and the last of them.
+_many, _last = 0, ""
 
 
 def reach(roots: frozenset[Root]) -> Slice:
@@ -634,11 +636,26 @@ def remember(known: Slice = NOTHING) -> None:
     for path, _ in known.files:
         if path not in _FIRST:
             _FIRST[path] = stamp(path)
-    for name in sys.modules.keys() - _CHECKED:
-        _CHECKED.add(name)
+    for name in _new_modules():
         path = loaded(name).get("__file__")
-        if isinstance(path, str) and not path.startswith(_STANDARD_LIBRARY) and not _LIBRARY_FOLDERS.search(path):
-            _FIRST.setdefault(path, stamp(path))
+        if not isinstance(path, str) or path in _FIRST:
+            continue
+        if not path.startswith(_STANDARD_LIBRARY) and not _LIBRARY_FOLDERS.search(path):
+            _FIRST[path] = stamp(path)
+
+
+def _new_modules() -> list[str]:
+    """Names of the modules that were loaded since this was last asked, and maybe of others.
+
+    They are behind those that were there before, unless some of these were removed. A forked process that went through
+    all of them for each call would get a copy of every page with one of their names.
+    """
+    global _many, _last
+    names = [*itertools.takewhile(lambda name: name != _last, reversed(sys.modules))]
+    if len(names) + _many != len(sys.modules):
+        names = [*sys.modules]
+    _many, _last = len(sys.modules), next(reversed(sys.modules))
+    return names
 
 
 def changed_here(known: Slice) -> bool:

@@ -28,7 +28,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(sources, "_SLICES", {})
     monkeypatch.setattr(sources, "_SOURCES", {})
     monkeypatch.setattr(sources, "_FIRST", {})
-    monkeypatch.setattr(sources, "_CHECKED", set())
+    monkeypatch.setattr(sources, "_many", 0)
+    monkeypatch.setattr(sources, "_last", "")
     yield tmp_path
     for name in [each for each in sys.modules if each.startswith("lab_")]:
         del sys.modules[name]
@@ -155,7 +156,8 @@ def test_a_module_that_changes_while_its_call_is_unpickled_has_another_key(
     key = fingerprint.key_of(function if known else len, (), {})
     for name in ("_FIRST", "_SLICES", "_SOURCES"):  # as in a new process
         monkeypatch.setattr(sources, name, {})
-    monkeypatch.setattr(sources, "_CHECKED", set(sys.modules))
+    monkeypatch.setattr(sources, "_many", len(sys.modules))
+    monkeypatch.setattr(sources, "_last", next(reversed(sys.modules)))
     fingerprint.prepare(key)
     path.write_text("def f(): return 22")
     now = fingerprint.key_of(function, (), {})

@@ -319,7 +319,7 @@ def _reseed() -> None:
 
 def note_files(modules: list[str]) -> None:
     """Note the files of modules that were loaded ahead, so that a later change of one is noticed with a key."""
-    if any(name.partition(".")[0] != "executorlib" for name in modules):
+    if "executorlib.sources" in sys.modules or any(name.partition(".")[0] != "executorlib" for name in modules):
         from executorlib.sources import remember  # what most workers do without
 
         remember()
@@ -343,6 +343,10 @@ def main(fd: int, preload: list[str], given: dict[str, Any]) -> None:
     try:
         settings.apply(given)
         call.load(preload)
+        if "executorlib.worker.entry" in preload:
+            from executorlib.worker.entry import rehearse
+
+            rehearse()
         note_files(preload)
         call.flush()  # or every child would print it again
         # Looks in vain through the whole import path, so that every child inherits the directory listings instead of
