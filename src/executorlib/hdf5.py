@@ -65,7 +65,7 @@ _LINK_START = struct.Struct("<BBB")
 # tells, is only wrapped: that is more than ten times as fast, and the file is as good for all who read it.
 _LEVEL = 1
 _SAMPLE_BYTES, _WORTH_IT = 1 << 16, 0.9
-# What is shorter fits in a block of a disk anyway, and the compressor's tables are many pages of a new process's memory.
+# What is shorter fits in a block of a disk anyway, and the tables of the compressor are many pages of memory.
 _SMALL_BYTES = 1024
 # RFC 1950: deflate with a window of 32 KiB, fast. RFC 1951: one block, the last, as it is; its length, also inverted.
 _AS_IT_IS = struct.Struct("<2sBHH")
