@@ -651,10 +651,12 @@ def _new_modules() -> list[str]:
     all of them for each call would get a copy of every page with one of their names.
     """
     global _many, _last
-    names = [*itertools.takewhile(lambda name: name != _last, reversed(sys.modules))]
-    if len(names) + _many != len(sys.modules):
+    many, last = len(sys.modules), next(reversed(sys.modules))
+    # Each list is made without a step of Python code, in which another thread could import something.
+    names = [*itertools.takewhile(_last.__ne__, reversed(sys.modules))]
+    if len(names) + _many != many:
         names = [*sys.modules]
-    _many, _last = len(sys.modules), next(reversed(sys.modules))
+    _many, _last = many, last
     return names
 
 

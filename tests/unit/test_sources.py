@@ -329,3 +329,22 @@ def test_what_a_function_does_not_reach_does_not_count(folder: Path, text: str, 
     first = digest("lab_a", "f")
     path.write_text(path.read_text().replace(old, new))
     assert digest("lab_a", "f") == first
+
+
+def test_new_modules_are_told_from_those_that_were_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    modules = dict.fromkeys(("a", "b", "c"))
+    monkeypatch.setattr(sys, "modules", modules)
+    monkeypatch.setattr(sources, "_many", 0)
+    monkeypatch.setattr(sources, "_last", "")
+    assert sorted(sources._new_modules()) == ["a", "b", "c"]
+    assert sources._new_modules() == []
+    modules["d"] = None
+    assert sources._new_modules() == ["d"]
+    # Removed and imported again, as Python itself does with each module at the end of its import.
+    modules["e"] = modules.pop("d")
+    modules["d"] = None
+    assert {"e"} <= set(sources._new_modules())
+    del modules["a"]
+    modules["f"] = None
+    assert {"f"} <= set(sources._new_modules())
+    assert sources._new_modules() == []
