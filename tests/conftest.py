@@ -734,9 +734,12 @@ def leak_guard(request: pytest.FixtureRequest) -> Iterator[None]:
 
     left = left_over()
     give_up = time.monotonic() + LEAK_SECONDS
+    pause = 0.01
     while left and time.monotonic() < give_up:
         gc.collect()
-        time.sleep(0.01)
+        time.sleep(pause)
+        # A collection can take half a second, in which no thread goes on with what is waited for.
+        pause = min(2 * pause, 0.5)
         left = left_over()
     if left:
         pytest.fail("left behind: " + "; ".join(left))
