@@ -23,12 +23,14 @@ from contract.functions import (
     alive,
     identity,
     put,
+    rank_sum,
     record,
     until,
     wait_for,
     wait_until_gone,
 )
 from executorlib import loop
+from executorlib.worker.family import descendants
 from faults.functions import die, die_or_add
 
 WAIT = 30
@@ -367,6 +369,37 @@ def test_world_dies_while_it_starts(
         assert isinstance(future.exception(WAIT), BrokenExecutor)
         until(lambda: not memory.exists(), WAIT)
         wait_until_gone(*ranks, *(pid for pid in line if pid != line[-1] or victim == -1))
+
+
+def command(pid: int) -> bytes:
+    """What a process runs, as far as it is still there."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+@pytest.mark.linux
+@pytest.mark.mpi
+@pytest.mark.rows("fork")
+def test_agent_dies_after_its_worlds(make_executor: Callable[..., Any]) -> None:
+    """What ranks leave that outlive both is removed at the end: their world has been told of as gone long before."""
+    memory = Path(f"/dev/shm/mpich_shm_{secrets.token_hex(4)}_0")
+    before = children()
+    with contextlib.ExitStack() as at_end:
+        at_end.callback(memory.unlink, missing_ok=True)
+        with make_executor(max_cores=2, resource_dict={"cores": 2, "openmpi_oversubscribe": True}) as executor:
+            assert executor.submit(rank_sum, 1.0).result(WAIT) == [3.0, 3.0]
+            (agent,) = children() - before
+            until(
+                lambda: not any(b"mpiexec" in Path(f"/proc/{pid}/cmdline").read_bytes() for pid in descendants(agent))
+            )
+            # The agent has told of the world's end before.
+            assert executor.submit(add, 1, 2, resource_dict={"cores": 1}).result(WAIT) == 3
+            memory.write_bytes(bytes(4096))
+            os.kill(agent, signal.SIGKILL)
+            wait_until_gone(agent)
+        assert not memory.exists()
 
 
 @pytest.mark.linux

@@ -170,6 +170,7 @@ class Agent:
         self._by_worker: dict[int, _Child] = {}
         self._host = socket.gethostname()
         self._greeted = False
+        self.killed = 0
         self.surroundings = Surroundings()
         self._settings: dict[str, Any] = {}
 
@@ -504,6 +505,7 @@ class Agent:
             popen.kill()
             code = popen.wait()
         os.close(self._error_fd)
+        self.killed += code < 0
         return code << 8 if code >= 0 else -code
 
     # -- orders ---------------------------------------------------------------------------------------------------

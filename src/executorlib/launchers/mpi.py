@@ -38,6 +38,8 @@ _SESSION_VARIABLES = ("PRTE_MCA_prte_tmpdir_base", "OMPI_MCA_orte_tmpdir_base")
 # Where it puts the memory that ranks share, from version 5 on and before; likewise.
 _SHARED_VARIABLES = ("OMPI_MCA_btl_sm_backing_directory", "OMPI_MCA_btl_vader_backing_directory")
 _MEMORY = "/dev/shm"
+# In the environment of all ranks of an executor, by which those are found that have outlived all else.
+_MARK_VARIABLE = "EXECUTORLIB_RANKS_OF"
 # Left behind by a launcher that started the user's process itself; a new world must not join that one.
 FOREIGN_PREFIXES = ("PMI_", "PMIX_", "OMPI_COMM_WORLD_", "HYDI_")
 
@@ -157,6 +159,8 @@ class MpiLauncher:
         self._foreign = (*FOREIGN_PREFIXES, *hidden)
         self._router: Router | None = None
         self._worlds: dict[str, _World] = {}  # by identity
+        self._since: float | None = None  # when the first one was started
+        self._agents: dict[Agent, int] = {}  # that run some, with how often each had been killed before
         self._folders: list[str] = []  # for the socket, and for what Open MPI keeps in files, by world
 
     def launch(self, process: Process, agent: Agent, program: list[str]) -> None:
@@ -192,6 +196,7 @@ class MpiLauncher:
                 own = os.path.join(folder, identity)
                 os.mkdir(own, mode=0o700)
                 env = {**dict.fromkeys(variables, own), **env}
+        env[_MARK_VARIABLE] = self._router.directory
         credentials = env[CONNECTION_VARIABLE] = self._router.credentials(identity).dumps()
         argv = mpiexec.command(resources.cores, program, resources.openmpi_oversubscribe)
         worker = ConnectingWorker(
@@ -202,7 +207,10 @@ class MpiLauncher:
             starter=f"{mpiexec.path} ({mpiexec.version})",
             advice=f"Use an mpi4py that was built for this MPI. {_INSTALL}",
         )
-        self._worlds[identity] = _World(worker, agent, f"{CONNECTION_VARIABLE}={credentials}", time.time())
+        world = _World(worker, agent, f"{CONNECTION_VARIABLE}={credentials}", time.time())
+        self._worlds[identity] = world
+        self._since = self._since or world.since
+        self._agents.setdefault(agent, agent.killed)
         process.on_gone = lambda: self._forget(identity)
         agent.run(process, argv, env, resources.cwd, forks=True, folders=self._folders)
 
@@ -242,19 +250,32 @@ class MpiLauncher:
         world = self._worlds.pop(identity, None)
         if world is not None and not world.agent.runs:
             # The agent was killed and could not do it. Ranks have lost all of their ancestors then, or are about to.
-            from executorlib.worker.family import end_marked
-            from executorlib.worker.world import remove_unused_files
-
-            end_marked(os.fsencode(world.mark))
-            remove_unused_files(world.since)
+            _end_and_tidy_up(world.mark, world.since)
         for folder in self._folders:
             shutil.rmtree(os.path.join(folder, identity), ignore_errors=True)
 
     def close(self) -> None:
-        """Close the connections; the worlds are gone."""
+        """Close the connections; the worlds and their agents are gone."""
         for identity in list(self._worlds):
             self._forget(identity)
         if self._router is not None:
             self._router.close()
+            if self._since is not None and any(agent.killed > before for agent, before in self._agents.items()):
+                # Ranks may have outlived a world that was gone when its agent still ran, and then that.
+                _end_and_tidy_up(f"{_MARK_VARIABLE}={self._router.directory}", self._since)
         for folder in self._folders:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _end_and_tidy_up(mark: str, since: float) -> None:
+    """Kill ranks that have no agent any more, and remove what they leave in memory.
+
+    Args:
+        mark: Variable and value by which they are known.
+        since: When the first of them was started.
+    """
+    from executorlib.worker.family import end_marked
+    from executorlib.worker.world import remove_unused_files
+
+    end_marked(os.fsencode(mark))
+    remove_unused_files(since)
