@@ -588,7 +588,7 @@ def test_users_process_is_killed_with_ranks(row: Any, scripts: Any, tmp_path: Pa
     assert any(folder.iterdir())
     process.kill()
     wait_until_gone(*pids, seconds=5)
-    until(lambda: not any(folder.iterdir()))  # the agent's last deed
+    until(lambda: not any(folder.iterdir()), WAIT)  # the agent's last deed
 
 
 def test_users_process_is_terminated(row: Any, scripts: Any, tmp_path: Path) -> None:
