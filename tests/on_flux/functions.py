@@ -50,6 +50,18 @@ def calls_in_an_instance_of_its_own(number: int) -> tuple[int, int, str]:
         return executor.submit(abs, number).result(), cores, os.environ["FLUX_URI"]
 
 
+def say(line: str) -> str:
+    """Print a line, which may stay in a buffer until the worker ends; returns the job's id."""
+    sys.stdout.write(f"{line}\n")
+    return os.environ["FLUX_JOB_ID"]
+
+
+def printed(number: str) -> list[str]:
+    """The lines that a job has printed, once it has ended."""
+    command = ["flux", "job", "attach", number]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
 def say_and_die() -> None:
     os.write(2, b"last words\n")
     os.kill(os.getpid(), 9)

@@ -32,7 +32,9 @@ from on_flux.functions import (
     leave_and_die,
     my_job,
     print_much_and_die,
+    printed,
     rank_of_world,
+    say,
     say_and_die,
     variables,
 )
@@ -549,6 +551,14 @@ def test_the_users_own_flux_executor_submits(make_executor: Callable[..., Any]) 
 def test_what_is_no_flux_executor() -> None:
     with pytest.raises(TypeError, match="flux_executor"):
         FluxJobExecutor(flux_executor=object())
+
+
+@pytest.mark.rows("flux", "block-flux", "block-flux-cluster")
+def test_what_calls_print_is_kept_by_flux(make_executor: Callable[..., Any], capfd: pytest.CaptureFixture[str]) -> None:
+    with make_executor(max_workers=1) as executor:
+        numbers = {executor.submit(say, f"I am call {i}").result(WAIT) for i in range(3)}
+    assert "I am" not in capfd.readouterr().out
+    assert sorted(line for number in numbers for line in printed(number)) == [f"I am call {i}" for i in range(3)]
 
 
 def test_log_files(tmp_path: Path) -> None:
