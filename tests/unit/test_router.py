@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 import zmq
 
-from conftest import Scripts
+from conftest import Scripts, end_group
 from contract.functions import alive, wait_for, wait_until_gone
 from executorlib import serialize
 from executorlib.launchers.base import Events
@@ -691,7 +691,8 @@ class Remote:
         path = str(folder / "credentials")
         self.router.credentials("3").write(path)
         command = [sys.executable, "-m", "executorlib.worker.remote", path]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        # A group of its own: what a call has started holds the pipe, too, and is killed with it if a test fails.
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
         self.peer, (verb, self.about), frames = bench.next()
         assert (verb, frames) == ("hello", [])
 
@@ -723,8 +724,9 @@ def call_frames(fn: Callable[..., Any], *args: Any) -> list[Any]:
 def worker(bench: Bench, tmp_path: Path) -> Iterator[Remote]:
     made = Remote(bench, tmp_path)
     yield made
-    made.process.kill()
-    made.process.communicate()
+    if made.process.returncode is None:
+        end_group(made.process, gently=False)
+        made.process.communicate()
 
 
 def test_a_remote_worker_runs_calls_until_it_is_told_to_stop(worker: Remote) -> None:
