@@ -391,9 +391,7 @@ def test_agent_dies_after_its_worlds(make_executor: Callable[..., Any]) -> None:
         with make_executor(max_cores=2, resource_dict={"cores": 2, "openmpi_oversubscribe": True}) as executor:
             assert executor.submit(rank_sum, 1.0).result(WAIT) == [3.0, 3.0]
             (agent,) = children() - before
-            until(
-                lambda: not any(b"mpiexec" in Path(f"/proc/{pid}/cmdline").read_bytes() for pid in descendants(agent))
-            )
+            until(lambda: not any(b"mpiexec" in command(pid) for pid in descendants(agent)))
             # The agent has told of the world's end before.
             assert executor.submit(add, 1, 2, resource_dict={"cores": 1}).result(WAIT) == 3
             memory.write_bytes(bytes(4096))
@@ -560,10 +558,9 @@ def test_users_process_is_killed_with_busy_workers(row: Any, scripts: Any, tmp_p
 
 @pytest.mark.mpi
 @pytest.mark.rows("fork")
-def test_users_process_is_killed_with_ranks(row: Any, scripts: Any, tmp_path: Path) -> None:
+def test_users_process_is_killed_with_ranks(row: Any, scripts: Any, tmp_path: Path, for_all: Path) -> None:
     """Neither ranks nor files are left."""
-    folder = tmp_path / "temporary"
-    folder.mkdir()
+    folder = for_all  # whose path is short enough for a socket's, unlike that of others
     process = scripts.start(
         """
         import time

@@ -33,6 +33,9 @@ _INSTALL = (
 )
 # Between asking a world to end, so that mpiexec can tidy up, and killing it, in seconds.
 _GRACE_SECONDS = 2.0
+# How long to wait until the kernel has taken down the memory of ranks that are gone, in seconds. It takes milliseconds,
+# but files of other worlds, which stay in use, look the same; and the loop waits.
+_RELEASE_SECONDS = 0.5
 # Where Open MPI puts the session directories of its worlds, from version 5 on and before; they stay when it is killed.
 _SESSION_VARIABLES = ("PRTE_MCA_prte_tmpdir_base", "OMPI_MCA_orte_tmpdir_base")
 # Where it puts the memory that ranks share, from version 5 on and before; likewise.
@@ -278,4 +281,6 @@ def _end_and_tidy_up(mark: str, since: float) -> None:
     from executorlib.worker.world import remove_unused_files
 
     end_marked(os.fsencode(mark))
-    remove_unused_files(since)
+    give_up = time.monotonic() + _RELEASE_SECONDS
+    while remove_unused_files(since) and time.monotonic() < give_up:
+        time.sleep(0.01)

@@ -54,7 +54,7 @@ def unlink_shared_files(pid: int) -> None:
                     os.unlink(_SHARED_FILES + path)
 
 
-def remove_unused_files(since: float) -> None:
+def remove_unused_files(since: float) -> bool:
     """Remove what is left of ranks that were killed before all had begun (see `join`).
 
     Nobody but the kernel knows who uses a file: processes in other containers are in no `/proc` of ours. It grants a
@@ -63,15 +63,20 @@ def remove_unused_files(since: float) -> None:
 
     Args:
         since: When the first of these ranks was started. What was last written before that is left alone.
+
+    Returns:
+        Whether some are in use: by other worlds, or by ranks of which the kernel is still taking down the mappings. It
+        may be at that after they have been reaped, if somebody was reading in their `/proc`.
     """
     import fcntl
     import re
     import signal
 
+    used = False
     with contextlib.suppress(OSError):
         for name in filter(re.compile(_SHARED_NAMES).fullmatch, os.listdir(_MEMORY)):
             path = f"{_MEMORY}/{name}"
-            with contextlib.suppress(OSError):  # another's, in use, or removed meanwhile
+            with contextlib.suppress(OSError):  # another's, or removed meanwhile; or no leases here
                 # Without waiting or following: anybody may put something there.
                 fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
                 try:
@@ -79,10 +84,15 @@ def remove_unused_files(since: float) -> None:
                     if stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and found.st_mtime >= since:
                         # Whoever opens it meanwhile has us told of it; by default that ends a process.
                         fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
-                        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
-                        os.unlink(path)
+                        try:
+                            fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+                        except BlockingIOError:
+                            used = True
+                        else:
+                            os.unlink(path)
                 finally:
                     os.close(fd)
+    return used
 
 
 def gather(world: Any, value: object, on_left_alone: Callable[[], None] | None = None) -> list[Any] | None:
