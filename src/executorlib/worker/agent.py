@@ -54,7 +54,7 @@ class Agent:
         self._busy: dict[int, float] = {}  # of these, who only waits for its own processes: when it last had one
         self._next_look = 0.0
         self._folders: set[str] = set()  # of the executor, which cannot remove them where it was killed
-        self._is_left = False
+        self.is_left = False  # by the executor
         self._since: float | None = None  # when the first of these was started
         self._pid = os.getpid()
         self._parent = os.getppid()
@@ -81,7 +81,7 @@ class Agent:
         while True:
             ready = {fd for fd, _ in poll.poll(1000 * _LOOK_SECONDS if parent_fd < 0 or self._busy else None)}
             if parent_fd in ready or os.getppid() != self._parent:
-                self._is_left = True
+                self.is_left = True
                 return
             if self._busy:
                 self._end_those_alone()
@@ -95,8 +95,8 @@ class Agent:
                     self._obey(message.header)
                     while self._connection.pending():
                         self._obey(self._connection.receive().header)
-                except EOFError:
-                    self._is_left = True
+                except (EOFError, ConnectionError):
+                    self.is_left = True
                     return
                 except OSError:
                     return
@@ -284,7 +284,7 @@ class Agent:
             _kill_group(pid, signal.SIGKILL)
         family.end()
         self._tidy_up()
-        if self._is_left and self._folders:
+        if self.is_left and self._folders:
             from shutil import rmtree
 
             for folder in self._folders:
@@ -357,7 +357,7 @@ def main(fd: int, preload: list[str], given: dict[str, Any]) -> None:
         _freeze()
         agent.serve()
     except (BrokenPipeError, ConnectionResetError):
-        pass  # the executor is gone
+        agent.is_left = True
     finally:
         agent.end()
     # Not where an exception leaves: the executor reads its text once the connection has ended.
