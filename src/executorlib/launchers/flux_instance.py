@@ -509,6 +509,7 @@ class FluxInstance:
         self._events.sleep_in(None)
         for watcher in (self._watcher, self._timer, self._presence):
             watcher.destroy()
+        del watcher  # the last one refers to the connection, which the collection below would leave open
         if self._submit_by is not None:
             self._events.unwatch(self._wake_read)
             with self._wake_lock:
