@@ -18,8 +18,9 @@ import cloudpickle
 import pytest
 
 from conftest import as_user
-from executorlib import batches, commands, distributions, entries
+from executorlib import batches, commands, entries
 from executorlib._version import __version__
+from executorlib.keys import distributions
 
 pytestmark = pytest.mark.cache
 

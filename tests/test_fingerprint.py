@@ -24,8 +24,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from executorlib import fingerprint, serialize
-from executorlib.fingerprint import call_key
+from executorlib import serialize
+from executorlib.keys import fingerprint
+from executorlib.keys.fingerprint import call_key
 
 
 def define(source: str, name: str = "f", cell: int = 1, line: int = 0) -> Any:
@@ -283,7 +284,7 @@ def keys_elsewhere() -> list[dict[str, Any]]:
     """Keys of `FUNCTIONS` and `DATA`, computed by two other processes with hash seeds of their own."""
     code = """
     import json
-    from executorlib.fingerprint import call_key
+    from executorlib.keys.fingerprint import call_key
     from test_fingerprint import DATA, FUNCTIONS, define
     exec(DATA)
     functions = {what: [call_key(define(text), (), {}) for text in texts] for what, texts in FUNCTIONS.items()}
@@ -310,7 +311,7 @@ def test_key_of_an_unpickled_function_is_the_same() -> None:
     data = base64.b64encode(serialize.dumps_in_band(functions)).decode()
     code = """
     import base64, json, sys, cloudpickle
-    from executorlib.fingerprint import call_key
+    from executorlib.keys.fingerprint import call_key
     functions = cloudpickle.loads(base64.b64decode(sys.stdin.read()))
     print(json.dumps([call_key(function, (), {}) for function in functions]))
     """
@@ -358,7 +359,7 @@ except ImportError:
 def test_data_has_the_same_key_where_it_is_unpickled() -> None:
     there = """
     import base64, json, sys
-    from executorlib import fingerprint, serialize
+    from executorlib.keys import fingerprint; from executorlib import serialize
     same = {}
     for what, (key, data) in json.load(sys.stdin).items():
         value = serialize.loads([base64.b64decode(data)])
@@ -368,7 +369,7 @@ def test_data_has_the_same_key_where_it_is_unpickled() -> None:
     """
     here = """
     import base64, json
-    from executorlib import fingerprint, serialize
+    from executorlib.keys import fingerprint; from executorlib import serialize
     from test_fingerprint import DATA, LIBRARY_DATA
     exec(DATA)
     exec(LIBRARY_DATA)

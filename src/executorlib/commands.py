@@ -26,8 +26,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
-from executorlib import batches, distributions, entries, files
+from executorlib import batches, entries, files
 from executorlib._version import __version__
+from executorlib.keys import distributions
 
 State = Literal["waiting", "running", "done", "failed"]
 

@@ -100,7 +100,7 @@ def _same_here(cls: type) -> type | None:
     """The class of this process that has this one's name and definition, if it is another object."""
     if cls.__module__ != "__main__" or "<locals>" in cls.__qualname__:
         return None
-    from executorlib.fingerprint import same_definition
+    from executorlib.keys.fingerprint import same_definition
 
     for ours in _of_that_name(cls):
         if ours is cls:

@@ -77,8 +77,8 @@ from executorlib.unasked import Failures, Record
 from executorlib.worker.call import PERMIT, named_inputs, traceback_text
 
 if TYPE_CHECKING:
-    from executorlib.fingerprint import Key
-    from executorlib.sources import Reached
+    from executorlib.keys.fingerprint import Key
+    from executorlib.keys.sources import Reached
 
 logger = logging.getLogger("executorlib")
 
@@ -759,7 +759,8 @@ class Loop(Poller, JobEvents):
         return [self._tasks[number] for number in numbers if number in self._tasks]
 
     def _look_up(self, task: Task, may_wait: bool = True) -> None:
-        from executorlib import distributions, entries
+        from executorlib import entries
+        from executorlib.keys import distributions
 
         self._settled = False
         try:
@@ -804,7 +805,7 @@ class Loop(Poller, JobEvents):
 
     def _key(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Key:
         """Derive the key of a function with inputs."""
-        from executorlib import fingerprint
+        from executorlib.keys import fingerprint
 
         reached = None if self._seen is None else self._seen.reached
         return fingerprint.key_of(fn, args, kwargs, by_version=self._cache_versions == "key", reached=reached)

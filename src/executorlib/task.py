@@ -12,7 +12,7 @@ from executorlib.lean_future import LeanFuture
 from executorlib.resources import Demand, Resources
 
 if TYPE_CHECKING:
-    from executorlib.fingerprint import Key
+    from executorlib.keys.fingerprint import Key
 
 
 class State(enum.IntEnum):

@@ -15,7 +15,8 @@ import pytest
 
 from contract.changing import Changing, Counting, see
 from contract.functions import Gate, files, identity, lines, record
-from executorlib import loop, sources
+from executorlib import loop
+from executorlib.keys import sources
 
 WAIT = 50
 pytestmark = [pytest.mark.cache]

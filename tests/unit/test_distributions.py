@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from executorlib import distributions
-from executorlib.distributions import owner
+from executorlib.keys import distributions
+from executorlib.keys.distributions import owner
 
 
 def install(folder: Path, info: str, *files: str, **metadata: str) -> None:

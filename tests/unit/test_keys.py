@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 
 import executorlib
-from executorlib import fingerprint
+from executorlib.keys import fingerprint
 from executorlib.worker.call import named_inputs
 
 
@@ -591,7 +591,7 @@ CASES = {**MADE, **IMPORTS, **GLOBALS, **WAYS, **PROGRAMS}
 # Computes keys, in a session and in the process that runs the calls.
 DRIVER = """
 import base64, json, sys
-from executorlib import fingerprint, serialize
+from executorlib.keys import fingerprint; from executorlib import serialize
 
 folder, role = sys.argv[1:]
 sys.path.insert(0, folder)
@@ -711,7 +711,7 @@ def test_a_keyword_is_not_what_is_added_to_the_key() -> None:
 
 def test_a_call_without_assertions_is_another_one() -> None:
     program = (
-        "import os.path\nfrom executorlib import fingerprint\nprint(fingerprint.call_key(os.path.join, ('a',), {}))"
+        "import os.path\nfrom executorlib.keys.fingerprint import call_key\nprint(call_key(os.path.join, ('a',), {}))"
     )
     commands = [[sys.executable, *options, "-c", program] for options in ([], ["-O"], [])]
     keys = [subprocess.check_output(command, timeout=100) for command in commands]

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from executorlib import serialize
-from executorlib.fingerprint import _is_by_name
+from executorlib.keys.fingerprint import _is_by_name
 from executorlib.serialize import (
     _OUT_OF_BAND_BYTES,
     FunctionPickler,

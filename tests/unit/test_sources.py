@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from executorlib import fingerprint, sources, statements
-from executorlib.sources import reach
+from executorlib.keys import fingerprint, sources, statements
+from executorlib.keys.sources import reach
 
 
 @pytest.fixture

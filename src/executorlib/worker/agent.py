@@ -319,8 +319,8 @@ def _reseed() -> None:
 
 def note_files(modules: list[str]) -> None:
     """Note the files of modules that were loaded ahead, so that a later change of one is noticed with a key."""
-    if "executorlib.sources" in sys.modules or any(name.partition(".")[0] != "executorlib" for name in modules):
-        from executorlib.sources import remember  # what most workers do without
+    if "executorlib.keys.sources" in sys.modules or any(name.partition(".")[0] != "executorlib" for name in modules):
+        from executorlib.keys.sources import remember  # what most workers do without
 
         remember()
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Any, Protocol
 
-    from executorlib.fingerprint import Key
+    from executorlib.keys.fingerprint import Key
     from executorlib.serialize import Frame
     from executorlib.transports.messages import Connection, Message
     from executorlib.worker.entry import Entry
@@ -306,7 +306,7 @@ class Defaults:
         """
         expected: Key | None = None
         if key is not None:
-            from executorlib import fingerprint
+            from executorlib.keys import fingerprint
 
             expected = fingerprint.Key(*key)._replace(sources=bytes(frames[0]))
             frames = frames[1:]
@@ -329,7 +329,7 @@ class Defaults:
         """The key of what runs here, as of every call; see `worker.entry`."""
         if key is None:
             raise ValueError("none could be derived as this worker was started")
-        from executorlib import fingerprint
+        from executorlib.keys import fingerprint
 
         return fingerprint.recompute(key, function, (), {})
 

@@ -163,7 +163,7 @@ class Claim:
         self.ran = ""
         self.versions: dict[str, str] | None = None
         if job["key"] is not None:
-            from executorlib import fingerprint
+            from executorlib.keys import fingerprint
 
             fingerprint.prepare(fingerprint.Key(*job["key"]))
 
@@ -172,7 +172,7 @@ class Claim:
         job = self._job
         if job["key"] is None:  # the user has named it
             return
-        from executorlib import fingerprint
+        from executorlib.keys import fingerprint
 
         named: dict[str, Any]
         try:

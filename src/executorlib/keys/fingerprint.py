@@ -39,9 +39,10 @@ import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar
 
-from executorlib import serialize, sources
-from executorlib.sources import Root
-from executorlib.statements import IMPORTERS
+from executorlib import serialize
+from executorlib.keys import sources
+from executorlib.keys.sources import Root
+from executorlib.keys.statements import IMPORTERS
 
 # Changing how anything is described means changing this, so that no new key meets an old entry.
 _FORMAT = b"executorlib 2"

@@ -30,11 +30,11 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-from executorlib import distributions
+from executorlib.keys import distributions
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from executorlib.statements import Source, Statement
+    from executorlib.keys.statements import Source, Statement
 
 # A name in a module, and attributes of it: ``("pkg.mod", ("Model", "fit"))``; without any, all of the module.
 Root: TypeAlias = tuple[str, tuple[str, ...]]
@@ -252,7 +252,7 @@ def _source(name: str, module: Module) -> Source:
     content = hashlib.blake2b(data, digest_size=16).digest()
     source = known[2] if known is not None and known[2].content == content else None
     if source is None:
-        from executorlib.statements import parse  # it takes long to load, and files that are known need it not
+        from executorlib.keys.statements import parse  # it takes long to load, and files that are known need it not
 
         package = name if module.folders else name.rpartition(".")[0]
         source = parse(data, module.path, package, content)
@@ -362,7 +362,7 @@ class _Slicer:
             self._files[module.path] = stamp(module.path)
             source = _source(name, module)
         else:
-            from executorlib.statements import NAMESPACE
+            from executorlib.keys.statements import NAMESPACE
 
             source = NAMESPACE
         self._sources[name] = source

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from executorlib.sources import LOADED, OBJECTS, Root, absolute
+from executorlib.keys.sources import LOADED, OBJECTS, Root, absolute
 
 # A module that uses one of these can define and read any name, so it is taken whole; of the second ones, without
 # arguments.
