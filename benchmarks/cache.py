@@ -25,7 +25,8 @@ from typing import Any
 SOURCE = Path(__file__).resolve().parents[1] / "src"
 sys.path.insert(0, str(SOURCE))
 
-from executorlib import cache, entries  # noqa: E402
+from executorlib.cache import directory as cache  # noqa: E402
+from executorlib.cache import entries  # noqa: E402
 
 ROUNDS = 5
 LOOK_UPS = 300

@@ -782,7 +782,8 @@ def no_orphans(request: pytest.FixtureRequest) -> Iterator[None]:
 
 _AS_USER = """
 import locale, os, pwd, shutil, sys
-from executorlib import cache, commands, entries
+from executorlib import commands
+from executorlib.cache import directory as cache, entries
 user = int(sys.argv.pop(1))
 os.setgroups([])
 os.setgid(user)

@@ -28,8 +28,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import as_user
-from executorlib import SingleNodeExecutor, batches, cache, commands, entries, files, terminate
+from executorlib import SingleNodeExecutor, commands, terminate
 from executorlib.api import TestClusterExecutor
+from executorlib.cache import batch_directory, entries, trust
+from executorlib.cache import directory as cache
 from executorlib.worker import job
 from executorlib.worker.call import Answer
 from unit.properties import repeatable
@@ -294,7 +296,7 @@ def test_a_look_up_lists_no_directory(tmp_path: Path) -> None:
     write_plain(tmp_path / "a" / "runs_i.h5", function=len)
     code = """
     import sys
-    from executorlib import SingleNodeExecutor, cache, entries
+    from executorlib import SingleNodeExecutor; from executorlib.cache import directory as cache, entries
 
     def look(event, arguments):
         if event in ("os.listdir", "os.scandir") and str(arguments[0]).startswith(sys.argv[1]):
@@ -320,7 +322,7 @@ def test_many_processes_use_one_entry_at_once(tmp_path: Path, caplog: pytest.Log
     path = entries.entry_path(tmp_path, "key")
     code = """
     import sys
-    from executorlib import cache, entries
+    from executorlib.cache import directory as cache, entries
     path, number = sys.argv[1], int(sys.argv[2])
     for size in range(1, 25):
         value = bytes([number]) * (size * 4000)
@@ -430,7 +432,7 @@ def test_a_future_of_a_running_entry_resolves(tmp_path: Path, suffix: str) -> No
     (tmp_path / f"a_{suffix}.h5").rename(tmp_path / "a_r.h5")
     code = """
     import sys
-    from executorlib import cache, entries
+    from executorlib.cache import directory as cache, entries
     entries.write_output(sys.argv[1], function=len, args=(), kwargs={}, resource_dict={}, runtime=1.0, output=3)
     """
     writer = run(code, tmp_path / "a_o.h5")
@@ -503,7 +505,7 @@ def test_waiting_for_an_entry_does_not_keep_the_interpreter_alive(tmp_path: Path
     write_plain(tmp_path / "a_i.h5", function=len)
     code = """
     import sys
-    from executorlib.cache import get_future_from_cache
+    from executorlib.cache.directory import get_future_from_cache
     print(get_future_from_cache(sys.argv[1], "a").done())
     """
     assert output_of(run(code, tmp_path)) == "False"
@@ -513,7 +515,7 @@ def test_a_forked_process_can_wait_for_entries_of_its_own(tmp_path: Path) -> Non
     write_plain(tmp_path / "a_i.h5", function=len)
     code = """
     import os, sys, warnings
-    from executorlib import cache, entries
+    from executorlib.cache import directory as cache, entries
     warnings.simplefilter("ignore")
     parents = cache.get_future_from_cache(sys.argv[1], "a")
     cache._watcher._lock.acquire()
@@ -566,11 +568,11 @@ def test_terminating_cancels_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     store = tmp_path / "store"
     write_plain(store / "a_i.h5", function=len, queue_id=None)
     write_plain(store / "b_i.h5", function=len, queue_id=17)
-    batch = store / batches.FOLDER / "batch"
+    batch = store / batch_directory.FOLDER / "batch"
     batch.mkdir(parents=True)
-    batch.joinpath(batches.OWNER_FILE).write_text('{"system": "Slurm"}')
-    batch.joinpath(batches.JOB_ID_FILE).write_text("18")
-    batch.joinpath(batches.ENTRIES_FILE).write_text(f"0 {store}/c_i.h5\n1 {store}/d_i.h5\n")
+    batch.joinpath(batch_directory.OWNER_FILE).write_text('{"system": "Slurm"}')
+    batch.joinpath(batch_directory.JOB_ID_FILE).write_text("18")
+    batch.joinpath(batch_directory.ENTRIES_FILE).write_text(f"0 {store}/c_i.h5\n1 {store}/d_i.h5\n")
     for name in ("c", "d"):
         write_plain(store / f"{name}_i.h5", function=len, batch=str(batch))
     write(store / "c_o.h5", output=3)
@@ -598,11 +600,11 @@ def test_terminating_cancels_no_other_systems_jobs(
     scontrol.write_text(f"#!/bin/sh\necho 'ClusterName             = {configured}'\n")
     scontrol.chmod(0o755)
     store = tmp_path / "store"
-    batch = store / batches.FOLDER / "batch"
+    batch = store / batch_directory.FOLDER / "batch"
     batch.mkdir(parents=True)
-    batch.joinpath(batches.OWNER_FILE).write_text(f'{{"system": "{noted}"}}')
-    batch.joinpath(batches.JOB_ID_FILE).write_text("18")
-    batch.joinpath(batches.ENTRIES_FILE).write_text(f"0 {store}/c_i.h5\n")
+    batch.joinpath(batch_directory.OWNER_FILE).write_text(f'{{"system": "{noted}"}}')
+    batch.joinpath(batch_directory.JOB_ID_FILE).write_text("18")
+    batch.joinpath(batch_directory.ENTRIES_FILE).write_text(f"0 {store}/c_i.h5\n")
     write_plain(store / "c_i.h5", function=len, batch=str(batch))
     if cancels:
         terminate.terminate_tasks_in_cache(store)
@@ -644,7 +646,10 @@ def test_what_needs_h5py_says_how_to_install_it(tmp_path: Path, monkeypatch: pyt
 
 
 def test_importing_the_module_loads_neither_h5py_nor_numpy() -> None:
-    code = "import executorlib.cache, json, sys; print(json.dumps([n in sys.modules for n in ('h5py', 'numpy')]))"
+    code = (
+        "import executorlib.cache.directory, json, sys; "
+        "print(json.dumps([n in sys.modules for n in ('h5py', 'numpy')]))"
+    )
     assert json.loads(output_of(run(code))) == [False, False]
 
 
@@ -756,7 +761,7 @@ def test_nobody_else_can_write_to_what_is_made(tmp_path: Path) -> None:
     try:
         write(tmp_path / "a_o.h5", output=3)
         assert entries.write_input(str(tmp_path / "b_i.h5"), {"function": abs})
-        batch = Path(batches.make(str(tmp_path), "batch"))
+        batch = Path(batch_directory.make(str(tmp_path), "batch"))
         entries.take_over(str(tmp_path / "b_i.h5"), "it")
     finally:
         os.umask(before)
@@ -776,37 +781,40 @@ def test_programs_of_jobs_where_everybody_may_write(tmp_path: Path) -> None:
     """In a folder without the sticky bit anybody can rename what is there, and put something else in its place."""
     store = folder_for(tmp_path / "store", 0o777)
     with pytest.raises(PermissionError, match=f"jobs are not run from .*chmod o-w {store}"):
-        batches.make(str(store), "batch")
+        batch_directory.make(str(store), "batch")
     store.chmod(0o1777)
-    assert Path(batches.make(str(store), "batch")).is_dir()
+    assert Path(batch_directory.make(str(store), "batch")).is_dir()
 
 
 @needs_root
 def test_programs_of_jobs_in_a_folder_of_a_stranger(tmp_path: Path) -> None:
     store = folder_for(tmp_path / "store", 0o1777)
-    folder = folder_for(store / batches.FOLDER, 0o755)
+    folder = folder_for(store / batch_directory.FOLDER, 0o755)
     give_away(store, folder)
     with pytest.raises(PermissionError, match="nobody's"):
-        batches.make(str(store), "batch")
+        batch_directory.make(str(store), "batch")
     assert not list(folder.iterdir())
 
 
 @needs_root
-@pytest.mark.parametrize("name", [batches.SETUP_FILE, batches.OWNER_FILE, batches.ENTRIES_FILE, batches.JOB_ID_FILE])
+@pytest.mark.parametrize(
+    "name",
+    [batch_directory.SETUP_FILE, batch_directory.OWNER_FILE, batch_directory.ENTRIES_FILE, batch_directory.JOB_ID_FILE],
+)
 def test_files_of_batches_that_a_stranger_put_there(tmp_path: Path, name: str) -> None:
     store = folder_for(tmp_path / "store", 0o1777)
-    batch = Path(batches.make(str(store), "batch"))
+    batch = Path(batch_directory.make(str(store), "batch"))
     path = entries.entry_path(store, "a", "i")
     call: dict[str, Any] = {"function": abs, "input_args": [1], "input_kwargs": {}, "resource_dict": {}}
     assert entries.write_input(str(path), {**call, "batch": str(batch)})
-    (batch / batches.SETUP_FILE).write_bytes(pickle.dumps({"system": "none"}))
-    (batch / batches.OWNER_FILE).write_text('{"system": "Slurm"}')
-    (batch / batches.ENTRIES_FILE).write_text(f"0 {path}\n")
-    (batch / batches.JOB_ID_FILE).write_text("7")
+    (batch / batch_directory.SETUP_FILE).write_bytes(pickle.dumps({"system": "none"}))
+    (batch / batch_directory.OWNER_FILE).write_text('{"system": "Slurm"}')
+    (batch / batch_directory.ENTRIES_FILE).write_text(f"0 {path}\n")
+    (batch / batch_directory.JOB_ID_FILE).write_text("7")
     assert cache.job_of(str(path), store) == ("7", None, "Slurm")
     give_away(batch, batch / name)
     with pytest.raises(PermissionError, match=f"{name} is not read"):
-        job.run(str(batch), 0) if name == batches.SETUP_FILE else cache.job_of(str(path), store)
+        job.run(str(batch), 0) if name == batch_directory.SETUP_FILE else cache.job_of(str(path), store)
 
 
 # Links, and what else is in the place of files and folders.
@@ -867,8 +875,8 @@ def test_only_what_a_file_has_now_is_read(tmp_path: Path, monkeypatch: pytest.Mo
         return found
 
     monkeypatch.setattr(os, "fstat", grows)
-    assert files.read(path) == b"0123456789"
-    assert files.read(path, last=3) == b"ore"
+    assert trust.read(path) == b"0123456789"
+    assert trust.read(path, last=3) == b"ore"
 
 
 def test_a_claim_whose_answer_was_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -916,7 +924,7 @@ def test_the_directory_of_a_stranger(tmp_path: Path, mode: int, capsys: pytest.C
     for read in (
         lambda: cache.get_future_from_cache(store, "a"),
         lambda: cache.get_cache_data(store),
-        lambda: batches.make(str(store), batches.new_name(1)),
+        lambda: batch_directory.make(str(store), batch_directory.new_name(1)),
     ):
         with pytest.raises(PermissionError, match=f"{store} is not used as a cache directory: it is nobody's"):
             read()
@@ -965,22 +973,22 @@ def test_a_server_that_takes_this_user_for_another(tmp_path: Path, monkeypatch: 
     """As with ``root_squash``: all that this process makes is another user's, its cache directory as well."""
     write(tmp_path / "a_o.h5", output=3)
     monkeypatch.setattr(os, "geteuid", lambda: 1_000_000)
-    monkeypatch.setattr(files, "is_trusted", lambda owner: owner == 1_000_000)
-    monkeypatch.setattr(files, "_is_shared", lambda top, status: False)
-    monkeypatch.setattr(files, "_own_names", {})
+    monkeypatch.setattr(trust, "is_trusted", lambda owner: owner == 1_000_000)
+    monkeypatch.setattr(trust, "_is_shared", lambda top, status: False)
+    monkeypatch.setattr(trust, "_own_names", {})
     output = entries.read_output(tmp_path / "a_o.h5", tmp_path)
     assert output is not None
     assert output.value == 3
     assert [path.name for path in tmp_path.iterdir()] == ["a_o.h5"]
-    assert files.is_own(os.stat(tmp_path))
+    assert trust.is_own(os.stat(tmp_path))
 
 
 def test_asking_whether_something_is_there_changes_nothing(tmp_path: Path) -> None:
     write(tmp_path / "a_o.h5", output=1)
     (tmp_path / "link").symlink_to("nowhere")
     for name, there in (("a_o.h5", True), ("link", True), (".", True), ("b_o.h5", False), ("no/folder/at/all", False)):
-        assert files.is_there(str(tmp_path / name)) is there
-        assert files.is_there(str(tmp_path / name)) is there
+        assert trust.is_there(str(tmp_path / name)) is there
+        assert trust.is_there(str(tmp_path / name)) is there
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a_o.h5", "link"]
 
 
@@ -988,25 +996,25 @@ def test_a_cache_directory_that_a_link_leads_to_can_be_asked(tmp_path: Path) -> 
     store, link = tmp_path / "store", tmp_path / "link"
     store.mkdir()
     link.symlink_to(store)
-    assert not files.is_there(str(link / "a_o.h5"))
+    assert not trust.is_there(str(link / "a_o.h5"))
     with pytest.raises(FileNotFoundError, match="has no entry"):
         cache.get_future_from_cache(link, "a")
     assert not list(store.iterdir())
     write(store / "a_o.h5", output=1)
-    assert files.is_there(str(link / "a_o.h5"))
+    assert trust.is_there(str(link / "a_o.h5"))
     assert cache.get_future_from_cache(link, "a").result() == 1
 
 
 def test_a_result_that_shows_when_it_is_asked_for_is_an_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a network file system, which remembered that it was not there."""
     path = tmp_path / "a_o.h5"
-    is_there = files.is_there
+    is_there = trust.is_there
 
     def ask(asked: str) -> bool:
         write(path, output=3)
         return is_there(asked)
 
-    monkeypatch.setattr(files, "is_there", ask)
+    monkeypatch.setattr(trust, "is_there", ask)
     assert pickle.loads(pickle.dumps(entries.ResultOf(str(path)))) == 3
 
 

@@ -18,8 +18,9 @@ import cloudpickle
 import pytest
 
 from conftest import as_user
-from executorlib import batches, commands, entries
+from executorlib import commands
 from executorlib._version import __version__
+from executorlib.cache import batch_directory, entries
 from executorlib.keys import distributions
 
 pytestmark = pytest.mark.cache
@@ -544,7 +545,7 @@ def test_folders_that_are_swapped_for_links_meanwhile(
         path.parent.mkdir(parents=True)
         path.write_text("precious")
     age(store, DAY)
-    before, remove = files(home), batches.remove
+    before, remove = files(home), batch_directory.remove
 
     def swap(*arguments: Any) -> Any:
         for name, target in ((".executorlib", "b"), ("sub", "sub")):
@@ -553,7 +554,7 @@ def test_folders_that_are_swapped_for_links_meanwhile(
                 (store / name).symlink_to(home / target)
         return remove(*arguments)
 
-    monkeypatch.setattr(batches, "remove", swap)
+    monkeypatch.setattr(batch_directory, "remove", swap)
     call("cache", "prune", "-d", store)
     assert (store / "was-b" / folder.name / "entries").exists()
     monkeypatch.undo()

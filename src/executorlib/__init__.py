@@ -5,7 +5,7 @@ from __future__ import annotations
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from executorlib._version import __version__
-    from executorlib.cache import get_cache_data, get_future_from_cache
+    from executorlib.cache.directory import get_cache_data, get_future_from_cache
     from executorlib.clusters import SlurmClusterExecutor
     from executorlib.executors import BaseExecutor, SingleNodeExecutor
     from executorlib.flux_executors import FluxClusterExecutor, FluxJobExecutor
@@ -38,8 +38,8 @@ _MODULES = {
     "SlurmClusterExecutor": "clusters",
     "SlurmJobExecutor": "slurm_job",
     "__version__": "_version",
-    "get_cache_data": "cache",
-    "get_future_from_cache": "cache",
+    "get_cache_data": "cache.directory",
+    "get_future_from_cache": "cache.directory",
     "get_item_from_future": "futures",
     "split_future": "futures",
     "terminate_task_in_cache": "terminate",

@@ -26,8 +26,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
-from executorlib import batches, entries, files
 from executorlib._version import __version__
+from executorlib.cache import batch_directory, entries, trust
 from executorlib.keys import distributions
 
 State = Literal["waiting", "running", "done", "failed"]
@@ -36,7 +36,7 @@ DEFAULT_DIRECTORY = "executorlib_cache"  # that of the cluster executors
 
 _INPUT, _WRITING, _OUTPUT = "_i.h5", "_r.h5", "_o.h5"
 _ENDING_BYTES = len(_OUTPUT)
-# As `cache` names what it has not put in place yet.
+# As `cache.trust` names what it has not put in place yet.
 _TEMPORARY = re.compile(r"\.\d+-[0-9a-f]{16}\.tmp")
 # A file that is being written changes all the time. Without an age, batch directories are removed a minute
 # after the last change in them: their session may not have read yet what a job printed.
@@ -172,7 +172,7 @@ def _files(root: str) -> Iterator[os.DirEntry[str]]:
             for item in items:
                 if not item.is_dir(follow_symlinks=False):
                     yield item
-                elif item.path != os.path.join(root, batches.FOLDER):
+                elif item.path != os.path.join(root, batch_directory.FOLDER):
                     folders.append(item.path)
 
 
@@ -186,7 +186,7 @@ def _entry(root: str, path: str, state: State) -> Entry | None:
     except NotADirectoryError:
         return None
     except FileNotFoundError:
-        if not files.is_there(path):
+        if not trust.is_there(path):
             return None
         status = os.stat(path, follow_symlinks=False)
     return Entry(_stem(path)[len(root) + 1 :], state, status.st_size, status.st_mtime, path)
@@ -207,14 +207,16 @@ def _is_gone(stem: str) -> bool:
 
 def _batches(root: str) -> list[str]:
     """List the batch directories, the latest first: of two that name an entry, the latest counts."""
-    folder = os.path.join(root, batches.FOLDER)
+    folder = os.path.join(root, batch_directory.FOLDER)
     try:
-        found = list(files.listed(folder, root))
+        found = list(trust.listed(folder, root))
     except FileNotFoundError:
         return []
     folders = [os.path.join(folder, name) for name, status in found if stat.S_ISDIR(status.st_mode)]
     return sorted(
-        folders, key=lambda folder: (_modified(os.path.join(folder, batches.ENTRIES_FILE)), folder), reverse=True
+        folders,
+        key=lambda folder: (_modified(os.path.join(folder, batch_directory.ENTRIES_FILE)), folder),
+        reverse=True,
     )
 
 
@@ -225,9 +227,11 @@ def _jobs(root: str) -> Iterator[Job]:
 
 def _jobs_of(batch: str) -> Iterator[Job]:
     try:
-        calls = batches.entries_of(batch)
-        printed = {name for name, _ in files.listed(batch, batches.root_of(batch)) if name.startswith("output.")}
-        ids = batches.JobIds.read(batch, max(calls, default=0))
+        calls = batch_directory.entries_of(batch)
+        printed = {
+            name for name, _ in trust.listed(batch, batch_directory.root_of(batch)) if name.startswith("output.")
+        }
+        ids = batch_directory.JobIds.read(batch, max(calls, default=0))
     except (OSError, ValueError):
         return  # removed meanwhile, not complete, or a stranger's, whatever it says
     for index, path in calls.items():
@@ -283,15 +287,15 @@ def remove(directory: str, entries: Iterable[Entry]) -> None:
     root = os.path.realpath(directory)
     stems = set()
     for entry in entries:
-        files.remove(entry.path, root)
+        trust.remove(entry.path, root)
         stem = os.path.join(root, entry.key)
         if entry.state == "done":
-            files.remove(stem + _INPUT, root)
+            trust.remove(stem + _INPUT, root)
         stems.add(os.path.join(_realpath(os.path.dirname(stem)), os.path.basename(stem)))
     # Else the job would count as failed: started, and nothing left.
     for job in _jobs(root) if stems else ():
         if job.output and job.stem in stems:
-            files.remove(job.output, root)
+            trust.remove(job.output, root)
 
 
 def leftovers(directory: str, older_than: float) -> Iterator[Leftover]:
@@ -307,7 +311,7 @@ def leftovers(directory: str, older_than: float) -> Iterator[Leftover]:
     root = os.path.realpath(directory)
     now = time.time()
     directories = _batches(root)
-    for item in itertools.chain(_files(root), _plain_files(os.path.join(root, batches.FOLDER))):
+    for item in itertools.chain(_files(root), _plain_files(os.path.join(root, batch_directory.FOLDER))):
         kind = _leftover_kind(item)
         if kind:
             try:
@@ -318,14 +322,14 @@ def leftovers(directory: str, older_than: float) -> Iterator[Leftover]:
                 yield Leftover(kind, status.st_size, item.path)
     for batch in directories:
         try:
-            own = batches.is_name(os.path.basename(batch)) and files.is_own(os.lstat(batch))
-            sizes = dict(files.listed(batch, root))
+            own = batch_directory.is_name(os.path.basename(batch)) and trust.is_own(os.lstat(batch))
+            sizes = dict(trust.listed(batch, root))
         except OSError:
             continue  # removed meanwhile
         # Not that of the folder, which changes as entries and what their jobs printed are removed.
         modified = max((status.st_mtime for status in sizes.values()), default=_modified(batch))
         # Without this file it is still being made, or its session died as it made it.
-        complete = batches.ENTRIES_FILE in sizes
+        complete = batch_directory.ENTRIES_FILE in sizes
         settled = now - modified > (older_than if complete else max(_ABANDONED_SECONDS, older_than))
         if own and settled and not any(_is_pending(job.stem) for job in _jobs_of(batch)):
             yield Leftover("batch directory", sum(status.st_size for status in sizes.values()), batch)
@@ -334,7 +338,7 @@ def leftovers(directory: str, older_than: float) -> Iterator[Leftover]:
 def _leftover_kind(item: os.DirEntry[str]) -> str | None:
     if _TEMPORARY.fullmatch(item.name):
         return "temporary file"
-    if item.name.startswith("dead-") and os.path.basename(os.path.dirname(item.path)) == batches.FOLDER:
+    if item.name.startswith("dead-") and os.path.basename(os.path.dirname(item.path)) == batch_directory.FOLDER:
         return "mark of a dead job"
     if item.name.endswith(_INPUT) and os.path.exists(_stem(item.path) + _OUTPUT):
         return "inputs"
@@ -588,11 +592,11 @@ def _prune(options: argparse.Namespace) -> int:
     rest = list(leftovers(options.directory, _SETTLED_SECONDS if options.older_than is None else options.older_than))
     for left in () if options.dry_run else rest:
         if left.kind == "batch directory":
-            batches.remove(left.path)
+            batch_directory.remove(left.path)
         else:
-            files.remove(left.path, options.directory)
+            trust.remove(left.path, options.directory)
     if not options.dry_run:
-        batches.remove_folder(options.directory)
+        batch_directory.remove_folder(options.directory)
     if options.json:
         word = "would_remove" if options.dry_run else "removed"
         for entry in entries:
@@ -666,7 +670,7 @@ def _raised(entry: Entry) -> bool:
 
 def _scan(directory: str) -> Iterator[Entry]:
     try:
-        with files.opened(directory):
+        with trust.opened(directory):
             yield from scan(directory)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CommandFailed(_no_directory(directory)) from error
@@ -674,7 +678,7 @@ def _scan(directory: str) -> Iterator[Entry]:
 
 def _find(directory: str, key: str) -> tuple[Entry, Job | None] | None:
     try:
-        with files.opened(directory):
+        with trust.opened(directory):
             return find(directory, key)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CommandFailed(_no_directory(directory)) from error

@@ -521,7 +521,7 @@ class BaseExecutor(Executor):
         return demand
 
     def _make_directories(self, resources: Resources, subject: str) -> None:
-        from executorlib import files
+        from executorlib.cache import trust
 
         # The cache directory is made when the first entry is written.
         for key in ("cwd", "cache_directory"):
@@ -532,8 +532,8 @@ class BaseExecutor(Executor):
                 if key == "cwd":
                     os.makedirs(path, exist_ok=True)
                 else:
-                    files.check_folder(path)
-            except files.UntrustedFile as error:
+                    trust.check_folder(path)
+            except trust.UntrustedFile as error:
                 raise ValueError(f"{subject}: {error}") from error
             except OSError as error:
                 raise ValueError(

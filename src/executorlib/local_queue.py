@@ -14,7 +14,7 @@ import socket
 from concurrent.futures import Future
 from typing import Any
 
-from executorlib import files
+from executorlib.cache import trust
 from executorlib.errors import ExecutorlibSocketError
 from executorlib.executors import SingleNodeExecutor
 from executorlib.worker import family, job
@@ -30,7 +30,7 @@ class _JobFailed(Exception):
 def _run(directory: str, index: int, *inputs: None) -> None:
     """In the job's process: run it with its output in the batch directory."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
-    output = os.open(os.path.join(directory, f"output.{index}"), flags, files.FILE_MODE)
+    output = os.open(os.path.join(directory, f"output.{index}"), flags, trust.FILE_MODE)
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.close(output)

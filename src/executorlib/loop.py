@@ -30,7 +30,8 @@ from concurrent.futures import Future, InvalidStateError
 from pickle import PicklingError
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from executorlib import foreign, serialize
+from executorlib import serialize
+from executorlib.cache import unpickle
 from executorlib.errors import (
     CHANGED_CALL,
     ExecutorlibSocketError,
@@ -759,7 +760,7 @@ class Loop(Poller, JobEvents):
         return [self._tasks[number] for number in numbers if number in self._tasks]
 
     def _look_up(self, task: Task, may_wait: bool = True) -> None:
-        from executorlib import entries
+        from executorlib.cache import entries
         from executorlib.keys import distributions
 
         self._settled = False
@@ -816,7 +817,7 @@ class Loop(Poller, JobEvents):
         The key serves to look the call up. What runs later is what is pickled later, so it is stored under the key that
         its process derives from that (`worker.entry`).
         """
-        from executorlib import entries
+        from executorlib.cache import entries
 
         resources = task.resources
         directory = resources.cache_directory
@@ -853,7 +854,7 @@ class Loop(Poller, JobEvents):
 
     def inputs_of(self, task: Task) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """See `JobEvents.inputs_of`."""
-        from executorlib.entries import ResultOf, root_of
+        from executorlib.cache.entries import ResultOf, root_of
 
         after: list[str] = []
 
@@ -1149,7 +1150,7 @@ class Loop(Poller, JobEvents):
 
     def _loads(self, frames: list[Frame]) -> Any:
         # A job may be another session's.
-        return foreign.loads(frames[0]) if self._jobs else serialize.loads(frames)
+        return unpickle.loads(frames[0]) if self._jobs else serialize.loads(frames)
 
     def _load_error(self, frames: list[Frame], text: str, subject: str) -> BaseException:
         error: BaseException
@@ -1270,7 +1271,7 @@ def _by_name(future: Future[Any]) -> Any:
 
 
 def _name_of_input(future: Future[Any]) -> Any:
-    from executorlib.entries import name_of_result
+    from executorlib.cache.entries import name_of_result
 
     found = stored(future)
     return future.result() if found is None else name_of_result(found.call.key, found.keys)

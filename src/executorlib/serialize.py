@@ -41,7 +41,7 @@ class Pickled:
 
 
 def unpickled(data: bytes) -> Any:
-    """What a `Pickled` becomes; `foreign` has its own way."""
+    """What a `Pickled` becomes; `cache.unpickle` has its own way."""
     return pickle.loads(data)
 
 

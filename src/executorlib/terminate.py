@@ -6,7 +6,7 @@ import contextlib
 import os
 import subprocess
 
-from executorlib import cache, entries, files
+from executorlib.cache import directory, entries, trust
 from executorlib.launchers.flux_instance import FLUX_NAME, cancel_jobs
 from executorlib.launchers.pysqa_queue import PysqaQueue, open_queue
 from executorlib.launchers.queue import means
@@ -33,7 +33,7 @@ def terminate_tasks_in_cache(
         RuntimeError: The queuing system did not take the request; then nothing is removed.
         ImportError: There are such entries and h5py is missing.
     """
-    _terminate(cache_directory, cache.pending_entries(cache_directory), pysqa_config_directory, backend)
+    _terminate(cache_directory, directory.pending_entries(cache_directory), pysqa_config_directory, backend)
 
 
 def terminate_task_in_cache(
@@ -74,7 +74,7 @@ def _terminate(root: str | os.PathLike[str], paths: list[str], configuration: st
     systems: dict[str, str] = {}  # that entries name, and one such entry for each
     flux_jobs: dict[str, list[str]] = {}  # by instance
     for path in paths:
-        job_id, index, system = cache.job_of(path, root)
+        job_id, index, system = directory.job_of(path, root)
         if job_id is None or system == _LOCAL:
             continue
         if (system or "").startswith(FLUX_NAME) or (system is None and backend == "flux"):
@@ -97,7 +97,7 @@ def _terminate(root: str | os.PathLike[str], paths: list[str], configuration: st
     # A job that starts all the same finds its entry gone, and ends.
     for path in paths:
         batch = None
-        with contextlib.suppress(files.UntrustedFile):
+        with contextlib.suppress(trust.UntrustedFile):
             batch = entries.claimed_for(path, os.fspath(root))
         entries.terminate(path, batch, os.fspath(root))
 

@@ -30,15 +30,8 @@ from contract.functions import (
     until,
     wait_until_gone,
 )
-from executorlib import (
-    batches,
-    commands,
-    entries,
-    get_cache_data,
-    get_future_from_cache,
-    get_item_from_future,
-    split_future,
-)
+from executorlib import commands, get_cache_data, get_future_from_cache, get_item_from_future, split_future
+from executorlib.cache import batch_directory, entries
 
 WAIT = 40
 pytestmark = [pytest.mark.cache, pytest.mark.essential, pytest.mark.rows(jobs=True)]
@@ -620,7 +613,7 @@ def test_what_a_job_without_a_result_printed_is_kept(make: Callable[..., Any], s
 
     with make() as executor:
         assert "last words" in str(executor.submit(speak_and_die).exception(WAIT))
-    (output,) = store.glob(f"{batches.FOLDER}/*/output.0")
+    (output,) = store.glob(f"{batch_directory.FOLDER}/*/output.0")
     assert output.read_text() == "last words\n"
 
 
@@ -657,7 +650,7 @@ def test_what_holds_the_environment_is_private(
             monkeypatch.setenv("EXECUTORLIB_TEST_SECRET", "s3cr3t")
             executor.submit(held, 1)
             held.pid()
-            modes = {path.name: path.stat().st_mode & 0o777 for path in store.glob(f"{batches.FOLDER}/*/*")}
+            modes = {path.name: path.stat().st_mode & 0o777 for path in store.glob(f"{batch_directory.FOLDER}/*/*")}
             secret = [path.name for path in store.rglob("*") if path.is_file() and b"s3cr3t" in path.read_bytes()]
             held.open()
     finally:
@@ -731,7 +724,7 @@ def test_session_in_a_job_of_another_system(
         executor.submit(add, 1, 2).result(WAIT)
     (row,) = get_cache_data(store)
     assert row["queue_id"] is None
-    assert "4711" not in [(store / path).read_text() for path in files(store, batches.JOB_ID_FILE)]
+    assert "4711" not in [(store / path).read_text() for path in files(store, batch_directory.JOB_ID_FILE)]
 
 
 @pytest.mark.rows("jobs")
@@ -740,12 +733,12 @@ def test_a_job_of_another_system_is_only_watched(make_executor: Callable[..., An
         executor.submit(add, 1, 2).result(WAIT)
     (done,) = (tmp_path / "other").glob("*_o.h5")
     store = tmp_path / "store"
-    batch = store / batches.FOLDER / "batch"
+    batch = store / batch_directory.FOLDER / "batch"
     batch.mkdir(parents=True)
     path = store / done.name.replace("_o.h5", "_i.h5")
-    batch.joinpath(batches.OWNER_FILE).write_text('{"system": "Slurm", "host": "elsewhere", "pid": 1}')
-    batch.joinpath(batches.ENTRIES_FILE).write_text(f"0 {path}\n")
-    batch.joinpath(batches.JOB_ID_FILE).write_text("17")
+    batch.joinpath(batch_directory.OWNER_FILE).write_text('{"system": "Slurm", "host": "elsewhere", "pid": 1}')
+    batch.joinpath(batch_directory.ENTRIES_FILE).write_text(f"0 {path}\n")
+    batch.joinpath(batch_directory.JOB_ID_FILE).write_text("17")
     call = {"function": add, "input_args": [1, 2], "input_kwargs": {}, "resource_dict": {}, "batch": str(batch)}
     assert entries.write_input(str(path), call)
     with make_executor(cache_directory=store) as executor:

@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from executorlib import foreign, serialize
+from executorlib import serialize
+from executorlib.cache import unpickle
 
 PROGRAM = """
     import enum, sys
     from dataclasses import dataclass
     from typing import Any, NamedTuple
 
-    from executorlib import foreign, serialize
+    from executorlib.cache import unpickle as foreign; from executorlib import serialize
 
     LIMIT = 3
 
@@ -95,4 +96,4 @@ def test_a_pickle_within_a_pickle(program: Path) -> None:
 
 @pytest.mark.parametrize("value", [1, "text", [1.5, {"a": (None,)}], abs, Path("/tmp")])
 def test_what_has_no_classes_in_it(value: object) -> None:
-    assert foreign.loads(serialize.dumps_in_band(value)) == value
+    assert unpickle.loads(serialize.dumps_in_band(value)) == value

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from executorlib import hdf5
+from executorlib.cache import hdf5
 from unit.properties import repeatable
 
 h5py = pytest.importorskip("h5py")

@@ -16,7 +16,9 @@ from typing import Any, cast
 
 import pytest
 
-from executorlib import batches, cache, entries, local_queue
+from executorlib import local_queue
+from executorlib.cache import batch_directory, entries
+from executorlib.cache import directory as cache
 from executorlib.errors import ExecutorlibSocketError
 from executorlib.launchers.base import Exit, Process
 from executorlib.launchers.jobs import JobLauncher
@@ -160,13 +162,13 @@ def test_result_that_is_there_before_the_call_was_told_that_it_runs(events: Even
 
 def claimed(folder: Path, system: str, job_id: str = "17", key: str = "a") -> Path:
     """An entry that another session has submitted to some system; returns its batch directory."""
-    batch = Path(batches.make(str(folder), f"of-{key}"))
+    batch = Path(batch_directory.make(str(folder), f"of-{key}"))
     path = folder / f"{key}_i.h5"
     call = {"function": abs, "input_args": [-1], "input_kwargs": {}, "resource_dict": {}, "batch": str(batch)}
     assert entries.write_input(str(path), call)
-    (batch / batches.OWNER_FILE).write_text(json.dumps({"system": system, "host": "elsewhere", "pid": 1}))
-    (batch / batches.ENTRIES_FILE).write_text(f"0 {path}\n")
-    (batch / batches.JOB_ID_FILE).write_text(job_id)
+    (batch / batch_directory.OWNER_FILE).write_text(json.dumps({"system": system, "host": "elsewhere", "pid": 1}))
+    (batch / batch_directory.ENTRIES_FILE).write_text(f"0 {path}\n")
+    (batch / batch_directory.JOB_ID_FILE).write_text(job_id)
     return batch
 
 
@@ -177,7 +179,7 @@ def test_a_dead_job_whose_key_is_as_long_as_can_be(
     key = "a" * (255 - len(entries.OUTPUT))
     claimed(tmp_path, System.name, key="a")
     (tmp_path / "a_i.h5").rename(tmp_path / f"{key}_i.h5")
-    (tmp_path / batches.FOLDER / "of-a" / batches.ENTRIES_FILE).write_text(f"0 {tmp_path}/{key}_i.h5\n")
+    (tmp_path / batch_directory.FOLDER / "of-a" / batch_directory.ENTRIES_FILE).write_text(f"0 {tmp_path}/{key}_i.h5\n")
     system = Vanishing()
     system.end = JobState(Phase.ENDED, "NODE_FAIL", cause=Cause.NODE_FAILED)
     _launcher, _task, _process = launched(events, system, tmp_path, key)
@@ -351,7 +353,7 @@ class Limited(System):
             return
         self.taken.append(batch)
         job_id = str(100 + len(self.taken))
-        paths = batches.entries_of(batch.directory)
+        paths = batch_directory.entries_of(batch.directory)
         is_array = batch.count > 1 or batch.first > 0
         for index in range(batch.first, batch.first + batch.count):
             element = (job_id, index if is_array else None)
@@ -431,7 +433,7 @@ def test_however_small_the_limit_all_calls_run(
         assert len(system.taken) == 1
     assert launcher is not None
     assert not launcher.busy
-    assert not list((tmp_path / batches.FOLDER).iterdir())
+    assert not list((tmp_path / batch_directory.FOLDER).iterdir())
 
 
 def test_inputs_of_which_only_some_are_in_the_system(impatient: Loop, tmp_path: Path) -> None:
@@ -573,7 +575,7 @@ def test_a_job_of_a_part_of_a_batch(
     assert job.run(directory, 1, "0-1") == code
     monkeypatch.setenv("TEST_JOB_ID", "102")
     assert job.run(directory, 3, "2-3") == job.RESULT
-    assert batches.JobIds.read(directory, 3).of(3) == ("102", 3)
+    assert batch_directory.JobIds.read(directory, 3).of(3) == ("102", 3)
 
 
 # Calls that wait for their inputs.
@@ -592,7 +594,7 @@ class Alone(System):
         return False
 
     def submit(self, batch: Any, on_done: Callable[[Any], None]) -> None:
-        self.submitted.append(Path(batch.directory, batches.ENTRIES_FILE).read_text().split("/")[-1].strip())
+        self.submitted.append(Path(batch.directory, batch_directory.ENTRIES_FILE).read_text().split("/")[-1].strip())
         self.answers.append(on_done)
 
     def answer_all(self) -> None:
@@ -726,13 +728,13 @@ def test_how_long_a_result_may_take_to_show(
 # Whatever happens to the files, at any moment.
 
 FILES: dict[Any, list[str]] = {
-    batches: ["entries_of", "make", "read_text", "write_text"],
+    batch_directory: ["entries_of", "make", "read_text", "write_text"],
     entries: ["claimed_for", "read_ending", "read_input", "remove_input", "take_over", "write_input"],
 }
 
 
 class Faults:
-    """Has the one call of a function of `batches` or `entries` fail that comes after so many others."""
+    """Has the one call of a function of `batch_directory` or `entries` fail that comes after so many others."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
         self.count = 0
@@ -791,16 +793,16 @@ def ends(folder: Path, events: Events, monkeypatch: pytest.MonkeyPatch, fault: i
     monkeypatch.setattr("executorlib.launchers.submitter._FIRST_RETRY", 0.0)
     # Of sessions that are gone: one had submitted its call, one had not, and one left nothing that can be read.
     for key, note in (("submitted", "17"), ("again", None), ("unknown", None)):
-        batch = Path(batches.make(str(folder), f"of-{key}"))
+        batch = Path(batch_directory.make(str(folder), f"of-{key}"))
         path = folder / f"{key}_i.h5"
         call = {"function": abs, "input_args": [-1], "input_kwargs": {}, "resource_dict": {}, "batch": str(batch)}
         assert entries.write_input(str(path), call)
         owner = {"system": System.name, "host": socket.gethostname(), "pid": 2**30}
-        (batch / batches.OWNER_FILE).write_text(json.dumps(owner) if key != "unknown" else "[1]")
-        (batch / batches.ENTRIES_FILE).write_text(f"0 {path}\n")
+        (batch / batch_directory.OWNER_FILE).write_text(json.dumps(owner) if key != "unknown" else "[1]")
+        (batch / batch_directory.ENTRIES_FILE).write_text(f"0 {path}\n")
         if note:
-            (batch / batches.JOB_ID_FILE).write_text(note)
-    os.utime(folder / batches.FOLDER / "of-unknown", (1, 1))
+            (batch / batch_directory.JOB_ID_FILE).write_text(note)
+    os.utime(folder / batch_directory.FOLDER / "of-unknown", (1, 1))
     with monkeypatch.context() as patch:
         faults = Faults(patch, fault)
         launcher = JobLauncher(
@@ -865,7 +867,7 @@ def test_batch_that_cannot_be_made_ready(
         events.run_timers()
     assert str(wrong) in events.exits[process.worker.number]
     assert not list(tmp_path.glob("*_i.h5"))
-    assert not list((tmp_path / batches.FOLDER).iterdir())
+    assert not list((tmp_path / batch_directory.FOLDER).iterdir())
     launched(events, system, tmp_path, "b", launcher)
     while system.answer is None:
         events.run_timers()
@@ -975,7 +977,7 @@ def test_files_that_are_no_part_of_a_batch(tmp_path: Path) -> None:
     for name in ("job_id.-5", "job_id.5-", "job_id.-", "job_id.x-5", "job_id.1-2"):
         (tmp_path / "store" / ".executorlib" / "batch").mkdir(parents=True, exist_ok=True)
         (tmp_path / "store" / ".executorlib" / "batch" / name).write_text("7")
-    ids = batches.JobIds.read(str(tmp_path / "store" / ".executorlib" / "batch"), 5)
+    ids = batch_directory.JobIds.read(str(tmp_path / "store" / ".executorlib" / "batch"), 5)
     assert [ids.of(index) for index in (0, 1, 2, 5)] == [None, ("7", 1), ("7", 2), None]
 
 

@@ -10,7 +10,8 @@ import socket
 import time
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from executorlib import batches, entries, files, machine
+from executorlib import machine
+from executorlib.cache import batch_directory, entries, trust
 from executorlib.errors import ExecutorlibSocketError, TimeLimitError
 from executorlib.launchers.base import Process, tail_text
 from executorlib.launchers.queue import Cause, JobState, Phase
@@ -179,7 +180,7 @@ class JobBatch:
         self.jobs: dict[int, Job] = {}
         self.first = first
         self.size = 0
-        self.ids = batches.JobIds()
+        self.ids = batch_directory.JobIds()
         self.after: list[Job] = []
         self.corresponds: JobBatch | None = None
         self.cancelled: set[int] = set()
@@ -195,7 +196,7 @@ class JobBatch:
         """
         if self._indices is None:
             try:
-                self._indices = {entry: index for index, entry in batches.entries_of(self.directory).items()}
+                self._indices = {entry: index for index, entry in batch_directory.entries_of(self.directory).items()}
             except (FileNotFoundError, ValueError):
                 return False
         return True
@@ -208,9 +209,9 @@ class JobBatch:
             OSError: The list of its entries cannot be read.
         """
         # In this order: once there is a job, the list is complete.
-        is_submitted = bool(batches.JobIds.read(self.directory, 0))
+        is_submitted = bool(batch_directory.JobIds.read(self.directory, 0))
         if is_submitted and self.read_entries():
-            self.ids = batches.JobIds.read(self.directory, max((self._indices or {}).values(), default=0))
+            self.ids = batch_directory.JobIds.read(self.directory, max((self._indices or {}).values(), default=0))
         return is_submitted
 
     @property
@@ -232,24 +233,24 @@ class JobBatch:
         if not self.ours and not self.kept.keys() >= set((self._indices or {"": -1}).values()):
             return  # others may wait for calls of which nothing is known here
         with contextlib.suppress(OSError):
-            for name, status in files.listed(self.directory, batches.root_of(self.directory)):
+            for name, status in trust.listed(self.directory, batch_directory.root_of(self.directory)):
                 output, _, index = name.partition(".")
                 if output == "output" and status.st_size > (self.kept.get(int(index), 0) if index.isdecimal() else 0):
                     return
-            batches.remove(self.directory)
+            batch_directory.remove(self.directory)
 
     def is_abandoned(self) -> bool:
         """Whether the session that made it ended before submitting it; a job that runs all the same will notice."""
         owner = owner_of(self.directory)
         if owner.get("host") != socket.gethostname() or "pid" not in owner:
-            return not files.is_there(self.directory) or files.is_older(self.directory, SUBMIT_SECONDS)
+            return not trust.is_there(self.directory) or trust.is_older(self.directory, SUBMIT_SECONDS)
         return not machine.is_running(owner["pid"], owner.get("started", ""))
 
 
 def owner_of(directory: str) -> dict[str, Any]:
     """Who submits, or has submitted, a batch; empty where that is not known."""
     try:
-        owner = json.loads(batches.read_text(directory, batches.OWNER_FILE) or "{}")
+        owner = json.loads(batch_directory.read_text(directory, batch_directory.OWNER_FILE) or "{}")
     except ValueError:
         return {}
     return owner if isinstance(owner, dict) else {}
@@ -258,6 +259,6 @@ def owner_of(directory: str) -> dict[str, Any]:
 def read_tail(path: str) -> bytes:
     """The end of a job's output; empty where there is none."""
     try:
-        return files.read(path, last=_OUTPUT_TAIL_BYTES)
+        return trust.read(path, last=_OUTPUT_TAIL_BYTES)
     except OSError:
         return b""

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from executorlib import batches
+from executorlib.cache import batch_directory
 from executorlib.launchers.base import Events, Exit, Process, Timer, boot_file
 from executorlib.launchers.connecting import ConnectingWorker, dismiss
 from executorlib.launchers.job import read_tail
@@ -168,8 +168,8 @@ class JobWorkerLauncher:
         """See `Launcher.close`; what still runs loses its connection and ends."""
         self._router.close()
         for directory in {member.array.directory for member in self._members.values()}:
-            batches.remove(directory, but_output=True)
-        batches.remove_folder(self._folder)
+            batch_directory.remove(directory, but_output=True)
+        batch_directory.remove_folder(self._folder)
         self._members.clear()
         self._system.close()
 
@@ -191,8 +191,8 @@ class JobWorkerLauncher:
         if self._wanted and self._room is None:  # else the answer tells how much fits
             self._submissions.within(_LINGER)
         self._arrays += 1
-        name = batches.new_name(self._arrays, "workers")
-        directory = os.path.join(self._folder, batches.FOLDER, name)
+        name = batch_directory.new_name(self._arrays, "workers")
+        directory = os.path.join(self._folder, batch_directory.FOLDER, name)
         array = _Array(directory, len(wanted))
         for index, process in enumerate(wanted):
             identity = f"{self._arrays}-{index}"
@@ -201,7 +201,7 @@ class JobWorkerLauncher:
             self._by_worker[process.worker.number] = identity
         resources = wanted[0].resources
         try:
-            batches.make(self._folder, name)
+            batch_directory.make(self._folder, name)
             credentials = os.path.join(array.directory, "credentials")
             self._router.credentials(f"{self._arrays}-").write(credentials)
             module = "executorlib.worker.mpi" if resources.cores > 1 else "executorlib.worker.remote"
@@ -276,7 +276,7 @@ class JobWorkerLauncher:
         for member in members:
             del self._members[self._by_worker.pop(member.process.worker.number)]
         self._wanted[:0] = [member.process for member in members]
-        batches.remove(array.directory)
+        batch_directory.remove(array.directory)
 
     def _refuse(self, array: _Array, refusal: Refused) -> None:
         for member in list(array.members.values()):
@@ -418,5 +418,5 @@ class JobWorkerLauncher:
         process.stderr += read_tail(os.path.join(array.directory, f"output.{member.index}"))
         planned = member.last is not None and member.last.cause.ends_early
         if not array.members:
-            batches.remove(array.directory, but_output=True)  # no entry has it: a worker prints for many calls
+            batch_directory.remove(array.directory, but_output=True)  # no entry has it: a worker prints for many calls
         self._events.on_exit(process, Exit(None, text, planned=planned))

@@ -24,7 +24,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from executorlib import batches, entries, files, machine
+from executorlib import machine
+from executorlib.cache import batch_directory, entries, trust
 from executorlib.errors import ExecutorlibSocketError, advise_unpicklable
 from executorlib.futures import misplaced
 from executorlib.launchers.base import Exit, JobEvents, Process, Timer
@@ -201,7 +202,7 @@ class JobLauncher:
         self._by_output.clear()
         self._system.close()
         for root in self._roots:
-            batches.remove_folder(root)
+            batch_directory.remove_folder(root)
 
     # -- entries --------------------------------------------------------------------------------------------------
 
@@ -281,7 +282,7 @@ class JobLauncher:
             pending = [self._by_output[path] for path in task.after if path in self._by_output]
             after = [other for other in pending if not other.over]
             batch, index = self._submitter.place(job, after)
-            self._roots.add(batches.root_of(batch.directory))
+            self._roots.add(batch_directory.root_of(batch.directory))
             values["batch"] = entries.Snapshot.of(batch.directory)
             # Two tries: the entry may be finished, or removed, between the first one and the look at who has it.
             for _ in range(2):
@@ -290,10 +291,10 @@ class JobLauncher:
                         size = os.path.getsize(job.path)
                         logger.warning("call %d of %s: sent %d bytes", task.number, task.name, size)
                     # The look-up may have been told what a network file system remembered.
-                    is_done = _is_on_local_disk(job) or files.is_there(job.output)
+                    is_done = _is_on_local_disk(job) or trust.is_there(job.output)
                     ending = entries.read_ending(job.output, job.root) if is_done else None
                     if ending is not None and not ending.kept:
-                        files.remove(job.output, job.root)  # others who waited for it have had their time
+                        trust.remove(job.output, job.root)  # others who waited for it have had their time
                     elif ending is not None:
                         # Another session's job has ended, and removed its entry, since the call was looked up.
                         entries.remove_input(job.path, job.root)
@@ -319,13 +320,13 @@ class JobLauncher:
     def _follow_owner(self, job: Job) -> bool:
         """Follow the session that has claimed the call; False where the entry is ours to try again."""
         entry = entries.read_input(job.path, job.root)
-        if entry is None and not os.path.exists(job.path) and files.is_there(job.path):
+        if entry is None and not os.path.exists(job.path) and trust.is_there(job.path):
             entry = entries.read_input(job.path, job.root)
         if entry is None:
-            if files.is_there(job.output):
+            if trust.is_there(job.output):
                 self._follow(job, None, 0)
                 return True
-            if not files.is_there(job.path):
+            if not trust.is_there(job.path):
                 return False
             seen, now = _identity(job.path), time.monotonic()
             if seen is None:
@@ -376,7 +377,7 @@ class JobLauncher:
         job.batch, job.index = batch, index
         job.again = True
         if batch is not None and not batch.ours:
-            self._roots.add(batches.root_of(batch.directory))
+            self._roots.add(batch_directory.root_of(batch.directory))
             batch.jobs.setdefault(index, job)
         self._by_output.setdefault(job.output, job)
         self._submitter.changed(job)
@@ -512,7 +513,7 @@ class JobLauncher:
             except Exception as error:
                 if self._jobs.get(job.process.worker.number) is not job:
                     raise
-                if isinstance(error, OSError) and not isinstance(error, files.UntrustedFile):
+                if isinstance(error, OSError) and not isinstance(error, trust.UntrustedFile):
                     text = f"its entry {job.path} cannot be read or written: {error}"
                     call = f"Call {job.task.number} of {job.task.name}"
                     self._end(job, Exit(None, text, ExecutorlibSocketError(f"{call} was not run: {text}")))
@@ -600,7 +601,7 @@ class JobLauncher:
             return
         if self._waits_for_inputs_end(job):
             return
-        is_there = files.is_there(job.output)  # then the next look reads it
+        is_there = trust.is_there(job.output)  # then the next look reads it
         if now - job.gone_since > self._grace(job) and (job.damaged is not None or not is_there):
             self._give_up(job)
 
@@ -659,11 +660,11 @@ class JobLauncher:
 
     def _renew_view(self, job: Job) -> None:
         # Nobody says whether a job has it. When it is removed, or stays unreadable, it is free again.
-        if job.batch is None and job.ending is None and (job.unreadable is not None or not files.is_there(job.path)):
+        if job.batch is None and job.ending is None and (job.unreadable is not None or not trust.is_there(job.path)):
             self._try_to_claim(job)
         # The system may not know the job, and the file system may remember that there was no result.
         elif not _is_on_local_disk(job):
-            files.is_there(job.output)
+            trust.is_there(job.output)
 
     def _find_job_ids(self) -> None:
         """Find out which jobs the calls of other sessions became."""
@@ -686,7 +687,7 @@ class JobLauncher:
             return
         # Where the list of its calls does not come, its jobs cannot read it either.
         if not batch.has_entries:
-            if files.is_older(job.path, SUBMIT_SECONDS):
+            if trust.is_older(job.path, SUBMIT_SECONDS):
                 self._give_up(job)
             return
         index = batch.index_of(job.path)

@@ -14,7 +14,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from executorlib import batches, entries, files, machine
+from executorlib import machine
+from executorlib.cache import batch_directory, entries, trust
 from executorlib.launchers.base import Events, Timer, boot_file
 from executorlib.launchers.job import Job, JobBatch
 from executorlib.launchers.queue import Batch, Dependency, Limit
@@ -137,16 +138,16 @@ class Submitter:
                 return batch, index
             del self._open[key]
         self._number += 1
-        name = batches.new_name(self._number)
+        name = batch_directory.new_name(self._number)
         # Before any entry names it: who finds one wants to know whether the session that is to submit it is there.
-        batch = JobBatch(batches.make(folder, name), True, key, first)
+        batch = JobBatch(batch_directory.make(folder, name), True, key, first)
         batch.corresponds = source
         batch.after = after
         pid = os.getpid()
         owner = {"system": self._system.name, "host": socket.gethostname(), "pid": pid}
         owner.update(self._system.about())
         owner["started"] = machine.process_start(pid)
-        batches.write_text(batch.directory, batches.OWNER_FILE, json.dumps(owner))
+        batch_directory.write_text(batch.directory, batch_directory.OWNER_FILE, json.dumps(owner))
         return batch, first
 
     def add(self, job: Job, batch: JobBatch, index: int) -> None:
@@ -345,7 +346,7 @@ class Submitter:
         """Write what the jobs of a part need; returns the program that runs one of them."""
         program = f"run.{part.name}.py" if part.name else "run.py"
         text = boot_file("executorlib.worker.job", f"({batch.directory!r}, {part.name!r})")
-        batches.write_text(batch.directory, program, text)
+        batch_directory.write_text(batch.directory, program, text)
         if not batch.ids:  # else jobs may be reading them
             setup = {**self._system.setup(), "threads": resources.threads_per_core, "ranks": resources.cores}
             setup["gpus_per_rank"] = resources.gpus_per_core
@@ -353,9 +354,12 @@ class Submitter:
             if resources.cwd is not None:
                 setup["cwd"] = resources.cwd
             # It holds the user's environment, with whatever secrets are there.
-            setup_file, root = os.path.join(batch.directory, batches.SETUP_FILE), batches.root_of(batch.directory)
-            files.write(setup_file, pickle.dumps(setup), root, mode=files.PRIVATE_MODE)
-            batches.write_entries(batch.directory, {index: job.path for index, job in batch.jobs.items()})
+            setup_file, root = (
+                os.path.join(batch.directory, batch_directory.SETUP_FILE),
+                batch_directory.root_of(batch.directory),
+            )
+            trust.write(setup_file, pickle.dumps(setup), root, mode=trust.PRIVATE_MODE)
+            batch_directory.write_entries(batch.directory, {index: job.path for index, job in batch.jobs.items()})
         return [*interpreter(), os.path.join(batch.directory, program)]
 
     def _answered(self, batch: JobBatch, part: _Part, answer: str | Refused) -> None:
@@ -368,7 +372,7 @@ class Submitter:
             # A system that did not answer in time may have taken the batch all the same, and its jobs may have begun.
             noted = None
             with contextlib.suppress(OSError, ValueError):
-                noted = batches.JobIds.read(batch.directory, batch.last).of(part.first)
+                noted = batch_directory.JobIds.read(batch.directory, batch.last).of(part.first)
             if noted is not None and noted[0] != answer:
                 if not isinstance(answer, Refused):
                     self._system.cancel([(answer, None)])
@@ -387,7 +391,7 @@ class Submitter:
         self._retries.pop(batch, None)
         batch.ids.add(part.first, part.last, job_id)
         try:
-            batches.write_text(batch.directory, batches.JobIds.file(part.name), job_id)
+            batch_directory.write_text(batch.directory, batch_directory.JobIds.file(part.name), job_id)
         except Exception as error:  # its jobs run all the same
             logger.warning("the id of job %s cannot be noted in %s: %s", job_id, batch.directory, error)
         jobs = [job for index, job in batch.jobs.items() if part.first <= index <= part.last]

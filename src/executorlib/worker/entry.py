@@ -10,7 +10,7 @@ Loaded by workers of executors that keep results, and ahead of the calls where w
 
 from __future__ import annotations
 
-from executorlib import entries
+from executorlib.cache import entries
 from executorlib.keys import fingerprint, sources
 from executorlib.worker.call import bounded, named_inputs
 

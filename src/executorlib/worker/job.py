@@ -18,7 +18,8 @@ import signal
 import sys
 import time
 
-from executorlib import batches, entries, files, serialize
+from executorlib import serialize
+from executorlib.cache import batch_directory, entries, trust
 from executorlib.worker import call, family, guard
 
 TYPE_CHECKING = False
@@ -45,7 +46,7 @@ def main(directory: str, part: str = "") -> None:
 
     Args:
         directory: The batch directory.
-        part: The part of the batch that this job is of, as `batches.JobIds.file` takes it.
+        part: The part of the batch that this job is of, as `cache.batch_directory.JobIds.file` takes it.
     """
     family.unblock()
     guard.begin()
@@ -69,12 +70,14 @@ def run(directory: str, index: int, part: str = "") -> int:
     Args:
         directory: The batch directory.
         index: Number of the call in the batch.
-        part: The part of the batch that this job is of, as `batches.JobIds.file` takes it.
+        part: The part of the batch that this job is of, as `cache.batch_directory.JobIds.file` takes it.
 
     Returns:
         The exit code.
     """
-    setup = pickle.loads(files.read(os.path.join(directory, batches.SETUP_FILE), batches.root_of(directory)))
+    setup = pickle.loads(
+        trust.read(os.path.join(directory, batch_directory.SETUP_FILE), batch_directory.root_of(directory))
+    )
     output = os.environ.pop(OUTPUT_VARIABLE, "")
     call.set_up(setup)
     if setup.get("ranks", 1) > 1:
@@ -101,24 +104,24 @@ def _print_to(output: str) -> None:
 
 def _claimed(directory: str, index: int, part: str, setup: dict[str, Any]) -> dict[str, Any] | int:
     """What is to be run; the exit code where it is not ours (any more)."""
-    root = batches.root_of(directory)
+    root = batch_directory.root_of(directory)
     job_id = _job_id(setup)
-    noted = batches.JobIds.read(directory, index).of(index)
+    noted = batch_directory.JobIds.read(directory, index).of(index)
     if noted is None:
         # The session may have ended before it could note it, and who looks for this job needs it.
         if job_id:
-            batches.write_text(directory, batches.JobIds.file(part), job_id)
+            batch_directory.write_text(directory, batch_directory.JobIds.file(part), job_id)
     elif noted[0].isdecimal() and job_id.isdecimal() and noted[0] != job_id:
         # A controller that is too busy to answer may take a batch all the same; the session then submitted it again.
         return NOT_MINE
-    path = batches.entries_of(directory)[index]
+    path = batch_directory.entries_of(directory)[index]
     entry = entries.read_input(path, root)
     if entry is not None and entry["batch"] != directory:
         return NOT_MINE
     ending = entries.read_ending(entries.output_of(path), root)
     if ending is not None:
         return RAISED if ending.failed else RESULT
-    if entry is None and files.is_there(path):
+    if entry is None and trust.is_there(path):
         entry = entries.read_input(path, root)
     if entry is None:
         raise FileNotFoundError(f"the call {path} was removed, or is damaged; it can be submitted again")
@@ -274,7 +277,7 @@ def _printed(path: str, root: str) -> dict[str, bytes]:
     call.flush()
     try:
         # A network file system may know less of the file than this process has written.
-        data = files.read(path, root, last=_PRINTED_BYTES)
+        data = trust.read(path, root, last=_PRINTED_BYTES)
         size = os.path.getsize(path)
     except OSError:
         return {}

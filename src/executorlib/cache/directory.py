@@ -1,4 +1,4 @@
-"""What users ask of a cache directory: its entries, as a list or as futures. Their files are in `executorlib.entries`.
+"""What users ask of a cache directory: its entries, as a list or as futures.
 
 Reading an entry unpickles it, and unpickling runs whatever the file says: use only cache directories whose writers
 you trust. Where everybody may write, only this user's own files are read, and root's.
@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import Any
 
-from executorlib import batches, files
-from executorlib.entries import (
+from executorlib.cache import batch_directory, trust
+from executorlib.cache.entries import (
     DATASETS,
     INPUT,
     OUTPUT,
@@ -63,7 +63,7 @@ def get_cache_data(cache_directory: str | os.PathLike[str]) -> list[dict[str, An
     rows = []
     for path in _files(cache_directory, (INPUT, OUTPUT)):
         values = read_values(path, DATASETS, cache_directory)
-        if values is None and not os.path.exists(path) and files.is_there(path):
+        if values is None and not os.path.exists(path) and trust.is_there(path):
             values = read_values(path, DATASETS, cache_directory)
         if values is None:
             continue
@@ -100,9 +100,9 @@ def get_future_from_cache(cache_directory: str | os.PathLike[str], cache_key: st
     # Looked for again at the end: it may get done between the first two looks.
     output = read_output(path, cache_directory)
     running = output is None and _is_pending(path)
-    if output is None and not running and files.is_there(path):
+    if output is None and not running and trust.is_there(path):
         output = read_output(path, cache_directory)
-    if output is None and not running and not files.is_there(input_of(path)):
+    if output is None and not running and not trust.is_there(input_of(path)):
         raise FileNotFoundError(
             f"the cache directory {os.fspath(cache_directory)} has no entry {cache_key!r}; "
             "get_cache_data() lists those it has"
@@ -143,16 +143,16 @@ def job_of(path: str, root: str | os.PathLike[str]) -> tuple[str | None, int | N
         job = values.get("queue_id")
         return None if job is None else str(job), None, None
     try:
-        indices = {entry: index for index, entry in batches.entries_of(directory).items()}
-        owner = json.loads(batches.read_text(directory, batches.OWNER_FILE) or "{}")
-    except files.UntrustedFile:
+        indices = {entry: index for index, entry in batch_directory.entries_of(directory).items()}
+        owner = json.loads(batch_directory.read_text(directory, batch_directory.OWNER_FILE) or "{}")
+    except trust.UntrustedFile:
         raise
     except (OSError, ValueError):
         return None, None, None
     index = indices.get(path)
     if index is None:
         return None, None, owner.get("system")
-    job = batches.JobIds.read(directory, max(indices.values())).of(index)
+    job = batch_directory.JobIds.read(directory, max(indices.values())).of(index)
     return *(job or (None, None)), owner.get("system")
 
 
@@ -208,7 +208,7 @@ class _Watcher:
                 now = time.monotonic()
                 if now - asked > _ASK_SECONDS:
                     asked = now
-                    files.is_there(path)
+                    trust.is_there(path)
                 try:
                     if future.cancelled():
                         future.set_running_or_notify_cancel()  # tells those who wait for it
@@ -228,7 +228,7 @@ class _Watcher:
     def _look(future: Future[Any], path: str, root: str, seen: float) -> bool:
         """Resolve the future if its entry is done, damaged or removed, and say whether it was."""
         if not os.path.exists(path):
-            if time.monotonic() - seen < _GONE_SECONDS or files.is_there(path):
+            if time.monotonic() - seen < _GONE_SECONDS or trust.is_there(path):
                 return False
             future.cancel()
             future.set_running_or_notify_cancel()

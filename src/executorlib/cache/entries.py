@@ -4,7 +4,7 @@ An entry is the file ``<key>_i.h5`` while its call waits or runs and ``<key>_o.h
 datasets, each the pickle of one value as a row of bytes, are `function`, `input_args`, `input_kwargs`,
 `resource_dict`, `output` or `error`, `runtime`, `queue_id` and `error_log_file`, as far as they are known.
 
-Reading an entry unpickles it, and unpickling runs whatever the file says; see `files` for whose files are read. What
+Reading an entry unpickles it, and unpickling runs whatever the file says; see `trust` for whose files are read. What
 reads one takes the cache directory as `root` for this.
 
 Several processes may use one directory at once. A file is put in place whole, so a reader sees a whole entry or
@@ -22,7 +22,7 @@ import pickle
 import time
 from typing import NamedTuple
 
-from executorlib import batches, files, foreign, hdf5
+from executorlib.cache import batch_directory, hdf5, trust, unpickle
 from executorlib.serialize import dumps_in_band
 
 # Nothing is loaded here that jobs do without: what a job loads, it pays for at every start.
@@ -156,7 +156,7 @@ _others: dict[str, str] = {}
 def _load_result(path: str, keys: tuple[Any, ...], root: str | None = None, batch: str | None = None) -> Any:
     give_up = time.monotonic() + _SHOW_SECONDS
     while (output := _read_input_result(path, root, batch)) is None:
-        there = files.is_there(path)
+        there = trust.is_there(path)
         # Which may be the first to see it: what was read before came from a network file system's memory.
         if there and (output := _read_input_result(path, root, batch)) is not None:
             break
@@ -225,7 +225,7 @@ def load_with_names(data: bytes) -> Any:
     return _NamingUnpickler(io.BytesIO(data)).load()
 
 
-class _Unpickler(foreign.Unpickler):
+class _Unpickler(unpickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if name == "FutureItem" and module.startswith("executorlib."):
             return StoredResult
@@ -327,7 +327,7 @@ def write_output(
         "runtime": runtime,
         **({} if versions is None else {VERSIONS: versions, NAME: _name_of(path)}),
     }
-    files.write(os.fspath(path), pack(values), root, durable=True)
+    trust.write(os.fspath(path), pack(values), root, durable=True)
 
 
 def write_pickles(path: str, pickles: dict[str, bytes], root: str | None = None) -> None:
@@ -344,7 +344,7 @@ def write_pickles(path: str, pickles: dict[str, bytes], root: str | None = None)
     """
     if VERSIONS in pickles:  # of a derived key
         pickles = {**pickles, NAME: dumps_in_band(_name_of(path))}
-    files.write(path, pack({name: Snapshot(data) for name, data in pickles.items()}), root, durable=True)
+    trust.write(path, pack({name: Snapshot(data) for name, data in pickles.items()}), root, durable=True)
 
 
 def write_input(path: str, values: dict[str, Any], root: str | None = None) -> bool:
@@ -363,7 +363,7 @@ def write_input(path: str, values: dict[str, Any], root: str | None = None) -> b
         OSError: If the file cannot be written; nothing is left behind.
         Exception: Whatever pickling one of the values raises.
     """
-    return files.write_first(path, pack(values), root)
+    return trust.write_first(path, pack(values), root)
 
 
 def read_input(path: str, root: str | None = None) -> dict[str, Any] | None:
@@ -462,7 +462,7 @@ def _read_or_none(path: str, names: Iterable[str], root: str | None) -> dict[str
 
 def remove_input(path: str, root: str | None = None) -> None:
     """Remove the file of an entry that waits or runs; it may be gone already."""
-    files.remove(path, root)
+    trust.remove(path, root)
 
 
 def output_of(path: str) -> str:
@@ -488,7 +488,7 @@ def take_over(path: str, name: str, batch: str | None = None, root: str | None =
         root: The cache directory; by default the file's folder.
     """
     marker = _marker(path, name)
-    if not files.make_mark(marker, root) and not files.is_older(marker, _MARKER_SECONDS):
+    if not trust.make_mark(marker, root) and not trust.is_older(marker, _MARKER_SECONDS):
         return
     # Who found it dead may be late: by now it may be another one's.
     if claimed_for(path, root) in (None, batch):
@@ -511,7 +511,7 @@ def _marker(path: str, name: str) -> str:
 
     # A digest: names have batches and keys in them, which may be as long as file names can be.
     digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:32]
-    return os.path.join(os.path.dirname(path), batches.FOLDER, f"dead-{digest}")
+    return os.path.join(os.path.dirname(path), batch_directory.FOLDER, f"dead-{digest}")
 
 
 def terminate(path: str, batch: str | None, root: str | None = None) -> None:
@@ -524,7 +524,7 @@ def terminate(path: str, batch: str | None, root: str | None = None) -> None:
     """
     if batch is not None:
         with contextlib.suppress(OSError):
-            files.write(_marker(path, job_name(path, batch)), _TERMINATED, root)
+            trust.write(_marker(path, job_name(path, batch)), _TERMINATED, root)
     remove_input(path, root)
 
 
@@ -537,7 +537,7 @@ def is_terminated(path: str, batch: str, root: str | None = None) -> bool:
         root: The cache directory; by default the file's folder.
     """
     try:
-        return files.read(_marker(path, job_name(path, batch)), root) == _TERMINATED
+        return trust.read(_marker(path, job_name(path, batch)), root) == _TERMINATED
     except OSError:
         return False
 
@@ -668,7 +668,7 @@ def datasets_of(path: str | os.PathLike[str], root: str | os.PathLike[str] | Non
         ImportError: If h5py is missing.
     """
     try:
-        return set(_datasets(files.read(path, root), None))
+        return set(_datasets(trust.read(path, root), None))
     except ImportError:
         raise
     except Exception:  # damaged files raise nearly everything
@@ -702,14 +702,14 @@ def _read_pickles(
     path: str | os.PathLike[str], names: Iterable[str], root: str | os.PathLike[str] | None
 ) -> dict[str, bytes] | None:
     try:
-        pickles = _datasets(files.read(path, root), {*names, NAME})
+        pickles = _datasets(trust.read(path, root), {*names, NAME})
         name = pickle.loads(pickles.pop(NAME)) if NAME in pickles else None
         if name not in (None, _name_of(path)):
             raise hdf5.Damaged(f"it is a copy of the entry {name!r}, and no result of this call")
         return pickles
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (ImportError, files.UntrustedFile):
+    except (ImportError, trust.UntrustedFile):
         raise
     except Exception as error:  # damaged files raise nearly everything
         _warn_unreadable(path, error)
@@ -741,7 +741,7 @@ def _bytes_of(h5py: ModuleType, file: Any, name: bytes) -> bytes:
 
 
 def _load(data: bytes) -> Any:
-    return foreign.loads(data, _Unpickler)
+    return unpickle.loads(data, _Unpickler)
 
 
 def _warn(text: str, *values: object) -> None:

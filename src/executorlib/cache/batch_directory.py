@@ -13,7 +13,7 @@ import re
 import stat
 import time
 
-from executorlib import files
+from executorlib.cache import trust
 
 # In the cache directory.
 FOLDER = ".executorlib"
@@ -59,7 +59,7 @@ def make(root: str, name: str) -> str:
     """
     folder = os.path.join(root, FOLDER)
     directory = os.path.join(folder, name)
-    files.within(folder, root, lambda fd: _make(fd, root, folder, directory))
+    trust.within(folder, root, lambda fd: _make(fd, root, folder, directory))
     return directory
 
 
@@ -69,12 +69,12 @@ def _make(fd: int, root: str, folder: str, directory: str) -> None:
         (root, os.stat(root).st_mode, folder, status.st_uid),
         (folder, status.st_mode, directory, os.geteuid()),
     ):
-        if mode & stat.S_IWOTH and not (mode & stat.S_ISVTX and files.is_trusted(owner)):
-            raise files.UntrustedFile(
-                f"jobs are not run from {below}, which is {files.name_of(owner)}'s: everybody may write to {above}, "
-                f"so anybody could put other programs in the place of those that jobs run. {files.advice_for(above)}"
+        if mode & stat.S_IWOTH and not (mode & stat.S_ISVTX and trust.is_trusted(owner)):
+            raise trust.UntrustedFile(
+                f"jobs are not run from {below}, which is {trust.name_of(owner)}'s: everybody may write to {above}, "
+                f"so anybody could put other programs in the place of those that jobs run. {trust.advice_for(above)}"
             )
-    os.mkdir(os.path.basename(directory), files.FOLDER_MODE, dir_fd=fd)
+    os.mkdir(os.path.basename(directory), trust.FOLDER_MODE, dir_fd=fd)
 
 
 def remove(directory: str, but_output: bool = False) -> bool:
@@ -90,10 +90,10 @@ def remove(directory: str, but_output: bool = False) -> bool:
     if not is_name(name):
         return False
     try:
-        with files.opened(above, root_of(directory)) as folder:
-            fd = os.open(name, files.LIST, dir_fd=folder)
+        with trust.opened(above, root_of(directory)) as folder:
+            fd = os.open(name, trust.LIST, dir_fd=folder)
             try:
-                if not files.is_own(os.fstat(fd)):
+                if not trust.is_own(os.fstat(fd)):
                     return False
                 # Batches have no folders in them.
                 found = {each: os.stat(each, dir_fd=fd, follow_symlinks=False) for each in os.listdir(fd)}
@@ -114,7 +114,7 @@ def remove(directory: str, but_output: bool = False) -> bool:
 
 def remove_folder(root: str) -> None:
     """Remove the folder of a cache directory's batches, if there are none."""
-    with contextlib.suppress(OSError), files.opened(root) as folder:
+    with contextlib.suppress(OSError), trust.opened(root) as folder:
         os.rmdir(FOLDER, dir_fd=folder)
 
 
@@ -130,8 +130,8 @@ def read_text(directory: str, name: str) -> str | None:
         UntrustedFile: Anybody could have put it there.
     """
     try:
-        return files.read(os.path.join(directory, name), root_of(directory)).decode() or None
-    except files.UntrustedFile:
+        return trust.read(os.path.join(directory, name), root_of(directory)).decode() or None
+    except trust.UntrustedFile:
         raise
     except (OSError, UnicodeDecodeError):
         return None
@@ -146,7 +146,7 @@ def entries_of(directory: str) -> dict[int, str]:
         ValueError: It is damaged.
     """
     found = {}
-    lines = files.read(os.path.join(directory, ENTRIES_FILE), root_of(directory)).decode().split("\n")
+    lines = trust.read(os.path.join(directory, ENTRIES_FILE), root_of(directory)).decode().split("\n")
     for line in filter(None, lines):
         index, _, path = line.partition(" ")
         found[int(index)] = path.replace("\\\\", "\0").replace("\\n", "\n").replace("\0", "\\")
@@ -161,7 +161,7 @@ def write_entries(directory: str, paths: dict[int, str]) -> None:
 
 def write_text(directory: str, name: str, text: str) -> None:
     """Put a small text file of a batch directory in place, whole or not at all."""
-    files.write(os.path.join(directory, name), text.encode(), root_of(directory))
+    trust.write(os.path.join(directory, name), text.encode(), root_of(directory))
 
 
 class JobIds:

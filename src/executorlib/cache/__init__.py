@@ -1,0 +1,1 @@
+"""Calls and results as files: entries, the directories of batches, and whose files are read."""
