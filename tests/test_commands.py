@@ -21,6 +21,7 @@ from conftest import as_user
 from executorlib import commands
 from executorlib._version import __version__
 from executorlib.cache import batch_directory, entries
+from executorlib.cache import scan as cache_scan
 from executorlib.keys import distributions
 
 pytestmark = pytest.mark.cache
@@ -159,7 +160,7 @@ def test_ls_prints_what_it_has_found_before_it_has_found_all(
     tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def scan(_: str) -> Any:
-        yield commands.Entry("first", "done", 1, 0.0, "first_o.h5")
+        yield cache_scan.Entry("first", "done", 1, 0.0, "first_o.h5")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(commands, "scan", scan)
@@ -483,7 +484,7 @@ def test_the_files_of_writers_that_die_are_known_as_such(tmp_path: Path, monkeyp
     with pytest.raises(BlockingIOError):
         write(tmp_path / "key_o.h5", output=1)
     (left,) = files(tmp_path)
-    assert commands._TEMPORARY.fullmatch(left)
+    assert cache_scan._TEMPORARY.fullmatch(left)
 
 
 def test_prune_removes_batch_directories_that_nobody_needs(tmp_path: Path, call: Call) -> None:
@@ -559,11 +560,11 @@ def test_folders_that_are_swapped_for_links_meanwhile(
     assert (store / "was-b" / folder.name / "entries").exists()
     monkeypatch.undo()
     (store / ".executorlib").unlink()
-    (entry,) = [each for each in commands.scan(str(store)) if each.key == "was-sub/a"]
+    (entry,) = [each for each in cache_scan.scan(str(store)) if each.key == "was-sub/a"]
     (store / "was-sub").rename(store / "aside")
     (store / "was-sub").symlink_to(home / "sub")
     with pytest.raises(PermissionError, match="symbolic link"):
-        commands.remove(str(store), [entry])
+        cache_scan.remove(str(store), [entry])
     assert files(home) == before
 
 
