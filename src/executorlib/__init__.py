@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from executorlib.clusters import SlurmClusterExecutor
     from executorlib.executors import BaseExecutor, SingleNodeExecutor
     from executorlib.flux_executors import FluxClusterExecutor, FluxJobExecutor
-    from executorlib.futures import get_item_from_future, split_future
+    from executorlib.futures.derived import get_item_from_future, split_future
     from executorlib.slurm_job import SlurmJobExecutor
     from executorlib.terminate import terminate_task_in_cache, terminate_tasks_in_cache
 
@@ -40,8 +40,8 @@ _MODULES = {
     "__version__": "_version",
     "get_cache_data": "cache.directory",
     "get_future_from_cache": "cache.directory",
-    "get_item_from_future": "futures",
-    "split_future": "futures",
+    "get_item_from_future": "futures.derived",
+    "split_future": "futures.derived",
     "terminate_task_in_cache": "terminate",
     "terminate_tasks_in_cache": "terminate",
 }

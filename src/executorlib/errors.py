@@ -203,7 +203,7 @@ def advise_unpicklable(error: BaseException, number: int, name: str, misplaced: 
         error: What pickling has raised.
         number: Number of the call.
         name: Name of its function.
-        misplaced: What `futures.misplaced` says of it.
+        misplaced: What `futures.inputs.misplaced` says of it.
     """
     error = contained(error, "pickling its function or arguments", PicklingError)
     subject = f"call {number} of {name} could not be sent to a worker"

@@ -18,9 +18,11 @@ from concurrent.futures import Executor, Future
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from executorlib import imports, machine, unasked
+from executorlib import imports, machine
 from executorlib.errors import EXECUTOR_ADVICE
-from executorlib.futures import batched, find_futures_in_call
+from executorlib.futures import unasked
+from executorlib.futures.derived import batched
+from executorlib.futures.inputs import find_futures_in_call
 from executorlib.launchers.base import JobEvents, Launcher
 from executorlib.launchers.local import LocalLauncher
 from executorlib.launchers.mpi import check_mpi
@@ -381,7 +383,7 @@ class BaseExecutor(Executor):
         return iterable.result(None if deadline is None else deadline - time.monotonic())
 
     def batched(self, iterable: Iterable[Future[Any]], n: int) -> list[Future[list[Any]]]:
-        """Group futures by ``n`` in the order in which they finish; see `executorlib.futures.batched`."""
+        """Group futures by ``n`` in the order in which they finish; see `executorlib.futures.derived.batched`."""
         if self._graph is not None:
             sources = list(iterable)
             whole_number(1)("batched: n", n)

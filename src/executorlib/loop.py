@@ -42,7 +42,8 @@ from executorlib.errors import (
     note_chain,
     with_source_lines,
 )
-from executorlib.futures import (
+from executorlib.futures.derived import when_done
+from executorlib.futures.inputs import (
     Stored,
     StoredCall,
     StoredFuture,
@@ -51,8 +52,8 @@ from executorlib.futures import (
     input_error,
     misplaced,
     stored,
-    when_done,
 )
+from executorlib.futures.unasked import Failures, Record
 from executorlib.launchers import streams
 from executorlib.launchers.base import Exit, JobEvents, Launcher, Process, Timer, has_stack, tail_text
 from executorlib.launchers.session import settings
@@ -74,7 +75,6 @@ from executorlib.scheduler import (
 )
 from executorlib.serialize import Frame
 from executorlib.task import CANCELLED, FAILED, LAUNCHING, RUNNING, CallFuture, Task
-from executorlib.unasked import Failures, Record
 from executorlib.worker.call import PERMIT, named_inputs, traceback_text
 
 if TYPE_CHECKING:

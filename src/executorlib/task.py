@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from executorlib.errors import refuse_future
-from executorlib.lean_future import LeanFuture
+from executorlib.futures.lean import LeanFuture
 from executorlib.resources import Demand, Resources
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class CallFuture(LeanFuture[Any]):
     """The future of a submitted call; cancelling it tells the executor at once."""
 
     on_cancel: Callable[[], None] | None = None
-    stored: Any = None  # see `futures.Stored`
+    stored: Any = None  # see `futures.inputs.Stored`
     failed_call = ""  # the call, by name, once it has failed
 
     def cancel(self) -> bool:

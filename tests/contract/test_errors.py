@@ -466,7 +466,7 @@ def test_failures_that_nobody_asked_for_are_told_once(row: Any, scripts: Any) ->
 UNASKED_BUT_USED = """
     import logging
     from executorlib import get_item_from_future
-    from executorlib.futures import batched
+    from executorlib.futures.derived import batched
 
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
 

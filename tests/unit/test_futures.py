@@ -15,18 +15,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from executorlib.futures import (
-    batched,
-    derived_future,
-    fill_in,
-    find_futures,
-    find_futures_in_call,
-    get_item_from_future,
-    input_error,
-    split_future,
-    when_done,
-)
-from executorlib.lean_future import LeanFuture
+from executorlib.futures.derived import batched, derived_future, get_item_from_future, split_future, when_done
+from executorlib.futures.inputs import fill_in, find_futures, find_futures_in_call, input_error
+from executorlib.futures.lean import LeanFuture
 from unit.properties import repeatable
 
 

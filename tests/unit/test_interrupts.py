@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from contract.functions import until
+from executorlib.futures.lean import LeanFuture
 from executorlib.launchers.base import Events, Exit, Process
-from executorlib.lean_future import LeanFuture
 from executorlib.ledger import Ledger, Node
 from executorlib.loop import Loop, running_loops
 from executorlib.resources import Demand, Resources

@@ -27,7 +27,7 @@ from executorlib.cache.entries import (
     read_output,
     read_values,
 )
-from executorlib.lean_future import LeanFuture
+from executorlib.futures.lean import LeanFuture
 
 logger = logging.getLogger("executorlib")
 

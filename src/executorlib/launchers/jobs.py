@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from executorlib import machine
 from executorlib.cache import batch_directory, entries, trust
 from executorlib.errors import ExecutorlibSocketError, advise_unpicklable
-from executorlib.futures import misplaced
+from executorlib.futures.inputs import misplaced
 from executorlib.launchers.base import Exit, JobEvents, Process, Timer
 from executorlib.launchers.job import SUBMIT_SECONDS, Identity, Job, JobBatch, owner_of
 from executorlib.launchers.queue import JobState, Phase, means
