@@ -7,25 +7,13 @@ from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Mapping
+
+from executorlib.launchers.hostlist import expand_hosts, expand_ranges, expand_repeated
+from executorlib.machine import NodeShape
 
 # A controller under load may take long to answer; Slurm's own commands give up after MessageTimeout, 10 s by default.
 _SECONDS = 60
-
-
-class NodeShape(NamedTuple):
-    """A node of an allocation.
-
-    Attributes:
-        name: The node's name in Slurm.
-        cpus: CPUs that the job has there.
-        gpus: Indices of the GPUs that the job has there, as Slurm counts them on the node.
-    """
-
-    name: str
-    cpus: int
-    gpus: tuple[str, ...] = ()
 
 
 def slurm_allocation(environ: Mapping[str, str]) -> list[NodeShape]:
@@ -116,44 +104,6 @@ def shapes_from_environment(environ: Mapping[str, str]) -> list[NodeShape]:
     elif count := environ.get("SLURM_GPUS_ON_NODE"):
         gpus = tuple(str(index) for index in range(int(count)))
     return [NodeShape(name, count, gpus) for name, count in zip(hosts, cpus, strict=True)]
-
-
-def expand_hosts(text: str) -> list[str]:
-    """Write out a list of nodes such as ``login,node[1,3-4],rack[0-1]n[08-10]``."""
-    # Commas within brackets do not separate.
-    return [name for item in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", text) for name in _expand_item(item)]
-
-
-def _expand_item(item: str) -> Iterator[str]:
-    head, bracket, rest = item.partition("[")
-    if not bracket:
-        yield head
-        return
-    ranges, _, tail = rest.partition("]")
-    tails = list(_expand_item(tail))
-    for part in ranges.split(","):
-        first, _, last = part.partition("-")
-        for number in range(int(first), int(last or first) + 1):
-            for end in tails:
-                yield f"{head}{number:0{len(first)}d}{end}"
-
-
-def expand_ranges(text: str) -> list[int]:
-    """Write out numbers such as ``0-2,5``."""
-    numbers: list[int] = []
-    for part in filter(None, text.split(",")):
-        first, _, last = part.partition("-")
-        numbers += range(int(first), int(last or first) + 1)
-    return numbers
-
-
-def expand_repeated(text: str) -> list[int]:
-    """Write out counts such as ``4(x2),1``."""
-    counts: list[int] = []
-    for part in filter(None, text.split(",")):
-        count, _, times = part.rstrip(")").partition("(x")
-        counts += [int(count)] * int(times or 1)
-    return counts
 
 
 def _gpu_indices(gres: str) -> list[str]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from executorlib.resources import Demand, Resources, check_ranks_of_nodes
 
 if TYPE_CHECKING:
-    from executorlib.allocation import NodeShape
+    from executorlib.machine import NodeShape
 
 
 class _Row:

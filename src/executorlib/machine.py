@@ -10,6 +10,22 @@ import re
 import resource
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
+
+
+class NodeShape(NamedTuple):
+    """A node of an allocation.
+
+    Attributes:
+        name: The node's name in Slurm.
+        cpus: CPUs that the job has there.
+        gpus: Indices of the GPUs that the job has there, as Slurm counts them on the node.
+    """
+
+    name: str
+    cpus: int
+    gpus: tuple[str, ...] = ()
+
 
 # File systems of one machine, which show at once what another process has written.
 _LOCAL_DISKS = re.compile(r"ext[234]|xfs|btrfs|zfs|bcachefs|f2fs|jfs|reiserfs|tmpfs|ramfs|overlay|vfat|exfat|ntfs3?")

@@ -14,10 +14,11 @@ import signal
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from executorlib.allocation import NodeShape, expand_hosts, expand_ranges
 from executorlib.launchers.flux_policy import Policy
+from executorlib.launchers.hostlist import expand_hosts, expand_ranges
 from executorlib.launchers.mpi import FOREIGN_PREFIXES
 from executorlib.launchers.queue import Cause, JobState, Phase
+from executorlib.machine import NodeShape
 from executorlib.resources import Resources
 from executorlib.worker import guard
 from executorlib.worker.call import ELEMENT_VARIABLES, THREAD_VARIABLES

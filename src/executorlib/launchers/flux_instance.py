@@ -22,11 +22,11 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from executorlib.allocation import NodeShape
 from executorlib.launchers.base import Events
 from executorlib.launchers.flux import blobs_of, errors_in, is_text, job_number, nodes_of
 from executorlib.launchers.flux_policy import Policy
 from executorlib.launchers.systems import Refused
+from executorlib.machine import NodeShape
 
 # An event of a job: its name and what it says beside.
 OnEvent = Callable[[str, Mapping[str, Any]], None]
