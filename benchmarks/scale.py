@@ -17,10 +17,11 @@ import time
 from concurrent.futures import Future
 from typing import Any
 
-from executorlib.ledger import Ledger, Node
+from executorlib.core.fresh import FreshScheduler
+from executorlib.core.ledger import Ledger, Node
+from executorlib.core.scheduler import Launch, Send, Worker
+from executorlib.core.task import Task
 from executorlib.resources import Demand, Resources
-from executorlib.scheduler import FreshScheduler, Launch, Send, Worker
-from executorlib.task import Task
 
 CORES = 64
 GPUS = 4  # on every fourth node

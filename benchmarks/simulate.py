@@ -48,10 +48,11 @@ def _simulate(nodes: int, count: int) -> float:
     Returns:
         Processor seconds, without those for making the calls.
     """
-    from executorlib.ledger import Ledger, Node
+    from executorlib.core.fresh import FreshScheduler
+    from executorlib.core.ledger import Ledger, Node
+    from executorlib.core.scheduler import Launch, Send, Worker
+    from executorlib.core.task import Task
     from executorlib.resources import Resources
-    from executorlib.scheduler import FreshScheduler, Launch, Send, Worker
-    from executorlib.task import Task
 
     ledger = Ledger([Node(f"node{i}", range(CORES_PER_NODE)) for i in range(nodes)])
     tested = FreshScheduler(ledger, max_calls=None)

@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from contract.functions import Gate
 from executorlib import machine
-from executorlib.loop import running_loops
+from executorlib.core.loop import running_loops
 
 # For `make quick`. The numbers of examples that tests give are for the default profile.
 hypothesis.settings.register_profile("quick", max_examples=10)

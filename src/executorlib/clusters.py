@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 from executorlib import machine
+from executorlib.core.ledger import Ledger, Node, Unlimited
 from executorlib.executors import BaseExecutor, Common
 from executorlib.launchers.base import Events, JobEvents, Launcher
 from executorlib.launchers.job_workers import JobWorkerLauncher
@@ -30,7 +31,6 @@ from executorlib.launchers.slurm import (
 )
 from executorlib.launchers.systems import CommandSystem
 from executorlib.launchers.templates import Templates, check_keys
-from executorlib.ledger import Ledger, Node, Unlimited
 from executorlib.resources import Demand, Resources, check_ranks_of_nodes, listed
 
 logger = logging.getLogger("executorlib")

@@ -18,7 +18,13 @@ from concurrent.futures import Executor, Future
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from executorlib import imports, machine
+from executorlib import machine
+from executorlib.core import imports
+from executorlib.core.block import BlockScheduler
+from executorlib.core.fresh import FreshScheduler
+from executorlib.core.ledger import Ledger, Node
+from executorlib.core.loop import Loop, running_loops
+from executorlib.core.task import CallFuture, function_name
 from executorlib.errors import EXECUTOR_ADVICE
 from executorlib.futures import unasked
 from executorlib.futures.derived import batched
@@ -26,11 +32,7 @@ from executorlib.futures.inputs import find_futures_in_call
 from executorlib.launchers.base import JobEvents, Launcher
 from executorlib.launchers.local import LocalLauncher
 from executorlib.launchers.mpi import check_mpi
-from executorlib.ledger import Ledger, Node
-from executorlib.loop import Loop, running_loops
 from executorlib.resources import Demand, Resources, check_cache_key, whole_number
-from executorlib.scheduler import BlockScheduler, FreshScheduler
-from executorlib.task import CallFuture, function_name
 from executorlib.worker.call import Function
 
 if TYPE_CHECKING:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from executorlib.clusters import QueueExecutor
+from executorlib.core.ledger import Ledger, Node, Unlimited, spread_over
 from executorlib.executors import BaseExecutor, Common, refuse
 from executorlib.launchers.base import Events, JobEvents, Launcher
 from executorlib.launchers.flux import FURTHER_KEYS
@@ -16,7 +17,6 @@ from executorlib.launchers.flux_system import FluxSystem
 from executorlib.launchers.flux_workers import FluxLauncher
 from executorlib.launchers.jobs import JobLauncher
 from executorlib.launchers.templates import FLUX, Templates
-from executorlib.ledger import Ledger, Node, Unlimited, spread_over
 from executorlib.resources import Demand, Resources, unknown_key
 
 # Without max_workers and max_cores, Flux is handed calls for so many times the cores of its instance: so the next one

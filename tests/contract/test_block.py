@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from contract.functions import CustomError, Gate, add, fail, lines, numbered, record
-from executorlib import loop
+from executorlib.core import loop
 
 WAIT = 30
 block = pytest.mark.rows(block=True)

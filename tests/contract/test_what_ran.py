@@ -15,7 +15,7 @@ import pytest
 
 from contract.changing import Changing, Counting, see
 from contract.functions import Gate, files, identity, lines, record
-from executorlib import loop
+from executorlib.core import loop
 from executorlib.keys import sources
 
 WAIT = 50

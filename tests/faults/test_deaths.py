@@ -29,7 +29,7 @@ from contract.functions import (
     wait_for,
     wait_until_gone,
 )
-from executorlib import loop
+from executorlib.core import loop
 from executorlib.worker.family import descendants
 from faults.functions import die, die_or_add
 

@@ -10,11 +10,11 @@ from typing import Any, cast
 
 import pytest
 
+from executorlib.core.ledger import Allocation
+from executorlib.core.scheduler import Worker
 from executorlib.launchers.base import Process
 from executorlib.launchers.connecting import ConnectingWorker
-from executorlib.ledger import Allocation
 from executorlib.resources import Resources
-from executorlib.scheduler import Worker
 
 ABOUT = {"host": "node7", "pid": 70, "size": 1, "library": "Some MPI 1.0"}
 RESULT: list[Any] = ["result", 1, 0.1, "", {}]

@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 
 from contract.functions import until
+from executorlib.core.fresh import FreshScheduler
+from executorlib.core.ledger import Ledger, Node
+from executorlib.core.loop import Loop, running_loops
+from executorlib.core.task import CallFuture
 from executorlib.futures.lean import LeanFuture
 from executorlib.launchers.base import Events, Exit, Process
-from executorlib.ledger import Ledger, Node
-from executorlib.loop import Loop, running_loops
 from executorlib.resources import Demand, Resources
-from executorlib.scheduler import FreshScheduler
-from executorlib.task import CallFuture
 
 WAIT = 30
 
@@ -225,7 +225,7 @@ def test_thread_that_cannot_start(monkeypatch: pytest.MonkeyPatch, name: str) ->
     def fail(*args: object) -> None:
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(f"executorlib.loop.{name}", fail)
+    monkeypatch.setattr(f"executorlib.core.loop.{name}", fail)
     loop = make_loop()
     files = len(os.listdir("/dev/fd"))
     with pytest.raises(RuntimeError, match="can't start new thread"):

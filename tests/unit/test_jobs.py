@@ -19,16 +19,16 @@ import pytest
 from executorlib import local_queue
 from executorlib.cache import batch_directory, entries
 from executorlib.cache import directory as cache
+from executorlib.core.ledger import Allocation
+from executorlib.core.scheduler import Worker
+from executorlib.core.task import LAUNCHING, READY, RUNNING, Task
 from executorlib.errors import ExecutorlibSocketError
 from executorlib.launchers.base import Exit, Process
 from executorlib.launchers.jobs import JobLauncher
 from executorlib.launchers.queue import Cause, JobState, Limit, Phase
 from executorlib.launchers.submitter import Submitter
 from executorlib.launchers.systems import Refused
-from executorlib.ledger import Allocation
 from executorlib.resources import Resources
-from executorlib.scheduler import Worker
-from executorlib.task import LAUNCHING, READY, RUNNING, Task
 from executorlib.worker import job
 
 pytestmark = pytest.mark.cache

@@ -12,8 +12,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from executorlib import ledger as module
-from executorlib.ledger import Allocation, Ledger, Node, Reservation, spread_over
+from executorlib.core import ledger as module
+from executorlib.core.ledger import Allocation, Ledger, Node, Reservation, spread_over
 from executorlib.resources import Demand, Resources
 from unit.properties import examples, repeatable
 

@@ -17,14 +17,14 @@ import pytest
 
 from conftest import Scripts
 from executorlib import SlurmJobExecutor
+from executorlib.core.ledger import Allocation
+from executorlib.core.scheduler import Worker
 from executorlib.errors import ExecutorlibSocketError
 from executorlib.launchers.base import Process
 from executorlib.launchers.local import Agent
 from executorlib.launchers.relay import Relay
 from executorlib.launchers.relays import Relays
-from executorlib.ledger import Allocation
 from executorlib.resources import Resources
-from executorlib.scheduler import Worker
 from unit.node_functions import (
     agent_and_relay,
     append,

@@ -22,29 +22,16 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from contract.functions import until
-from executorlib import scheduler as module
+from executorlib.core import fresh as core_fresh
+from executorlib.core.block import LOOKAHEAD_SECONDS, MAX_LOOKAHEAD, BlockScheduler
+from executorlib.core.fresh import OVERTAKEN_PER_CORE, FreshScheduler
+from executorlib.core.ledger import Allocation, Ledger, Node
+from executorlib.core.loop import Loop
+from executorlib.core.scheduler import Effect, Fail, Kill, Launch, LookUp, Recall, Send, Stop, Worker
+from executorlib.core.task import CANCELLED, DONE, FAILED, LAUNCHING, READY, RUNNING, WAITING, CallFuture, Task
 from executorlib.errors import ExecutorlibSocketError
 from executorlib.launchers.base import Events, Exit, Process
-from executorlib.ledger import Allocation, Ledger, Node
-from executorlib.loop import Loop
 from executorlib.resources import Demand, Resources
-from executorlib.scheduler import (
-    LOOKAHEAD_SECONDS,
-    MAX_LOOKAHEAD,
-    OVERTAKEN_PER_CORE,
-    BlockScheduler,
-    Effect,
-    Fail,
-    FreshScheduler,
-    Kill,
-    Launch,
-    LookUp,
-    Recall,
-    Send,
-    Stop,
-    Worker,
-)
-from executorlib.task import CANCELLED, DONE, FAILED, LAUNCHING, READY, RUNNING, WAITING, CallFuture, Task
 from unit.properties import examples, repeatable
 
 # The driver: the loop's part, with workers that only exist in a dictionary.
@@ -364,7 +351,7 @@ class FreshDriver(Driver):
         overtaken: int = OVERTAKEN_PER_CORE,
         restart_limit: int = 0,
     ) -> None:
-        with mock.patch.object(module, "OVERTAKEN_PER_CORE", overtaken):
+        with mock.patch.object(core_fresh, "OVERTAKEN_PER_CORE", overtaken):
             super().__init__(FreshScheduler(Ledger(nodes), max_calls, restart_limit))
         self.restarts: Counter[Task] = Counter()
         self.nodes = list(nodes)

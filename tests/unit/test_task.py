@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 
-from executorlib.resources import Demand, Resources
-from executorlib.task import (
+from executorlib.core.task import (
     CANCELLED,
     DONE,
     FAILED,
@@ -28,6 +27,7 @@ from executorlib.task import (
     Task,
     function_name,
 )
+from executorlib.resources import Demand, Resources
 
 # Written out a second time: who changes the table must want to.
 MOVES = {

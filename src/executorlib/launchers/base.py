@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 from executorlib.launchers.session import interpreter
 
 if TYPE_CHECKING:
+    from executorlib.core.scheduler import Worker
+    from executorlib.core.task import Task
     from executorlib.resources import Resources
-    from executorlib.scheduler import Worker
     from executorlib.serialize import Frame
-    from executorlib.task import Task
 
 # What a dead worker wrote last is part of its error text; this much of it is kept.
 STDERR_TAIL_BYTES = 16 * 1024

@@ -17,8 +17,8 @@ from executorlib.launchers.base import Process, tail_text
 from executorlib.launchers.queue import Cause, JobState, Phase
 
 if TYPE_CHECKING:
+    from executorlib.core.task import Task
     from executorlib.launchers.systems import JobSystem
-    from executorlib.task import Task
 
 # How long an entry of another machine's session may lack a job id, in seconds, before that session counts as dead.
 SUBMIT_SECONDS = 600.0

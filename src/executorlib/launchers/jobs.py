@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from executorlib import machine
 from executorlib.cache import batch_directory, entries, trust
+from executorlib.core.task import RUNNING, CallFuture, Task
 from executorlib.errors import ExecutorlibSocketError, advise_unpicklable
 from executorlib.futures.inputs import misplaced
 from executorlib.launchers.base import Exit, JobEvents, Process, Timer
@@ -34,7 +35,6 @@ from executorlib.launchers.queue import JobState, Phase, means
 from executorlib.launchers.submitter import Submitter
 from executorlib.launchers.systems import Cancellations, Holds, JobSystem, Refused, States
 from executorlib.resources import Resources
-from executorlib.task import RUNNING, CallFuture, Task
 from executorlib.worker.job import RAISED, RESULT
 
 if TYPE_CHECKING:

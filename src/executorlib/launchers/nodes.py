@@ -37,8 +37,8 @@ from executorlib.transports.router import Router, worker_of
 from executorlib.worker.call import THREAD_VARIABLES
 
 if TYPE_CHECKING:
-    from executorlib.ledger import Node
-    from executorlib.scheduler import Worker
+    from executorlib.core.ledger import Node
+    from executorlib.core.scheduler import Worker
 
 logger = logging.getLogger("executorlib")
 

@@ -44,7 +44,7 @@ from executorlib.worker.call import PERMIT
 from executorlib.worker.remote import hello
 
 if TYPE_CHECKING:
-    from executorlib.scheduler import Worker
+    from executorlib.core.scheduler import Worker
 
 # What would have a node's own mpiexec start ranks as steps of the allocation. The latter are since Slurm 23.11.
 _OF_SLURM = ("SLURM_", "HYDRA_BOOTSTRAP", "HYDRA_LAUNCHER_EXTRA_ARGS", "I_MPI_HYDRA_BOOTSTRAP")

@@ -32,6 +32,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from executorlib import serialize
 from executorlib.cache import unpickle
+from executorlib.core.block import BlockScheduler
+from executorlib.core.fresh import FreshScheduler
+from executorlib.core.scheduler import Effect, Fail, Kill, Launch, LookUp, Recall, Scheduler, Send, Stop, Worker
+from executorlib.core.task import CANCELLED, FAILED, LAUNCHING, RUNNING, CallFuture, Task
 from executorlib.errors import (
     CHANGED_CALL,
     ExecutorlibSocketError,
@@ -59,22 +63,7 @@ from executorlib.launchers.base import Exit, JobEvents, Launcher, Process, Timer
 from executorlib.launchers.session import settings
 from executorlib.poller import Poller
 from executorlib.resources import Demand, Resources
-from executorlib.scheduler import (
-    BlockScheduler,
-    Effect,
-    Fail,
-    FreshScheduler,
-    Kill,
-    Launch,
-    LookUp,
-    Recall,
-    Scheduler,
-    Send,
-    Stop,
-    Worker,
-)
 from executorlib.serialize import Frame
-from executorlib.task import CANCELLED, FAILED, LAUNCHING, RUNNING, CallFuture, Task
 from executorlib.worker.call import PERMIT, named_inputs, traceback_text
 
 if TYPE_CHECKING:

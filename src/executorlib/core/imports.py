@@ -15,7 +15,7 @@ from types import BuiltinFunctionType, FrameType, FunctionType, ModuleType
 from typing import Any
 
 from executorlib import serialize
-from executorlib.task import function_name
+from executorlib.core.task import function_name
 
 # Locks of the modules that are being imported, by any thread: mostly none, which is found out in no time.
 _locks: dict[str, Any] | None = getattr(getattr(importlib, "_bootstrap", None), "_module_locks", None)

@@ -1,0 +1,340 @@
+"""Decides for workers of one call each."""
+
+from __future__ import annotations
+
+import heapq
+from typing import TYPE_CHECKING
+
+from executorlib.core.ledger import Allocation, Ledger, Node, Reservation
+from executorlib.core.scheduler import Fail, Kill, Launch, ReadyQueue, Scheduler, Send
+from executorlib.core.task import DONE, FAILED, LAUNCHING, READY, RUNNING, State, Task
+from executorlib.resources import Demand
+
+if TYPE_CHECKING:
+    from executorlib.core.scheduler import Worker
+
+
+class DemandQueue(ReadyQueue):
+    """Calls of one demand, and what a node has to have free so that it is worth a look at them."""
+
+    def __init__(self, demand: Demand) -> None:
+        super().__init__()
+        self.cores, self.gpus = demand.shares()[-1]  # the smallest share
+        self.exclusive = demand.exclusive
+
+
+# A call that does not fit may be overtaken by later ones this many times for each core of the largest node; then
+# nodes are kept for it. Each core can so be filled again about four times before a large call gets its turn.
+OVERTAKEN_PER_CORE = 4
+
+
+class FreshScheduler(Scheduler):
+    """Every call gets a worker of its own as soon as its demand is free.
+
+    The queues of demands that do not fit are shut, and opened again when a node has enough free for a share of theirs:
+    an event costs no look at calls that it cannot help.
+
+    Args:
+        ledger: What there is.
+        max_calls: Calls at once; None for as many as the ledger holds.
+        restart_limit: How often a call is run again when a node is lost that it ran on.
+    """
+
+    def __init__(self, ledger: Ledger, max_calls: int | None = None, restart_limit: int = 0) -> None:
+        super().__init__()
+        self.ledger = ledger
+        self.max_calls = max_calls
+        self.restart_limit = restart_limit
+        self._restarts: dict[Task, int] = {}  # of calls that run again or are about to
+        self._queues: dict[Demand, DemandQueue] = {}
+        self._open: dict[DemandQueue, None] = {}  # whose next call may fit
+        self._shut: dict[DemandQueue, None] = {}  # whose next call does not
+        self._reopened = False
+        self._launching: dict[Task, Worker] = {}
+        self._started: dict[Worker, None] = {}  # that were not told yet what to do
+        self._blocked: Task | None = None  # the first in turn that does not fit; None: not known
+        self._overtaken = 0  # by how many calls since it is the first
+        self._reserved: Reservation | None = None  # for it
+        self._lost: list[str] = []  # names of nodes
+        self._overtaken_limit = OVERTAKEN_PER_CORE * max(node.total_cores for node in ledger.nodes)
+
+    @property
+    def launching(self) -> int:
+        """See `Scheduler.launching`."""
+        return len(self._launching)
+
+    def on_started(self, worker: Worker, lookahead: bool = False) -> None:
+        """The worker's call is handed over."""
+        worker.ready = True
+        self._launching.pop(worker.calls[0], None)
+        self._started[worker] = None
+
+    def on_unsent(self, worker: Worker, task: Task, state: State) -> None:
+        """The call did not go out; its worker has nothing else to do."""
+        self._end(task, state)
+        self._effects.append(Kill(worker))
+
+    def on_result(
+        self, worker: Worker, task: Task, seconds: float, failed: bool = False, leaving: bool = False
+    ) -> None:
+        """The call is over. Its cores are free when its process is about to exit, GPUs when it has exited."""
+        self._end(task, FAILED if failed else DONE)
+        if leaving and not worker.allocation.gpus:
+            self._free(worker)
+
+    def on_cancel(self, task: Task) -> None:
+        """The call's future was cancelled before it was handed to a worker."""
+        if task is self._blocked:
+            self._unblock()
+        self._stop_launch(task)
+        super().on_cancel(task)
+
+    def on_failed(self, task: Task) -> None:
+        """The call cannot run: an input failed, or it cannot be sent."""
+        self._stop_launch(task)
+        super().on_failed(task)
+
+    def _stop_launch(self, task: Task) -> None:
+        worker = self._launching.pop(task, None)
+        if worker is not None:
+            # What starts slowly, such as a job that waits in a queue, need not start at all.
+            self._effects.append(Kill(worker))
+
+    def on_exit(self, worker: Worker, recalled: list[Task]) -> list[Task]:
+        """The worker's resources are free; a call that it still had is lost, or runs again if its node was lost."""
+        self._started.pop(worker, None)
+        if worker.number not in self.workers:
+            return []
+        self._free(worker)
+        (task,) = worker.calls
+        self._launching.pop(task, None)
+        if task.over:
+            return []
+        if any(share.node.lost for share in worker.allocation.shares) and self._may_run_again(task):
+            task.move(READY)
+            self.not_started += 1
+            if self._blocked is not None and self._blocked.demand == task.demand:
+                self._unblock()  # it is not the first of its queue any more, and nodes must not be kept behind that
+            self._enqueue(task, first=True)
+            return []
+        self._end(task, FAILED)
+        return [task]
+
+    def _may_run_again(self, task: Task) -> bool:
+        """Whether a call whose node is lost is to run elsewhere, which is counted if it may have begun."""
+        if not self.ledger.could_hold(task.demand):
+            return False
+        if task.state is RUNNING:
+            count = self._restarts.get(task, 0) + 1
+            if count > self.restart_limit:
+                return False
+            self._restarts[task] = count
+        return True
+
+    def _end(self, task: Task, state: State) -> None:
+        super()._end(task, state)
+        if self._restarts:
+            self._restarts.pop(task, None)
+
+    def on_node_lost(self, node: Node) -> list[Worker]:
+        """See `Scheduler.on_node_lost`; calls that need more than what is left now fail."""
+        if node.kept_for is not None:
+            self._unblock()
+        self.ledger.remove(node)
+        self._lost.append(node.name)
+        for demand in [demand for demand in self._queues if not self.ledger.could_hold(demand)]:
+            queue = self._queues.pop(demand)
+            for task in queue:
+                self._fail_homeless(task)
+            self._open.pop(queue, None)
+            self._shut.pop(queue, None)
+        return self._workers_on(node)
+
+    def _fail_homeless(self, task: Task) -> None:
+        demand = task.demand
+        self._end(task, FAILED)
+        where = f"{demand.nodes} nodes" if demand.nodes > 1 else "one node"
+        whole = ", which nobody else uses" if demand.exclusive else ""
+        self._effects.append(
+            Fail(
+                task,
+                f"it needs {demand.cores} cores and {demand.gpus} GPUs on {where}{whole}, which the "
+                f"{len(self.ledger.nodes)} nodes that are left do not have since {', '.join(self._lost[-8:])} failed",
+            )
+        )
+
+    def _free(self, worker: Worker) -> None:
+        del self.workers[worker.number]
+        allocation = worker.allocation
+        self.ledger.release(allocation)
+        if self._shut:
+            self._reopen_for(allocation.node)
+            for share in allocation.further:
+                self._reopen_for(share.node)
+
+    def _reopen_for(self, node: Node) -> None:
+        """Look again at the demands that may fit now that something on the node was given back."""
+        if node.lost:
+            return
+        gpus, cores = node.available()
+        for queue in list(self._shut):
+            if queue.cores <= cores and queue.gpus <= gpus and (not queue.exclusive or node.idle):
+                self._reopen(queue)
+        if node.kept_for is not None and node.keeps_all:
+            queue = self._queues[node.kept_for.demand]
+            if queue in self._shut:
+                self._reopen(queue)
+
+    def _reopen(self, queue: DemandQueue) -> None:
+        del self._shut[queue]
+        self._open[queue] = None
+
+    def _enqueue(self, task: Task, first: bool = False) -> None:
+        demand = task.demand
+        queue = self._queues.get(demand)
+        if queue is None:
+            if self._lost and not self.ledger.could_hold(demand):
+                self._fail_homeless(task)
+                return
+            queue = self._queues[demand] = DemandQueue(demand)
+        if first:
+            queue.push_back(task)
+        else:
+            queue.push(task)
+        if queue not in self._shut:
+            self._open[queue] = None
+        elif self._blocked is not None and _turn(task) < _turn(self._blocked):
+            self._reopen(queue)
+
+    def _fill(self) -> None:
+        if self._started:
+            self._tell_started()
+        if not self._open:
+            return
+        heads = self._heads()
+        while heads and (self.max_calls is None or len(self.workers) < self.max_calls):
+            _, _, task, queue = heads[0]
+            allocation = self._allocate(task)
+            if allocation is None:
+                heapq.heappop(heads)
+                del self._open[queue]
+                self._shut[queue] = None
+            else:
+                queue.pop()
+                self._start(task, allocation)
+                following = queue.peek()
+                if following is None:
+                    heapq.heappop(heads)
+                    del self._open[queue]
+                else:
+                    heapq.heapreplace(heads, (-following.resources.priority, following.number, following, queue))
+            if self._reopened:
+                heads = self._heads()
+
+    def _heads(self) -> list[tuple[int, int, Task, DemandQueue]]:
+        """The next call of every open queue, as a heap in the order of their turn."""
+        self._reopened = False
+        heads = []
+        for queue in list(self._open):
+            task = queue.peek()
+            if task is None:
+                del self._open[queue]
+            else:
+                heads.append((-task.resources.priority, task.number, task, queue))
+        heapq.heapify(heads)
+        return heads
+
+    def _tell_started(self) -> None:
+        for worker in self._started:
+            (task,) = worker.calls
+            if task.over:  # cancelled while the worker was started
+                self._effects.append(Kill(worker))
+            else:
+                task.move(RUNNING)
+                self._effects.append(Send(worker, [task]))
+        self._started.clear()
+
+    def _allocate(self, task: Task) -> Allocation | None:
+        blocked = self._blocked
+        if task is blocked:
+            if self._reserved is None:
+                return self.ledger.allocate(task.demand)
+            allocation = self.ledger.allocate_reserved(self._reserved)
+            if allocation is not None:
+                self._reserved = None
+                self._reopen_all()
+            return allocation
+        allocation = self.ledger.allocate(task.demand)
+        if allocation is None and blocked is not None and _turn(task) < _turn(blocked):
+            # From now on this one is the first, and what is kept for the other may be what it needs.
+            was_reserved = self._reserved is not None
+            self._unblock()
+            if was_reserved:
+                allocation = self.ledger.allocate(task.demand)
+        return allocation
+
+    def _start(self, task: Task, allocation: Allocation) -> None:
+        self.not_started -= 1
+        task.move(LAUNCHING)
+        worker = self._new_worker(0, allocation)
+        worker.calls.append(task)
+        self._launching[task] = worker
+        self._effects.append(Launch(worker, task))
+        if task is self._blocked:
+            self._blocked = None
+        elif self._shut:
+            self._note_overtaken(task)
+
+    def _note_overtaken(self, task: Task) -> None:
+        """Keep nodes for the first call in turn that does not fit, once it was overtaken enough."""
+        if self._blocked is None:
+            self._blocked = self._first_shut()
+            self._overtaken = 0
+        if self._blocked is None or _turn(task) < _turn(self._blocked):
+            return
+        self._overtaken += 1
+        if self._reserved is None and self._overtaken >= self._overtaken_limit:
+            self._reserved = self.ledger.reserve(self._blocked.demand)
+
+    def _first_shut(self) -> Task | None:
+        heads = [task for queue in self._shut if (task := queue.peek()) is not None]
+        return min(heads, key=_turn, default=None)
+
+    def _unblock(self) -> None:
+        if self._reserved is not None:
+            self.ledger.unreserve(self._reserved)
+            self._reserved = None
+            self._reopen_all()
+        self._blocked = None
+
+    def _reopen_all(self) -> None:
+        self._open.update(self._shut)
+        self._shut.clear()
+        self._reopened = True
+
+    def check_invariants(self) -> None:
+        """Raise AssertionError where the state contradicts itself; for tests."""
+        self.ledger.check_invariants()
+        held = sum(
+            len(share.cores)
+            for worker in self.workers.values()
+            for share in worker.allocation.shares
+            if not share.node.lost
+        )
+        assert held + self.ledger.free()[0] == sum(node.total_cores for node in self.ledger.nodes)
+        if self.max_calls is not None:
+            assert len(self.workers) <= self.max_calls
+        for worker in self.workers.values():
+            assert len(worker.calls) == 1
+        launching = {worker.calls[0]: worker for worker in self.workers.values() if not worker.ready}
+        assert self._launching == {task: worker for task, worker in launching.items() if not task.over}
+        for demand, queue in self._queues.items():
+            assert all(task.demand == demand for task in queue)
+            assert (queue in self._open) + (queue in self._shut) == 1 or queue.peek() is None
+        assert self._reserved is None or (self._blocked is not None and self._blocked.state is READY)
+        assert 0 <= self.not_started <= self.unfinished
+
+
+def _turn(task: Task) -> tuple[int, int]:
+    """Whose turn it is: the smaller goes first."""
+    return -task.resources.priority, task.number
