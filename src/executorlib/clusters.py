@@ -15,7 +15,7 @@ from typing import Any
 from executorlib import machine
 from executorlib.core.ledger import Ledger, Node, Unlimited
 from executorlib.executors import BaseExecutor, Common
-from executorlib.launchers.base import Events, JobEvents, Launcher
+from executorlib.launchers.contract import Events, JobEvents, Launcher
 from executorlib.launchers.job_workers import JobWorkerLauncher
 from executorlib.launchers.jobs import JobLauncher
 from executorlib.launchers.local import LocalLauncher

@@ -29,7 +29,7 @@ from executorlib.errors import EXECUTOR_ADVICE
 from executorlib.futures import unasked
 from executorlib.futures.derived import batched
 from executorlib.futures.inputs import find_futures_in_call
-from executorlib.launchers.base import JobEvents, Launcher
+from executorlib.launchers.contract import JobEvents, Launcher
 from executorlib.launchers.local import LocalLauncher
 from executorlib.launchers.mpi import check_mpi
 from executorlib.resources import Demand, Resources, check_cache_key, whole_number

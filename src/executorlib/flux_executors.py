@@ -9,7 +9,7 @@ from typing import Any
 from executorlib.clusters import QueueExecutor
 from executorlib.core.ledger import Ledger, Node, Unlimited, spread_over
 from executorlib.executors import BaseExecutor, Common, refuse
-from executorlib.launchers.base import Events, JobEvents, Launcher
+from executorlib.launchers.contract import Events, JobEvents, Launcher
 from executorlib.launchers.flux import FURTHER_KEYS
 from executorlib.launchers.flux_instance import known_instance
 from executorlib.launchers.flux_policy import Policy

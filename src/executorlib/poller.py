@@ -15,7 +15,7 @@ _READABLE, _WRITABLE = select.POLLIN, select.POLLOUT
 
 
 class Poller:
-    """The part of `launchers.base.Events` that is about waiting. For one thread."""
+    """The part of `launchers.contract.Events` that is about waiting. For one thread."""
 
     def __init__(self) -> None:
         self._poll: Any = select.epoll() if _HAS_EPOLL else select.poll()

@@ -9,7 +9,7 @@ from typing import Any
 from executorlib.allocation import slurm_allocation
 from executorlib.core.ledger import Ledger, Node, spread_over
 from executorlib.executors import BaseExecutor, Common, refuse
-from executorlib.launchers.base import Events, Launcher
+from executorlib.launchers.contract import Events, Launcher
 from executorlib.launchers.nodes import NodesLauncher
 from executorlib.machine import NodeShape
 from executorlib.resources import Demand, Resources

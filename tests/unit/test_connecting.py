@@ -12,8 +12,8 @@ import pytest
 
 from executorlib.core.ledger import Allocation
 from executorlib.core.scheduler import Worker
-from executorlib.launchers.base import Process
 from executorlib.launchers.connecting import ConnectingWorker
+from executorlib.launchers.contract import Process
 from executorlib.resources import Resources
 
 ABOUT = {"host": "node7", "pid": 70, "size": 1, "library": "Some MPI 1.0"}

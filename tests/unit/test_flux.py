@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from executorlib.launchers.base import boot_command
+from executorlib.launchers.boot import boot_command
 from executorlib.launchers.flux import (
     JobLog,
     blobs_of,

@@ -19,7 +19,7 @@ from executorlib.core.ledger import Ledger, Node
 from executorlib.core.loop import Loop, running_loops
 from executorlib.core.task import CallFuture
 from executorlib.futures.lean import LeanFuture
-from executorlib.launchers.base import Events, Exit, Process
+from executorlib.launchers.contract import Events, Exit, Process
 from executorlib.resources import Demand, Resources
 
 WAIT = 30

@@ -12,7 +12,7 @@ import pytest
 from executorlib.core.ledger import Allocation
 from executorlib.core.scheduler import Worker
 from executorlib.launchers import connecting, job_workers
-from executorlib.launchers.base import Exit, Process
+from executorlib.launchers.contract import Exit, Process
 from executorlib.launchers.job_workers import JobWorkerLauncher
 from executorlib.launchers.queue import JobState, Limit, Phase
 from executorlib.launchers.systems import Refused

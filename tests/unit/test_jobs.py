@@ -23,7 +23,7 @@ from executorlib.core.ledger import Allocation
 from executorlib.core.scheduler import Worker
 from executorlib.core.task import LAUNCHING, READY, RUNNING, Task
 from executorlib.errors import ExecutorlibSocketError
-from executorlib.launchers.base import Exit, Process
+from executorlib.launchers.contract import Exit, Process
 from executorlib.launchers.jobs import JobLauncher
 from executorlib.launchers.queue import Cause, JobState, Limit, Phase
 from executorlib.launchers.submitter import Submitter

@@ -20,7 +20,7 @@ from executorlib import SlurmJobExecutor
 from executorlib.core.ledger import Allocation
 from executorlib.core.scheduler import Worker
 from executorlib.errors import ExecutorlibSocketError
-from executorlib.launchers.base import Process
+from executorlib.launchers.contract import Process
 from executorlib.launchers.local import Agent
 from executorlib.launchers.relay import Relay
 from executorlib.launchers.relays import Relays

@@ -25,7 +25,7 @@ import zmq
 from conftest import Scripts, end_group
 from contract.functions import alive, wait_for, wait_until_gone
 from executorlib import serialize
-from executorlib.launchers.base import Events
+from executorlib.launchers.contract import Events
 from executorlib.transports import address, curve, dealer, router, zeromq
 from executorlib.transports.curve import ClientKeys, Credentials
 from executorlib.transports.dealer import Dealer

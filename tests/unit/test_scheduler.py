@@ -30,7 +30,7 @@ from executorlib.core.loop import Loop
 from executorlib.core.scheduler import Effect, Fail, Kill, Launch, LookUp, Recall, Send, Stop, Worker
 from executorlib.core.task import CANCELLED, DONE, FAILED, LAUNCHING, READY, RUNNING, WAITING, CallFuture, Task
 from executorlib.errors import ExecutorlibSocketError
-from executorlib.launchers.base import Events, Exit, Process
+from executorlib.launchers.contract import Events, Exit, Process
 from executorlib.resources import Demand, Resources
 from unit.properties import examples, repeatable
 

@@ -11,8 +11,8 @@ from typing import Any, cast
 import pytest
 
 from executorlib import SlurmClusterExecutor
-from executorlib.launchers.commands import Answer, Commands
 from executorlib.launchers.queue import Batch, JobState
+from executorlib.launchers.subprocesses import Answer, Commands
 from executorlib.launchers.systems import CommandSystem, Refused, Silence
 from executorlib.resources import Resources
 

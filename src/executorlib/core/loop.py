@@ -59,7 +59,7 @@ from executorlib.futures.inputs import (
 )
 from executorlib.futures.unasked import Failures, Record
 from executorlib.launchers import streams
-from executorlib.launchers.base import Exit, JobEvents, Launcher, Process, Timer, has_stack, tail_text
+from executorlib.launchers.contract import Exit, JobEvents, Launcher, Process, Timer, has_stack, tail_text
 from executorlib.launchers.session import settings
 from executorlib.poller import Poller
 from executorlib.resources import Demand, Resources

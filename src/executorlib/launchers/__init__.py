@@ -1,1 +1,1 @@
-"""How workers are started, each way in a module of its own; `base` says what the loop expects of one."""
+"""What a launcher must do, and parts to build one from; the launchers are in the rooms of their executors."""

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from executorlib.errors import describe_split_world
-from executorlib.launchers.base import Events, Process
+from executorlib.launchers.contract import Events, Process
 from executorlib.serialize import Frame
 from executorlib.transports.router import Router, RouterTransport
 from executorlib.transports.zeromq import SILENCE_SECONDS

@@ -22,7 +22,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from executorlib.launchers.base import Events
+from executorlib.launchers.contract import Events
 from executorlib.launchers.flux import blobs_of, errors_in, is_text, job_number, nodes_of
 from executorlib.launchers.flux_policy import Policy
 from executorlib.launchers.systems import Refused

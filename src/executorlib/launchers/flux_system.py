@@ -13,8 +13,7 @@ import socket
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from executorlib.launchers.base import Events
-from executorlib.launchers.commands import Answer, Commands
+from executorlib.launchers.contract import Events
 from executorlib.launchers.flux import (
     FURTHER_KEYS,
     JobLog,
@@ -30,6 +29,7 @@ from executorlib.launchers.flux import (
 from executorlib.launchers.flux_instance import FluxInstance
 from executorlib.launchers.flux_policy import Policy
 from executorlib.launchers.queue import Batch, Cause, JobState, Phase
+from executorlib.launchers.subprocesses import Answer, Commands
 from executorlib.launchers.systems import JobKey, Refused, States
 from executorlib.launchers.templates import FLUX, Templates, warn_of_unused
 from executorlib.resources import Resources

@@ -18,8 +18,9 @@ from dataclasses import replace
 from typing import Any
 
 from executorlib.errors import ExecutorlibSocketError, TimeLimitError, describe_exit
-from executorlib.launchers.base import STDERR_TAIL_BYTES, Events, Exit, Process, boot_command
+from executorlib.launchers.boot import boot_command
 from executorlib.launchers.connecting import ConnectingWorker
+from executorlib.launchers.contract import STDERR_TAIL_BYTES, Events, Exit, Process
 from executorlib.launchers.flux import JobLog, job_name, jobspec, run_command, untold_environment, urgency
 from executorlib.launchers.flux_instance import FluxInstance
 from executorlib.launchers.flux_policy import Policy

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from executorlib import machine
 from executorlib.cache import batch_directory, entries, trust
 from executorlib.errors import ExecutorlibSocketError, TimeLimitError
-from executorlib.launchers.base import Process, tail_text
+from executorlib.launchers.contract import Process, tail_text
 from executorlib.launchers.queue import Cause, JobState, Phase
 
 if TYPE_CHECKING:

@@ -15,8 +15,9 @@ from collections.abc import Callable
 from typing import Any
 
 from executorlib.cache import batch_directory
-from executorlib.launchers.base import Events, Exit, Process, Timer, boot_file
+from executorlib.launchers.boot import boot_file
 from executorlib.launchers.connecting import ConnectingWorker, dismiss
+from executorlib.launchers.contract import Events, Exit, Process, Timer
 from executorlib.launchers.job import read_tail
 from executorlib.launchers.queue import Batch, JobState, Limit, Phase
 from executorlib.launchers.room import Room

@@ -29,7 +29,7 @@ from executorlib.cache import batch_directory, entries, trust
 from executorlib.core.task import RUNNING, CallFuture, Task
 from executorlib.errors import ExecutorlibSocketError, advise_unpicklable
 from executorlib.futures.inputs import misplaced
-from executorlib.launchers.base import Exit, JobEvents, Process, Timer
+from executorlib.launchers.contract import Exit, JobEvents, Process, Timer
 from executorlib.launchers.job import SUBMIT_SECONDS, Identity, Job, JobBatch, owner_of
 from executorlib.launchers.queue import JobState, Phase, means
 from executorlib.launchers.submitter import Submitter

@@ -21,16 +21,8 @@ from typing import Any
 from executorlib import serialize
 from executorlib.errors import ExecutorlibSocketError, describe_exit
 from executorlib.launchers import streams
-from executorlib.launchers.base import (
-    STDERR_TAIL_BYTES,
-    Events,
-    Exit,
-    Process,
-    arguments,
-    boot_command,
-    import_path,
-    tail_text,
-)
+from executorlib.launchers.boot import arguments, boot_command, import_path
+from executorlib.launchers.contract import STDERR_TAIL_BYTES, Events, Exit, Process, tail_text
 from executorlib.launchers.mpi import MpiLauncher
 from executorlib.launchers.session import settings
 from executorlib.serialize import Frame

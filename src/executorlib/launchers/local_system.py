@@ -18,7 +18,8 @@ from typing import Any
 
 from executorlib import machine
 from executorlib.launchers import streams
-from executorlib.launchers.base import Events, boot_command
+from executorlib.launchers.boot import boot_command
+from executorlib.launchers.contract import Events
 from executorlib.launchers.local import Surroundings
 from executorlib.launchers.queue import Batch, Cause, JobState, Phase
 from executorlib.launchers.systems import JobKey, Refused, States

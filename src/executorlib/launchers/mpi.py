@@ -18,7 +18,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from executorlib.launchers.base import Events, Exit, Process
+from executorlib.launchers.contract import Events, Exit, Process
 from executorlib.serialize import Frame
 from executorlib.worker.call import THREAD_VARIABLES
 

@@ -21,15 +21,16 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from executorlib.errors import ExecutorlibSocketError
-from executorlib.launchers.base import Events, Exit, Process, arguments, boot_command, tail_text
-from executorlib.launchers.commands import Answer, Commands
+from executorlib.launchers.boot import arguments, boot_command
 from executorlib.launchers.connecting import ConnectingWorker
+from executorlib.launchers.contract import Events, Exit, Process, tail_text
 from executorlib.launchers.local import Agent
 from executorlib.launchers.mpi import find_mpiexec
 from executorlib.launchers.relays import RelayEnd, Relays, relay_program
 from executorlib.launchers.session import settings
 from executorlib.launchers.slurm import command_environment
 from executorlib.launchers.slurm_steps import parse_time_left, ranks_command, relays_command, step_environment
+from executorlib.launchers.subprocesses import Answer, Commands
 from executorlib.resources import Resources
 from executorlib.serialize import Frame
 from executorlib.transports.curve import CONNECTION_VARIABLE

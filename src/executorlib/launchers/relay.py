@@ -32,7 +32,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from executorlib import machine, serialize
-from executorlib.launchers.base import Exit, Process
+from executorlib.launchers.contract import Exit, Process
 from executorlib.launchers.local import LocalLauncher, PipeTransport
 from executorlib.poller import Poller
 from executorlib.resources import Resources
@@ -93,7 +93,7 @@ class _Worker:
 
 
 class Relay(Poller):
-    """A loop as `launchers.base.Events` describes it, between a connection and a launcher.
+    """A loop as `launchers.contract.Events` describes it, between a connection and a launcher.
 
     Args:
         dealer: The connection.

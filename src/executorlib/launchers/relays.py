@@ -12,7 +12,8 @@ from typing import Any, cast
 
 from executorlib import serialize
 from executorlib.errors import ExecutorlibSocketError
-from executorlib.launchers.base import Events, Exit, Process, boot_command
+from executorlib.launchers.boot import boot_command
+from executorlib.launchers.contract import Events, Exit, Process
 from executorlib.serialize import Frame, nbytes
 from executorlib.transports.messages import MAPPED_BYTES, Decoder, Message, encode
 from executorlib.transports.router import Router

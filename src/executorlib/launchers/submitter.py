@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 from executorlib import machine
 from executorlib.cache import batch_directory, entries, trust
-from executorlib.launchers.base import Events, Timer, boot_file
+from executorlib.launchers.boot import boot_file
+from executorlib.launchers.contract import Events, Timer
 from executorlib.launchers.job import Job, JobBatch
 from executorlib.launchers.queue import Batch, Dependency, Limit
 from executorlib.launchers.room import Room

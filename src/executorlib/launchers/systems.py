@@ -10,9 +10,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
-from executorlib.launchers.base import Events
-from executorlib.launchers.commands import Answer, Commands
+from executorlib.launchers.contract import Events
 from executorlib.launchers.queue import Batch, Cause, JobState, Limit, Phase, Queue
+from executorlib.launchers.subprocesses import Answer, Commands
 from executorlib.launchers.templates import warn_of_unused
 
 logger = logging.getLogger("executorlib")

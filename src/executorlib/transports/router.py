@@ -33,7 +33,7 @@ from executorlib.transports.zeromq import (
 )
 
 if TYPE_CHECKING:
-    from executorlib.launchers.base import Events
+    from executorlib.launchers.contract import Events
 
 # Name of the Unix socket in its directory.
 _SOCKET = "router"

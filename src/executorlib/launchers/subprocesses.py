@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from executorlib.launchers.base import Events
+from executorlib.launchers.contract import Events
 
 # Commands that run at once. A controller answers them one after the other anyway.
 _AT_ONCE = 4
