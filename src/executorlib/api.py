@@ -47,7 +47,7 @@ from executorlib import serialize
 from executorlib.errors import ExecutorlibSocketError, RemoteTraceback, describe_exit
 from executorlib.launchers import streams
 from executorlib.transports.curve import ClientKeys, Door
-from executorlib.worker import call
+from executorlib.worker import call, function, protocol
 
 if TYPE_CHECKING:
     from executorlib.clusters import TestClusterExecutor
@@ -590,7 +590,7 @@ class SubprocessSpawner:
 
     def _environment(self) -> dict[str, str]:
         """What the program needs in its environment."""
-        environment = dict.fromkeys(call.THREAD_VARIABLES, str(self._threads_per_core))
+        environment = dict.fromkeys(protocol.THREAD_VARIABLES, str(self._threads_per_core))
         return {**environment, _KEYS_VARIABLE: self._keys}
 
     def _forget(self) -> None:
@@ -886,7 +886,7 @@ def _serve(payload: bytes, values: dict[str, Any], ranks: Any) -> bytes | None:
                 return None
             init = bool(message.get("init"))
             fn, args, kwargs = message["fn"], message["args"], message["kwargs"]
-            result = fn(*args, **kwargs, **call.Function(fn).left_out(args, kwargs, values))
+            result = fn(*args, **kwargs, **function.Function(fn).left_out(args, kwargs, values))
             if init:
                 values.update(result)
                 result = True

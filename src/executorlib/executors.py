@@ -33,7 +33,7 @@ from executorlib.launchers.contract import JobEvents, Launcher
 from executorlib.launchers.local import LocalLauncher
 from executorlib.launchers.mpi import check_mpi
 from executorlib.resources import Demand, Resources, check_cache_key, whole_number
-from executorlib.worker.call import Function
+from executorlib.worker.function import Function
 
 if TYPE_CHECKING:
     from executorlib.graph import Graph

@@ -25,8 +25,8 @@ from executorlib import serialize
 from executorlib.launchers import local
 from executorlib.transports.messages import Connection, Message
 from executorlib.worker.agent import _kill_group
-from executorlib.worker.call import PERMIT, Permits
 from executorlib.worker.family import children_of, descendants
+from executorlib.worker.protocol import PERMIT, Permits
 from unit.properties import examples, repeatable
 
 WAIT = 20.0

@@ -64,7 +64,8 @@ from executorlib.launchers.session import settings
 from executorlib.poller import Poller
 from executorlib.resources import Demand, Resources
 from executorlib.serialize import Frame
-from executorlib.worker.call import PERMIT, named_inputs, traceback_text
+from executorlib.worker.call import named_inputs, traceback_text
+from executorlib.worker.protocol import PERMIT
 
 if TYPE_CHECKING:
     from executorlib.keys.fingerprint import Key

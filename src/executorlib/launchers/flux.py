@@ -21,7 +21,7 @@ from executorlib.launchers.queue import Cause, JobState, Phase
 from executorlib.machine import NodeShape
 from executorlib.resources import Resources
 from executorlib.worker import guard
-from executorlib.worker.call import ELEMENT_VARIABLES, THREAD_VARIABLES
+from executorlib.worker.protocol import ELEMENT_VARIABLES, THREAD_VARIABLES
 
 # Keys of resource_dict beyond ours that mean something to Flux, and where a jobspec has them.
 FURTHER_KEYS = {"queue": "queue", "partition": "queue", "bank": "bank", "account": "bank", "job_name": "job_name"}

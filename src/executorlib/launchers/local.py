@@ -27,7 +27,7 @@ from executorlib.launchers.mpi import MpiLauncher
 from executorlib.launchers.session import settings
 from executorlib.serialize import Frame
 from executorlib.transports.messages import Channel, Message
-from executorlib.worker.call import THREAD_VARIABLES
+from executorlib.worker.protocol import THREAD_VARIABLES
 
 # How long an agent may take to end after its connection was closed, in seconds. It only kills and reaps; five
 # seconds is its own limit for that.
@@ -521,7 +521,7 @@ class Agent:
         if self._pooled:
             options["pooled"] = True
         if self._spawn:
-            options["argv"] = boot_command("executorlib.worker.__main__", f"({self._pooled}, {self._preload!r})")
+            options["argv"] = boot_command("executorlib.worker.spawned", f"({self._pooled}, {self._preload!r})")
             options["env"] = os.environ.copy()
         return options
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from executorlib.launchers.contract import Events, Exit, Process
 from executorlib.serialize import Frame
-from executorlib.worker.call import THREAD_VARIABLES
+from executorlib.worker.protocol import THREAD_VARIABLES
 
 if TYPE_CHECKING:
     from executorlib.launchers.connecting import ConnectingWorker

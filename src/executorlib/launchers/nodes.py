@@ -35,7 +35,7 @@ from executorlib.resources import Resources
 from executorlib.serialize import Frame
 from executorlib.transports.curve import CONNECTION_VARIABLE
 from executorlib.transports.router import Router, worker_of
-from executorlib.worker.call import THREAD_VARIABLES
+from executorlib.worker.protocol import THREAD_VARIABLES
 
 if TYPE_CHECKING:
     from executorlib.core.ledger import Node

@@ -40,7 +40,7 @@ from executorlib.serialize import Frame
 from executorlib.transports.curve import CONNECTION_VARIABLE, Credentials
 from executorlib.transports.dealer import Dealer
 from executorlib.worker import family, guard
-from executorlib.worker.call import PERMIT
+from executorlib.worker.protocol import PERMIT
 from executorlib.worker.remote import hello
 
 if TYPE_CHECKING:
@@ -244,7 +244,7 @@ class Relay(Poller):
         transport.flush()
 
     def _take_back(self, worker: _Worker, count: int) -> list[int]:
-        """Numbers of calls that the worker will not start; see `worker.call.Permits`."""
+        """Numbers of calls that the worker will not start; see `worker.protocol.Permits`."""
         permits = worker.process.permits
         if permits is None or count < 1:
             return []

@@ -17,7 +17,7 @@ from executorlib.launchers.contract import Events, Exit, Process
 from executorlib.serialize import Frame, nbytes
 from executorlib.transports.messages import MAPPED_BYTES, Decoder, Message, encode
 from executorlib.transports.router import Router
-from executorlib.worker.call import PERMIT
+from executorlib.worker.protocol import PERMIT
 
 
 def relay_program(

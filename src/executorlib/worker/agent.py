@@ -25,7 +25,7 @@ import sys
 import time
 
 from executorlib.transports.messages import Connection
-from executorlib.worker import call, family, settings
+from executorlib.worker import call, family, protocol, settings
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -220,7 +220,7 @@ class Agent:
             atexit._clear()
             gc.enable()
             _reseed()
-            permits = call.Permits(ours[1]) if len(ours) > 1 else None
+            permits = protocol.Permits(ours[1]) if len(ours) > 1 else None
             call.serve(Connection(ours[0]), permits)
         except (EOFError, BrokenPipeError, ConnectionResetError):
             os._exit(0)  # the executor is gone

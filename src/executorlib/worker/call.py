@@ -18,20 +18,17 @@ import faulthandler
 import functools
 import importlib
 import os
-import socket
-import struct
 import sys
 import threading
 import time
-from types import BuiltinFunctionType, FunctionType
 
 from executorlib import serialize
+from executorlib.worker.function import Function
+from executorlib.worker.protocol import GPU_VARIABLES, THREAD_VARIABLES
 
-# Nothing is loaded here that most calls do without: what a worker loads, it pays for at every start.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import inspect
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Sequence
     from types import TracebackType
     from typing import Any, Protocol
 
@@ -39,6 +36,7 @@ if TYPE_CHECKING:
     from executorlib.serialize import Frame
     from executorlib.transports.messages import Connection, Message
     from executorlib.worker.entry import Entry
+    from executorlib.worker.protocol import Permits
     from executorlib.worker.records import Reporter
 
     class Beginning(Protocol):
@@ -49,48 +47,8 @@ if TYPE_CHECKING:
             ...
 
 
-# The libraries' own documentation names these: OpenMP, OpenBLAS, MKL, numexpr, Apple's Accelerate (vecLib).
-THREAD_VARIABLES = (
-    "OMP_NUM_THREADS",
-    "OPENBLAS_NUM_THREADS",
-    "MKL_NUM_THREADS",
-    "NUMEXPR_NUM_THREADS",
-    "VECLIB_MAXIMUM_THREADS",
-)
-GPU_VARIABLES = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
-
-PERMIT = struct.Struct("<Q")
-
 # Characters of a text that travels in a message's header, where one takes twelve bytes at most: see `bounded`.
 _MOST_TEXT = 1_000_000
-
-
-class Permits:
-    """Says which of the calls that a worker holds it may start.
-
-    A worker of a block may hold calls beyond the one that it runs, so that it need not wait for the next. Whether it
-    starts one of these or the executor takes it back is settled by who reads the call's number from this socket
-    first: both have a descriptor of its reading end. A number is sent before its call.
-    """
-
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
-        self._next = 0  # read already, for a call that comes later
-
-    def allow(self, number: int) -> bool:
-        """Whether call ``number``, the first that the worker holds, may start; if not, it was taken back."""
-        if not self._next:
-            try:
-                data = self._sock.recv(PERMIT.size, socket.MSG_DONTWAIT)
-            except BlockingIOError:
-                return False
-            if len(data) < PERMIT.size:
-                return False
-            (self._next,) = PERMIT.unpack(data)
-        if self._next != number:
-            return False
-        self._next = 0
-        return True
 
 
 class OnlyHere:
@@ -139,52 +97,6 @@ class Answer:
         self.traceback = bounded(traceback)
         self.seconds = seconds
         self.loaded = loaded
-
-
-class Function:
-    """A callable with what is known of its parameters."""
-
-    def __init__(self, fn: Callable[..., Any]) -> None:
-        self.fn = fn
-
-    def takes(self, names: Iterable[str]) -> list[str]:
-        """Those of ``names`` that can be given by name; none where the callable does not tell."""
-        fn = self.fn
-        if type(fn) is FunctionType and not hasattr(fn, "__wrapped__"):
-            code = fn.__code__
-            known: Sequence[str] = code.co_varnames[code.co_posonlyargcount : code.co_argcount + code.co_kwonlyargcount]
-            return [name for name in names if name in known]
-        if type(fn) is BuiltinFunctionType:
-            # Parsing the signature of a built-in takes many times longer than calling it.
-            text = getattr(fn, "__text_signature__", None) or ""
-            names = [name for name in names if name in text]
-            if not names:
-                return []
-        signature = self._signature()
-        if signature is None:
-            return []
-        by_name = ("POSITIONAL_OR_KEYWORD", "KEYWORD_ONLY")
-        known = [name for name, parameter in signature.parameters.items() if parameter.kind.name in by_name]
-        return [name for name in names if name in known]
-
-    def _signature(self) -> inspect.Signature | None:
-        import inspect  # costs a new worker milliseconds, and few calls need it
-
-        try:
-            return inspect.signature(self.fn)
-        except (TypeError, ValueError):  # built-ins without a signature
-            return None
-
-    def left_out(self, args: tuple[Any, ...], kwargs: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-        """Those of ``values`` that are parameters which the caller did not give."""
-        wanted = {name: values[name] for name in self.takes(values) if name not in kwargs}
-        if wanted and args:
-            signature = self._signature()
-            if signature is not None:
-                with contextlib.suppress(TypeError):
-                    for name in signature.bind_partial(*args).arguments:
-                        wanted.pop(name, None)
-        return wanted
 
 
 def run(
@@ -603,24 +515,6 @@ def _c_flush() -> Callable[[None], int]:
 
     flush_files: Callable[[None], int] = ctypes.CDLL(None).fflush
     return flush_files
-
-
-# What queuing systems call the number of a job in its array; without one, the job is the only one.
-ELEMENT_VARIABLES = ("SLURM_ARRAY_TASK_ID", "SGE_TASK_ID", "PBS_ARRAY_INDEX", "LSB_JOBINDEX")
-
-
-def first_number(names: Sequence[str]) -> int | None:
-    """The first of these environment variables that holds a number."""
-    for name in names:
-        value = os.environ.get(name, "")
-        if value.isdigit():
-            return int(value)
-    return None
-
-
-def element_number() -> int:
-    """This job's number in its job array."""
-    return first_number(ELEMENT_VARIABLES) or 0
 
 
 def load(modules: Sequence[str]) -> None:

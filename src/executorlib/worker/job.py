@@ -20,7 +20,7 @@ import time
 
 from executorlib import serialize
 from executorlib.cache import batch_directory, entries, trust
-from executorlib.worker import call, family, guard
+from executorlib.worker import call, family, guard, protocol
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def main(directory: str, part: str = "") -> None:
     family.adopt()
     code = FAILED
     try:
-        code = run(directory, call.element_number(), part)
+        code = run(directory, protocol.element_number(), part)
         if "executorlib.worker.world" in sys.modules:
             from mpi4py import MPI
 
@@ -301,10 +301,10 @@ _LOCAL_RANK_VARIABLES = ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM
 
 def _choose_gpus(each: int) -> None:
     """Keep this rank's part of the node's GPUs, where what started the ranks shows all of them to every one."""
-    local_rank = call.first_number(_LOCAL_RANK_VARIABLES)
+    local_rank = protocol.first_number(_LOCAL_RANK_VARIABLES)
     if not each or local_rank is None:
         return
-    for name in call.GPU_VARIABLES:
+    for name in protocol.GPU_VARIABLES:
         devices = os.environ.get(name, "").split(",")
         if len(devices) > each:
             os.environ[name] = ",".join(devices[local_rank * each : (local_rank + 1) * each])

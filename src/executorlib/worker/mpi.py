@@ -17,7 +17,7 @@ import time
 
 from executorlib import serialize
 from executorlib.transports import CONNECTION_VARIABLE
-from executorlib.worker import call, family, guard, world
+from executorlib.worker import call, family, guard, protocol, world
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def main(single: bool, path: str = "", identity: str = "", numbered: bool = Fals
         from executorlib.worker.remote import end_by_force
 
         credentials = Credentials.read(path) if path else Credentials.parse(given)
-        name = (identity or credentials.identity) + (str(call.element_number()) if numbered else "")
+        name = (identity or credentials.identity) + (str(protocol.element_number()) if numbered else "")
         return Dealer(credentials, f"{name}.{rank}", on_lost=end_by_force)
 
     from mpi4py import MPI

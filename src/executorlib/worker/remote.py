@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 from executorlib._version import __version__
 from executorlib.transports.curve import CONNECTION_VARIABLE, Credentials
 from executorlib.transports.dealer import Dealer
-from executorlib.worker import call, family, guard
+from executorlib.worker import call, family, guard, protocol
 
 if TYPE_CHECKING:
     from executorlib.transports.messages import Connection
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _GRACE_SECONDS = 3.0
 
 
-class _Granted(call.Permits):
+class _Granted(protocol.Permits):
     """The executor sends one call at a time, so each may start."""
 
     def __init__(self) -> None:
@@ -82,7 +82,7 @@ def main(path: str = "", identity: str = "", numbered: bool = False) -> None:
     try:
         given = os.environ.pop(CONNECTION_VARIABLE, "")
         credentials = Credentials.read(path) if path else Credentials.parse(given)
-        name = (identity or credentials.identity) + (str(call.element_number()) if numbered else "")
+        name = (identity or credentials.identity) + (str(protocol.element_number()) if numbered else "")
         dealer = Dealer(credentials, name, on_lost=end_by_force)
     except (OSError, ValueError) as error:
         sys.exit(f"executorlib: this worker cannot connect: {error}")

@@ -6,7 +6,7 @@ import socket
 import sys
 
 from executorlib.transports.messages import Connection
-from executorlib.worker import call
+from executorlib.worker import call, protocol
 from executorlib.worker.agent import CONNECTION_FD, PERMITS_FD, note_files
 
 
@@ -20,7 +20,7 @@ def main(pooled: bool, preload: list[str]) -> None:
     try:
         call.load(preload)
         note_files(preload)
-        permits = call.Permits(_socket(PERMITS_FD)) if pooled else None
+        permits = protocol.Permits(_socket(PERMITS_FD)) if pooled else None
         connection = Connection(_socket(CONNECTION_FD))
         call.serve(connection, permits)
     except (EOFError, BrokenPipeError, ConnectionResetError):
