@@ -7,9 +7,10 @@ if TYPE_CHECKING:
     from executorlib._version import __version__
     from executorlib.cache.directory import get_cache_data, get_future_from_cache
     from executorlib.clusters import SlurmClusterExecutor
-    from executorlib.executors import BaseExecutor, SingleNodeExecutor
+    from executorlib.executors import BaseExecutor
     from executorlib.flux_executors import FluxClusterExecutor, FluxJobExecutor
     from executorlib.futures.derived import get_item_from_future, split_future
+    from executorlib.single_node.executor import SingleNodeExecutor
     from executorlib.slurm_job import SlurmJobExecutor
     from executorlib.terminate import terminate_task_in_cache, terminate_tasks_in_cache
 
@@ -34,7 +35,7 @@ _MODULES = {
     "BaseExecutor": "executors",
     "FluxClusterExecutor": "flux_executors",
     "FluxJobExecutor": "flux_executors",
-    "SingleNodeExecutor": "executors",
+    "SingleNodeExecutor": "single_node.executor",
     "SlurmClusterExecutor": "clusters",
     "SlurmJobExecutor": "slurm_job",
     "__version__": "_version",

@@ -51,7 +51,7 @@ from executorlib.worker import call, function, protocol
 
 if TYPE_CHECKING:
     from executorlib.clusters import TestClusterExecutor
-    from executorlib.launchers.mpi import Mpiexec
+    from executorlib.single_node.mpi import Mpiexec
 
 __all__ = [
     "ExecutorlibSocketError",
@@ -627,7 +627,7 @@ class MpiExecSpawner(SubprocessSpawner):
 
 def _find_mpiexec() -> Mpiexec:
     # Here, because the programs, which import this module too, have no use for the executor's side.
-    from executorlib.launchers.mpi import find_mpiexec
+    from executorlib.single_node.mpi import find_mpiexec
 
     return find_mpiexec()
 

@@ -18,9 +18,7 @@ from executorlib.executors import BaseExecutor, Common
 from executorlib.launchers.contract import Events, JobEvents, Launcher
 from executorlib.launchers.job_workers import JobWorkerLauncher
 from executorlib.launchers.jobs import JobLauncher
-from executorlib.launchers.local import LocalLauncher
 from executorlib.launchers.local_system import LocalSystem
-from executorlib.launchers.mpi import find_mpiexec
 from executorlib.launchers.pysqa_queue import queue_of
 from executorlib.launchers.slurm import (
     DEFAULT_TEMPLATE,
@@ -32,6 +30,8 @@ from executorlib.launchers.slurm import (
 from executorlib.launchers.systems import CommandSystem
 from executorlib.launchers.templates import Templates, check_keys
 from executorlib.resources import Demand, Resources, check_ranks_of_nodes, listed
+from executorlib.single_node.launcher import LocalLauncher
+from executorlib.single_node.mpi import find_mpiexec
 
 logger = logging.getLogger("executorlib")
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from executorlib.cache import trust
 from executorlib.errors import ExecutorlibSocketError
-from executorlib.executors import SingleNodeExecutor
+from executorlib.single_node.executor import SingleNodeExecutor
 from executorlib.worker import family, job
 
 # A query is answered for jobs that ended only so often, as after the first time the executor knows.

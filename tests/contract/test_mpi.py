@@ -27,7 +27,7 @@ from contract.functions import (
     until,
     wait_until_gone,
 )
-from executorlib.launchers import mpi
+from executorlib.single_node import mpi
 
 WAIT = 50
 pytestmark = pytest.mark.mpi

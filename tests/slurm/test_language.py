@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from executorlib.launchers.mpi import find_mpiexec
 from executorlib.launchers.pysqa_queue import open_queue
 from executorlib.launchers.queue import Batch, Cause, Dependency, JobState, Phase
 from executorlib.launchers.slurm import SETTINGS_COMMAND, SlurmQueue, command_environment, parse_settings, rank_command
 from executorlib.resources import Resources
+from executorlib.single_node.mpi import find_mpiexec
 
 pytestmark = pytest.mark.slurm
 

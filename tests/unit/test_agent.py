@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from contract.functions import alive, until, wait_for, wait_until_gone
 from executorlib import serialize
-from executorlib.launchers import local
+from executorlib.single_node import agent as single_node_agent
 from executorlib.transports.messages import Connection, Message
 from executorlib.worker.agent import _kill_group
 from executorlib.worker.family import children_of, descendants
@@ -339,16 +339,16 @@ def test_what_a_worker_writes_to_standard_error(agent: Client) -> None:
 def test_whoever_writes_errors_without_end_gets_one_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rest waits: the loop has others to see to."""
     shown: list[bytes] = []
-    monkeypatch.setattr(local, "_write_stderr", shown.append)
+    monkeypatch.setattr(single_node_agent, "_write_stderr", shown.append)
     reading, writing = os.pipe()
     fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 1 << 20)
     assert os.write(writing, b"x" * (1 << 20)) == 1 << 20
     tail = bytearray()
-    assert local._forward(reading, tail)
+    assert single_node_agent._forward(reading, tail)
     assert shown == [b"x" * 65536]
     assert readable(reading, WAIT)
     os.close(writing)
-    assert not local._forward(reading, tail, local._LAST_PIECES)
+    assert not single_node_agent._forward(reading, tail, single_node_agent._LAST_PIECES)
     assert sum(map(len, shown)) == 1 << 20
     os.close(reading)
 

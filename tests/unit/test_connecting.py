@@ -159,5 +159,5 @@ def test_a_job_that_comes_up_again(bench: Bench) -> None:
 
 def test_one_machine_does_without() -> None:
     """Only ranks need ZeroMQ there, whose loading takes a good part of an executor's start."""
-    code = "import sys, executorlib.launchers.local; sys.exit('zmq' in sys.modules)"
+    code = "import sys, executorlib.single_node.launcher; sys.exit('zmq' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

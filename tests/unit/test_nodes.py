@@ -21,10 +21,10 @@ from executorlib.core.ledger import Allocation
 from executorlib.core.scheduler import Worker
 from executorlib.errors import ExecutorlibSocketError
 from executorlib.launchers.contract import Process
-from executorlib.launchers.local import Agent
 from executorlib.launchers.relay import Relay
 from executorlib.launchers.relays import Relays
 from executorlib.resources import Resources
+from executorlib.single_node.agent import Agent
 from unit.node_functions import (
     agent_and_relay,
     append,

@@ -16,10 +16,10 @@ from typing import Any
 
 from executorlib.launchers.flux_policy import Policy
 from executorlib.launchers.hostlist import expand_hosts, expand_ranges
-from executorlib.launchers.mpi import FOREIGN_PREFIXES
 from executorlib.launchers.queue import Cause, JobState, Phase
 from executorlib.machine import NodeShape
 from executorlib.resources import Resources
+from executorlib.single_node.mpi import FOREIGN_PREFIXES
 from executorlib.worker import guard
 from executorlib.worker.protocol import ELEMENT_VARIABLES, THREAD_VARIABLES
 

@@ -20,9 +20,9 @@ from executorlib import machine
 from executorlib.launchers import streams
 from executorlib.launchers.boot import boot_command
 from executorlib.launchers.contract import Events
-from executorlib.launchers.local import Surroundings
 from executorlib.launchers.queue import Batch, Cause, JobState, Phase
 from executorlib.launchers.systems import JobKey, Refused, States
+from executorlib.single_node.agent import Surroundings
 
 # Given to a job beyond its run_time_max, in which it starts and, at its limit, ends by itself.
 _SPARE_SECONDS = 1.0

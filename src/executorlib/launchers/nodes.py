@@ -24,8 +24,6 @@ from executorlib.errors import ExecutorlibSocketError
 from executorlib.launchers.boot import arguments, boot_command
 from executorlib.launchers.connecting import ConnectingWorker
 from executorlib.launchers.contract import Events, Exit, Process, tail_text
-from executorlib.launchers.local import Agent
-from executorlib.launchers.mpi import find_mpiexec
 from executorlib.launchers.relays import RelayEnd, Relays, relay_program
 from executorlib.launchers.session import settings
 from executorlib.launchers.slurm import command_environment
@@ -33,6 +31,8 @@ from executorlib.launchers.slurm_steps import parse_time_left, ranks_command, re
 from executorlib.launchers.subprocesses import Answer, Commands
 from executorlib.resources import Resources
 from executorlib.serialize import Frame
+from executorlib.single_node.agent import Agent
+from executorlib.single_node.mpi import find_mpiexec
 from executorlib.transports.curve import CONNECTION_VARIABLE
 from executorlib.transports.router import Router, worker_of
 from executorlib.worker.protocol import THREAD_VARIABLES

@@ -33,10 +33,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 from executorlib import machine, serialize
 from executorlib.launchers.contract import Exit, Process
-from executorlib.launchers.local import LocalLauncher, PipeTransport
 from executorlib.poller import Poller
 from executorlib.resources import Resources
 from executorlib.serialize import Frame
+from executorlib.single_node.agent import PipeTransport
+from executorlib.single_node.launcher import LocalLauncher
 from executorlib.transports.curve import CONNECTION_VARIABLE, Credentials
 from executorlib.transports.dealer import Dealer
 from executorlib.worker import family, guard

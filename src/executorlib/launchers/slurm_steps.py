@@ -8,8 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from executorlib.launchers.mpi import FOREIGN_PREFIXES
 from executorlib.resources import Resources
+from executorlib.single_node.mpi import FOREIGN_PREFIXES
 
 # Variables by which Slurm tells of an allocation; others would be taken by srun for options of the step.
 _ALLOCATION = (

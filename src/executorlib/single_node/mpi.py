@@ -24,7 +24,7 @@ from executorlib.worker.protocol import THREAD_VARIABLES
 
 if TYPE_CHECKING:
     from executorlib.launchers.connecting import ConnectingWorker
-    from executorlib.launchers.local import Agent
+    from executorlib.single_node.agent import Agent
     from executorlib.transports.router import Router
 
 _INSTALL = (

@@ -1,6 +1,6 @@
-"""Workers on this node: an agent process forks them (or has them exec a new interpreter).
+"""The agent of this node, which forks workers (or has them exec a new interpreter).
 
-The agent is started when the first worker is wanted and again should it die. A few forked children are kept in
+It is started when the first worker is wanted and again should it die. A few forked children are kept in
 stock, so that a call does not wait for its fork.
 """
 
@@ -23,7 +23,6 @@ from executorlib.errors import ExecutorlibSocketError, describe_exit
 from executorlib.launchers import streams
 from executorlib.launchers.boot import arguments, boot_command, import_path
 from executorlib.launchers.contract import STDERR_TAIL_BYTES, Events, Exit, Process, tail_text
-from executorlib.launchers.mpi import MpiLauncher
 from executorlib.launchers.session import settings
 from executorlib.serialize import Frame
 from executorlib.transports.messages import Channel, Message
@@ -538,114 +537,6 @@ class Agent:
         except OSError:
             return  # its end is read from the channel
         self._events.watch_writable(channel, not done, self._flush)
-
-
-class LocalLauncher:
-    """Starts workers of one node: forked or spawned by an agent, or as ranks of an MPI world.
-
-    Args:
-        events: The loop.
-        spawn: Whether workers are new interpreters instead of forks.
-        pooled: Whether workers run call after call.
-        stock: Forked children to keep ready.
-        preload: Modules that an agent imports before it forks.
-        default_threads: `threads_per_core` of the executor, for the agent that is started first.
-        hidden: Beginnings of the names of variables that `mpiexec` must not see.
-        given: See `Agent`.
-    """
-
-    def __init__(
-        self,
-        events: Events,
-        *,
-        spawn: bool,
-        pooled: bool,
-        stock: int,
-        preload: Sequence[str],
-        default_threads: int,
-        hidden: tuple[str, ...] = (),
-        given: dict[str, Any] | None = None,
-    ) -> None:
-        self._events = events
-        self._given = given
-        self._spawn = spawn
-        self._pooled = pooled
-        self._stock = stock
-        self._preload = preload
-        self._agents: dict[int, Agent] = {}
-        self._mpi: MpiLauncher | None = None
-        self._default_threads = default_threads
-        self._hidden = hidden
-
-    def prepare(self) -> None:
-        """See `Launcher.prepare`. A failure shows again, and is reported, with the first call."""
-        with contextlib.suppress(OSError):
-            self._agent(self._default_threads).start()
-
-    def _agent(self, threads: int) -> Agent:
-        # Libraries read the thread variables when they are loaded; preloaded ones do so in the agent, so every
-        # number of threads has an agent of its own then.
-        key = threads if self._preload else 0
-        agent = self._agents.get(key)
-        if agent is None:
-            agent = self._agents[key] = Agent(
-                self._events,
-                spawn=self._spawn,
-                pooled=self._pooled,
-                stock=self._stock,
-                preload=self._preload,
-                threads=threads,
-                given=self._given,
-            )
-        return agent
-
-    def launch(self, process: Process) -> None:
-        """See `Launcher.launch`."""
-        agent = self._agent(process.resources.threads_per_core)
-        if process.resources.cores > 1:
-            if self._mpi is None:
-                self._mpi = MpiLauncher(self._events, self._hidden)
-            self._mpi.launch(
-                process, agent, boot_command("executorlib.worker.mpi", f"({process.single}, local=True)", rank=True)
-            )
-        else:
-            agent.launch(process)
-
-    def setup(self, process: Process) -> dict[str, Any]:
-        """See `Launcher.setup`."""
-        setup = self._agent(process.resources.threads_per_core).surroundings.changes()
-        if process.resources.cores > 1:
-            setup["argv"] = arguments()  # see `boot_command`
-        return setup
-
-    def kill(self, process: Process, signal_number: int) -> None:
-        """See `Launcher.kill`."""
-        agent = self._agent(process.resources.threads_per_core)
-        if self._mpi is not None and process.resources.cores > 1:
-            self._mpi.kill(process, agent, signal_number)
-        else:
-            agent.kill(process, signal_number)
-
-    def resume(self) -> None:
-        """See `Launcher.resume`."""
-        for agent in self._agents.values():
-            agent.resume()
-
-    @property
-    def busy(self) -> bool:
-        """See `Launcher.busy`."""
-        return False
-
-    def detach(self, on_taken: Callable[[], None]) -> None:
-        """See `Launcher.detach`; forked workers end with their executor, so there is nothing that could go on."""
-        on_taken()
-
-    def close(self) -> None:
-        """See `Launcher.close`."""
-        for agent in self._agents.values():
-            agent.close()
-        if self._mpi is not None:
-            self._mpi.close()
 
 
 def _write_stderr(data: bytes) -> None:

@@ -1,0 +1,1 @@
+"""`SingleNodeExecutor`: workers are processes of this machine."""
