@@ -21,8 +21,8 @@ from executorlib.core.ledger import Allocation
 from executorlib.core.scheduler import Worker
 from executorlib.errors import ExecutorlibSocketError
 from executorlib.launchers.contract import Process
-from executorlib.launchers.relay import Relay
-from executorlib.launchers.relays import Relays
+from executorlib.relay.executor_side import Relays
+from executorlib.relay.node_side import Relay
 from executorlib.resources import Resources
 from executorlib.single_node.agent import Agent
 from unit.node_functions import (

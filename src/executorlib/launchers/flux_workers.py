@@ -2,7 +2,7 @@
 
     launch ─▶ jobspec ─▶ Flux ─▶ start ─▶ worker: hello ─▶ setup, calls ─▶ results ─▶ stop ─▶ finish
 
-A worker of a block, unless it is several ranks, is behind a relay (`launchers.relay`) in its job: many calls travel at
+A worker of a block, unless it is several ranks, is behind a relay (`relay.node_side`) in its job: many calls travel at
 once then, and what it has not started can be taken back.
 
 Flux tells of each job by its events, and the worker's connection tells of the worker. A worker is over when both have
@@ -26,8 +26,8 @@ from executorlib.launchers.flux_instance import FluxInstance
 from executorlib.launchers.flux_policy import Policy
 from executorlib.launchers.job import read_tail
 from executorlib.launchers.queue import Cause, Phase
-from executorlib.launchers.relays import RelayEnd, Relays, relay_program
 from executorlib.launchers.systems import Refused
+from executorlib.relay.executor_side import RelayEnd, Relays, relay_program
 from executorlib.serialize import Frame
 from executorlib.transports.curve import CONNECTION_VARIABLE
 from executorlib.transports.router import Router, worker_of

@@ -1,7 +1,7 @@
 """Workers on the nodes of a Slurm allocation: one `srun` brings up an agent on each, which then starts all workers.
 
 So the number of requests to Slurm's controller does not depend on the number of calls. The agent of a node is a
-`launchers.relay`, which holds one encrypted connection and drives what `SingleNodeExecutor` has, with mpiexec for ranks
+`relay.node_side`, which holds one encrypted connection and drives what `SingleNodeExecutor` has, with mpiexec for ranks
 on one node. What needs Slurm itself (ranks on several nodes, ``pmi_mode``, ``slurm_cmd_args``) is a step of its own,
 beside the agents and on the very nodes that the ledger has given it.
 
@@ -24,11 +24,11 @@ from executorlib.errors import ExecutorlibSocketError
 from executorlib.launchers.boot import arguments, boot_command
 from executorlib.launchers.connecting import ConnectingWorker
 from executorlib.launchers.contract import Events, Exit, Process, tail_text
-from executorlib.launchers.relays import RelayEnd, Relays, relay_program
 from executorlib.launchers.session import settings
 from executorlib.launchers.slurm import command_environment
 from executorlib.launchers.slurm_steps import parse_time_left, ranks_command, relays_command, step_environment
 from executorlib.launchers.subprocesses import Answer, Commands
+from executorlib.relay.executor_side import RelayEnd, Relays, relay_program
 from executorlib.resources import Resources
 from executorlib.serialize import Frame
 from executorlib.single_node.agent import Agent

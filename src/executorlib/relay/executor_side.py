@@ -1,4 +1,4 @@
-"""The executor's end of relays (`launchers.relay`): what goes to the workers behind them, and what comes back.
+"""The executor's end of relays (`relay.node_side`): what goes to the workers behind them, and what comes back.
 
 All that is put for the workers of one relay in one turn of the loop is one message, and so are their answers.
 """
@@ -42,7 +42,7 @@ def relay_program(
         "default_threads": threads,
         "given": dict(given),
     }
-    return boot_command("executorlib.launchers.relay", f"({environ!r}, {launcher!r})")
+    return boot_command("executorlib.relay.node_side", f"({environ!r}, {launcher!r})")
 
 
 class RelayEnd:

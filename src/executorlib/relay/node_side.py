@@ -1,4 +1,4 @@
-"""The node's side of `launchers.relays`: holds the connection to the executor, and drives a `LocalLauncher` here.
+"""The node's side of `relay.executor_side`: holds the connection to the executor, and drives a `LocalLauncher` here.
 
 One relay runs on every node of a Slurm allocation (`launchers.nodes`), or in the job of each worker of a block
 (`launchers.flux_workers`). It passes the executor's messages on to workers, which the node agent

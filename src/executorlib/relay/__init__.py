@@ -1,0 +1,1 @@
+"""One connection for each node, and many workers behind it."""
