@@ -6,12 +6,12 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from executorlib._version import __version__
     from executorlib.cache.directory import get_cache_data, get_future_from_cache
-    from executorlib.clusters import SlurmClusterExecutor
     from executorlib.executors import BaseExecutor
     from executorlib.flux_executors import FluxClusterExecutor, FluxJobExecutor
     from executorlib.futures.derived import get_item_from_future, split_future
     from executorlib.single_node.executor import SingleNodeExecutor
-    from executorlib.slurm_job import SlurmJobExecutor
+    from executorlib.slurm.cluster_executor import SlurmClusterExecutor
+    from executorlib.slurm.job_executor import SlurmJobExecutor
     from executorlib.terminate import terminate_task_in_cache, terminate_tasks_in_cache
 
 __all__ = [
@@ -36,8 +36,8 @@ _MODULES = {
     "FluxClusterExecutor": "flux_executors",
     "FluxJobExecutor": "flux_executors",
     "SingleNodeExecutor": "single_node.executor",
-    "SlurmClusterExecutor": "clusters",
-    "SlurmJobExecutor": "slurm_job",
+    "SlurmClusterExecutor": "slurm.cluster_executor",
+    "SlurmJobExecutor": "slurm.job_executor",
     "__version__": "_version",
     "get_cache_data": "cache.directory",
     "get_future_from_cache": "cache.directory",

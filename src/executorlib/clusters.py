@@ -2,36 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
 import logging
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from executorlib import machine
 from executorlib.core.ledger import Ledger, Node, Unlimited
 from executorlib.executors import BaseExecutor, Common
 from executorlib.launchers.contract import Events, JobEvents, Launcher
-from executorlib.launchers.job_workers import JobWorkerLauncher
 from executorlib.launchers.jobs import JobLauncher
 from executorlib.launchers.local_system import LocalSystem
-from executorlib.launchers.pysqa_queue import queue_of
-from executorlib.launchers.slurm import (
-    DEFAULT_TEMPLATE,
-    SETTINGS_COMMAND,
-    command_environment,
-    parse_settings,
-    rank_command,
-)
-from executorlib.launchers.systems import CommandSystem
 from executorlib.launchers.templates import Templates, check_keys
 from executorlib.resources import Demand, Resources, check_ranks_of_nodes, listed
 from executorlib.single_node.launcher import LocalLauncher
-from executorlib.single_node.mpi import find_mpiexec
 
 logger = logging.getLogger("executorlib")
 
@@ -300,105 +285,3 @@ class QueueExecutor(ClusterExecutor):
     def _check(self, resources: Resources, subject: str) -> None:
         if resources.submission_template is None:  # else that says what comes of it
             check_ranks_of_nodes(resources, subject)
-
-
-class SlurmClusterExecutor(QueueExecutor):
-    """Submits each call to Slurm as a job, by `sbatch`; calls with the same needs that come together as one job array.
-
-    Other arguments are those of `ClusterExecutor`.
-
-    Args:
-        pysqa_config_directory: A pysqa configuration (``queue.yaml`` and templates) to choose the script from, by
-            ``resource_dict["queue"]``. It may name another queuing system that pysqa drives, instead of Slurm.
-        pmi_mode: How `srun` and the MPI library of a call with several ranks find each other, such as ``"pmix"`` or
-            ``"pmi2"``; None starts the ranks with the MPI library's own `mpiexec`.
-
-    Raises:
-        RuntimeError: The queuing system's commands are not on this machine.
-        ImportError: pysqa is not installed.
-    """
-
-    def _check_system(self, configuration: str | None) -> None:
-        self._templates = check_queue(configuration)
-
-    def _check(self, resources: Resources, subject: str) -> None:
-        super()._check(resources, subject)
-        folder = resources.cache_directory
-        if folder is not None and "\\" in folder and (self._templates is None or self._templates.queue_type == "SLURM"):
-            raise ValueError(
-                f"{subject}: the cache directory {folder!r} has a backslash in its path, and Slurm starts no job array "
-                "with output files there. Choose a directory without one, by cache_directory."
-            )
-
-    def _checked_demand(self, resources: Resources, subject: str) -> Demand:
-        if resources.cores > 1 and self._pmi_mode is None:
-            with contextlib.suppress(OSError, RuntimeError):  # maybe it is where the job runs
-                find_mpiexec()  # asks it here, once, and not in the loop
-        return super()._checked_demand(resources, subject)
-
-    def _job_launcher(
-        self, events: JobEvents, configuration: str | None, pmi_mode: str | None, log_sizes: bool
-    ) -> Launcher:
-        assert self._templates is not None
-        system = queue_system(events, self._templates)
-        return JobLauncher(events, system, partial(job_command, pmi_mode), log_sizes)
-
-    def _worker_launcher(
-        self, events: Events, configuration: str | None, pmi_mode: str | None, folder: str, hostname_localhost: bool
-    ) -> Launcher:
-        assert self._templates is not None
-        system = queue_system(events, self._templates)
-        return JobWorkerLauncher(events, system, partial(job_command, pmi_mode), folder, hostname_localhost)
-
-
-def check_queue(configuration: str | None) -> Templates:
-    """Make sure that jobs can be submitted from here; returns where their scripts come from.
-
-    Raises:
-        RuntimeError: The queuing system's commands are not on this machine.
-        ImportError: pysqa is not installed.
-        ValueError: The configuration cannot be used.
-    """
-    templates = Templates(DEFAULT_TEMPLATE, configuration)
-    if configuration is None:
-        # A user's template is rendered by pysqa, which takes half a second to load, so the loop's thread does it.
-        # The program may be about to end by then, when the threads that pysqa's dependencies use cannot be loaded.
-        import concurrent.futures.thread  # noqa: F401
-
-        if importlib.util.find_spec("pysqa") is None:
-            raise ImportError('jobs need pysqa for their scripts: pip install "executorlib[cluster]"')
-    submit = queue_of(templates).submit_program
-    if shutil.which(submit) is None:
-        raise RuntimeError(
-            f"jobs are submitted with `{submit}`, which is not on PATH. Run this where jobs can be submitted (a login "
-            "node, after loading the module that brings the command), or use SingleNodeExecutor on this machine."
-        )
-    return templates
-
-
-def queue_system(events: Events, templates: Templates) -> CommandSystem:
-    """The system that templates are for."""
-    if templates.queue_type != "SLURM":
-        return CommandSystem(events, "the queue", lambda answer: queue_of(templates), [])
-    return CommandSystem(
-        events,
-        "Slurm",
-        lambda answer: queue_of(templates, parse_settings(answer)),
-        SETTINGS_COMMAND,
-        command_environment,
-    )
-
-
-def job_command(pmi_mode: str | None, resources: Resources, program: list[str]) -> list[str]:
-    """The command, in a job, that runs a call's program, on all of its ranks."""
-    if resources.cores == 1 or pmi_mode is not None:
-        return rank_command(resources, pmi_mode, program)
-    try:
-        mpiexec = find_mpiexec()
-    except (OSError, RuntimeError):  # not here, but maybe where the job runs
-        return rank_command(resources, None, program)
-    variables = [f"{name}={value}" for name, value in mpiexec.environment().items()]
-    if not mpiexec.is_open_mpi:
-        resources = replace(resources, openmpi_oversubscribe=False)
-    command = rank_command(resources, None, program, mpiexec.path)
-    return ["env", *variables, *command] if variables else command

@@ -10,7 +10,7 @@ from executorlib.cache import directory, entries, trust
 from executorlib.launchers.flux_instance import FLUX_NAME, cancel_jobs
 from executorlib.launchers.pysqa_queue import PysqaQueue, open_queue
 from executorlib.launchers.queue import means
-from executorlib.launchers.slurm import SETTINGS_COMMAND, SlurmQueue, command_environment, parse_settings
+from executorlib.slurm.queue import SETTINGS_COMMAND, SlurmQueue, command_environment, parse_settings
 
 _LOCAL = "the local queue"
 

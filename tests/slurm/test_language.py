@@ -15,9 +15,9 @@ import pytest
 
 from executorlib.launchers.pysqa_queue import open_queue
 from executorlib.launchers.queue import Batch, Cause, Dependency, JobState, Phase
-from executorlib.launchers.slurm import SETTINGS_COMMAND, SlurmQueue, command_environment, parse_settings, rank_command
 from executorlib.resources import Resources
 from executorlib.single_node.mpi import find_mpiexec
+from executorlib.slurm.queue import SETTINGS_COMMAND, SlurmQueue, command_environment, parse_settings, rank_command
 
 pytestmark = pytest.mark.slurm
 

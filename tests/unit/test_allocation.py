@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from executorlib.allocation import shapes_from_environment, shapes_from_scontrol, slurm_allocation
 from executorlib.launchers.hostlist import expand_hosts, expand_ranges, expand_repeated
 from executorlib.machine import NodeShape
+from executorlib.slurm.allocation import shapes_from_environment, shapes_from_scontrol, slurm_allocation
 
 # salloc -w node1,node3,node4 -n7 --gres=gpu:1
 UNEQUAL = """\

@@ -12,10 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from executorlib.launchers import slurm, templates
+from executorlib.launchers import templates
 from executorlib.launchers.pysqa_queue import PysqaQueue, open_queue
 from executorlib.launchers.queue import Batch, Cause, Dependency, JobState, Limit, Phase, Queue
-from executorlib.launchers.slurm import (
+from executorlib.launchers.templates import Templates, check_keys, minutes
+from executorlib.resources import Resources
+from executorlib.slurm import queue as slurm
+from executorlib.slurm.queue import (
     DEFAULT_TEMPLATE,
     Settings,
     SlurmQueue,
@@ -23,8 +26,6 @@ from executorlib.launchers.slurm import (
     parse_settings,
     rank_command,
 )
-from executorlib.launchers.templates import Templates, check_keys, minutes
-from executorlib.resources import Resources
 from unit.properties import repeatable
 
 needs_pysqa = pytest.mark.skipif(importlib.util.find_spec("pysqa") is None, reason="needs pysqa (pip install pysqa)")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from executorlib.launchers.slurm_steps import parse_time_left, ranks_command, relays_command, step_environment
 from executorlib.resources import Resources
+from executorlib.slurm.steps import parse_time_left, ranks_command, relays_command, step_environment
 
 
 def test_environment_of_a_step() -> None:

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from executorlib.launchers.queue import Batch, Cause, JobState, Limit, Phase
-from executorlib.launchers.slurm import DEFAULT_TEMPLATE, Settings, SlurmQueue
 from executorlib.launchers.templates import Templates, load_commands
+from executorlib.slurm.queue import DEFAULT_TEMPLATE, Settings, SlurmQueue
 
 # Options that hand on the environment, which LSF does by itself, and that send both output streams to the file that
 # follows, whatever the script says.

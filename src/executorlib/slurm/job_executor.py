@@ -6,13 +6,13 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from executorlib.allocation import slurm_allocation
 from executorlib.core.ledger import Ledger, Node, spread_over
 from executorlib.executors import BaseExecutor, Common, refuse
 from executorlib.launchers.contract import Events, Launcher
-from executorlib.launchers.nodes import NodesLauncher
 from executorlib.machine import NodeShape
 from executorlib.resources import Demand, Resources
+from executorlib.slurm.allocation import slurm_allocation
+from executorlib.slurm.nodes import NodesLauncher
 
 
 class SlurmJobExecutor(BaseExecutor):

@@ -25,14 +25,14 @@ from executorlib.launchers.boot import arguments, boot_command
 from executorlib.launchers.connecting import ConnectingWorker
 from executorlib.launchers.contract import Events, Exit, Process, tail_text
 from executorlib.launchers.session import settings
-from executorlib.launchers.slurm import command_environment
-from executorlib.launchers.slurm_steps import parse_time_left, ranks_command, relays_command, step_environment
 from executorlib.launchers.subprocesses import Answer, Commands
 from executorlib.relay.executor_side import RelayEnd, Relays, relay_program
 from executorlib.resources import Resources
 from executorlib.serialize import Frame
 from executorlib.single_node.agent import Agent
 from executorlib.single_node.mpi import find_mpiexec
+from executorlib.slurm.queue import command_environment
+from executorlib.slurm.steps import parse_time_left, ranks_command, relays_command, step_environment
 from executorlib.transports.curve import CONNECTION_VARIABLE
 from executorlib.transports.router import Router, worker_of
 from executorlib.worker.protocol import THREAD_VARIABLES

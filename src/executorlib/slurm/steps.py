@@ -1,6 +1,6 @@
 """Slurm's language for what runs inside an allocation: commands for its steps, and the time that is left.
 
-As `launchers.slurm`, which speaks of jobs, it runs nothing.
+As `slurm.queue`, which speaks of jobs, it runs nothing.
 """
 
 from __future__ import annotations

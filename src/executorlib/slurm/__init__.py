@@ -1,0 +1,1 @@
+"""Slurm: jobs by its commands, and all nodes of an allocation."""
