@@ -50,7 +50,7 @@ from executorlib.transports.curve import ClientKeys, Door
 from executorlib.worker import call, function, protocol
 
 if TYPE_CHECKING:
-    from executorlib.clusters import TestClusterExecutor
+    from executorlib.local_queue.executor import TestClusterExecutor
     from executorlib.single_node.mpi import Mpiexec
 
 __all__ = [
@@ -76,7 +76,7 @@ def __getattr__(name: str) -> object:
     # Programs that only connect back do without all that belongs to executors.
     if name != "TestClusterExecutor":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from executorlib.clusters import TestClusterExecutor
+    from executorlib.local_queue.executor import TestClusterExecutor
 
     return TestClusterExecutor
 

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from executorlib import machine
 from executorlib.core.ledger import Ledger, Node, Unlimited
 from executorlib.executors import BaseExecutor, Common
 from executorlib.launchers.contract import Events, JobEvents, Launcher
-from executorlib.launchers.jobs import JobLauncher
-from executorlib.launchers.local_system import LocalSystem
 from executorlib.launchers.templates import Templates, check_keys
-from executorlib.resources import Demand, Resources, check_ranks_of_nodes, listed
-from executorlib.single_node.launcher import LocalLauncher
-
-logger = logging.getLogger("executorlib")
+from executorlib.resources import Demand, Resources, check_ranks_of_nodes
 
 _CACHE_DIRECTORY = "executorlib_cache"
 
@@ -93,97 +86,6 @@ class ClusterExecutor(BaseExecutor):
 
 # What max_workers reads as where nothing limits it: the queue has its own limits, far below.
 _MANY = 1_000_000
-
-
-class TestClusterExecutor(ClusterExecutor):
-    """Runs calls as a cluster executor does, by files and jobs, on this machine with nothing installed.
-
-    For tests of programs that will use a cluster, and for calls that are to go on when a notebook is closed. All
-    arguments are those of `ClusterExecutor`; ``max_workers`` and ``max_cores`` are by default this machine's CPUs, and
-    what exceeds them waits in the local queue, which outlives this process.
-    """
-
-    __test__ = False  # not a test, whatever its name makes pytest think
-
-    def _check(self, resources: Resources, subject: str) -> None:
-        slurms = [key for key in ("num_nodes", "slurm_cmd_args", "submission_template") if getattr(resources, key)]
-        if resources.further or slurms:
-            keys = ", ".join([*filter(None, [listed(resources.template_values)]), *map(repr, slurms)])
-            logger.warning("%s: there is no submission template here that would use %s", subject, keys)
-
-    def __init__(
-        self,
-        max_workers: int | None = None,
-        cache_directory: str | os.PathLike[str] | None = None,
-        max_cores: int | None = None,
-        resource_dict: Mapping[str, Any] | None = None,
-        hostname_localhost: bool | None = None,
-        block_allocation: bool = False,
-        init_function: Callable[[], dict[str, Any]] | None = None,
-        disable_dependencies: bool = False,
-        refresh_rate: float = 0.01,
-        plot_dependency_graph: bool = False,
-        plot_dependency_graph_filename: str | None = None,
-        export_workflow_filename: str | None = None,
-        log_obj_size: bool = False,
-        wait: bool = True,
-        openmpi_oversubscribe: bool = False,
-        *,
-        cache_versions: str = "warn",
-        log_records: bool = False,
-    ) -> None:
-        common = Common(
-            type(self).__name__,
-            max_workers=max_workers,
-            cache_directory=cache_directory,
-            max_cores=len(machine.usable_cpus()) if max_workers is None and max_cores is None else max_cores,
-            resource_dict=resource_dict,
-            hostname_localhost=hostname_localhost,
-            block_allocation=block_allocation,
-            init_function=init_function,
-            disable_dependencies=disable_dependencies,
-            refresh_rate=refresh_rate,
-            plot_dependency_graph=plot_dependency_graph,
-            plot_dependency_graph_filename=plot_dependency_graph_filename,
-            export_workflow_filename=export_workflow_filename,
-            log_obj_size=log_obj_size,
-            wait=wait,
-            openmpi_oversubscribe=openmpi_oversubscribe,
-            cache_versions=cache_versions,
-            log_records=log_records,
-            has_template=True,
-            default_directory=None if block_allocation else _CACHE_DIRECTORY,
-        )
-        size = common.max_workers or common.max_cores or 1
-        capacity = Ledger([Node("localhost", range(common.max_cores or size), machine.visible_gpus())])
-
-        def make_launcher(events: JobEvents) -> Launcher:
-            if block_allocation:
-                return LocalLauncher(
-                    events,
-                    spawn=False,
-                    pooled=True,
-                    stock=0,
-                    preload=["executorlib.worker.entry", *(["executorlib.worker.records"] if log_records else [])],
-                    default_threads=common.resources.threads_per_core,
-                )
-            options = {
-                "max_workers": common.max_workers,
-                "max_cores": None if max_cores is None else common.max_cores,
-                "preload": ["executorlib.worker.entry"],
-            }
-            return JobLauncher(events, LocalSystem(events, options), lambda resources, program: program, log_obj_size)
-
-        super().__init__(
-            common,
-            make_launcher=make_launcher,
-            # In front of the local queue nothing is held back, so that it is not lost with this process.
-            ledger=capacity if block_allocation else Unlimited("localhost"),
-            capacity=capacity,
-            max_calls=None,
-            max_workers=size,
-            settings={},
-        )
 
 
 class QueueExecutor(ClusterExecutor):

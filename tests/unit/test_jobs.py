@@ -16,7 +16,6 @@ from typing import Any, cast
 
 import pytest
 
-from executorlib import local_queue
 from executorlib.cache import batch_directory, entries
 from executorlib.cache import directory as cache
 from executorlib.core.ledger import Allocation
@@ -28,6 +27,7 @@ from executorlib.launchers.jobs import JobLauncher
 from executorlib.launchers.queue import Cause, JobState, Limit, Phase
 from executorlib.launchers.submitter import Submitter
 from executorlib.launchers.systems import Refused
+from executorlib.local_queue import process as local_queue
 from executorlib.resources import Resources
 from executorlib.worker import job
 

@@ -237,8 +237,7 @@ class Timer:
 _STACK = "(most recent call first)"
 # Below it, what is no help to users: frames of ours that called their function, and what else the process had loaded.
 _OURS = re.compile(
-    r'  File "(<string>|.*executorlib.(worker|launchers|relay|single_node|transports).\w+\.py'
-    r'|.*executorlib.local_queue\.py)", line '
+    r'  File "(<string>|.*executorlib.(worker|launchers|relay|single_node|local_queue|transports).\w+\.py)", line '
 )
 
 

@@ -1,6 +1,6 @@
 """A queuing system on one machine, with nothing installed: a process that runs jobs and outlives who submits them.
 
-It is `executorlib.local_queue`, started with the first job. Over a socket it takes one JSON object a line and answers
+It is `local_queue.process`, started with the first job. Over a socket it takes one JSON object a line and answers
 likewise; when the socket ends it finishes what it has and exits.
 """
 
@@ -96,7 +96,7 @@ class LocalSystem:
         with theirs:
             theirs.set_inheritable(True)
             self._surroundings = Surroundings()
-            command = boot_command("executorlib.local_queue", f"({theirs.fileno()}, {self._options!r})")
+            command = boot_command("executorlib.local_queue.process", f"({theirs.fileno()}, {self._options!r})")
             # The shell leaves it to init, so that nobody here has to wait for its end.
             script = '"$@" >/dev/null 2>&1 & echo $!'
             try:

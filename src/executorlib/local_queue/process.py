@@ -1,4 +1,4 @@
-"""The process behind `launchers.local_system`: runs jobs on this machine, within its CPUs, until there are no more.
+"""The process behind `local_queue.system`: runs jobs on this machine, within its CPUs, until there are no more.
 
 It is a `SingleNodeExecutor` whose calls are the jobs, so limits, deaths and MPI are that one's.
 """

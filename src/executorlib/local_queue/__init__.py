@@ -1,0 +1,1 @@
+"""`TestClusterExecutor`: a queue of jobs on this machine, with nothing installed."""
