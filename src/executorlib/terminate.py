@@ -7,10 +7,11 @@ import os
 import subprocess
 
 from executorlib.cache import directory, entries, trust
+from executorlib.jobs.pysqa import PysqaQueue
+from executorlib.jobs.queue import means
 from executorlib.launchers.flux_instance import FLUX_NAME, cancel_jobs
-from executorlib.launchers.pysqa_queue import PysqaQueue, open_queue
-from executorlib.launchers.queue import means
 from executorlib.slurm.queue import SETTINGS_COMMAND, SlurmQueue, command_environment, parse_settings
+from executorlib.slurm.registry import open_queue
 
 _LOCAL = "the local queue"
 

@@ -532,7 +532,7 @@ def test_entry_of_a_session_that_has_not_submitted_it_yet(
     held = gate()
     with make() as executor, make() as other:
         # More inputs than this are waited for here, not by the queue.
-        monkeypatch.setattr("executorlib.launchers.submitter._MOST_DEPENDENCIES", 2)
+        monkeypatch.setattr("executorlib.jobs.submitter._MOST_DEPENDENCIES", 2)
         inputs = [executor.submit(held, i) for i in range(3)]
         mine = executor.submit(total, *inputs, resource_dict=key("sum"))
         held.pids(2)
@@ -669,7 +669,7 @@ def test_an_entry_that_is_damaged(
     make: Callable[..., Any], store: Path, monkeypatch: pytest.MonkeyPatch, content: bytes | None
 ) -> None:
     """It is claimed anew soon, and by one session only; not at once, as an empty one may be about to be filled."""
-    monkeypatch.setattr("executorlib.launchers.jobs._UNREADABLE_SECONDS", 0.5)
+    monkeypatch.setattr("executorlib.jobs.launcher._UNREADABLE_SECONDS", 0.5)
     path = entries.entry_path(store, "call", "i")
     values = {"function": record, "input_args": ["x", 1], "input_kwargs": {}, "resource_dict": {}}
     assert entries.write_input(str(path), {**values, "batch": str(store / "gone")})

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from executorlib.jobs.queue import Cause, Phase
 from executorlib.launchers.boot import boot_command
 from executorlib.launchers.flux import (
     JobLog,
@@ -23,7 +24,6 @@ from executorlib.launchers.flux import (
     urgency,
 )
 from executorlib.launchers.flux_policy import Policy
-from executorlib.launchers.queue import Cause, Phase
 from executorlib.resources import Resources
 
 

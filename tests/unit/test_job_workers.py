@@ -11,11 +11,12 @@ import pytest
 
 from executorlib.core.ledger import Allocation
 from executorlib.core.scheduler import Worker
-from executorlib.launchers import connecting, job_workers
+from executorlib.jobs import workers as job_workers
+from executorlib.jobs.queue import JobState, Limit, Phase
+from executorlib.jobs.system import Refused
+from executorlib.jobs.workers import JobWorkerLauncher
+from executorlib.launchers import connecting
 from executorlib.launchers.contract import Exit, Process
-from executorlib.launchers.job_workers import JobWorkerLauncher
-from executorlib.launchers.queue import JobState, Limit, Phase
-from executorlib.launchers.systems import Refused
 from executorlib.resources import Resources
 
 
@@ -104,7 +105,7 @@ def make(
     system: System, events: Events, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[[], JobWorkerLauncher]]:
     """Makes launchers."""
-    monkeypatch.setattr("executorlib.launchers.job_workers._LINGER", 0.0)
+    monkeypatch.setattr("executorlib.jobs.workers._LINGER", 0.0)
     made: list[JobWorkerLauncher] = []
 
     def make() -> JobWorkerLauncher:

@@ -22,11 +22,11 @@ from executorlib.core.ledger import Allocation
 from executorlib.core.scheduler import Worker
 from executorlib.core.task import LAUNCHING, READY, RUNNING, Task
 from executorlib.errors import ExecutorlibSocketError
+from executorlib.jobs.launcher import JobLauncher
+from executorlib.jobs.queue import Cause, JobState, Limit, Phase
+from executorlib.jobs.submitter import Submitter
+from executorlib.jobs.system import Refused
 from executorlib.launchers.contract import Exit, Process
-from executorlib.launchers.jobs import JobLauncher
-from executorlib.launchers.queue import Cause, JobState, Limit, Phase
-from executorlib.launchers.submitter import Submitter
-from executorlib.launchers.systems import Refused
 from executorlib.local_queue import process as local_queue
 from executorlib.resources import Resources
 from executorlib.worker import job
@@ -106,10 +106,10 @@ class System:
 @pytest.fixture
 def events(monkeypatch: pytest.MonkeyPatch) -> Events:
     # All timers are due at once.
-    monkeypatch.setattr("executorlib.launchers.submitter._LINGER", 0.0)
-    monkeypatch.setattr("executorlib.launchers.jobs._LOOK_SECONDS", 0.0)
+    monkeypatch.setattr("executorlib.jobs.submitter._LINGER", 0.0)
+    monkeypatch.setattr("executorlib.jobs.launcher._LOOK_SECONDS", 0.0)
     for name in ("_LOOK_SHARE", "_WAIT_SHARE"):
-        monkeypatch.setattr(f"executorlib.launchers.jobs.{name}", float("inf"))
+        monkeypatch.setattr(f"executorlib.jobs.launcher.{name}", float("inf"))
     return Events()
 
 
@@ -175,7 +175,7 @@ def claimed(folder: Path, system: str, job_id: str = "17", key: str = "a") -> Pa
 def test_a_dead_job_whose_key_is_as_long_as_can_be(
     events: Events, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("executorlib.launchers.jobs._GRACE", -1.0)
+    monkeypatch.setattr("executorlib.jobs.launcher._GRACE", -1.0)
     key = "a" * (255 - len(entries.OUTPUT))
     claimed(tmp_path, System.name, key="a")
     (tmp_path / "a_i.h5").rename(tmp_path / f"{key}_i.h5")
@@ -240,9 +240,9 @@ def test_many_jobs_of_others_on_a_slow_file_system(
         claimed(tmp_path, System.name, key=key)
         launcher, task, _process = launched(events, system, tmp_path, key, launcher, number)
         outputs.append(task.cache_path)
-    monkeypatch.setattr("executorlib.launchers.jobs._is_on_local_disk", lambda job: False)
-    monkeypatch.setattr("executorlib.launchers.jobs.files.is_there", is_there)
-    monkeypatch.setattr("executorlib.launchers.jobs.time.monotonic", lambda: clock() + waited)
+    monkeypatch.setattr("executorlib.jobs.launcher._is_on_local_disk", lambda job: False)
+    monkeypatch.setattr("executorlib.jobs.launcher.files.is_there", is_there)
+    monkeypatch.setattr("executorlib.jobs.launcher.time.monotonic", lambda: clock() + waited)
     while len(asked) < len(outputs):
         timers, events.timers = events.timers, []
         for timer in timers:
@@ -403,7 +403,7 @@ class Loop(Events):
 @pytest.fixture
 def impatient(events: Events, monkeypatch: pytest.MonkeyPatch) -> Loop:
     for name in ("_SETTLE", "_FIRST_PAUSE", "_LAST_PAUSE"):
-        monkeypatch.setattr(f"executorlib.launchers.room.{name}", 0.0)
+        monkeypatch.setattr(f"executorlib.jobs.room.{name}", 0.0)
     return Loop()
 
 
@@ -483,7 +483,7 @@ def test_calls_that_wait_under_a_limit_can_be_cancelled(impatient: Loop, tmp_pat
 def test_others_that_fill_a_limit(impatient: Loop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While there are jobs of this user's, or where others' count, it is waited; else it is an error in the end."""
     now = 0.0
-    monkeypatch.setattr("executorlib.launchers.submitter.time.monotonic", lambda: now)
+    monkeypatch.setattr("executorlib.jobs.submitter.time.monotonic", lambda: now)
     system = Limited(3)
     system.others = 3
     _launcher, _, process = launched(impatient, system, tmp_path)
@@ -508,7 +508,7 @@ def test_a_session_that_leaves_with_calls_under_a_limit(
 ) -> None:
     """What the limit does not let in soon is given up, and said; it can be submitted again."""
     now = 100.0
-    monkeypatch.setattr("executorlib.launchers.submitter.time.monotonic", lambda: now)
+    monkeypatch.setattr("executorlib.jobs.submitter.time.monotonic", lambda: now)
     system = Limited(2)
     launcher = None
     for number in range(1, 7):
@@ -707,7 +707,7 @@ def test_how_long_a_result_may_take_to_show(
     events: Events, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: JobState | None, local: bool, waits: bool
 ) -> None:
     """Long where there may be one: where the job says so, or nobody says anything and the disk is not a local one."""
-    monkeypatch.setattr("executorlib.launchers.jobs._GRACE", -1.0)
+    monkeypatch.setattr("executorlib.jobs.launcher._GRACE", -1.0)
     monkeypatch.setattr("executorlib.machine.is_local_disk", lambda folder: local)
     system = Vanishing()
     system.end = end
@@ -789,8 +789,8 @@ class Queue(System):
 def ends(folder: Path, events: Events, monkeypatch: pytest.MonkeyPatch, fault: int) -> tuple[list[str], int]:
     """Run calls of all kinds while one access to a file fails; how each ended, and the number of accesses."""
     for name in ("_GRACE", "_RESULT_GRACE"):
-        monkeypatch.setattr(f"executorlib.launchers.jobs.{name}", -1.0)
-    monkeypatch.setattr("executorlib.launchers.submitter._FIRST_RETRY", 0.0)
+        monkeypatch.setattr(f"executorlib.jobs.launcher.{name}", -1.0)
+    monkeypatch.setattr("executorlib.jobs.submitter._FIRST_RETRY", 0.0)
     # Of sessions that are gone: one had submitted its call, one had not, and one left nothing that can be read.
     for key, note in (("submitted", "17"), ("again", None), ("unknown", None)):
         batch = Path(batch_directory.make(str(folder), f"of-{key}"))
@@ -909,7 +909,7 @@ def test_submissions_are_repeated_from_their_first_refusal_on(
 ) -> None:
     """Not from when the call was made: it may have waited for its inputs for hours."""
     now = 0.0
-    monkeypatch.setattr("executorlib.launchers.submitter.time.monotonic", lambda: now)
+    monkeypatch.setattr("executorlib.jobs.submitter.time.monotonic", lambda: now)
     system = System()
     answers: list[Callable[[Any], None]] = []
     system.submit = lambda batch, on_done: answers.append(on_done)  # type: ignore[method-assign]
@@ -955,7 +955,7 @@ def test_a_job_of_another_session_that_is_cancelled(
     events: Events, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, terminated: bool
 ) -> None:
     """Who waits for it submits it anew, unless it was to end for all."""
-    monkeypatch.setattr("executorlib.launchers.jobs._GRACE", -1.0)
+    monkeypatch.setattr("executorlib.jobs.launcher._GRACE", -1.0)
     batch = claimed(tmp_path, System.name)
     system = Vanishing()
     system.end = JobState(Phase.ENDED, "CANCELLED", cause=Cause.CANCELLED)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from executorlib.launchers import room
-from executorlib.launchers.room import Room
+from executorlib.jobs import room
+from executorlib.jobs.room import Room
 
 
 class Site:

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from executorlib.launchers import templates
-from executorlib.launchers.pysqa_queue import PysqaQueue, open_queue
-from executorlib.launchers.queue import Batch, Cause, Dependency, JobState, Limit, Phase, Queue
-from executorlib.launchers.templates import Templates, check_keys, minutes
+from executorlib.jobs import templates
+from executorlib.jobs.pysqa import PysqaQueue
+from executorlib.jobs.queue import Batch, Cause, Dependency, JobState, Limit, Phase, Queue
+from executorlib.jobs.templates import Templates, check_keys, minutes
 from executorlib.resources import Resources
 from executorlib.slurm import queue as slurm
 from executorlib.slurm.queue import (
@@ -26,6 +26,7 @@ from executorlib.slurm.queue import (
     parse_settings,
     rank_command,
 )
+from executorlib.slurm.registry import open_queue
 from unit.properties import repeatable
 
 needs_pysqa = pytest.mark.skipif(importlib.util.find_spec("pysqa") is None, reason="needs pysqa (pip install pysqa)")

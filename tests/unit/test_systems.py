@@ -11,9 +11,10 @@ from typing import Any, cast
 import pytest
 
 from executorlib import SlurmClusterExecutor
-from executorlib.launchers.queue import Batch, JobState
+from executorlib.jobs.command_system import CommandSystem, Silence
+from executorlib.jobs.queue import Batch, JobState
+from executorlib.jobs.system import Refused
 from executorlib.launchers.subprocesses import Answer, Commands
-from executorlib.launchers.systems import CommandSystem, Refused, Silence
 from executorlib.resources import Resources
 
 
@@ -155,7 +156,7 @@ def test_silence_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
 def test_queries_that_fail_for_long(
     said: list[Answer], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, answer: Answer, word: str
 ) -> None:
-    monkeypatch.setattr("executorlib.launchers.systems._SILENT_SECONDS", 0.0)
+    monkeypatch.setattr("executorlib.jobs.command_system._SILENT_SECONDS", 0.0)
     said += [answer, answer, Answer(0, "fine", "")]
     asked, answers = system(UnderstandsFine()), []
     for _ in range(3):

@@ -14,9 +14,9 @@ import signal
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from executorlib.jobs.queue import Cause, JobState, Phase
 from executorlib.launchers.flux_policy import Policy
 from executorlib.launchers.hostlist import expand_hosts, expand_ranges
-from executorlib.launchers.queue import Cause, JobState, Phase
 from executorlib.machine import NodeShape
 from executorlib.resources import Resources
 from executorlib.single_node.mpi import FOREIGN_PREFIXES

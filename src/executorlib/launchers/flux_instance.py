@@ -22,10 +22,10 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from executorlib.jobs.system import Refused
 from executorlib.launchers.contract import Events
 from executorlib.launchers.flux import blobs_of, errors_in, is_text, job_number, nodes_of
 from executorlib.launchers.flux_policy import Policy
-from executorlib.launchers.systems import Refused
 from executorlib.machine import NodeShape
 
 # An event of a job: its name and what it says beside.

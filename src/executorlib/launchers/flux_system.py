@@ -1,4 +1,4 @@
-"""Flux as what runs the jobs of `launchers.jobs`: each call is a Flux job, told of by its events.
+"""Flux as what runs the jobs of `jobs.launcher`: each call is a Flux job, told of by its events.
 
 A call that brings a script of its own (``submission_template``, or a configuration of pysqa) is submitted by `flux
 batch`, which runs the script in a Flux instance that has what the call asked for. All others are plain jobs.
@@ -13,6 +13,9 @@ import socket
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from executorlib.jobs.queue import Batch, Cause, JobState, Phase
+from executorlib.jobs.system import JobKey, Refused, States
+from executorlib.jobs.templates import FLUX, Templates, warn_of_unused
 from executorlib.launchers.contract import Events
 from executorlib.launchers.flux import (
     FURTHER_KEYS,
@@ -28,10 +31,7 @@ from executorlib.launchers.flux import (
 )
 from executorlib.launchers.flux_instance import FluxInstance
 from executorlib.launchers.flux_policy import Policy
-from executorlib.launchers.queue import Batch, Cause, JobState, Phase
 from executorlib.launchers.subprocesses import Answer, Commands
-from executorlib.launchers.systems import JobKey, Refused, States
-from executorlib.launchers.templates import FLUX, Templates, warn_of_unused
 from executorlib.resources import Resources
 from executorlib.worker.job import OUTPUT_VARIABLE
 
@@ -61,7 +61,7 @@ class _Followed:
 
 
 class FluxSystem:
-    """The Flux instance that this process is in, as `systems.JobSystem` describes it.
+    """The Flux instance that this process is in, as `jobs.system.JobSystem` describes it.
 
     Args:
         events: The loop.

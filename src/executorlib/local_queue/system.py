@@ -17,11 +17,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from executorlib import machine
+from executorlib.jobs.queue import Batch, Cause, JobState, Phase
+from executorlib.jobs.system import JobKey, Refused, States
 from executorlib.launchers import streams
 from executorlib.launchers.boot import boot_command
 from executorlib.launchers.contract import Events
-from executorlib.launchers.queue import Batch, Cause, JobState, Phase
-from executorlib.launchers.systems import JobKey, Refused, States
 from executorlib.single_node.agent import Surroundings
 
 # Given to a job beyond its run_time_max, in which it starts and, at its limit, ends by itself.

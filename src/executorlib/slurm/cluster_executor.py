@@ -8,13 +8,12 @@ import shutil
 from dataclasses import replace
 from functools import partial
 
-from executorlib.clusters import QueueExecutor
+from executorlib.jobs.command_system import CommandSystem
+from executorlib.jobs.executor import QueueExecutor
+from executorlib.jobs.launcher import JobLauncher
+from executorlib.jobs.templates import Templates
+from executorlib.jobs.workers import JobWorkerLauncher
 from executorlib.launchers.contract import Events, JobEvents, Launcher
-from executorlib.launchers.job_workers import JobWorkerLauncher
-from executorlib.launchers.jobs import JobLauncher
-from executorlib.launchers.pysqa_queue import queue_of
-from executorlib.launchers.systems import CommandSystem
-from executorlib.launchers.templates import Templates
 from executorlib.resources import Demand, Resources
 from executorlib.single_node.mpi import find_mpiexec
 from executorlib.slurm.queue import (
@@ -24,6 +23,7 @@ from executorlib.slurm.queue import (
     parse_settings,
     rank_command,
 )
+from executorlib.slurm.registry import queue_of
 
 
 class SlurmClusterExecutor(QueueExecutor):

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from executorlib.launchers.queue import Batch, Cause, Dependency, JobState, Limit, Phase
-from executorlib.launchers.templates import Templates
+from executorlib.jobs.queue import Batch, Cause, Dependency, JobState, Limit, Phase
+from executorlib.jobs.templates import Templates
 
 if TYPE_CHECKING:
     from executorlib.resources import Resources

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from executorlib.resources import OF_JOBS, listed, nearest_key
 
 if TYPE_CHECKING:
-    from executorlib.launchers.queue import Batch
+    from executorlib.jobs.queue import Batch
     from executorlib.resources import Resources
 
 logger = logging.getLogger("executorlib")

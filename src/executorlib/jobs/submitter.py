@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 
 from executorlib import machine
 from executorlib.cache import batch_directory, entries, trust
+from executorlib.jobs.job import Job, JobBatch
+from executorlib.jobs.queue import Batch, Dependency, Limit
+from executorlib.jobs.room import Room
+from executorlib.jobs.system import JobSystem, Refused, ask_whether_more_may_end
 from executorlib.launchers.boot import boot_file
 from executorlib.launchers.contract import Events, Timer
-from executorlib.launchers.job import Job, JobBatch
-from executorlib.launchers.queue import Batch, Dependency, Limit
-from executorlib.launchers.room import Room
 from executorlib.launchers.session import interpreter, settings
-from executorlib.launchers.systems import JobSystem, Refused, ask_whether_more_may_end
 from executorlib.resources import Resources
 
 logger = logging.getLogger("executorlib")

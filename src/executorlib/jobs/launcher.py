@@ -29,11 +29,11 @@ from executorlib.cache import batch_directory, entries, trust
 from executorlib.core.task import RUNNING, CallFuture, Task
 from executorlib.errors import ExecutorlibSocketError, advise_unpicklable
 from executorlib.futures.inputs import misplaced
+from executorlib.jobs.job import SUBMIT_SECONDS, Identity, Job, JobBatch, owner_of
+from executorlib.jobs.queue import JobState, Phase, means
+from executorlib.jobs.submitter import Submitter
+from executorlib.jobs.system import Cancellations, Holds, JobSystem, Refused, States
 from executorlib.launchers.contract import Exit, JobEvents, Process, Timer
-from executorlib.launchers.job import SUBMIT_SECONDS, Identity, Job, JobBatch, owner_of
-from executorlib.launchers.queue import JobState, Phase, means
-from executorlib.launchers.submitter import Submitter
-from executorlib.launchers.systems import Cancellations, Holds, JobSystem, Refused, States
 from executorlib.resources import Resources
 from executorlib.worker.job import RAISED, RESULT
 

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from executorlib import machine
 from executorlib.cache import batch_directory, entries, trust
 from executorlib.errors import ExecutorlibSocketError, TimeLimitError
+from executorlib.jobs.queue import Cause, JobState, Phase
 from executorlib.launchers.contract import Process, tail_text
-from executorlib.launchers.queue import Cause, JobState, Phase
 
 if TYPE_CHECKING:
     from executorlib.core.task import Task
-    from executorlib.launchers.systems import JobSystem
+    from executorlib.jobs.system import JobSystem
 
 # How long an entry of another machine's session may lack a job id, in seconds, before that session counts as dead.
 SUBMIT_SECONDS = 600.0

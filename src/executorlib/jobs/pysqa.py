@@ -9,9 +9,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
-from executorlib.launchers.queue import Batch, Cause, JobState, Limit, Phase
-from executorlib.launchers.templates import Templates, load_commands
-from executorlib.slurm.queue import DEFAULT_TEMPLATE, Settings, SlurmQueue
+from executorlib.jobs.queue import Batch, Cause, JobState, Limit, Phase
+from executorlib.jobs.templates import Templates, load_commands
 
 # Options that hand on the environment, which LSF does by itself, and that send both output streams to the file that
 # follows, whatever the script says.
@@ -38,27 +37,6 @@ _LIMIT = re.compile(
     r"|would exceed .*limit.*|pending job threshold reached",
     re.IGNORECASE,
 )
-
-
-def open_queue(pysqa_config_directory: str | None, settings: Settings | None = None) -> SlurmQueue | PysqaQueue:
-    """The queue of a pysqa configuration, or Slurm where there is none.
-
-    Args:
-        pysqa_config_directory: Directory with a ``queue.yaml`` and templates, as pysqa describes them.
-        settings: What the cluster is set to, for Slurm.
-
-    Raises:
-        ValueError: The configuration cannot be used; the text says why.
-        ImportError: A configuration is given, and pysqa is not installed.
-    """
-    return queue_of(Templates(DEFAULT_TEMPLATE, pysqa_config_directory), settings)
-
-
-def queue_of(templates: Templates, settings: Settings | None = None) -> SlurmQueue | PysqaQueue:
-    """The queue that templates are for; see `open_queue`."""
-    if templates.queue_type == "SLURM":
-        return SlurmQueue(settings, templates)
-    return PysqaQueue(templates)
 
 
 class PysqaQueue:

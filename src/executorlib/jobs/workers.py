@@ -15,14 +15,14 @@ from collections.abc import Callable
 from typing import Any
 
 from executorlib.cache import batch_directory
+from executorlib.jobs.job import read_tail
+from executorlib.jobs.queue import Batch, JobState, Limit, Phase
+from executorlib.jobs.room import Room
+from executorlib.jobs.system import Cancellations, Holds, JobSystem, Refused, States, ask_whether_more_may_end
 from executorlib.launchers.boot import boot_file
 from executorlib.launchers.connecting import ConnectingWorker, dismiss
 from executorlib.launchers.contract import Events, Exit, Process, Timer
-from executorlib.launchers.job import read_tail
-from executorlib.launchers.queue import Batch, JobState, Limit, Phase
-from executorlib.launchers.room import Room
 from executorlib.launchers.session import interpreter
-from executorlib.launchers.systems import Cancellations, Holds, JobSystem, Refused, States, ask_whether_more_may_end
 from executorlib.resources import Resources
 from executorlib.serialize import Frame
 from executorlib.transports.router import Router, worker_of

@@ -1,4 +1,4 @@
-"""The executors whose calls are jobs of a queuing system: rows of (which system) over one way through files."""
+"""What executors have in common whose calls are jobs of a queuing system."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 from executorlib.core.ledger import Ledger, Node, Unlimited
 from executorlib.executors import BaseExecutor, Common
+from executorlib.jobs.templates import Templates, check_keys
 from executorlib.launchers.contract import Events, JobEvents, Launcher
-from executorlib.launchers.templates import Templates, check_keys
 from executorlib.resources import Demand, Resources, check_ranks_of_nodes
 
 _CACHE_DIRECTORY = "executorlib_cache"

@@ -1,0 +1,1 @@
+"""Calls, or workers, as jobs of a queuing system, whichever that is."""
