@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from executorlib._version import __version__
     from executorlib.cache.directory import get_cache_data, get_future_from_cache
     from executorlib.executors import BaseExecutor
-    from executorlib.flux_executors import FluxClusterExecutor, FluxJobExecutor
+    from executorlib.flux.executors import FluxClusterExecutor, FluxJobExecutor
     from executorlib.futures.derived import get_item_from_future, split_future
     from executorlib.single_node.executor import SingleNodeExecutor
     from executorlib.slurm.cluster_executor import SlurmClusterExecutor
@@ -33,8 +33,8 @@ __all__ = [
 # Names are loaded when they are used, so that importing the package, and starting a worker, costs next to nothing.
 _MODULES = {
     "BaseExecutor": "executors",
-    "FluxClusterExecutor": "flux_executors",
-    "FluxJobExecutor": "flux_executors",
+    "FluxClusterExecutor": "flux.executors",
+    "FluxJobExecutor": "flux.executors",
     "SingleNodeExecutor": "single_node.executor",
     "SlurmClusterExecutor": "slurm.cluster_executor",
     "SlurmJobExecutor": "slurm.job_executor",

@@ -7,9 +7,9 @@ import os
 import subprocess
 
 from executorlib.cache import directory, entries, trust
+from executorlib.flux.instance import FLUX_NAME, cancel_jobs
 from executorlib.jobs.pysqa import PysqaQueue
 from executorlib.jobs.queue import means
-from executorlib.launchers.flux_instance import FLUX_NAME, cancel_jobs
 from executorlib.slurm.queue import SETTINGS_COMMAND, SlurmQueue, command_environment, parse_settings
 from executorlib.slurm.registry import open_queue
 

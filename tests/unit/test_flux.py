@@ -9,9 +9,7 @@ from typing import Any
 
 import pytest
 
-from executorlib.jobs.queue import Cause, Phase
-from executorlib.launchers.boot import boot_command
-from executorlib.launchers.flux import (
+from executorlib.flux.jobspec import (
     JobLog,
     blobs_of,
     errors_in,
@@ -23,7 +21,9 @@ from executorlib.launchers.flux import (
     untold_environment,
     urgency,
 )
-from executorlib.launchers.flux_policy import Policy
+from executorlib.flux.policy import Policy
+from executorlib.jobs.queue import Cause, Phase
+from executorlib.launchers.boot import boot_command
 from executorlib.resources import Resources
 
 

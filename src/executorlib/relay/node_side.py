@@ -1,7 +1,7 @@
 """The node's side of `relay.executor_side`: holds the connection to the executor, and drives a `LocalLauncher` here.
 
 One relay runs on every node of a Slurm allocation (`slurm.nodes`), or in the job of each worker of a block
-(`launchers.flux_workers`). It passes the executor's messages on to workers, which the node agent
+(`flux.workers`). It passes the executor's messages on to workers, which the node agent
 starts, and theirs to the executor, many at once where many come at once.
 
 From the executor comes ``["do", [[worker number, header, number of frames], ...]]`` with the frames of all behind,

@@ -18,15 +18,15 @@ from dataclasses import replace
 from typing import Any
 
 from executorlib.errors import ExecutorlibSocketError, TimeLimitError, describe_exit
+from executorlib.flux.instance import FluxInstance
+from executorlib.flux.jobspec import JobLog, job_name, jobspec, run_command, untold_environment, urgency
+from executorlib.flux.policy import Policy
 from executorlib.jobs.job import read_tail
 from executorlib.jobs.queue import Cause, Phase
 from executorlib.jobs.system import Refused
 from executorlib.launchers.boot import boot_command
 from executorlib.launchers.connecting import ConnectingWorker
 from executorlib.launchers.contract import STDERR_TAIL_BYTES, Events, Exit, Process
-from executorlib.launchers.flux import JobLog, job_name, jobspec, run_command, untold_environment, urgency
-from executorlib.launchers.flux_instance import FluxInstance
-from executorlib.launchers.flux_policy import Policy
 from executorlib.relay.executor_side import RelayEnd, Relays, relay_program
 from executorlib.serialize import Frame
 from executorlib.transports.curve import CONNECTION_VARIABLE

@@ -14,8 +14,8 @@ import signal
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from executorlib.flux.policy import Policy
 from executorlib.jobs.queue import Cause, JobState, Phase
-from executorlib.launchers.flux_policy import Policy
 from executorlib.launchers.hostlist import expand_hosts, expand_ranges
 from executorlib.machine import NodeShape
 from executorlib.resources import Resources

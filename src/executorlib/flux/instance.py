@@ -5,7 +5,7 @@ in that one (`Events.sleep_in`), which watches the descriptor of ours: so both a
 an event, and nothing is asked for at intervals.
 
 Of Flux's Python bindings only those for connection, submission, events and signals are used; jobs are described by
-`launchers.flux`.
+`flux.jobspec`.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from executorlib.flux.jobspec import blobs_of, errors_in, is_text, job_number, nodes_of
+from executorlib.flux.policy import Policy
 from executorlib.jobs.system import Refused
 from executorlib.launchers.contract import Events
-from executorlib.launchers.flux import blobs_of, errors_in, is_text, job_number, nodes_of
-from executorlib.launchers.flux_policy import Policy
 from executorlib.machine import NodeShape
 
 # An event of a job: its name and what it says beside.

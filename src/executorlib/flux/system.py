@@ -13,11 +13,8 @@ import socket
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from executorlib.jobs.queue import Batch, Cause, JobState, Phase
-from executorlib.jobs.system import JobKey, Refused, States
-from executorlib.jobs.templates import FLUX, Templates, warn_of_unused
-from executorlib.launchers.contract import Events
-from executorlib.launchers.flux import (
+from executorlib.flux.instance import FluxInstance
+from executorlib.flux.jobspec import (
     FURTHER_KEYS,
     JobLog,
     job_environment,
@@ -29,8 +26,11 @@ from executorlib.launchers.flux import (
     untold_environment,
     urgency,
 )
-from executorlib.launchers.flux_instance import FluxInstance
-from executorlib.launchers.flux_policy import Policy
+from executorlib.flux.policy import Policy
+from executorlib.jobs.queue import Batch, Cause, JobState, Phase
+from executorlib.jobs.system import JobKey, Refused, States
+from executorlib.jobs.templates import FLUX, Templates, warn_of_unused
+from executorlib.launchers.contract import Events
 from executorlib.launchers.subprocesses import Answer, Commands
 from executorlib.resources import Resources
 from executorlib.worker.job import OUTPUT_VARIABLE

@@ -8,15 +8,15 @@ from typing import Any
 
 from executorlib.core.ledger import Ledger, Node, Unlimited, spread_over
 from executorlib.executors import BaseExecutor, Common, refuse
+from executorlib.flux.instance import known_instance
+from executorlib.flux.jobspec import FURTHER_KEYS
+from executorlib.flux.policy import Policy
+from executorlib.flux.system import FluxSystem
+from executorlib.flux.workers import FluxLauncher
 from executorlib.jobs.executor import QueueExecutor
 from executorlib.jobs.launcher import JobLauncher
 from executorlib.jobs.templates import FLUX, Templates
 from executorlib.launchers.contract import Events, JobEvents, Launcher
-from executorlib.launchers.flux import FURTHER_KEYS
-from executorlib.launchers.flux_instance import known_instance
-from executorlib.launchers.flux_policy import Policy
-from executorlib.launchers.flux_system import FluxSystem
-from executorlib.launchers.flux_workers import FluxLauncher
 from executorlib.resources import Demand, Resources, unknown_key
 
 # Without max_workers and max_cores, Flux is handed calls for so many times the cores of its instance: so the next one
