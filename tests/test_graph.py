@@ -18,8 +18,9 @@ from typing import Any
 
 import pytest
 
-from executorlib import graph as graph_module
-from executorlib.graph import Graph, RecordedFuture, check_filename
+from executorlib.graph import picture, workflow_definition
+from executorlib.graph.picture import check_filename
+from executorlib.graph.record import Graph, RecordedFuture
 
 
 def add(x: Any, y: Any = 1) -> Any:
@@ -73,7 +74,7 @@ def record(graph: Graph, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> R
 
 def lines(graph: Graph) -> list[str]:
     """The nodes and edges in the DOT text, without the fonts and colours."""
-    return [line.strip() for line in graph.dot().splitlines()[3:-1]]
+    return [line.strip() for line in picture.dot(graph).splitlines()[3:-1]]
 
 
 def labels(graph: Graph) -> list[str]:
@@ -112,7 +113,7 @@ def test_dot_text() -> None:
     graph = Graph()
     first = record(graph, add, 1, y=2)
     graph.call(add, (first,), {"y": 2}, {"cores": 2, "gpus_per_core": 1})
-    assert graph.dot() == (
+    assert picture.dot(graph) == (
         "digraph executorlib {\n"
         '    node [fontname="Helvetica", fontsize=12, style=filled, fillcolor=white];\n'
         '    edge [fontname="Helvetica", fontsize=10];\n'
@@ -271,7 +272,7 @@ def test_futures_of_other_executors_are_inputs() -> None:
 def test_labels_are_escaped(value: str, label: str) -> None:
     graph = Graph()
     record(graph, twice, value)
-    assert f'[label="number = {label}", ' in graph.dot()
+    assert f'[label="number = {label}", ' in picture.dot(graph)
 
 
 def test_labels_are_one_short_line() -> None:
@@ -309,7 +310,7 @@ def test_unknown_ending() -> None:
         with pytest.raises(ValueError, match=r"one of \.png, \.svg, \.pdf, \.dot"):
             check_filename(name)
         with pytest.raises(ValueError, match="ending"):
-            Graph().write(name)
+            picture.write(Graph(), name)
 
 
 def test_dot_file_needs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,8 +319,8 @@ def test_dot_file_needs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     check_filename(None)
     target = tmp_path / "new" / "graph.dot"
     graph = workflow(Graph())
-    graph.write(target)
-    assert target.read_text(encoding="utf-8") == graph.dot()
+    picture.write(graph, target)
+    assert target.read_text(encoding="utf-8") == picture.dot(graph)
 
 
 @pytest.mark.parametrize("name", ["graph.png", "graph.svg", "graph.pdf"])
@@ -328,7 +329,7 @@ def test_missing_library(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(ValueError, match=r'pip install "executorlib\[graph\]"'):
         check_filename(name)
     with pytest.raises(ValueError, match=r'pip install "executorlib\[graph\]"'):
-        Graph().write(tmp_path / name)
+        picture.write(Graph(), tmp_path / name)
 
 
 def test_program_dot_takes_the_place_of_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -338,12 +339,12 @@ def test_program_dot_takes_the_place_of_the_library(tmp_path: Path, monkeypatch:
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     graph = workflow(Graph())
-    graph.write(tmp_path / "graph.pdf")
-    assert (tmp_path / "graph.pdf").read_text() == "-Tpdf\n" + graph.dot()
+    picture.write(graph, tmp_path / "graph.pdf")
+    assert (tmp_path / "graph.pdf").read_text() == "-Tpdf\n" + picture.dot(graph)
 
 
 def no_graphviz(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graph_module, "find_spec", lambda name: None)
+    monkeypatch.setattr(picture, "find_spec", lambda name: None)
     monkeypatch.setenv("PATH", "")
 
 
@@ -353,7 +354,7 @@ def test_pictures(tmp_path: Path) -> None:
     record(graph, add, '<&"\\>', "é")
     for name in ("graph.png", "graph.svg", "graph.PDF"):
         check_filename(name)
-        graph.write(tmp_path / name)
+        picture.write(graph, tmp_path / name)
     png = (tmp_path / "graph.png").read_bytes()
     assert png.startswith(b"\x89PNG\r\n\x1a\n")
     width, height = struct.unpack(">II", png[16:24])
@@ -369,7 +370,7 @@ def test_pictures(tmp_path: Path) -> None:
 
 def test_outside_a_notebook_a_hint_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="executorlib"):
-        workflow(Graph()).draw()
+        picture.draw(workflow(Graph()))
     assert "plot_dependency_graph_filename" in caplog.text
 
 
@@ -389,7 +390,7 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
 def test_notebook_shows_svg(shown: list[dict[str, str]]) -> None:
     pytest.importorskip("pygraphviz", reason='pictures: pip install "executorlib[graph]"')
     check_filename(None)
-    workflow(Graph()).draw()
+    picture.draw(workflow(Graph()))
     assert "</svg>" in shown[0]["image/svg+xml"]
 
 
@@ -404,7 +405,7 @@ def test_notebook_without_the_library(shown: list[dict[str, str]], monkeypatch: 
 
 
 def exported(graph: Graph, folder: Path) -> dict[str, Any]:
-    graph.export(folder / "workflow.json")
+    workflow_definition.export(graph, folder / "workflow.json")
     document = json.loads((folder / "workflow.json").read_text(encoding="utf-8"))
     assert isinstance(document, dict)
     return document
@@ -550,7 +551,7 @@ def test_exported_workflow_runs_to_the_same_result(flow: Callable[[Any], Any], t
     )
     recorder = Recorder()
     flow(recorder)
-    recorder.graph.export(tmp_path / "workflow.json")
+    workflow_definition.export(recorder.graph, tmp_path / "workflow.json")
     assert runner.load_workflow_json(str(tmp_path / "workflow.json")) == flow(Direct())
 
 
@@ -629,7 +630,7 @@ def test_what_the_format_cannot_hold_is_named(
     record(graph, add, 1)
     record(graph, fn, *args)
     with pytest.raises(ValueError, match=f"cannot export call 2.*{message}"):
-        graph.export(tmp_path / "workflow.json")
+        workflow_definition.export(graph, tmp_path / "workflow.json")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -647,7 +648,7 @@ def test_numpy_goes_into_json(tmp_path: Path) -> None:
     }
     graph = Graph()
     record(graph, settings, values)
-    graph.export(tmp_path / "workflow.json")
+    workflow_definition.export(graph, tmp_path / "workflow.json")
     nodes = json.loads((tmp_path / "workflow.json").read_text())["nodes"]
     assert [node["value"] for node in nodes if node["type"] == "input"] == [
         {
@@ -674,16 +675,17 @@ def test_numpy_that_json_has_no_place_for(tmp_path: Path) -> None:
         graph = Graph()
         record(graph, twice, value)
         with pytest.raises(ValueError, match=told):
-            graph.export(tmp_path / "workflow.json")
+            workflow_definition.export(graph, tmp_path / "workflow.json")
 
 
 def test_no_workflow_to_export(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no call was submitted"):
-        Graph().export(tmp_path / "workflow.json")
+        workflow_definition.export(Graph(), tmp_path / "workflow.json")
 
 
 SCRIPT = """
-from executorlib.graph import Graph
+from executorlib.graph.record import Graph
+from executorlib.graph.workflow_definition import export
 
 def triple(x):
     return 3 * x
@@ -691,7 +693,7 @@ def triple(x):
 if __name__ == "__main__":
     graph = Graph()
     graph.call(triple, (14,), {})
-    graph.export("workflow.json")
+    export(graph, "workflow.json")
 """
 
 
@@ -707,7 +709,7 @@ if __name__ == "__main__":
 def test_functions_of_a_script_are_named_after_its_file(command: list[str], path: str, tmp_path: Path) -> None:
     for name in ("a_script.py", "not-a-name.py"):
         (tmp_path / name).write_text(SCRIPT)
-    environment = {**os.environ, "PYTHONPATH": str(Path(graph_module.__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(picture.__file__).parents[2])}
     command = [sys.executable, *command]
     subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=30)
     document = json.loads((tmp_path / "workflow.json").read_text())

@@ -33,7 +33,7 @@ from executorlib.single_node.mpi import check_mpi
 from executorlib.worker.function import Function
 
 if TYPE_CHECKING:
-    from executorlib.graph import Graph
+    from executorlib.graph.record import Graph
 
 _executor_numbers = itertools.count()
 
@@ -630,18 +630,19 @@ def _graph_mode(
         raise ValueError(
             "a dependency graph cannot be made with disable_dependencies=True. Leave one of the two arguments out."
         )
-    from executorlib.graph import Graph, check_filename
+    from executorlib.graph import picture, workflow_definition
+    from executorlib.graph.record import Graph
 
     if plot or plot_filename:
-        check_filename(plot_filename)
+        picture.check_filename(plot_filename)
 
     def finish(graph: Graph) -> None:
         if plot_filename is not None:
-            graph.write(plot_filename)
+            picture.write(graph, plot_filename)
         elif plot:
-            graph.draw()
+            picture.draw(graph)
         if export_filename is not None:
-            graph.export(export_filename)
+            workflow_definition.export(graph, export_filename)
 
     return Graph(), finish
 
