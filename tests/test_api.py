@@ -33,7 +33,10 @@ from executorlib.api import (
     SocketInterface,
     SubprocessSpawner,
     interface_bootup,
+    spawners,
 )
+from executorlib.api import interface as api_interface
+from executorlib.api import program as api_program
 
 # A program as libraries write them; `obey` is what a test adds.
 PROGRAM = """\
@@ -199,7 +202,7 @@ def test_interface_bootup_starts_a_program_that_connects_back(boot: Booter) -> N
 def test_hostname_localhost_chooses_the_host_the_program_is_told(
     boot: Booter, monkeypatch: pytest.MonkeyPatch, localhost: bool, host: str
 ) -> None:
-    monkeypatch.setattr(api, "gethostname", lambda: "gethostname")
+    monkeypatch.setattr(api_interface, "gethostname", lambda: "gethostname")
     commands: list[list[str]] = []
 
     class Recorder(SubprocessSpawner):
@@ -217,8 +220,8 @@ def test_a_machine_whose_name_is_not_resolved_is_localhost(
     def unknown(*args: object) -> None:
         raise socket.gaierror
 
-    monkeypatch.setattr(api, "getaddrinfo", unknown)
-    assert api._host(None) == "localhost"
+    monkeypatch.setattr(api_interface, "getaddrinfo", unknown)
+    assert api_interface._host(None) == "localhost"
 
 
 def test_messages_before_and_after_each_other_keep_their_order(boot: Booter) -> None:
@@ -298,11 +301,11 @@ def test_the_program_gets_threads_and_a_working_directory(boot: Booter, tmp_path
 def test_the_keys_are_in_the_environment_and_nowhere_in_argv(boot: Booter) -> None:
     interface = boot()
     found = interface.send_and_receive_dict(
-        answer("(sys.argv, os.environ[message['name']])") | {"name": api._KEYS_VARIABLE}
+        answer("(sys.argv, os.environ[message['name']])") | {"name": api_program._KEYS_VARIABLE}
     )["result"]
     argv, keys = found
     assert not any(key in argument for key in keys.split() for argument in argv)
-    assert api._KEYS_VARIABLE not in os.environ
+    assert api_program._KEYS_VARIABLE not in os.environ
 
 
 def test_a_spawner_with_a_bootup_of_its_own_needs_no_change(boot: Booter) -> None:
@@ -416,7 +419,7 @@ def test_a_dead_program_is_started_again_on_the_same_port(boot: Booter) -> None:
 def test_a_program_that_closed_its_connection_is_an_error_to_send_to(
     boot: Booter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(api, "_END_UNAWAITED_SECONDS", 0.1)
+    monkeypatch.setattr(api_interface, "_END_UNAWAITED_SECONDS", 0.1)
     interface = boot()
     interface.send_dict({"do": "interface_send(socket, {}); interface_shutdown(socket, context); signal.pause()"})
     assert interface.receive_dict() == {}
@@ -434,7 +437,7 @@ def test_a_program_that_closed_its_connection_is_an_error_to_send_to(
 def test_standard_error_is_shown_while_the_program_runs(
     boot: Booter, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(api, "_STDERR_FILE_BYTES", 1000)
+    monkeypatch.setattr(spawners, "_STDERR_FILE_BYTES", 1000)
     interface = boot()
     for number in range(3):
         line = f"{number}" * 600
@@ -467,7 +470,7 @@ def test_shutdown_waits_for_what_the_program_still_does(boot: Booter, tmp_path: 
 def test_a_program_that_never_connected_is_ended(
     boot: Booter, monkeypatch: pytest.MonkeyPatch, before: str, wait: bool
 ) -> None:
-    monkeypatch.setattr(api, "_TERM_SECONDS", 0.2)
+    monkeypatch.setattr(spawners, "_TERM_SECONDS", 0.2)
     interface = boot(before=before)
     pid = pid_of(interface)
     assert interface.shutdown(wait=wait) is None
@@ -477,7 +480,7 @@ def test_a_program_that_never_connected_is_ended(
 def test_a_busy_program_is_ended_where_nobody_waits_for_it(
     boot: Booter, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(api, "_END_UNAWAITED_SECONDS", 0.1)
+    monkeypatch.setattr(api_interface, "_END_UNAWAITED_SECONDS", 0.1)
     interface = boot()
     child = tmp_path / "child"
     interface.send_dict(
@@ -645,7 +648,7 @@ def test_a_second_program_with_the_key_is_not_mistaken_for_the_first(boot: Boote
 def test_a_program_without_keys_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     for value in (None, "", "one two"):
         if value is not None:
-            monkeypatch.setenv(api._KEYS_VARIABLE, value)
+            monkeypatch.setenv(api_program._KEYS_VARIABLE, value)
         with pytest.raises(ExecutorlibSocketError, match=r"interface_bootup\(\)"):
             api.interface_connect("localhost", "1234")
 
@@ -653,7 +656,7 @@ def test_a_program_without_keys_says_what_to_do(monkeypatch: pytest.MonkeyPatch)
 def test_a_program_with_the_keys_of_another_interface_is_told(boot: Booter, monkeypatch: pytest.MonkeyPatch) -> None:
     interface = boot()
     other = SocketInterface()
-    monkeypatch.setenv(api._KEYS_VARIABLE, other._listener.keys)
+    monkeypatch.setenv(api_program._KEYS_VARIABLE, other._listener.keys)
     context, sock = api.interface_connect("localhost", port_of(interface))
     with pytest.raises(ExecutorlibSocketError, match=f"tcp://localhost:{port_of(interface)}"):
         api.interface_receive(sock)
@@ -664,10 +667,10 @@ def test_a_program_with_the_keys_of_another_interface_is_told(boot: Booter, monk
 def test_a_program_whose_library_is_gone_is_told_every_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(api.atexit, "register", lambda function: None)
+    monkeypatch.setattr(api_program.atexit, "register", lambda function: None)
     interface = SocketInterface()
     port = interface.bind_to_random_port()
-    monkeypatch.setenv(api._KEYS_VARIABLE, interface._listener.keys)
+    monkeypatch.setenv(api_program._KEYS_VARIABLE, interface._listener.keys)
     context, sock = api.interface_connect("127.0.0.1", str(port))
     interface.shutdown()
     for _ in range(2):
@@ -681,7 +684,7 @@ def test_a_host_that_cannot_be_resolved_is_an_error_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     keys = SocketInterface()
-    monkeypatch.setenv(api._KEYS_VARIABLE, keys._listener.keys)
+    monkeypatch.setenv(api_program._KEYS_VARIABLE, keys._listener.keys)
     with pytest.raises(OSError, match=r"."):
         api.interface_connect("no.such.host.invalid", "1234")
     keys.shutdown()
@@ -692,7 +695,7 @@ def test_programs_may_close_their_socket_and_context_themselves(
 ) -> None:
     interface = SocketInterface()
     port = interface.bind_to_random_port()
-    monkeypatch.setenv(api._KEYS_VARIABLE, interface._listener.keys)
+    monkeypatch.setenv(api_program._KEYS_VARIABLE, interface._listener.keys)
     context, sock = api.interface_connect("127.0.0.1", str(port))
     assert interface._listener.receive(2000) == b""
     sock.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from executorlib.api import serve_functions
+from executorlib.api.program import serve_functions
 
 if __name__ == "__main__":
     try:

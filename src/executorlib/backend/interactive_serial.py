@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from executorlib.api import serve_functions
+from executorlib.api.program import serve_functions
 
 if __name__ == "__main__":
     serve_functions()
