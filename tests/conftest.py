@@ -782,7 +782,7 @@ def no_orphans(request: pytest.FixtureRequest) -> Iterator[None]:
 
 _AS_USER = """
 import locale, os, pwd, shutil, sys
-from executorlib import commands
+from executorlib import cli as commands
 from executorlib.cache import directory as cache, entries
 user = int(sys.argv.pop(1))
 os.setgroups([])

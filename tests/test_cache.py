@@ -28,7 +28,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import as_user
-from executorlib import SingleNodeExecutor, commands, terminate
+from executorlib import SingleNodeExecutor, cli, terminate
 from executorlib.api import TestClusterExecutor
 from executorlib.cache import batch_directory, entries, trust
 from executorlib.cache import directory as cache
@@ -934,7 +934,7 @@ def test_the_directory_of_a_stranger(tmp_path: Path, mode: int, capsys: pytest.C
         with row(cache_directory=tmp_path / "own") as executor, pytest.raises(ValueError, match="it is nobody's"):
             executor.submit(abs, -1, resource_dict={"cache_directory": str(store)})
     for command in (["ls"], ["show", "a"], ["rm", "a"], ["prune"]):
-        assert commands.main(["cache", *command, "-d", str(store)]) == 1
+        assert cli.main(["cache", *command, "-d", str(store)]) == 1
         assert "it is nobody's" in capsys.readouterr().err
     assert not (tmp_path / "trace").exists()
     assert [path.name for path in store.iterdir()] == ["a_o.h5"]

@@ -18,7 +18,7 @@ import cloudpickle
 import pytest
 
 from conftest import as_user
-from executorlib import commands
+from executorlib import cli
 from executorlib._version import __version__
 from executorlib.cache import batch_directory, entries
 from executorlib.cache import scan as cache_scan
@@ -88,7 +88,7 @@ def call(capsys: pytest.CaptureFixture[str]) -> Call:
 
     def run(*arguments: object) -> tuple[int, str, str]:
         try:
-            code: Any = commands.main([str(each) for each in arguments])
+            code: Any = cli.main([str(each) for each in arguments])
         except SystemExit as error:
             code = error.code
         return (code, *capsys.readouterr())
@@ -163,7 +163,7 @@ def test_ls_prints_what_it_has_found_before_it_has_found_all(
         yield cache_scan.Entry("first", "done", 1, 0.0, "first_o.h5")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(commands, "scan", scan)
+    monkeypatch.setattr(cli, "scan", scan)
     code, out, _ = call("cache", "ls", "-d", tmp_path)
     assert (code, out.split()[-1]) == (130, "first")
 
@@ -638,16 +638,16 @@ def test_the_version(call: Call) -> None:
     ("text", "size"), [("0", 0), ("10B", 10), ("1k", 1024), ("1.5G", 3 << 29), ("2GiB", 2 << 30), ("3TB", 3 << 40)]
 )
 def test_sizes(text: str, size: int) -> None:
-    assert commands._size(text) == size
+    assert cli._size(text) == size
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("30s", 30), ("1.5h", 5400), ("2d", 2 * DAY), ("1W", 7 * DAY)])
 def test_ages(text: str, seconds: float) -> None:
-    assert commands._age(text) == seconds
+    assert cli._age(text) == seconds
 
 
 def test_sizes_and_ages_are_short() -> None:
     sizes = {0: "0B", 999: "999B", 1000: "1.0K", 10_239: "10K", 1_023_000: "999K", 5 << 30: "5.0G", 3 << 60: "3072P"}
-    assert {size: commands._human_size(size) for size in sizes} == sizes
+    assert {size: cli._human_size(size) for size in sizes} == sizes
     ages = {-5: "0s", 0.5: "0s", 119: "119s", 120: "2m", 7199: "119m", 7200: "2h", 2 * DAY - 1: "47h", 2 * DAY: "2d"}
-    assert {seconds: commands._human_age(seconds) for seconds in ages} == ages
+    assert {seconds: cli._human_age(seconds) for seconds in ages} == ages

@@ -6,7 +6,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from executorlib._version import __version__
     from executorlib.cache.directory import get_cache_data, get_future_from_cache
-    from executorlib.executors import BaseExecutor
+    from executorlib.executor import BaseExecutor
     from executorlib.flux.executors import FluxClusterExecutor, FluxJobExecutor
     from executorlib.futures.derived import get_item_from_future, split_future
     from executorlib.single_node.executor import SingleNodeExecutor
@@ -32,7 +32,7 @@ __all__ = [
 
 # Names are loaded when they are used, so that importing the package, and starting a worker, costs next to nothing.
 _MODULES = {
-    "BaseExecutor": "executors",
+    "BaseExecutor": "executor",
     "FluxClusterExecutor": "flux.executors",
     "FluxJobExecutor": "flux.executors",
     "SingleNodeExecutor": "single_node.executor",

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 import sys
 
-from executorlib.commands import main
+from executorlib.cli import main
 
 sys.exit(main())

@@ -30,7 +30,7 @@ from contract.functions import (
     until,
     wait_until_gone,
 )
-from executorlib import commands, get_cache_data, get_future_from_cache, get_item_from_future, split_future
+from executorlib import cli, get_cache_data, get_future_from_cache, get_item_from_future, split_future
 from executorlib.cache import batch_directory, entries
 
 WAIT = 40
@@ -573,7 +573,7 @@ def test_what_calls_print_is_in_their_entries(
     assert printed["silent"] is None
     cut = 3_000_000 + len("\naside\n") - (1 << 20)
     assert printed["much"] == f"[{cut} bytes before this were cut]\n{'x' * ((1 << 20) - 7)}\naside\n"
-    commands.main(["cache", "show", "word", "-d", str(store)])
+    cli.main(["cache", "show", "word", "-d", str(store)])
     assert "printed:        a word\n                aside\n" in capsys.readouterr().out
     assert all("printed" not in row for row in get_cache_data(store))
 
@@ -600,7 +600,7 @@ def test_what_ranks_print_is_in_their_entries(
 
 
 def show(store: Path, name: str, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    assert commands.main(["cache", "show", name, "-d", str(store), "--json"]) == 0
+    assert cli.main(["cache", "show", name, "-d", str(store), "--json"]) == 0
     shown: dict[str, Any] = json.loads(capsys.readouterr().out)
     return shown
 

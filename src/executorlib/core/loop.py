@@ -165,7 +165,7 @@ class Loop(Poller, JobEvents):
         name: Of the thread.
         jobs: Whether calls become jobs: they travel as files of the cache directory, what is their input need not be
             done before, and they go on when the executor is left.
-        cache_versions: See `executors.Common`.
+        cache_versions: See `options.Common`.
         log_records: Likewise.
     """
 

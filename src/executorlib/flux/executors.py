@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from executorlib.core.ledger import Ledger, Node, Unlimited, spread_over
-from executorlib.executors import BaseExecutor, Common, refuse
+from executorlib.executor import BaseExecutor
 from executorlib.flux.instance import known_instance
 from executorlib.flux.jobspec import FURTHER_KEYS
 from executorlib.flux.policy import Policy
@@ -17,6 +17,7 @@ from executorlib.jobs.executor import QueueExecutor
 from executorlib.jobs.launcher import JobLauncher
 from executorlib.jobs.templates import FLUX, Templates
 from executorlib.launchers.contract import Events, JobEvents, Launcher
+from executorlib.options import Common, refuse
 from executorlib.resources import Demand, Resources, unknown_key
 
 # Without max_workers and max_cores, Flux is handed calls for so many times the cores of its instance: so the next one

@@ -8,9 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 from executorlib.core.ledger import Ledger, Node, Unlimited
-from executorlib.executors import BaseExecutor, Common
+from executorlib.executor import BaseExecutor
 from executorlib.jobs.templates import Templates, check_keys
 from executorlib.launchers.contract import Events, JobEvents, Launcher
+from executorlib.options import Common
 from executorlib.resources import Demand, Resources, check_ranks_of_nodes
 
 _CACHE_DIRECTORY = "executorlib_cache"

@@ -9,11 +9,11 @@ from typing import Any
 
 from executorlib import machine
 from executorlib.core.ledger import Ledger, Node, Unlimited
-from executorlib.executors import Common
 from executorlib.jobs.executor import _CACHE_DIRECTORY, ClusterExecutor
 from executorlib.jobs.launcher import JobLauncher
 from executorlib.launchers.contract import JobEvents, Launcher
 from executorlib.local_queue.system import LocalSystem
+from executorlib.options import Common
 from executorlib.resources import Resources, listed
 from executorlib.single_node.launcher import LocalLauncher
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from executorlib import machine
 from executorlib.core.ledger import Ledger, Node
-from executorlib.executors import BaseExecutor, Common, refuse
+from executorlib.executor import BaseExecutor
+from executorlib.options import Common, refuse
 from executorlib.resources import Resources, whole_number
 from executorlib.single_node.launcher import LocalLauncher
 

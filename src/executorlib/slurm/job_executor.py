@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from executorlib.core.ledger import Ledger, Node, spread_over
-from executorlib.executors import BaseExecutor, Common, refuse
+from executorlib.executor import BaseExecutor
 from executorlib.launchers.contract import Events, Launcher
 from executorlib.machine import NodeShape
+from executorlib.options import Common, refuse
 from executorlib.resources import Demand, Resources
 from executorlib.slurm.allocation import slurm_allocation
 from executorlib.slurm.nodes import NodesLauncher
