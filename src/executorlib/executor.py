@@ -30,7 +30,6 @@ from executorlib.futures.inputs import find_futures_in_call
 from executorlib.launchers.contract import JobEvents, Launcher
 from executorlib.options import positive
 from executorlib.resources import Demand, Resources, check_cache_key, whole_number
-from executorlib.single_node.mpi import check_mpi
 from executorlib.worker.function import Function
 
 if TYPE_CHECKING:
@@ -63,8 +62,6 @@ class BaseExecutor(Executor):
     _graph: Graph | None = None
     # Whether unknown keys of a resource_dict go to a submission template instead of being errors.
     _has_template = False
-    # Whether it is this machine's MPI that starts the ranks of a call.
-    _starts_ranks = True
 
     def __init__(
         self,
@@ -189,8 +186,8 @@ class BaseExecutor(Executor):
         assert self._loop is not None
         self._loop.check_open()
         imports.check_call(fn, args, kwargs)
-        if resources.cores > 1 and self._starts_ranks:
-            check_mpi()  # asks mpiexec here, once, and not in the loop
+        if resources.cores > 1:
+            self._prepare_ranks()
         call: Future[Any] = CallFuture()
         try:
             inputs = find_futures_in_call(args, kwargs)
@@ -414,6 +411,9 @@ class BaseExecutor(Executor):
                 f"max_cores={demand.cores}."
             )
         return demand
+
+    def _prepare_ranks(self) -> None:
+        """Find out what the ranks of a call need to be started, where that takes long: the loop must not wait for it."""
 
     def _make_directories(self, resources: Resources, subject: str) -> None:
         from executorlib.cache import trust

@@ -55,8 +55,6 @@ class FluxJobExecutor(BaseExecutor):
         ValueError: An argument that cannot be honoured; the text says why and what to do.
     """
 
-    # Flux starts them.
-    _starts_ranks = False
     # What else Flux can be told; see `_check`.
     _has_template = True
 

@@ -53,7 +53,6 @@ class ClusterExecutor(BaseExecutor):
     """
 
     _has_template = True
-    _starts_ranks = False
     _templates: Templates | None = None
 
     def __init__(

@@ -15,6 +15,7 @@ from executorlib.executor import BaseExecutor
 from executorlib.options import Common, refuse
 from executorlib.resources import Resources, whole_number
 from executorlib.single_node.launcher import LocalLauncher
+from executorlib.single_node.mpi import check_mpi
 
 # Where the next executor of this process begins to take CPUs, so that two small ones do not share one CPU.
 _first_cpu = itertools.count()
@@ -175,6 +176,9 @@ class SingleNodeExecutor(BaseExecutor):
                 f"{subject}: num_nodes={resources.num_nodes} cannot be honoured on a single node. Ask for 1, or leave "
                 "it out."
             )
+
+    def _prepare_ranks(self) -> None:
+        check_mpi()  # asks mpiexec, once
 
     def _check_block(self, size: int) -> None:
         super()._check_block(size)

@@ -12,6 +12,7 @@ from executorlib.launchers.contract import Events, Launcher
 from executorlib.machine import NodeShape
 from executorlib.options import Common, refuse
 from executorlib.resources import Demand, Resources
+from executorlib.single_node.mpi import check_mpi
 from executorlib.slurm.allocation import slurm_allocation
 from executorlib.slurm.nodes import NodesLauncher
 
@@ -144,6 +145,9 @@ class SlurmJobExecutor(BaseExecutor):
                 f"{subject}: slurm_cmd_args are options of srun, but without pmi_mode it is mpiexec that starts ranks. "
                 "Give the executor a pmi_mode ('pmi2' for MPICH, 'pmix' for Open MPI), or leave them out here."
             )
+
+    def _prepare_ranks(self) -> None:
+        check_mpi()  # asks mpiexec, once
 
     def _checked_demand(self, resources: Resources, subject: str) -> Demand:
         if self._capacity is None:
