@@ -413,7 +413,7 @@ class BaseExecutor(Executor):
         return demand
 
     def _prepare_ranks(self) -> None:
-        """Find out what the ranks of a call need to be started, where that takes long: the loop must not wait for it."""
+        """Find out what starts the ranks of a call, so that the loop need not wait for it."""
 
     def _make_directories(self, resources: Resources, subject: str) -> None:
         from executorlib.cache import trust

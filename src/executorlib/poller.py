@@ -7,15 +7,48 @@ import itertools
 import select
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 # The same bits for epoll and poll. Used directly, because the selectors module takes longer for an event than we do.
 _HAS_EPOLL = hasattr(select, "epoll")
 _READABLE, _WRITABLE = select.POLLIN, select.POLLOUT
 
 
+class Waiting(Protocol):
+    """What can be asked of whoever waits for descriptors and timers."""
+
+    def watch(self, fileobj: Any, callback: Callable[[], None]) -> None:
+        """Call ``callback`` whenever ``fileobj`` can be read."""
+        ...
+
+    def watch_writable(self, fileobj: Any, wanted: bool, callback: Callable[[], None]) -> None:
+        """Call ``callback`` when a watched ``fileobj`` can be written, as long as that is ``wanted``."""
+        ...
+
+    def unwatch(self, fileobj: Any) -> None:
+        """Stop watching, before the descriptor is closed."""
+        ...
+
+    def call_later(self, seconds: float, callback: Callable[[], None]) -> None:
+        """Call ``callback`` once, after some time."""
+        ...
+
+    def fileno(self) -> int:
+        """A descriptor that can be read when anything watched is ready, for `sleep_in`; of Linux only."""
+        ...
+
+    def sleep_in(self, sleep: Callable[[float], None] | None) -> None:
+        """Have the loop sleep in another library's event loop, which gets what it needs meanwhile.
+
+        Args:
+            sleep: Called instead of the loop's own sleep with the most seconds that it may take, below zero for any
+                time. It is to return when `fileno` can be read. None for the loop's own sleep again.
+        """
+        ...
+
+
 class Poller:
-    """The part of `launchers.contract.Events` that is about waiting. For one thread."""
+    """Waits as `Waiting` says. For one thread."""
 
     def __init__(self) -> None:
         self._poll: Any = select.epoll() if _HAS_EPOLL else select.poll()
@@ -25,22 +58,22 @@ class Poller:
         self._sleep: Callable[[float], None] | None = None
 
     def sleep_in(self, sleep: Callable[[float], None] | None) -> None:
-        """See `Events.sleep_in`."""
+        """See `Waiting.sleep_in`."""
         self._sleep = sleep
 
     def fileno(self) -> int:
-        """See `Events.fileno`."""
+        """See `Waiting.fileno`."""
         number: int = self._poll.fileno()
         return number
 
     def watch(self, fileobj: Any, callback: Callable[[], None]) -> None:
-        """See `Events.watch`."""
+        """See `Waiting.watch`."""
         fd = _descriptor(fileobj)
         self._poll.register(fd, _READABLE)
         self._callbacks[fd] = (callback, None)
 
     def watch_writable(self, fileobj: Any, wanted: bool, callback: Callable[[], None]) -> None:
-        """See `Events.watch_writable`."""
+        """See `Waiting.watch_writable`."""
         fd = _descriptor(fileobj)
         callbacks = self._callbacks.get(fd)
         if callbacks is None or (callbacks[1] is not None) == wanted:
@@ -49,13 +82,13 @@ class Poller:
         self._poll.modify(fd, _READABLE | _WRITABLE if wanted else _READABLE)
 
     def unwatch(self, fileobj: Any) -> None:
-        """See `Events.unwatch`."""
+        """See `Waiting.unwatch`."""
         fd = _descriptor(fileobj)
         if self._callbacks.pop(fd, None) is not None:
             self._poll.unregister(fd)
 
     def call_later(self, seconds: float, callback: Callable[[], None]) -> None:
-        """See `Events.call_later`."""
+        """See `Waiting.call_later`."""
         heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._timer_numbers), callback))
 
     def next_timer(self) -> float:

@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from executorlib.poller import Waiting
+
 if TYPE_CHECKING:
     from executorlib.core.scheduler import Worker
     from executorlib.core.task import Task
@@ -87,37 +89,8 @@ class Process:
     on_gone: Callable[[], None] | None = None
 
 
-class Events(Protocol):
+class Events(Waiting, Protocol):
     """What a launcher may call in the loop."""
-
-    def watch(self, fileobj: Any, callback: Callable[[], None]) -> None:
-        """Call ``callback`` whenever ``fileobj`` can be read."""
-        ...
-
-    def watch_writable(self, fileobj: Any, wanted: bool, callback: Callable[[], None]) -> None:
-        """Call ``callback`` when a watched ``fileobj`` can be written, as long as that is ``wanted``."""
-        ...
-
-    def unwatch(self, fileobj: Any) -> None:
-        """Stop watching, before the descriptor is closed."""
-        ...
-
-    def call_later(self, seconds: float, callback: Callable[[], None]) -> None:
-        """Call ``callback`` once, after some time."""
-        ...
-
-    def fileno(self) -> int:
-        """A descriptor that can be read when anything watched is ready, for `sleep_in`; of Linux only."""
-        ...
-
-    def sleep_in(self, sleep: Callable[[float], None] | None) -> None:
-        """Have the loop sleep in another library's event loop, which gets what it needs meanwhile.
-
-        Args:
-            sleep: Called instead of the loop's own sleep with the most seconds that it may take, below zero for any
-                time. It is to return when `fileno` can be read. None for the loop's own sleep again.
-        """
-        ...
 
     def call_soon(self, callback: Callable[[], None]) -> None:
         """Call ``callback`` once, as soon as all that is at hand was decided upon: to send together what was put."""

@@ -33,7 +33,7 @@ from executorlib.transports.zeromq import (
 )
 
 if TYPE_CHECKING:
-    from executorlib.launchers.contract import Events
+    from executorlib.poller import Waiting
 
 # Name of the Unix socket in its directory.
 _SOCKET = "router"
@@ -74,7 +74,7 @@ class Router:
 
     def __init__(
         self,
-        events: Events,
+        events: Waiting,
         on_message: Callable[[bytes, Any, list[Frame]], None],
         on_lost: Callable[[bytes], None] | None = None,
         *,
