@@ -1018,6 +1018,22 @@ def test_a_result_that_shows_when_it_is_asked_for_is_an_input(tmp_path: Path, mo
     assert pickle.loads(pickle.dumps(entries.ResultOf(str(path)))) == 3
 
 
+def test_inputs_that_were_stored_before_the_modules_were_put_into_folders(tmp_path: Path) -> None:
+    """They name a module by what it was called then; one to look at them does, and a job that is yet to run."""
+    write(tmp_path / "a_o.h5", output=3)
+    where = (str(tmp_path / "a_o.h5"), (), str(tmp_path), None)
+    reference = b"cexecutorlib.entries\n_load_result\n" + pickle.dumps(where, 0).removesuffix(b".") + b"R"
+    stored = entries.Snapshot(b"]" + reference + b"a.")
+    waiting = str(entries.entry_path(tmp_path, "b", "i"))
+    call: dict[str, Any] = {"function": abs, "input_args": stored, "input_kwargs": {}, "resource_dict": {}}
+    assert entries.write_input(waiting, call)
+    found = entries.read_entry(waiting)
+    assert found is not None
+    assert [type(each) for each in found["input_args"]] == [entries.ResultOf]
+    assert pickle.loads(stored) == [3]
+    assert entries.load_with_names(stored) == [entries.name_of_result("a", ())]
+
+
 def test_an_input_that_is_damaged_is_told_of_as_such(tmp_path: Path) -> None:
     path = tmp_path / "a_o.h5"
     path.write_bytes(b"damaged")

@@ -19,6 +19,7 @@ import contextlib
 import io
 import os
 import pickle
+import sys
 import time
 from typing import NamedTuple
 
@@ -153,6 +154,12 @@ class ResultOf:
 _others: dict[str, str] = {}
 
 
+# Where pickles say that the next one is: this module, and what it was called before the modules were put into folders.
+# Entries of that time stay, and jobs that wait since then unpickle their inputs by themselves.
+_HOMES = (__name__, "executorlib.entries")
+sys.modules[_HOMES[1]] = sys.modules[__name__]
+
+
 def _load_result(path: str, keys: tuple[Any, ...], root: str | None = None, batch: str | None = None) -> Any:
     give_up = time.monotonic() + _SHOW_SECONDS
     while (output := _read_input_result(path, root, batch)) is None:
@@ -206,7 +213,7 @@ def _name_loaded(path: str, keys: tuple[Any, ...], root: str | None = None, batc
 
 class _NamingUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if name == "_load_result" and module == __name__:
+        if name == "_load_result" and module in _HOMES:
             return _name_loaded
         return super().find_class(module, name)
 
@@ -229,7 +236,7 @@ class _Unpickler(unpickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if name == "FutureItem" and module.startswith("executorlib."):
             return StoredResult
-        if name == "_load_result" and module == __name__:
+        if name == "_load_result" and module in _HOMES:
             return ResultOf  # who looks at a call's inputs need not load them all
         return super().find_class(module, name)
 
