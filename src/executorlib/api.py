@@ -31,7 +31,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import traceback
 import weakref
@@ -46,6 +45,7 @@ import zmq
 from executorlib import serialize
 from executorlib.errors import ExecutorlibSocketError, RemoteTraceback, describe_exit
 from executorlib.launchers import streams
+from executorlib.locks import RLock
 from executorlib.transports.curve import ClientKeys, Door
 from executorlib.worker import call
 
@@ -645,7 +645,7 @@ def _terminate(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-_exporting = threading.Lock()
+_exporting = RLock()
 
 
 @contextlib.contextmanager

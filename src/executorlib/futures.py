@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import CancelledError, Executor, Future
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 from executorlib import serialize
 from executorlib.errors import EXECUTOR_ADVICE, FUTURE_ADVICE, refuse_future
 from executorlib.lean_future import LeanFuture
+from executorlib.locks import RLock
 
 # Types that cannot hold a future: the common arguments, skipped without a closer look.
 _LEAVES = frozenset({int, float, complex, bool, str, bytes, bytearray, type(None)})
@@ -363,7 +363,7 @@ class _Batches:
     """Collects results as they come and resolves one group after the other."""
 
     def __init__(self, groups: list[Future[list[Any]]], n: int, total: int) -> None:
-        self._lock = threading.Lock()
+        self._lock = RLock()
         self._groups = deque(groups)  # not resolved yet; the callbacks keep them, and would keep their results
         self._n = n
         self._missing = total
