@@ -91,13 +91,13 @@ test-gridengine: $(VENV)/installed-dev
 test-flux: $(VENV)/installed-dev
 	@tests/on_flux/instance $(BIN)/python -m pytest -m flux $(ARGS)
 
-# The environment is in the folder, as its Python is; GOAL is what to make there.
+# The environment works in the folder only, where its Python is; GOAL is what to make there.
 GOAL ?= test
 SUITE_PYTHON ?= python3
 test-debian:
 	@[ -n "$(SUITE)" ] || { echo "Name a release of Debian: make test-debian SUITE=forky"; exit 1; }
 	@DEBIAN_PACKAGES=$(SUITE_PYTHON)-venv tests/debian/run $(SUITE) \
-		make $(GOAL) PYTHON=$(SUITE_PYTHON) VENV=/opt/executorlib/$(SUITE_PYTHON) 'ARGS=$(ARGS)'
+		make $(GOAL) PYTHON=$(SUITE_PYTHON) VENV=.venvs/$(SUITE)-$(SUITE_PYTHON) 'ARGS=$(ARGS)'
 
 release-check:
 	@PYTHON=$(PYTHON) .ci/release-check

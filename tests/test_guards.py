@@ -162,3 +162,15 @@ def test_what_tests_log_reaches_the_summary(start: Start) -> None:
     out, _ = process.communicate(timeout=WAIT)
     assert process.returncode == 1
     assert "all of \\udcff it" in out
+
+
+def test_process_that_dies_ends_a_run_in_parallel(start: Start) -> None:
+    """pytest-xdist would start another, and again the test that has ended this one."""
+    source = """
+    @pytest.mark.parametrize("number", range(6))
+    def test_that_dies(number):
+        os._exit(1)
+    """
+    out, _ = start(source, "-n3").communicate(timeout=WAIT)
+    assert "crashed while running 'test_inner.py::test_that_dies[0]'" in out
+    assert "1 failed" in out

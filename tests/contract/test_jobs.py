@@ -797,6 +797,7 @@ def test_kill_workers_with_a_suspended_queue(make_executor: Callable[..., Any], 
     executor = make_executor(max_workers=1)
     future = executor.submit(held)
     pid = held.pid()
+    until(future.running)  # before that, it would be cancelled
     for _ in range(2):  # above the job is the node agent, and above that the queue
         with open(f"/proc/{pid}/stat") as stat:
             pid = int(stat.read().rpartition(")")[2].split()[1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import gc
 import os
 import sys
 import threading
@@ -36,15 +37,21 @@ def strikes(at: int, operation: Callable[[], Any]) -> bool:
     of these points, and an exception of a profiler goes the way of one that a handler raises.
     """
     left = at
+    # Only on Python 3.14 do handlers run when `with` has entered what is written in C, and before its block begins;
+    # later ones tell profilers of that point, too.
+    whole = "__enter__" if sys.version_info[:2] != (3, 14) else None
 
     def profile(frame: Any, event: str, arg: Any) -> None:
         nonlocal left
         # What callbacks of weak references raise is not raised further, but printed.
-        if event in ("call", "c_return") and not frame.f_code.co_filename.endswith("_weakrefset.py"):
+        if frame.f_code.co_filename.endswith("_weakrefset.py"):
+            return
+        if event == "call" or (event == "c_return" and arg.__name__ != whole):
             left -= 1
             if left == -1:
                 raise Interrupt
 
+    gc.disable()  # what its callbacks raise is not raised further either
     try:
         sys.setprofile(profile)
         operation()
@@ -52,6 +59,7 @@ def strikes(at: int, operation: Callable[[], Any]) -> bool:
         pass
     finally:
         sys.setprofile(None)
+        gc.enable()
     return left < 0
 
 

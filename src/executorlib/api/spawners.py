@@ -9,11 +9,11 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from executorlib.api.program import _KEYS_VARIABLE
+from executorlib.futures.locks import RLock
 from executorlib.launchers import streams
 from executorlib.worker import protocol
 
@@ -231,7 +231,7 @@ def _terminate(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-_exporting = threading.Lock()
+_exporting = RLock()
 
 
 @contextlib.contextmanager

@@ -28,6 +28,7 @@ from executorlib.cache.entries import (
     read_values,
 )
 from executorlib.futures.lean import LeanFuture
+from executorlib.futures.locks import RLock
 
 logger = logging.getLogger("executorlib")
 
@@ -179,7 +180,7 @@ class _Watcher:
     """Resolves futures of entries that other processes work on, in one thread that ends with the last."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = RLock()
         self._new: list[tuple[Future[Any], str, str]] = []
         self._running = False
 

@@ -57,6 +57,7 @@ from executorlib.futures.inputs import (
     misplaced,
     stored,
 )
+from executorlib.futures.locks import Event, RLock
 from executorlib.futures.unasked import Failures, Record
 from executorlib.launchers import streams
 from executorlib.launchers.contract import Exit, JobEvents, Launcher, Process, Timer, has_stack, tail_text
@@ -198,7 +199,7 @@ class Loop(Poller, JobEvents):
         self._next_number = 1
         self._last_posted = 0  # numbers of calls: of the last one that was put into the inbox,
         self._last_taken = 0  # and of the last one that was taken out
-        self._submit_lock = threading.Lock()
+        self._submit_lock = RLock()
         self._refusal = ""  # why submit is refused
         self._inbox: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
         self._sleeping = False
@@ -227,11 +228,9 @@ class Loop(Poller, JobEvents):
         self._make_launcher = make_launcher
         self._wake_read = self._wake_write = -1
         self._failed_to_start: BaseException | None = None
-        # Locks, because a Ctrl-C could leave an Event or a Condition locked.
-        self._starting = threading.Lock()
-        self._alive = threading.Lock()  # held by the thread
-        self._attached = threading.Lock()  # held by it until it has given up all futures
-        self._has_let_go = False
+        self._started = Event()  # or failed to
+        self._let_go = Event()  # all futures have been given up, or are over
+        self._ended = Event()
         self._detached = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=False)
 
@@ -244,11 +243,9 @@ class Loop(Poller, JobEvents):
         Raises:
             RuntimeError: There can be no further thread. Nothing is left behind, as after any other error.
         """
-        self._starting.acquire()
         # Not from this thread: `Thread.start` that is interrupted may keep the new thread from ever getting to `_run`.
         start_new_thread(self._start_thread, ())
-        with self._starting:
-            pass
+        self._started.wait()
         if self._failed_to_start is not None:
             raise self._failed_to_start
 
@@ -256,8 +253,12 @@ class Loop(Poller, JobEvents):
         try:
             self._thread.start()
         except BaseException as error:
-            self._failed_to_start = error
-            self._starting.release()
+            self._fail_to_start(error)
+
+    def _fail_to_start(self, error: BaseException) -> None:
+        self._failed_to_start = error
+        for event in (self._ended, self._let_go, self._started):
+            event.set()
 
     # -- called from any thread ---------------------------------------------------------------------------------------
 
@@ -338,8 +339,7 @@ class Loop(Poller, JobEvents):
             self.post(self._on_detach)
         # A callback of a future is called by the loop, which cannot wait for itself.
         if threading.current_thread() is not self._thread and self._pid == os.getpid():
-            with self._attached:
-                pass
+            self._let_go.wait()
 
     def end_workers(self, signal_number: int) -> None:
         """Signal the workers that run calls; those that are still there a little later are killed."""
@@ -357,8 +357,7 @@ class Loop(Poller, JobEvents):
         """Wait until the loop has ended."""
         started = self._thread.ident is not None
         if started and threading.current_thread() is not self._thread and self._pid == os.getpid():
-            with self._alive:  # before Python 3.13, a Ctrl-C makes `Thread.join` believe that the thread has ended
-                pass
+            self._ended.wait()  # before Python 3.13, a Ctrl-C makes `Thread.join` believe that the thread has ended
             self._thread.join()
 
     @property
@@ -459,19 +458,13 @@ class Loop(Poller, JobEvents):
             task.announced = True
             if isinstance(task.future, CallFuture):
                 _cancel(task.future.abandon, task.future)
-        self._let_go()
+        self._let_go.set()
         self._launcher.detach(self._on_detached)
 
     def _on_detached(self) -> None:
         for task in list(self._tasks.values()):
             self._drop(task)
         self._processes.clear()
-
-    def _let_go(self) -> None:
-        """All futures have been given up, or are over."""
-        if not self._has_let_go:
-            self._has_let_go = True
-            self._attached.release()
 
     def _on_end_workers(self, signal_number: int) -> None:
         self._ended_by = self._ended_by or _ENDED_BY[signal.Signals(signal_number)]
@@ -499,10 +492,9 @@ class Loop(Poller, JobEvents):
         try:
             self._open()
         except BaseException as error:
-            self._failed_to_start = error
+            self._fail_to_start(error)
             return
-        finally:
-            self._starting.release()
+        self._started.set()
         try:
             self._launcher.prepare()
             import cloudpickle  # noqa: F401  # while the workers start; the first call may need it
@@ -537,8 +529,6 @@ class Loop(Poller, JobEvents):
             self.watch(self._wake_read, self._on_wake)
             self._launcher = self._make_launcher(self)
             on_failure.pop_all()
-        self._alive.acquire()
-        self._attached.acquire()
         _loops.add(self)
 
     def _work(self) -> None:
@@ -1237,8 +1227,8 @@ class Loop(Poller, JobEvents):
             if not self._ended_by:  # else the user has ended the calls, and knows
                 self._failures.tell()
             _loops.discard(self)
-            self._let_go()
-            self._alive.release()
+            self._let_go.set()
+            self._ended.set()
 
     def after_fork(self) -> None:
         """In a forked copy of the user's process: let go of everything, without touching what the parent shares."""
@@ -1246,7 +1236,7 @@ class Loop(Poller, JobEvents):
             "this executor belongs to the process that made it; after a fork, make a new one in the child process"
         )
         self._sleeping = False
-        self._submit_lock = threading.Lock()
+        self._submit_lock = RLock()
         for fd in [*self._callbacks, self._wake_write]:
             with contextlib.suppress(OSError):
                 os.close(fd)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
@@ -11,6 +10,7 @@ from typing import Any
 from executorlib.errors import refuse_future
 from executorlib.futures.inputs import Stored, failed_call, input_error
 from executorlib.futures.lean import LeanFuture
+from executorlib.futures.locks import RLock
 
 
 def _hand_on_failure(record: Any, future: Future[Any]) -> None:
@@ -174,7 +174,7 @@ class _Batches:
     """Collects results as they come and resolves one group after the other."""
 
     def __init__(self, groups: list[Future[list[Any]]], n: int, total: int) -> None:
-        self._lock = threading.Lock()
+        self._lock = RLock()
         self._groups = deque(groups)  # not resolved yet; the callbacks keep them, and would keep their results
         self._n = n
         self._missing = total

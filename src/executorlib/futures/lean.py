@@ -1,24 +1,23 @@
 """A future that is small, and that no Ctrl-C can leave locked.
 
-Python runs signal handlers in the main thread, between any two steps of code that is written in Python; only a step
-that is written in C is whole. The standard future locks itself by a `threading.Condition`, whose `__enter__` and
-`__exit__` are Python: a Ctrl-C inside them leaves it locked, and the thread that is to resolve the future waits for
-ever. Here, whatever another thread may have to wait for is locked by the ``with`` statement of a lock made in C.
+The standard future is locked by a `threading.Condition`, which a Ctrl-C can leave locked: then the thread that is to
+resolve the future waits for ever. This one has a condition of `locks`.
 
 `concurrent.futures.wait` and `as_completed` are code of the standard library, which goes on as it is. They keep futures
-from being resolved while they look at them, and sleep on a `threading.Event`; both are replaced below.
+from being resolved while they look at them, and wait for events with locks; all of these are replaced below.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
-from _thread import RLock, allocate_lock, get_ident
+from _thread import allocate_lock, get_ident
 from collections.abc import Callable
 from concurrent.futures import Future
-from threading import Lock
 from types import FrameType
 from typing import Any, TypeVar
+
+from executorlib.futures.locks import Condition, Event, RLock
 
 _T = TypeVar("_T")
 
@@ -29,18 +28,18 @@ _logger = logging.getLogger("concurrent.futures")
 _READ_SECONDS = 0.001
 
 
-class _Condition(RLock):  # type: ignore[misc]  # final in typeshed, not in Python
-    """Stands for the `threading.Condition` of a future, which alone takes more memory than the rest of a queued call.
+class _Condition(Condition):  # type: ignore[misc]  # as its base
+    """Stands for the `threading.Condition` of a future.
 
     As a lock, it is the ``with`` statement's. `wait` and `as_completed` call `acquire` and `release` instead, of all
     their futures in a row, and a Ctrl-C in between would leave locks behind. So they get no lock, but are noted as
     readers, with the frame that reads: one that has ended reads no more.
     """
 
-    __slots__ = ("_readers", "_sleepers")
+    __slots__ = ("_readers",)
 
     def __init__(self) -> None:
-        self._sleepers: list[Lock] | None = None
+        super().__init__()
         self._readers: tuple[tuple[int, FrameType], ...] = ()
 
     def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
@@ -72,31 +71,6 @@ class _Condition(RLock):  # type: ignore[misc]  # final in typeshed, not in Pyth
         """Whether the future was resolved meanwhile; never, as `LeanFuture` waits beforehand."""
         return False
 
-    def sleep(self, is_over: Callable[[], bool], timeout: float | None) -> bool:
-        """Wait, without the lock, until ``is_over()``, of which `notify_all` tells; whether it came in time."""
-        with self:
-            if is_over():
-                return True
-            sleeper = allocate_lock()
-            sleeper.acquire()
-            if self._sleepers is None:
-                self._sleepers = []
-            self._sleepers.append(sleeper)
-        try:
-            if timeout is None:
-                return sleeper.acquire()
-            return sleeper.acquire(timeout=timeout) if timeout > 0 else sleeper.acquire(blocking=False)
-        finally:
-            with self:
-                if self._sleepers and sleeper in self._sleepers:
-                    self._sleepers.remove(sleeper)
-
-    def notify_all(self) -> None:
-        """Wake all that sleep; for whoever has the lock."""
-        sleepers, self._sleepers = self._sleepers, None
-        for sleeper in sleepers or ():
-            sleeper.release()
-
 
 def _is_running(frame: FrameType, top: FrameType | None) -> bool:
     """Whether a frame is on the stack whose newest frame is ``top``."""
@@ -105,40 +79,17 @@ def _is_running(frame: FrameType, top: FrameType | None) -> bool:
     return top is not None
 
 
-class _Event:
-    """Stands for the `threading.Event` by which `wait` and `as_completed` are told that a future is done."""
-
-    __slots__ = ("_condition", "_is_set")
-
-    def __init__(self) -> None:
-        self._condition = _Condition()
-        self._is_set = False
-
-    def is_set(self) -> bool:
-        return self._is_set
-
-    def set(self) -> None:
-        with self._condition:
-            self._is_set = True
-            self._condition.notify_all()
-
-    def clear(self) -> None:
-        with self._condition:
-            self._is_set = False
-
-    def wait(self, timeout: float | None = None) -> bool:
-        return self._condition.sleep(self.is_set, timeout)
-
-
 class _Waiters(list[Any]):
     """What `wait` and `as_completed` leave with a future to be told of its end."""
 
     __slots__ = ()
 
     def append(self, waiter: Any) -> None:
-        """Take a waiter, all of whose futures are being read, so that nobody uses its event yet."""
-        if not isinstance(waiter.event, _Event):
-            waiter.event = _Event()
+        """Take a waiter, all of whose futures are being read, so that nobody uses its event and its lock yet."""
+        if not isinstance(waiter.event, Event):
+            waiter.event = Event()
+            if hasattr(waiter, "lock"):
+                waiter.lock = RLock()
         super().append(waiter)
 
 

@@ -7,10 +7,11 @@ ask any more: when the executor ends, of futures that are gone by then, and at e
 from __future__ import annotations
 
 import logging
-import threading
 import weakref
 from collections.abc import Iterable
 from typing import Any
+
+from executorlib.futures.locks import RLock
 
 logger = logging.getLogger("executorlib")
 
@@ -47,7 +48,7 @@ _FIRST_ROOM = 100
 
 # Of executors that have ended, whose futures have not. Several may end at once, each in its own thread.
 _left: list[Record] = []
-_lock = threading.Lock()
+_lock = RLock()
 
 
 class Failures:
@@ -97,7 +98,7 @@ def tell_the_rest() -> None:
 def forget() -> None:
     """Leave everything to another process, of which this one is a copy."""
     global _lock
-    _lock = threading.Lock()
+    _lock = RLock()
     _left.clear()
 
 
