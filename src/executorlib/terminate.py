@@ -8,10 +8,8 @@ import subprocess
 
 from executorlib.cache import directory, entries, trust
 from executorlib.flux.instance import FLUX_NAME, cancel_jobs
-from executorlib.jobs.pysqa import PysqaQueue
-from executorlib.jobs.queue import means
-from executorlib.slurm.queue import SETTINGS_COMMAND, SlurmQueue, command_environment, parse_settings
-from executorlib.slurm.registry import open_queue
+from executorlib.jobs.command_system import open_queue
+from executorlib.jobs.queue import Queue, means
 
 _LOCAL = "the local queue"
 
@@ -86,13 +84,12 @@ def _terminate(root: str | os.PathLike[str], paths: list[str], configuration: st
         jobs.append((job_id, index))
     if jobs:
         queue = _queue_of(systems, configuration)
-        if not isinstance(queue, SlurmQueue):
-            # Other queues refuse to cancel what has ended, and pysqa's have no job arrays.
+        if not queue.cancels_the_gone:
             ids = [job_id for job_id, _ in jobs]
-            known = queue.parse_status(_run(queue.status_command(ids)), ids)
-            jobs = [job for job in jobs if (job[0], 0) in known]
+            known = queue.parse_status(_run(queue, queue.status_command(ids)), ids)
+            jobs = [job for job in jobs if (job[0], job[1] or 0) in known]
     if jobs:
-        _run(queue.cancel_command(jobs))
+        _run(queue, queue.cancel_command(jobs))
     for instance, names in flux_jobs.items():
         cancel_jobs(instance, names)
     # A job that starts all the same finds its entry gone, and ends.
@@ -103,7 +100,7 @@ def _terminate(root: str | os.PathLike[str], paths: list[str], configuration: st
         entries.terminate(path, batch, os.fspath(root))
 
 
-def _queue_of(systems: dict[str, str], configuration: str | None) -> SlurmQueue | PysqaQueue:
+def _queue_of(systems: dict[str, str], configuration: str | None) -> Queue:
     """The queue here, where it is the one of these systems: elsewhere, their jobs' numbers are others'.
 
     Args:
@@ -116,7 +113,7 @@ def _queue_of(systems: dict[str, str], configuration: str | None) -> SlurmQueue 
     """
     queue = open_queue(configuration)
     if any(system != queue.name and means(queue.name, system) for system in systems):
-        queue = open_queue(configuration, parse_settings(_run(SETTINGS_COMMAND)))
+        queue = open_queue(configuration, _run(queue, list(queue.settings_command)))
     for system, path in systems.items():
         if not means(system, queue.name):
             raise ValueError(
@@ -127,11 +124,14 @@ def _queue_of(systems: dict[str, str], configuration: str | None) -> SlurmQueue 
     return queue
 
 
-def _run(argv: list[str]) -> str:
+def _run(queue: Queue, argv: list[str]) -> str:
     """Run a command of the queuing system; returns what it prints."""
     try:
-        environment = command_environment(os.environ)
-        return subprocess.run(argv, check=True, capture_output=True, text=True, env=environment).stdout
+        environment = queue.command_environment(os.environ)
+        done = subprocess.run(argv, capture_output=True, text=True, env=environment)
+        if done.returncode not in queue.codes_of_the_gone:
+            done.check_returncode()
+        return done.stdout
     except (OSError, subprocess.CalledProcessError) as error:
         said = (getattr(error, "stderr", None) or getattr(error, "stdout", None) or str(error)).strip()
         raise RuntimeError(

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
+from executorlib.jobs.command_system import open_queue
 from executorlib.jobs.queue import Batch, Cause, Dependency, JobState, Phase
 from executorlib.resources import Resources
 from executorlib.single_node.mpi import find_mpiexec
 from executorlib.slurm.queue import SETTINGS_COMMAND, SlurmQueue, command_environment, parse_settings, rank_command
-from executorlib.slurm.registry import open_queue
 
 pytestmark = pytest.mark.slurm
 

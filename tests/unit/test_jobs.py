@@ -75,6 +75,7 @@ class System:
     name = "a queue"
     first_query = last_query = 0.0
     array_limit = 10
+    element_variables = ()
     busy = False
     answer: Any = None
 

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from executorlib.jobs import templates
+from executorlib.jobs.command_system import open_queue
 from executorlib.jobs.pysqa import PysqaQueue
 from executorlib.jobs.queue import Batch, Cause, Dependency, JobState, Limit, Phase, Queue
 from executorlib.jobs.templates import Templates, check_keys, minutes
@@ -26,7 +27,6 @@ from executorlib.slurm.queue import (
     parse_settings,
     rank_command,
 )
-from executorlib.slurm.registry import open_queue
 from unit.properties import repeatable
 
 needs_pysqa = pytest.mark.skipif(importlib.util.find_spec("pysqa") is None, reason="needs pysqa (pip install pysqa)")

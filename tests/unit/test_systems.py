@@ -40,6 +40,7 @@ class Stumbles:
     array_limit = 1
     has_dependencies = False
     history_delay = 0.0
+    codes_of_the_gone: frozenset[int] = frozenset()
 
     def script(self, batch: Batch) -> str:
         return "#!/bin/sh\n"

@@ -21,10 +21,12 @@ from executorlib.machine import NodeShape
 from executorlib.resources import Resources
 from executorlib.single_node.mpi import FOREIGN_PREFIXES
 from executorlib.worker import guard
-from executorlib.worker.protocol import ELEMENT_VARIABLES, THREAD_VARIABLES
+from executorlib.worker.protocol import THREAD_VARIABLES
 
 # Keys of resource_dict beyond ours that mean something to Flux, and where a jobspec has them.
 FURTHER_KEYS = {"queue": "queue", "partition": "queue", "bank": "bank", "account": "bank", "job_name": "job_name"}
+# By which other systems tell a job its place in an array, such as the one that the instance may be in.
+_PLACE_VARIABLES = frozenset({"SLURM_ARRAY_TASK_ID", "SGE_TASK_ID", "PBS_ARRAY_INDEX", "LSB_JOBINDEX"})
 # Of what is not ours, an instance's default priority is in the middle, and 0 would hold the job.
 _URGENCY, _LOWEST, _HIGHEST = 16, 1, 31
 # Between the ends of two ranks of a job, in seconds, before Flux ends the others. A rank that fails does not even
@@ -146,7 +148,7 @@ def job_environment(environ: Mapping[str, str]) -> dict[str, str]:
     told = {
         name: value
         for name, value in environ.items()
-        if name not in ELEMENT_VARIABLES and not name.startswith(FOREIGN_PREFIXES) and is_text(name + value)
+        if name not in _PLACE_VARIABLES and not name.startswith(FOREIGN_PREFIXES) and is_text(name + value)
     }
     return {**told, guard.VARIABLE: "1"}
 

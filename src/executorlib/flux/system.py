@@ -27,7 +27,7 @@ from executorlib.flux.jobspec import (
     urgency,
 )
 from executorlib.flux.policy import Policy
-from executorlib.jobs.queue import Batch, Cause, JobState, Phase
+from executorlib.jobs.queue import Batch, Cause, Dependency, JobState, Phase
 from executorlib.jobs.system import JobKey, Refused, States
 from executorlib.jobs.templates import FLUX, Templates, warn_of_unused
 from executorlib.launchers.contract import Events
@@ -75,6 +75,7 @@ class FluxSystem:
     last_query = 10.0
     # A job has one number, and one is submitted as quickly as several.
     array_limit = 1
+    element_variables: tuple[str, ...] = ()
 
     def __init__(self, events: Events, policy: Policy, pmi_mode: str | None, configuration: str | None) -> None:
         self.name = ""  # known from `prepare` on
@@ -91,7 +92,7 @@ class FluxSystem:
         self._submitting = 0
         self._warned: set[str] = set()
 
-    def can_wait_for(self, job_id: str) -> bool:
+    def can_wait_for(self, dependency: Dependency) -> bool:
         """See `JobSystem.can_wait_for`."""
         return True
 

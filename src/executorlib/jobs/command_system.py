@@ -10,9 +10,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from executorlib.jobs.queue import Batch, Cause, JobState, Queue
+from executorlib.jobs.queue import Batch, Cause, Dependency, JobState, Queue
+from executorlib.jobs.registry import DEFAULT, language
 from executorlib.jobs.system import Refused
-from executorlib.jobs.templates import warn_of_unused
+from executorlib.jobs.templates import Templates, warn_of_unused
 from executorlib.launchers.contract import Events
 from executorlib.launchers.subprocesses import Answer, Commands
 
@@ -111,9 +112,17 @@ class CommandSystem:
         """See `JobSystem`; known from the first answer on."""
         return self._queue.array_limit if self._queue is not None else 1
 
-    def can_wait_for(self, job_id: str) -> bool:
+    @property
+    def element_variables(self) -> tuple[str, ...]:
+        """See `JobSystem`; known from the first answer on."""
+        return self._queue.element_variables if self._queue is not None else ()
+
+    def can_wait_for(self, dependency: Dependency) -> bool:
         """See `JobSystem.can_wait_for`."""
-        return self._queue is not None and self._queue.has_dependencies
+        if self._queue is None or not self._queue.has_dependencies:
+            return False
+        is_whole = dependency.index is None and not dependency.corresponding
+        return is_whole or self._queue.waits_for_elements
 
     def resume(self) -> None:
         """See `JobSystem.resume`; the system is none of ours."""
@@ -156,8 +165,14 @@ class CommandSystem:
         self._run(self._settings_command, know)
 
     def setup(self) -> dict[str, Any]:
-        """See `JobSystem.setup`; queues hand on the environment themselves."""
-        return {} if self._queue is None else {"id_variables": self._queue.id_variables}
+        """See `JobSystem.setup`; most queues hand on the environment themselves."""
+        if self._queue is None:
+            return {}
+        return {
+            "id_variables": self._queue.id_variables,
+            "local_rank_variables": self._queue.local_rank_variables,
+            "defaults": self._queue.handed_on(os.environ),
+        }
 
     def _run(self, argv: list[str], on_answer: Callable[[Answer], None], cwd: str | None = None) -> None:
         self._commands.run(argv, on_answer, cwd=cwd, env=self._environment(os.environ))
@@ -218,7 +233,7 @@ class CommandSystem:
         def answered(answer: Answer) -> None:
             states: States | None = None
             said = answer.text
-            if answer.ok:
+            if answer.ok or answer.code in queue.codes_of_the_gone:
                 try:
                     states = queue.parse_status(answer.output, job_ids)
                 except Exception as error:  # whatever it stumbles over, that is no answer
@@ -242,7 +257,7 @@ class CommandSystem:
 
         def answered(answer: Answer) -> None:
             state = None
-            if answer.ok:
+            if answer.ok or answer.code in queue.codes_of_the_gone:
                 with contextlib.suppress(Exception):
                     state = queue.parse_detail(answer.output)
             if state is None and time.monotonic() < give_up:
@@ -264,3 +279,40 @@ class CommandSystem:
     def close(self) -> None:
         """See `JobSystem.close`."""
         self._commands.close()
+
+
+def open_templates(configuration: str | None) -> Templates:
+    """Where job scripts come from: a pysqa configuration, or the default of Slurm where there is none.
+
+    Raises:
+        ValueError: The configuration cannot be used; the text says why.
+        ImportError: A configuration is given, and pysqa is not installed.
+    """
+    return Templates(language(DEFAULT).default_template, configuration)
+
+
+def open_queue(configuration: str | None, settings: str = "") -> Queue:
+    """The language of the system that a pysqa configuration is for, or that of Slurm where there is none.
+
+    Args:
+        configuration: Directory with a ``queue.yaml`` and templates, as pysqa describes them.
+        settings: What its `Queue.settings_command` printed.
+
+    Raises:
+        ValueError: The configuration cannot be used; the text says why.
+        ImportError: A configuration is given, and pysqa is not installed.
+    """
+    templates = open_templates(configuration)
+    return language(templates.queue_type).from_settings(settings, templates)
+
+
+def open_system(events: Events, templates: Templates) -> CommandSystem:
+    """The system that templates are for."""
+    spoken = language(templates.queue_type)
+    return CommandSystem(
+        events,
+        spoken.title,
+        lambda answer: spoken.from_settings(answer, templates),
+        list(spoken.settings_command),
+        spoken.command_environment,
+    )

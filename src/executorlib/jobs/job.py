@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from executorlib import machine
 from executorlib.cache import batch_directory, entries, trust
 from executorlib.errors import ExecutorlibSocketError, TimeLimitError
-from executorlib.jobs.queue import Cause, JobState, Phase
+from executorlib.jobs.queue import Cause, JobState, Phase, shown_id
 from executorlib.launchers.contract import Process, tail_text
 
 if TYPE_CHECKING:
@@ -124,8 +124,7 @@ class Job:
         """
         state, task, batch = self.last, self.task, self.batch
         assert batch is not None
-        job_id, index = self.key
-        name = f"job {job_id if index is None else f'{job_id}_{index}'}"
+        name = f"job {shown_id(*self.key)}"
         subject = f"Call {task.number} of {task.name} has no result: {name}"
         tail = tail_text(read_tail(os.path.join(batch.directory, f"output.{self.index}")))
         said = f" Its output ended with:\n{tail}" if tail else " It wrote no output."

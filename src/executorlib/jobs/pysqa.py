@@ -1,4 +1,4 @@
-"""The other queues that pysqa drives: Grid Engine, Torque and PBS, LSF. One job a call, no dependencies.
+"""The other queues that pysqa drives: Grid Engine, Torque, LSF. One job a call, no dependencies.
 
 Templates, commands and the reading of states are pysqa's; added is what has to hold whatever a template says.
 """
@@ -6,11 +6,16 @@ Templates, commands and the reading of states are pysqa's; added is what has to 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar
 
 from executorlib.jobs.queue import Batch, Cause, JobState, Limit, Phase
+from executorlib.jobs.ranks import mpiexec_command
 from executorlib.jobs.templates import Templates, load_commands
+
+if TYPE_CHECKING:
+    from executorlib.resources import Resources
 
 # Options that hand on the environment, which LSF does by itself, and that send both output streams to the file that
 # follows, whatever the script says.
@@ -46,9 +51,18 @@ class PysqaQueue:
         templates: A configuration for such a queue.
     """
 
-    name = "the queue"
+    title: ClassVar[str] = "the queue"
+    settings_command: ClassVar[Sequence[str]] = ()
+    default_template: ClassVar[str | None] = None
+    has_pmi_modes: ClassVar[bool] = False
+    name = title
     array_limit = 1
     has_dependencies = False
+    waits_for_elements = False
+    element_variables: tuple[str, ...] = ()
+    local_rank_variables: tuple[str, ...] = ()
+    codes_of_the_gone: frozenset[int] = frozenset()
+    cancels_the_gone = False
 
     def __init__(self, templates: Templates) -> None:
         self._templates = templates
@@ -56,6 +70,32 @@ class PysqaQueue:
         self.id_variables = (_ID_VARIABLES[templates.queue_type],)
         # Its history is written every 15 s, unless its administrator says otherwise (`flush_time`).
         self.history_delay = 16.0 if templates.queue_type == "SGE" else 0.0
+
+    @classmethod
+    def from_settings(cls, output: str, templates: Templates) -> PysqaQueue:
+        """See `queue.Queue.from_settings`."""
+        return cls(templates)
+
+    @staticmethod
+    def command_environment(environ: Mapping[str, str]) -> dict[str, str]:
+        """See `queue.Queue.command_environment`."""
+        return dict(environ)
+
+    @staticmethod
+    def rank_command(
+        resources: Resources, pmi_mode: str | None, program: Sequence[str], mpiexec: str = "mpiexec"
+    ) -> list[str]:
+        """See `queue.Queue.rank_command`."""
+        return mpiexec_command(resources, program, mpiexec)
+
+    @staticmethod
+    def problem_with(folder: str) -> str:
+        """See `queue.Queue.problem_with`."""
+        return ""
+
+    def handed_on(self, environ: Mapping[str, str]) -> dict[str, str]:
+        """See `queue.Queue.handed_on`; the options of the submission do that."""
+        return {}
 
     @property
     def submit_program(self) -> str:

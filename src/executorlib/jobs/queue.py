@@ -10,9 +10,10 @@ import enum
 import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 if TYPE_CHECKING:
+    from executorlib.jobs.templates import Templates
     from executorlib.resources import Resources
 
 
@@ -163,6 +164,14 @@ class Batch:
     first: int = 0
 
 
+def shown_id(job_id: str, index: int | None) -> str:
+    """What users find a job by: its id, and the index where it is an element of an array."""
+    if index is None:
+        return job_id
+    # Ids of arrays that are not numbers alone have a place for it.
+    return f"{job_id[:-1]}{index}]" if job_id.endswith("[]") else f"{job_id}_{index}"
+
+
 def means(noted: str, name: str) -> bool:
     """Whether the system that an entry notes is the one of this name.
 
@@ -172,7 +181,61 @@ def means(noted: str, name: str) -> bool:
 
 
 class Queue(Protocol):
-    """A batch queue's language."""
+    """A batch queue's language: all that is known of one kind of queue, and nowhere else. `registry` finds it.
+
+    Attributes:
+        title: What the system is called as long as its settings are not known.
+        settings_command: The command that tells what there is to know of a system; empty where nothing is asked.
+        default_template: The job script of calls for which no other one is given; None where there is none.
+        has_pmi_modes: Whether the system starts ranks itself, where a ``pmi_mode`` is given.
+    """
+
+    title: ClassVar[str]
+    settings_command: ClassVar[Sequence[str]]
+    default_template: ClassVar[str | None]
+    has_pmi_modes: ClassVar[bool]
+
+    @classmethod
+    def from_settings(cls, output: str, templates: Templates) -> Queue:
+        """The language of one system.
+
+        Args:
+            output: What `settings_command` printed; empty where it failed, or there is none.
+            templates: Where job scripts come from.
+
+        Raises:
+            ImportError: A package is missing that reads the answers; the text says what to do.
+        """
+        ...
+
+    @staticmethod
+    def command_environment(environ: Mapping[str, str]) -> dict[str, str]:
+        """The environment for the queue's commands, from that of this process."""
+        ...
+
+    @staticmethod
+    def rank_command(
+        resources: Resources, pmi_mode: str | None, program: Sequence[str], mpiexec: str = "mpiexec"
+    ) -> list[str]:
+        """The command, in a job, that runs a program on all ranks of a call.
+
+        Args:
+            resources: What the call needs.
+            pmi_mode: How the system and the MPI library find each other; None where `mpiexec` starts the ranks.
+            program: Program and arguments.
+            mpiexec: The MPI library's own starter.
+        """
+        ...
+
+    @staticmethod
+    def problem_with(folder: str) -> str:
+        """Why no job can have its output files in a folder, as the end of a sentence about it; empty if they can."""
+        ...
+
+    @property
+    def submit_program(self) -> str:
+        """The command that submits a script, without which nothing can be submitted from here."""
+        ...
 
     @property
     def name(self) -> str:
@@ -190,6 +253,16 @@ class Queue(Protocol):
         ...
 
     @property
+    def element_variables(self) -> tuple[str, ...]:
+        """The environment variables by which a job is told its index in its array; none without job arrays."""
+        ...
+
+    @property
+    def local_rank_variables(self) -> tuple[str, ...]:
+        """The environment variables by which the system tells a rank its number among those of its node."""
+        ...
+
+    @property
     def history_delay(self) -> float:
         """How long after a job's end `detail_command` may not know of it yet, in seconds."""
         ...
@@ -197,6 +270,28 @@ class Queue(Protocol):
     @property
     def has_dependencies(self) -> bool:
         """Whether the queue takes care of `Batch.dependencies`; else whoever submits waits for inputs first."""
+        ...
+
+    @property
+    def waits_for_elements(self) -> bool:
+        """Whether it takes care of dependencies on elements of arrays, too, and not of those on whole jobs alone."""
+        ...
+
+    @property
+    def codes_of_the_gone(self) -> frozenset[int]:
+        """Exit codes beside 0 of commands that did what they were told, but for jobs that are gone."""
+        ...
+
+    @property
+    def cancels_the_gone(self) -> bool:
+        """Whether `cancel_command` may name jobs that are gone; else only those are that `parse_status` tells of."""
+        ...
+
+    def handed_on(self, environ: Mapping[str, str]) -> dict[str, str]:
+        """The variables of this process's environment that jobs are to have, unless they have such ones already.
+
+        None of a queue that hands on the environment by itself. They are kept in a file that only the user can read.
+        """
         ...
 
     def script(self, batch: Batch) -> str:

@@ -304,14 +304,22 @@ class Submitter:
             before that is possible, none where it can be submitted now.
         """
         pending = [job for job in batch.after if not job.over]
-        for job in pending:
-            if job.submitted is not None and not self._system.can_wait_for(job.submitted[0]):
-                return last, [], [job]
         if batch.corresponds is not None:
-            return self._corresponding(batch.corresponds, {job.index: job for job in pending}, first, last)
+            waits = {job.index: job for job in pending}
+            last, dependencies, missing = self._corresponding(batch.corresponds, waits, first, last)
+            pending = [job for job in pending if first <= job.index <= last]
+        else:
+            dependencies, missing = self._on_jobs(batch, pending)
+        if not missing and not all(map(self._system.can_wait_for, dependencies)):
+            return last, [], pending[:1]
+        return last, dependencies, missing
+
+    @staticmethod
+    def _on_jobs(batch: JobBatch, pending: list[Job]) -> tuple[list[Dependency], list[Job]]:
+        """See `_dependencies`; all calls wait for the same jobs."""
         for job in pending:
             if job.submitted is None:
-                return last, [], [job]
+                return [], [job]
         dependencies: list[Dependency] = []
         parts: dict[tuple[JobBatch, int, int], list[Job]] = {}
         for job in batch.after:
@@ -324,7 +332,7 @@ class Submitter:
                 dependencies.append(Dependency(waits[0].key[0]))  # all of an array is named by its id alone
             else:
                 dependencies += [Dependency(*job.key) for job in waits]
-        return last, dependencies, ([] if len(dependencies) <= _MOST_DEPENDENCIES else pending)
+        return dependencies, ([] if len(dependencies) <= _MOST_DEPENDENCIES else pending)
 
     @staticmethod
     def _corresponding(
@@ -351,6 +359,7 @@ class Submitter:
         if not batch.ids:  # else jobs may be reading them
             setup = {**self._system.setup(), "threads": resources.threads_per_core, "ranks": resources.cores}
             setup["gpus_per_rank"] = resources.gpus_per_core
+            setup["element_variables"] = self._system.element_variables
             setup["settings"] = settings()
             if resources.cwd is not None:
                 setup["cwd"] = resources.cwd

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
-from executorlib.jobs.queue import Batch, Cause, JobState, Limit, Phase
+from executorlib.jobs.queue import Batch, Cause, Dependency, JobState, Limit, Phase, shown_id
 from executorlib.launchers.contract import Events
 
 logger = logging.getLogger("executorlib")
@@ -51,8 +51,13 @@ class JobSystem(Protocol):
         """Most calls in one batch."""
         ...
 
-    def can_wait_for(self, job_id: str) -> bool:
-        """Whether a batch may depend on this job; where not, it waits in this session for the job's result."""
+    @property
+    def element_variables(self) -> tuple[str, ...]:
+        """See `Queue.element_variables`."""
+        ...
+
+    def can_wait_for(self, dependency: Dependency) -> bool:
+        """Whether a batch may have this dependency; where not, it waits in this session for the job's result."""
         ...
 
     def about(self) -> dict[str, str]:
@@ -87,7 +92,7 @@ class JobSystem(Protocol):
     def setup(self) -> dict[str, Any]:
         """What jobs have to set up to see this process as it is now, beyond what the system does; see `set_up`.
 
-        Also ``id_variables``, where jobs are told their ids; see `Queue.id_variables`.
+        Also ``id_variables`` and ``local_rank_variables``; see the attributes of `Queue` of these names.
         """
         ...
 
@@ -188,6 +193,6 @@ class Holds:
                 "%s waits: an administrator holds its job %s (%s). It starts when they release it; they know why they "
                 "hold it.",
                 who,
-                job_id if index is None else f"{job_id}_{index}",
+                shown_id(job_id, index),
                 state.reason,
             )

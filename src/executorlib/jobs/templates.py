@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from executorlib.jobs.registry import DEFAULT, LANGUAGES, language
 from executorlib.resources import OF_JOBS, listed, nearest_key
 
 if TYPE_CHECKING:
@@ -27,9 +28,9 @@ _OF_PYSQA = ("queue", "job_name", "cores", "memory_max", "run_time_max", *_OURS)
 # The resources that only the template can see to. Ranks, threads and time are also seen to elsewhere.
 _NEEDS_TEMPLATE = ("gpus_per_core", "num_nodes", "exclusive", "priority")
 _INSTALL = 'Install it with `pip install "executorlib[cluster]"`.'
-# Types of queues, in pysqa's words. It can neither read job numbers nor states of MOAB, logs in elsewhere for REMOTE
-# and needs a shell for GENT.
-_BY_COMMANDS = ("SLURM", "SGE", "TORQUE", "LSF")
+# Types of queues, as configurations call them. Others of pysqa's are not driven: it can neither read job numbers nor
+# states of MOAB, logs in elsewhere for REMOTE and needs a shell for GENT.
+_BY_COMMANDS = tuple(LANGUAGES)
 FLUX = ("FLUX",)
 
 
@@ -37,7 +38,8 @@ class Templates:
     """Chooses and renders templates: the call's own, else one of a pysqa configuration, else the default.
 
     Args:
-        default: Template for calls without one of their own; None where there is none.
+        default: Template for calls without one of their own; None where there is none. A configuration has that of its
+            type of queue instead.
         directory: pysqa's configuration: a directory with a ``queue.yaml`` and the templates that it names.
         types: Types of queues that it may be for.
 
@@ -52,12 +54,12 @@ class Templates:
         self._adapter: Any = None
         self.queue_type = types[0]
         if self._directory is not None:
-            self._adapter = _read_configuration(self._directory, types)
-            self.queue_type = str(self._adapter.config["queue_type"])
+            self._adapter, self.queue_type = _read_configuration(self._directory, types)
+            self._default = language(self.queue_type).default_template if self.queue_type in LANGUAGES else None
 
     def is_default(self, batch: Batch) -> bool:
         """Whether a batch gets the default template."""
-        return batch.resources.submission_template is None and self._adapter is None
+        return self._template(batch)[0] is self._default
 
     def render(self, batch: Batch, **more: Any) -> str:
         """The job script of a batch.
@@ -74,7 +76,7 @@ class Templates:
         values = {**self._values(batch, text), **more}
         from jinja2 import Template, TemplateError
 
-        if text is self._default:
+        if text is self._default or not _is_known_to_pysqa(self.queue_type):
             render = Template(text).render
         else:
             commands = load_commands(self.queue_type)
@@ -109,15 +111,19 @@ class Templates:
         assert self._directory is not None
         scripts = {queue.get("script") for queue in self._adapter.config["queues"].values()}
         paths = [os.path.join(self._directory, script) for script in scripts if script is not None]
-        return {name for path in paths for name in _variables(_read(path), path)}
+        found = {name for path in paths for name in _variables(_read(path), path)}
+        if None in scripts and self._default is not None:
+            found |= _variables(self._default, "the default submission template")
+        return found
 
     def _template(self, batch: Batch) -> tuple[str, str]:
         """A batch's template, and what to call it in an error text."""
         if batch.resources.submission_template is not None:
             return batch.resources.submission_template, "submission_template"
-        if self._adapter is not None:
+        script = None if self._adapter is None else self._queue(batch).get("script")
+        if script is not None:
             assert self._directory is not None
-            path = os.path.join(self._directory, self._queue(batch)["script"])
+            path = os.path.join(self._directory, script)
             return _read(path), f"submission template {path}"
         if self._default is None:
             raise ValueError("there is no template for this queue: give one as resource_dict['submission_template'].")
@@ -132,7 +138,7 @@ class Templates:
             raise ValueError(
                 f"resource_dict['queue'] is {name!r}, but {self._directory}/queue.yaml has only {', '.join(queues)}."
             )
-        if queue.get("script") is None:
+        if queue.get("script") is None and self._default is None:
             raise ValueError(
                 f"queue {name!r} in {self._directory}/queue.yaml names no script, the submission template."
             )
@@ -259,9 +265,17 @@ def load_commands(queue_type: str) -> Any:
         ) from error
 
 
-def _read_configuration(directory: str, types: Sequence[str]) -> Any:
-    """Load a directory with a configuration into pysqa's adapter."""
-    load_commands("SLURM")
+def _is_known_to_pysqa(queue_type: str) -> bool:
+    """Whether pysqa renders templates for a type of queue in a way of its own."""
+    load_commands(DEFAULT)
+    from pysqa.base.core import queue_type_dict
+
+    return queue_type in queue_type_dict
+
+
+def _read_configuration(directory: str, types: Sequence[str]) -> tuple[Any, str]:
+    """Load a directory with a configuration into pysqa's adapter; returns that, and the type of its queues."""
+    load_commands(DEFAULT)
     from jinja2 import TemplateError
     from pysqa.base.config import QueueAdapterWithConfig, read_config
 
@@ -277,7 +291,11 @@ def _read_configuration(directory: str, types: Sequence[str]) -> Any:
             raise ValueError(
                 f"queues of type {config['queue_type']!r} cannot be driven here, only {', '.join(types)}{hint}"
             )
-        return QueueAdapterWithConfig(config=config, directory=directory)
+        queue_type = str(config["queue_type"])
+        if not _is_known_to_pysqa(queue_type):
+            # It is asked for what does not depend on the type: the limits, and which template is for which queue.
+            config = {**config, "queue_type": DEFAULT}
+        return QueueAdapterWithConfig(config=config, directory=directory), queue_type
     except ImportError:
         raise
     except (OSError, TemplateError) as error:

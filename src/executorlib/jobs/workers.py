@@ -16,7 +16,7 @@ from typing import Any
 
 from executorlib.cache import batch_directory
 from executorlib.jobs.job import read_tail
-from executorlib.jobs.queue import Batch, JobState, Limit, Phase
+from executorlib.jobs.queue import Batch, JobState, Limit, Phase, shown_id
 from executorlib.jobs.room import Room
 from executorlib.jobs.system import Cancellations, Holds, JobSystem, Refused, States, ask_whether_more_may_end
 from executorlib.launchers.boot import boot_file
@@ -208,11 +208,8 @@ class JobWorkerLauncher:
             module = "executorlib.worker.mpi" if resources.cores > 1 else "executorlib.worker.remote"
             program = os.path.join(array.directory, "run.py")
             with open(program, "w", encoding="utf-8") as file:
-                arguments = (
-                    f"(False, {credentials!r}, numbered=True)"
-                    if resources.cores > 1
-                    else f"({credentials!r}, numbered=True)"
-                )
+                arguments = f"{credentials!r}, numbered_by={self._system.element_variables!r}"
+                arguments = f"(False, {arguments})" if resources.cores > 1 else f"({arguments})"
                 file.write(boot_file(module, arguments))
         except Exception as error:  # of the file system, mostly
             self._answered(array, Refused(f"{array.directory} cannot be written: {error}"))
@@ -368,8 +365,7 @@ class JobWorkerLauncher:
 
     def _how(self, member: _Member) -> str:
         state = member.last
-        job_id, index = member.key
-        name = job_id if index is None else f"{job_id}_{index}"
+        name = shown_id(*member.key)
         if state is None or state.phase is not Phase.ENDED:
             return f"job {name} lost its connection"
         advice = f"; {state.cause.advice[0].lower()}{state.cause.advice[1:]}" if state.cause.advice else ""

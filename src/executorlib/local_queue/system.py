@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from executorlib import machine
-from executorlib.jobs.queue import Batch, Cause, JobState, Phase
+from executorlib.jobs.queue import Batch, Cause, Dependency, JobState, Phase
 from executorlib.jobs.system import JobKey, Refused, States
 from executorlib.launchers import streams
 from executorlib.launchers.boot import boot_command
@@ -38,6 +38,7 @@ class LocalSystem:
 
     name = "the local queue"
     array_limit = 100_000
+    element_variables: tuple[str, ...] = ()  # its process tells each job its number
     # A question costs next to nothing here.
     first_query = 0.1
     last_query = 1.0
@@ -53,8 +54,11 @@ class LocalSystem:
         self._submitted = 0
         self._surroundings = Surroundings()
 
-    def can_wait_for(self, job_id: str) -> bool:
+    def can_wait_for(self, dependency: Dependency) -> bool:
         """See `JobSystem.can_wait_for`; another session's queue is another process."""
+        return self._has(dependency.job_id)
+
+    def _has(self, job_id: str) -> bool:
         return bool(self._id) and job_id.startswith(f"{self._id}:")
 
     def resume(self) -> None:
@@ -151,7 +155,7 @@ class LocalSystem:
         foreign: dict[JobKey, JobState] = {
             (job_id, None): JobState(Phase.RUNNING, "RUNNING")
             for job_id in job_ids
-            if not self.can_wait_for(job_id) and is_alive(job_id)
+            if not self._has(job_id) and is_alive(job_id)
         }
         if self._socket is None:
             self._events.call_later(0.0, lambda: on_states(foreign))

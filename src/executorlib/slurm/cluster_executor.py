@@ -8,22 +8,16 @@ import shutil
 from dataclasses import replace
 from functools import partial
 
-from executorlib.jobs.command_system import CommandSystem
+from executorlib.jobs.command_system import open_system, open_templates
 from executorlib.jobs.executor import QueueExecutor
 from executorlib.jobs.launcher import JobLauncher
+from executorlib.jobs.queue import Queue
+from executorlib.jobs.registry import DEFAULT, language
 from executorlib.jobs.templates import Templates
 from executorlib.jobs.workers import JobWorkerLauncher
 from executorlib.launchers.contract import Events, JobEvents, Launcher
 from executorlib.resources import Demand, Resources
 from executorlib.single_node.mpi import find_mpiexec
-from executorlib.slurm.queue import (
-    DEFAULT_TEMPLATE,
-    SETTINGS_COMMAND,
-    command_environment,
-    parse_settings,
-    rank_command,
-)
-from executorlib.slurm.registry import queue_of
 
 
 class SlurmClusterExecutor(QueueExecutor):
@@ -44,14 +38,24 @@ class SlurmClusterExecutor(QueueExecutor):
 
     def _check_system(self, configuration: str | None) -> None:
         self._templates = check_queue(configuration)
+        if self._pmi_mode is not None and not self._language.has_pmi_modes:
+            raise ValueError(
+                f"pmi_mode is {self._pmi_mode!r}, but {self._language.title} does not start ranks: mpiexec does. Leave "
+                "pmi_mode out."
+            )
+
+    @property
+    def _language(self) -> type[Queue]:
+        return language(DEFAULT if self._templates is None else self._templates.queue_type)
 
     def _check(self, resources: Resources, subject: str) -> None:
         super()._check(resources, subject)
         folder = resources.cache_directory
-        if folder is not None and "\\" in folder and (self._templates is None or self._templates.queue_type == "SLURM"):
+        problem = "" if folder is None else self._language.problem_with(folder)
+        if problem:
             raise ValueError(
-                f"{subject}: the cache directory {folder!r} has a backslash in its path, and Slurm starts no job array "
-                "with output files there. Choose a directory without one, by cache_directory."
+                f"{subject}: the cache directory {folder!r} {problem}. Choose a directory without one, by "
+                "cache_directory."
             )
 
     def _checked_demand(self, resources: Resources, subject: str) -> Demand:
@@ -64,15 +68,16 @@ class SlurmClusterExecutor(QueueExecutor):
         self, events: JobEvents, configuration: str | None, pmi_mode: str | None, log_sizes: bool
     ) -> Launcher:
         assert self._templates is not None
-        system = queue_system(events, self._templates)
-        return JobLauncher(events, system, partial(job_command, pmi_mode), log_sizes)
+        system = open_system(events, self._templates)
+        return JobLauncher(events, system, partial(job_command, self._language, pmi_mode), log_sizes)
 
     def _worker_launcher(
         self, events: Events, configuration: str | None, pmi_mode: str | None, folder: str, hostname_localhost: bool
     ) -> Launcher:
         assert self._templates is not None
-        system = queue_system(events, self._templates)
-        return JobWorkerLauncher(events, system, partial(job_command, pmi_mode), folder, hostname_localhost)
+        system = open_system(events, self._templates)
+        command = partial(job_command, self._language, pmi_mode)
+        return JobWorkerLauncher(events, system, command, folder, hostname_localhost)
 
 
 def check_queue(configuration: str | None) -> Templates:
@@ -83,7 +88,7 @@ def check_queue(configuration: str | None) -> Templates:
         ImportError: pysqa is not installed.
         ValueError: The configuration cannot be used.
     """
-    templates = Templates(DEFAULT_TEMPLATE, configuration)
+    templates = open_templates(configuration)
     if configuration is None:
         # A user's template is rendered by pysqa, which takes half a second to load, so the loop's thread does it.
         # The program may be about to end by then, when the threads that pysqa's dependencies use cannot be loaded.
@@ -91,7 +96,7 @@ def check_queue(configuration: str | None) -> Templates:
 
         if importlib.util.find_spec("pysqa") is None:
             raise ImportError('jobs need pysqa for their scripts: pip install "executorlib[cluster]"')
-    submit = queue_of(templates).submit_program
+    submit = language(templates.queue_type).from_settings("", templates).submit_program
     if shutil.which(submit) is None:
         raise RuntimeError(
             f"jobs are submitted with `{submit}`, which is not on PATH. Run this where jobs can be submitted (a login "
@@ -100,29 +105,16 @@ def check_queue(configuration: str | None) -> Templates:
     return templates
 
 
-def queue_system(events: Events, templates: Templates) -> CommandSystem:
-    """The system that templates are for."""
-    if templates.queue_type != "SLURM":
-        return CommandSystem(events, "the queue", lambda answer: queue_of(templates), [])
-    return CommandSystem(
-        events,
-        "Slurm",
-        lambda answer: queue_of(templates, parse_settings(answer)),
-        SETTINGS_COMMAND,
-        command_environment,
-    )
-
-
-def job_command(pmi_mode: str | None, resources: Resources, program: list[str]) -> list[str]:
+def job_command(spoken: type[Queue], pmi_mode: str | None, resources: Resources, program: list[str]) -> list[str]:
     """The command, in a job, that runs a call's program, on all of its ranks."""
     if resources.cores == 1 or pmi_mode is not None:
-        return rank_command(resources, pmi_mode, program)
+        return spoken.rank_command(resources, pmi_mode, program)
     try:
         mpiexec = find_mpiexec()
     except (OSError, RuntimeError):  # not here, but maybe where the job runs
-        return rank_command(resources, None, program)
+        return spoken.rank_command(resources, None, program)
     variables = [f"{name}={value}" for name, value in mpiexec.environment().items()]
     if not mpiexec.is_open_mpi:
         resources = replace(resources, openmpi_oversubscribe=False)
-    command = rank_command(resources, None, program, mpiexec.path)
+    command = spoken.rank_command(resources, None, program, mpiexec.path)
     return ["env", *variables, *command] if variables else command

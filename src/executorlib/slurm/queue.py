@@ -10,9 +10,10 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from executorlib.jobs.queue import Batch, Cause, Dependency, JobState, Limit, Phase
+from executorlib.jobs.ranks import mpiexec_command
 from executorlib.jobs.templates import Templates
 
 if TYPE_CHECKING:
@@ -194,12 +195,10 @@ def rank_command(
     """
     if resources.cores == 1:
         return list(program)
-    ranks = str(resources.cores)
     if pmi_mode is None:
-        oversubscribe = ["--oversubscribe"] if resources.openmpi_oversubscribe else []
-        return ["env", *_mpiexec_environment(resources), mpiexec, "-n", ranks, *oversubscribe, *program]
+        return mpiexec_command(resources, program, mpiexec, _mpiexec_environment(resources))
     # Since Slurm 22.05 srun no longer takes the threads from the job.
-    options = ["-n", ranks, f"--cpus-per-task={resources.threads_per_core}", f"--mpi={pmi_mode}"]
+    options = ["-n", str(resources.cores), f"--cpus-per-task={resources.threads_per_core}", f"--mpi={pmi_mode}"]
     # When one rank dies the others would wait for it until the time limit.
     options.append("--kill-on-bad-exit=1")
     if resources.openmpi_oversubscribe:
@@ -209,13 +208,11 @@ def rank_command(
 
 def _mpiexec_environment(resources: Resources) -> list[str]:
     """What `env` is told before it runs ``mpiexec``."""
-    arguments: list[str] = []
-    if resources.gpus_per_core:
-        # mpiexec has Slurm start one task on each node; counted by task, that one would get a single rank's GPUs.
-        gpus = resources.cores * resources.gpus_per_core
-        arguments += ["-u", "SLURM_GPUS_PER_TASK", "-u", "SLURM_TRES_PER_TASK", f"SLURM_GPUS={gpus}"]
-    # Open MPI 4's and 5's: Slurm has given out the cores; a binding to one would hold a rank's threads there, too.
-    return [*arguments, "OMPI_MCA_hwloc_base_binding_policy=none", "PRTE_MCA_hwloc_default_binding_policy=none"]
+    if not resources.gpus_per_core:
+        return []
+    # mpiexec has Slurm start one task on each node; counted by task, that one would get a single rank's GPUs.
+    gpus = resources.cores * resources.gpus_per_core
+    return ["-u", "SLURM_GPUS_PER_TASK", "-u", "SLURM_TRES_PER_TASK", f"SLURM_GPUS={gpus}"]
 
 
 class SlurmQueue:
@@ -227,9 +224,18 @@ class SlurmQueue:
         user: The user's number, whose jobs are asked for; None is the user of this process.
     """
 
+    title: ClassVar[str] = "Slurm"
+    settings_command: ClassVar[Sequence[str]] = SETTINGS_COMMAND
+    default_template: ClassVar[str | None] = DEFAULT_TEMPLATE
+    has_pmi_modes: ClassVar[bool] = True
     has_dependencies = True
+    waits_for_elements = True
     history_delay = 0.0
     id_variables = ("SLURM_ARRAY_JOB_ID", "SLURM_JOB_ID")
+    element_variables = ("SLURM_ARRAY_TASK_ID",)
+    local_rank_variables = ("SLURM_LOCALID",)
+    codes_of_the_gone: frozenset[int] = frozenset()
+    cancels_the_gone = True
     submit_program = "sbatch"
 
     def __init__(
@@ -238,6 +244,32 @@ class SlurmQueue:
         self._settings = settings or Settings()
         self._templates = templates or Templates(DEFAULT_TEMPLATE)
         self._user = os.geteuid() if user is None else user
+
+    @classmethod
+    def from_settings(cls, output: str, templates: Templates) -> SlurmQueue:
+        """See `queue.Queue.from_settings`."""
+        return cls(parse_settings(output), templates)
+
+    @staticmethod
+    def command_environment(environ: Mapping[str, str]) -> dict[str, str]:
+        """See `queue.Queue.command_environment`."""
+        return command_environment(environ)
+
+    @staticmethod
+    def rank_command(
+        resources: Resources, pmi_mode: str | None, program: Sequence[str], mpiexec: str = "mpiexec"
+    ) -> list[str]:
+        """See `queue.Queue.rank_command`."""
+        return rank_command(resources, pmi_mode, program, mpiexec)
+
+    @staticmethod
+    def problem_with(folder: str) -> str:
+        """See `queue.Queue.problem_with`."""
+        return "has a backslash in its path, and Slurm starts no job array with output files there" * ("\\" in folder)
+
+    def handed_on(self, environ: Mapping[str, str]) -> dict[str, str]:
+        """See `queue.Queue.handed_on`; `sbatch` does that."""
+        return {}
 
     @property
     def name(self) -> str:

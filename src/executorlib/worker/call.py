@@ -359,7 +359,8 @@ def set_up(setup: dict[str, Any]) -> None:
     """Make the process what its call expects, before anything of the user is imported.
 
     Args:
-        setup: Optional keys ``env`` (changes; None removes), ``path`` (`sys.path`), ``argv``, ``cwd``, ``threads``,
+        setup: Optional keys ``defaults`` (variables, which count where there is none of the name), ``env`` (changes;
+            None removes), ``path`` (`sys.path`), ``argv``, ``cwd``, ``threads``,
             ``gpus`` (device names), ``cores`` (CPU numbers to pin to), ``node`` (a number of CPUs and a list of device
             names: ``cores`` and ``gpus`` count among these, which may be called otherwise here), ``shown_gpus``
             (whether what started the process has set one of the variables that name devices), ``settings`` (see
@@ -367,6 +368,8 @@ def set_up(setup: dict[str, Any]) -> None:
             ``slot`` and ``init_key``.
     """
     tell_crashes()
+    for name, value in setup.get("defaults", {}).items():
+        os.environ.setdefault(name, value)
     for name, value in setup.get("env", {}).items():
         if value is None:
             os.environ.pop(name, None)

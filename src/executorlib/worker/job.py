@@ -24,7 +24,7 @@ from executorlib.worker import call, family, guard, protocol
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from typing import Any, NoReturn
 
     from executorlib.serialize import Frame
@@ -53,7 +53,7 @@ def main(directory: str, part: str = "") -> None:
     family.adopt()
     code = FAILED
     try:
-        code = run(directory, protocol.element_number(), part)
+        code = run(directory, None, part)
         if "executorlib.worker.world" in sys.modules:
             from mpi4py import MPI
 
@@ -64,12 +64,12 @@ def main(directory: str, part: str = "") -> None:
     call.leave(code, family.end)
 
 
-def run(directory: str, index: int, part: str = "") -> int:
+def run(directory: str, index: int | None, part: str = "") -> int:
     """Run one call of a batch, on every rank where it has several.
 
     Args:
         directory: The batch directory.
-        index: Number of the call in the batch.
+        index: Number of the call in the batch; None for what the queuing system says.
         part: The part of the batch that this job is of, as `cache.batch_directory.JobIds.file` takes it.
 
     Returns:
@@ -79,6 +79,8 @@ def run(directory: str, index: int, part: str = "") -> int:
         trust.read(os.path.join(directory, batch_directory.SETUP_FILE), batch_directory.root_of(directory))
     )
     output = os.environ.pop(OUTPUT_VARIABLE, "")
+    if index is None:
+        index = protocol.element_number(setup.get("element_variables", ()))
     call.set_up(setup)
     if setup.get("ranks", 1) > 1:
         return _run_ranks(directory, index, part, setup, output)
@@ -111,7 +113,7 @@ def _claimed(directory: str, index: int, part: str, setup: dict[str, Any]) -> di
         # The session may have ended before it could note it, and who looks for this job needs it.
         if job_id:
             batch_directory.write_text(directory, batch_directory.JobIds.file(part), job_id)
-    elif noted[0].isdecimal() and job_id.isdecimal() and noted[0] != job_id:
+    elif noted[0].strip("[]").isdecimal() and job_id.strip("[]").isdecimal() and noted[0] != job_id:
         # A controller that is too busy to answer may take a batch all the same; the session then submitted it again.
         return NOT_MINE
     path = batch_directory.entries_of(directory)[index]
@@ -295,13 +297,18 @@ def _one_piece(frames: list[Frame]) -> bytes:
     return bytes(frames[0]) if len(frames) == 1 else serialize.dumps_in_band(serialize.loads(frames))
 
 
-# What MPI libraries and launchers call a rank's number among those of its node.
-_LOCAL_RANK_VARIABLES = ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
+# What MPI libraries call a rank's number among those of its node.
+_LOCAL_RANK_VARIABLES = ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
 
 
-def _choose_gpus(each: int) -> None:
-    """Keep this rank's part of the node's GPUs, where what started the ranks shows all of them to every one."""
-    local_rank = protocol.first_number(_LOCAL_RANK_VARIABLES)
+def _choose_gpus(each: int, names: Sequence[str]) -> None:
+    """Keep this rank's part of the node's GPUs, where what started the ranks shows all of them to every one.
+
+    Args:
+        each: How many each rank has.
+        names: What the queuing system calls a rank's number on its node.
+    """
+    local_rank = protocol.first_number([*_LOCAL_RANK_VARIABLES, *names])
     if not each or local_rank is None:
         return
     for name in protocol.GPU_VARIABLES:
@@ -328,7 +335,7 @@ def _run_ranks(directory: str, index: int, part: str, setup: dict[str, Any], out
     # Between nodes, appending is safe on few network file systems.
     if output and world.is_on_one_node(all_ranks):
         _print_to(output)
-    _choose_gpus(setup["gpus_per_rank"])
+    _choose_gpus(setup["gpus_per_rank"], setup.get("local_rank_variables", ()))
     job: dict[str, Any] | int = all_ranks.bcast(_claimed(directory, index, part, setup) if rank == 0 else 0, 0)
     if isinstance(job, int):
         return job

@@ -21,7 +21,7 @@ from executorlib.worker import call, family, guard, protocol, world
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from typing import Any
 
     from executorlib.serialize import Frame
@@ -29,14 +29,21 @@ if TYPE_CHECKING:
     from executorlib.worker.records import Reporter
 
 
-def main(single: bool, path: str = "", identity: str = "", numbered: bool = False, local: bool = False) -> None:
+def main(
+    single: bool,
+    path: str = "",
+    identity: str = "",
+    numbered_by: Sequence[str] | None = None,
+    local: bool = False,
+) -> None:
     """Run as one rank.
 
     Args:
         single: Whether the world runs one call, which it need not announce that it is ready for.
         path: File with the credentials; by default they are in the environment.
         identity: The world's name, where the credentials are for several; by default the one in them.
-        numbered: Whether the job's number in its array is to be appended to the name.
+        numbered_by: The variables that tell the job's number in its array, which is appended to the name then; None
+            for a name that is whole.
         local: Whether `mpiexec` started it below a node agent, so that nobody ends it if both are killed.
     """
     family.unblock()
@@ -51,7 +58,7 @@ def main(single: bool, path: str = "", identity: str = "", numbered: bool = Fals
         from executorlib.worker.remote import end_by_force
 
         credentials = Credentials.read(path) if path else Credentials.parse(given)
-        name = (identity or credentials.identity) + (str(protocol.element_number()) if numbered else "")
+        name = (identity or credentials.identity) + protocol.element_text(numbered_by)
         return Dealer(credentials, f"{name}.{rank}", on_lost=end_by_force)
 
     from mpi4py import MPI

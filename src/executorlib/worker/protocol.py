@@ -51,10 +51,6 @@ class Permits:
         return True
 
 
-# What queuing systems call the number of a job in its array; without one, the job is the only one.
-ELEMENT_VARIABLES = ("SLURM_ARRAY_TASK_ID", "SGE_TASK_ID", "PBS_ARRAY_INDEX", "LSB_JOBINDEX")
-
-
 def first_number(names: Sequence[str]) -> int | None:
     """The first of these environment variables that holds a number."""
     for name in names:
@@ -64,6 +60,16 @@ def first_number(names: Sequence[str]) -> int | None:
     return None
 
 
-def element_number() -> int:
-    """This job's number in its job array."""
-    return first_number(ELEMENT_VARIABLES) or 0
+def element_number(names: Sequence[str]) -> int:
+    """This job's number in its job array; without one, it is the only job.
+
+    Args:
+        names: What its queuing system calls the variable. Those of others count for nothing: the session may have been
+            in a job of theirs.
+    """
+    return first_number(names) or 0
+
+
+def element_text(names: Sequence[str] | None) -> str:
+    """The same as text; empty where there is no array to ask for."""
+    return "" if names is None else str(element_number(names))

@@ -20,6 +20,8 @@ from executorlib.transports.dealer import Dealer
 from executorlib.worker import call, family, guard, protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from executorlib.transports.messages import Connection
 
 # Between the loss of the connection and the end by force, in seconds: an idle worker ends by itself.
@@ -64,7 +66,7 @@ def end_by_force() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def main(path: str = "", identity: str = "", numbered: bool = False) -> None:
+def main(path: str = "", identity: str = "", numbered_by: Sequence[str] | None = None) -> None:
     """Connect, serve calls, then end the process.
 
     Exit code 0: it was told to stop, or could not be set up, of which the executor was told. 1: it could not connect,
@@ -73,7 +75,8 @@ def main(path: str = "", identity: str = "", numbered: bool = False) -> None:
     Args:
         path: File with the credentials; by default they are in the environment.
         identity: The worker's name, where the file is for several workers; by default the one in the file.
-        numbered: Whether the job's number in its array is to be appended to the name.
+        numbered_by: The variables that tell the job's number in its array, which is appended to the name then; None
+            for a name that is whole.
     """
     family.unblock()
     guard.begin()
@@ -82,7 +85,7 @@ def main(path: str = "", identity: str = "", numbered: bool = False) -> None:
     try:
         given = os.environ.pop(CONNECTION_VARIABLE, "")
         credentials = Credentials.read(path) if path else Credentials.parse(given)
-        name = (identity or credentials.identity) + (str(protocol.element_number()) if numbered else "")
+        name = (identity or credentials.identity) + protocol.element_text(numbered_by)
         dealer = Dealer(credentials, name, on_lost=end_by_force)
     except (OSError, ValueError) as error:
         sys.exit(f"executorlib: this worker cannot connect: {error}")
