@@ -17,6 +17,7 @@ LANGUAGES = {
     "SGE": "executorlib.jobs.pysqa:PysqaQueue",
     "TORQUE": "executorlib.jobs.pysqa:PysqaQueue",
     "LSF": "executorlib.jobs.pysqa:PysqaQueue",
+    "PBS": "executorlib.jobs.pbs:PbsQueue",
 }
 # Where there is no configuration.
 DEFAULT = "SLURM"

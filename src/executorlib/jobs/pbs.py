@@ -1,0 +1,513 @@
+"""PBS Professional's language, which is also OpenPBS's: scripts and commands for it, and what its answers mean.
+
+Written for version 19.1 and later, by its manual pages (qsub, qstat, qselect, qdel, pbs_job_attributes) and the source
+of OpenPBS. It has not been tried on a real PBS; tests/unit/test_pbs.py has the formats that are relied on.
+
+A job has a number, an array one with brackets: ``1234``, ``1234[]``, and ``1234[3]`` for an element. The server's name
+follows it, which is left out here, as it is the system's (`PbsQueue.name`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pwd
+import re
+import shlex
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from executorlib.jobs.queue import Batch, Cause, Dependency, JobState, Limit, Phase, shown_id
+from executorlib.jobs.ranks import mpiexec_command
+from executorlib.jobs.templates import Templates
+
+if TYPE_CHECKING:
+    from executorlib.resources import Resources
+
+# What has to hold whatever a template says is not here but on qsub's command line, which counts for more.
+#
+# - A chunk is a node's part, so what is asked for by node (memory) and by rank fits into one request. Where the ranks
+#   cannot be spread evenly, some nodes have one more.
+# - A job that lost its node ends in an error instead of running again unasked. PBS refuses that for arrays.
+DEFAULT_TEMPLATE = """\
+{%- macro word(text) -%}{{ (text | string).split() | join }}{%- endmacro -%}
+{%- macro chunk(nodes, ranks) -%}
+{{ nodes }}:ncpus={{ ranks * threads_per_core }}:mpiprocs={{ ranks }}:ompthreads={{ threads_per_core }}
+{%- if gpus_per_core %}:ngpus={{ ranks * gpus_per_core }}{% endif %}
+{%- if memory_max | float(0) %}:mem={{ (memory_max | float * 1024) | round(0, "ceil") | int }}mb
+{%- elif memory_max %}:mem={{ word(memory_max) }}{% endif %}
+{%- endmacro -%}
+{%- set nodes = num_nodes or 1 -%}
+{%- set each, more = cores // nodes, cores % nodes -%}
+#!/bin/bash
+#PBS -N {{ job_name }}
+{%- for option, value in [("q", queue or partition), ("A", account), ("P", project)] if value %}
+#PBS -{{ option }} {{ word(value) }}
+{%- endfor %}
+#PBS -l select={{ chunk(more, each + 1) ~ "+" if more }}{{ chunk(nodes - more, each) }}
+{%- if num_nodes or exclusive %}
+#PBS -l place={{ "scatter" if num_nodes else "pack" }}{{ ":excl" if exclusive }}
+{%- endif %}
+{%- if run_time_max %}
+#PBS -l walltime={{ run_time_max }}
+{%- endif %}
+{%- if priority %}
+#PBS -p {{ [[priority, -1024] | max, 1023] | min }}
+{%- endif %}
+{%- if not is_array %}
+#PBS -r n
+{%- endif %}
+
+{{ command }}
+"""
+
+# Letters of states, in words. M is a job that another server has now: its result is found, but whether it still runs is
+# not known.
+_WORDS = {
+    "B": "begun",
+    "E": "exiting",
+    "F": "finished",
+    "H": "held",
+    "M": "moved",
+    "Q": "queued",
+    "R": "running",
+    "S": "suspended",
+    "T": "in transit",
+    "U": "suspended by its workstation's user",
+    "W": "waiting for its time",
+    "X": "finished",
+}
+_WAITING = frozenset("HQTW")
+_ENDED = frozenset("FX")
+# Substates of what has ended.
+_TERMINATED, _FAILED = 91, 93
+# Negative exit codes are PBS's own. Those that are not here are of a job that could not be started.
+_OWN_CODES = {
+    -3: ("it could not be started, and would have been tried again", Cause.NODE_FAILED),
+    -4: ("its node's daemon was started anew", Cause.NODE_FAILED),
+    -5: ("its node's daemon was started anew", Cause.NODE_FAILED),
+    -6: ("its node's daemon was started anew", Cause.NODE_FAILED),
+    -10: ("the user or group is not known on its node", Cause.NONE),
+    -11: ("it was to be run again", Cause.PREEMPTED),
+    -14: ("a node of it could not be reached", Cause.NODE_FAILED),
+    -20: ("its first node could not be reached", Cause.NODE_FAILED),
+    -24: ("it used more CPUs than it asked for", Cause.NONE),
+    -25: ("it used more CPUs than it asked for", Cause.NONE),
+    -26: ("it exceeded vmem", Cause.OUT_OF_MEMORY),
+    -27: ("it exceeded mem", Cause.OUT_OF_MEMORY),
+    -28: ("it exceeded cput", Cause.NONE),
+    -29: ("it exceeded walltime", Cause.TIME_LIMIT),
+}
+_NOT_STARTED = "it could not be started"
+# Comments of jobs that wait until somebody changes them.
+_HOPELESS = re.compile(r"can never run|too many failed attempts", re.IGNORECASE)
+_FAILED_TO_START = re.compile("too many failed attempts", re.IGNORECASE)
+# What PBS adds to the error output of a job that it ends.
+_ADDED = re.compile(r"=>> PBS: job killed: (\w+)|Cgroup mem\w* limit exceeded", re.IGNORECASE)
+_TRANSIENT = re.compile(
+    r"cannot connect to server|connection (refused|reset)|no free connections|server shutting down|timed? ?out"
+    r"|resource temporarily unavailable|communication failure|batch protocol error|end of file|try (the request )?again"
+    r"|munge|no route to host|network is unreachable",
+    re.IGNORECASE,
+)
+# How many jobs there may be. The last one is of the length of one array, which is not known of every queue.
+_LIMIT = re.compile(
+    r"maximum number of jobs.* already in .*|would exceed .*limit.*|array job exceeds server or queue size limit",
+    re.IGNORECASE,
+)
+_LIMIT_OF_OWN = re.compile(r"user|array job exceeds", re.IGNORECASE)
+_ID = re.compile(r"(\d+)(?:\[(\d*)\])?(?:\..*)?")
+# The name of a job has these characters, and no more than so many.
+_NO_NAME = re.compile(r"[^A-Za-z0-9_.+-]+")
+_LONGEST_NAME = 230
+# An answer has all elements of the arrays that it is about, and some 2 KB for each.
+_MOST_ELEMENTS = 1000
+# What has to be there before Python is: by this the interpreter and mpiexec are found, and their libraries.
+_EXPORTED = ("PATH", "LD_LIBRARY_PATH")
+# Of the session's own job, node or MPI world.
+_NOT_HANDED_ON = re.compile(
+    r"(PBS_|PMI_|PMIX_|OMPI_COMM_WORLD_|HYDI_|PALS_|CUDA_VISIBLE_|ROCR_VISIBLE_).*|TMPDIR|NCPUS|HOSTNAME"
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a server is set to.
+
+    Attributes:
+        array_limit: Most elements of a job array; 1 where there are none.
+        history: Whether it remembers jobs that have ended.
+        server: Its name; empty where that is not known.
+    """
+
+    array_limit: int = _MOST_ELEMENTS
+    history: bool = False
+    server: str = ""
+
+
+def parse_settings(output: str) -> Settings:
+    """Read what `PbsQueue.settings_command` printed; what is missing there is left at PBS's own default."""
+    try:
+        told = json.loads(output, strict=False)
+        server = str(told["pbs_server"])
+        about = next(iter(told["Server"].values()))
+        limit = int(about.get("max_array_size", _MOST_ELEMENTS))
+    except (ValueError, KeyError, TypeError, AttributeError, StopIteration):
+        return Settings()
+    history = str(about.get("job_history_enable", "")).lower() == "true"
+    return Settings(max(1, min(limit, _MOST_ELEMENTS)), history, server)
+
+
+class PbsQueue:
+    """PBS Professional, as `queue.Queue` describes it.
+
+    Args:
+        settings: What the server is set to.
+        templates: Where job scripts come from; by default `DEFAULT_TEMPLATE`, and a call's own.
+        environ: The environment of `qsub`; None is that of this process.
+    """
+
+    title: ClassVar[str] = "PBS Professional"
+    settings_command: ClassVar[Sequence[str]] = ("qstat", "-B", "-f", "-F", "json")
+    default_template: ClassVar[str | None] = DEFAULT_TEMPLATE
+    has_pmi_modes: ClassVar[bool] = False
+    waits_for_elements = False
+    history_delay = 0.0
+    id_variables = ("PBS_ARRAY_ID", "PBS_JOBID")
+    element_variables = ("PBS_ARRAY_INDEX",)
+    # Of the mpiexec that comes with PBS on HPE's Cray machines.
+    local_rank_variables = ("PALS_LOCAL_RANKID",)
+    # The last digits of PBS's error numbers: a job is not known, has finished, is at its end, or is a finished element.
+    codes_of_the_gone = frozenset(number & 0xFF for number in (15001, 15139, 15016, 15159))
+    cancels_the_gone = True
+    submit_program = "qsub"
+
+    def __init__(
+        self,
+        settings: Settings | None = None,
+        templates: Templates | None = None,
+        environ: Mapping[str, str] | None = None,
+    ) -> None:
+        self._settings = settings or Settings()
+        self._templates = templates or Templates(DEFAULT_TEMPLATE)
+        self._environ = os.environ if environ is None else environ
+
+    @classmethod
+    def from_settings(cls, output: str, templates: Templates) -> PbsQueue:
+        """See `queue.Queue.from_settings`."""
+        return cls(parse_settings(output), templates)
+
+    @staticmethod
+    def command_environment(environ: Mapping[str, str]) -> dict[str, str]:
+        """See `queue.Queue.command_environment`; nothing of a job that this is in counts for another one."""
+        return dict(environ)
+
+    @staticmethod
+    def rank_command(
+        resources: Resources, pmi_mode: str | None, program: Sequence[str], mpiexec: str = "mpiexec"
+    ) -> list[str]:
+        """See `queue.Queue.rank_command`."""
+        return mpiexec_command(resources, program, mpiexec)
+
+    @staticmethod
+    def problem_with(folder: str) -> str:
+        """See `queue.Queue.problem_with`."""
+        if ":" in folder:
+            return "has a colon in its path, and PBS takes what is before it for the name of a machine"
+        return ""
+
+    @property
+    def name(self) -> str:
+        """See `queue.Queue.name`; a job's number means nothing on another server."""
+        return f"{self.title} server {self._settings.server}" if self._settings.server else self.title
+
+    @property
+    def array_limit(self) -> int:
+        """Most calls in one job array."""
+        return self._settings.array_limit
+
+    @property
+    def has_dependencies(self) -> bool:
+        """See `queue.Queue.has_dependencies`.
+
+        Without a history, a job that ended well while its dependent was submitted is one that PBS never had.
+        """
+        return self._settings.history
+
+    def handed_on(self, environ: Mapping[str, str]) -> dict[str, str]:
+        """See `queue.Queue.handed_on`.
+
+        `qsub -V` would show them to whoever may see the job, and has made answers of older versions unreadable.
+        """
+        return {name: value for name, value in environ.items() if not _NOT_HANDED_ON.fullmatch(name)}
+
+    def script(self, batch: Batch) -> str:
+        """See `queue.Queue.script`."""
+        # Jobs start in the home directory.
+        command = f"cd {shlex.quote(batch.cwd)} && {batch.command}"
+        named = dict(batch.template_values)
+        if named.get("job_name"):
+            named["job_name"] = _job_name(str(named["job_name"]))
+        batch = replace(batch, name=_job_name(batch.name), command=command, template_values=named)
+        return self._templates.render(batch, is_array=_is_array(batch))
+
+    def unused(self, batch: Batch) -> list[str]:
+        """See `queue.Queue.unused`."""
+        ignored = ["slurm_cmd_args"] if batch.resources.slurm_cmd_args else []
+        return self._templates.unused(batch) + ignored
+
+    def submit_command(self, batch: Batch, script_path: str) -> list[str]:
+        """See `queue.Queue.submit_command`."""
+        is_array = _is_array(batch)
+        output = f"{batch.directory}/output.{'^array_index^' if is_array else '0'}"
+        # With -k, what is printed is there at once, where the node reaches the file, and not at the job's end.
+        command = ["qsub", "-j", "oe", "-k", "oed", "-o", output]
+        exported = [name for name in _EXPORTED if name in self._environ]
+        if exported:
+            command += ["-v", ",".join(exported)]
+        if is_array:
+            last = batch.first + batch.count - 1
+            # A range needs two ends that differ: with a step beyond the second one, only the first is left.
+            command += ["-J", f"{batch.first}-{last}" if batch.count > 1 else f"{last}-{last + 1}:2"]
+        if batch.dependencies:
+            # Where one of these fails, PBS deletes the job.
+            command += ["-W", f"depend={_dependencies(batch.dependencies)}"]
+        return [*command, script_path]
+
+    def parse_job_id(self, output: str) -> str:
+        """See `queue.Queue.parse_job_id`."""
+        # Sites may print lines of their own before.
+        found = re.findall(r"^(\d+(?:\[\])?)(?:\.\S+)?\s*$", output, re.MULTILINE)
+        if not found:
+            raise ValueError(f"qsub printed no job id but {output.strip()!r}.")
+        return str(found[-1])
+
+    def is_transient(self, error_text: str) -> bool:
+        """See `queue.Queue.is_transient`."""
+        return _TRANSIENT.search(error_text) is not None
+
+    def limit_in(self, error_text: str) -> Limit:
+        """See `queue.Queue.limit_in`."""
+        found = _LIMIT.search(error_text)
+        if found is None:
+            return Limit.NONE
+        return Limit.OWN if _LIMIT_OF_OWN.search(found[0]) else Limit.SHARED
+
+    def status_command(self, job_ids: Sequence[str]) -> list[str]:
+        """See `queue.Queue.status_command`; without ids, for whether the user has any jobs."""
+        if not job_ids:
+            return ["qselect", "-u", _user()]
+        return ["qstat", *self._options, "-t", *job_ids]
+
+    def parse_status(self, output: str, job_ids: Sequence[str]) -> dict[tuple[str, int | None], JobState]:
+        """See `queue.Queue.parse_status`."""
+        if not job_ids:
+            return {(line.partition(".")[0], None): JobState(Phase.PENDING, "there") for line in output.split()}
+        states: dict[tuple[str, int | None], JobState] = {}
+        for job_id, index, job in _jobs(output):
+            if index is None and job_id.endswith("[]"):
+                states[job_id, None] = _state(job)
+            else:
+                states[job_id, index or 0] = _state(job)
+        return states
+
+    def detail_command(self, job_id: str, index: int | None) -> list[str]:
+        """See `queue.Queue.detail_command`."""
+        return ["qstat", *self._options, shown_id(job_id, index)] if self._settings.history else []
+
+    def parse_detail(self, output: str) -> JobState | None:
+        """See `queue.Queue.parse_detail`."""
+        return next((_state(job) for *_, job in _jobs(output)), None)
+
+    def cause_in(self, output: str) -> Cause:
+        """See `queue.Queue.cause_in`."""
+        found = _ADDED.search(output)
+        if found is None:
+            return Cause.NONE
+        what = (found[1] or "mem").lower()
+        return Cause.TIME_LIMIT if what == "walltime" else Cause.OUT_OF_MEMORY if "mem" in what else Cause.NONE
+
+    def cancel_command(self, jobs: Sequence[tuple[str, int | None]]) -> list[str]:
+        """See `queue.Queue.cancel_command`."""
+        whole = dict.fromkeys(job_id for job_id, index in jobs if index is None)
+        elements: dict[str, set[int]] = {}
+        for job_id, index in jobs:
+            if index is not None and job_id not in whole:
+                elements.setdefault(job_id, set()).add(index)
+        parts = [f"{job_id[:-1]}{run}]" for job_id, indices in elements.items() for run in _runs(indices)]
+        return ["qdel", *whole, *parts]
+
+    @property
+    def _options(self) -> list[str]:
+        return [*(["-x"] if self._settings.history else []), "-f", "-F", "json"]
+
+
+def _user() -> str:
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return os.environ.get("LOGNAME", str(os.geteuid()))
+
+
+def _is_array(batch: Batch) -> bool:
+    return batch.count > 1 or batch.first > 0
+
+
+def _job_name(name: str) -> str:
+    """The nearest name that PBS takes."""
+    return _NO_NAME.sub("_", name)[:_LONGEST_NAME] or "_"
+
+
+def _dependencies(dependencies: Iterable[Dependency]) -> str:
+    """What ``depend`` takes: all must succeed. They are on whole jobs, as `PbsQueue.waits_for_elements` says."""
+    return ":".join(["afterok", *dict.fromkeys(each.job_id for each in dependencies)])
+
+
+def _runs(indices: Iterable[int]) -> Iterator[str]:
+    """The fewest ranges that indices are in."""
+    first = last = None
+    for index in sorted(indices):
+        if last is not None and index == last + 1:
+            last = index
+            continue
+        if last is not None:
+            yield f"{first}" if first == last else f"{first}-{last}"
+        first = last = index
+    if last is not None:
+        yield f"{first}" if first == last else f"{first}-{last}"
+
+
+def _state(job: Mapping[str, Any]) -> JobState:
+    """What PBS says of a job, by the attributes of it."""
+    letter = str(job.get("job_state", ""))
+    comment = str(job.get("comment", "")).strip()
+    node = ",".join(dict.fromkeys(re.findall(r"(?:^|\+)([^/+]+)", str(job.get("exec_host", "")))))
+    if letter in _ENDED:
+        return _ending(job, comment, node)
+    word = _WORDS.get(letter, letter or "unknown")
+    if letter not in _WAITING:
+        return JobState(Phase.RUNNING, word, node=node)
+    hopeless = _HOPELESS.search(comment) is not None
+    cause = Cause.NODE_FAILED if _FAILED_TO_START.search(comment) else Cause.NONE
+    # `o` is an operator's hold; `s`, an administrator's, also stands for a dependency's.
+    holds = str(job.get("Hold_Types", "n"))
+    held = letter == "H" and not hopeless and ("o" in holds or ("s" in holds and "depend" not in job))
+    return JobState(Phase.PENDING, word, comment, "", "", hopeless, cause, held)
+
+
+def _ending(job: Mapping[str, Any], comment: str, node: str) -> JobState:
+    """How a job ended, as far as PBS says."""
+    text = str(job.get("Exit_status", ""))
+    status = int(text) if re.fullmatch(r"-?\d+", text) else None
+    is_terminated = job.get("substate") == _TERMINATED or "terminated" in comment
+    if status is None:
+        cause = Cause.CANCELLED if is_terminated else Cause.NONE
+        return JobState(Phase.ENDED, "terminated" if is_terminated else "finished", "", "", node, cause=cause)
+    if status < 0:
+        reason, cause = _OWN_CODES.get(status, (_NOT_STARTED, Cause.NONE))
+        return JobState(Phase.ENDED, "failed", f"{reason} ({status})", "", node, cause=cause)
+    # Above 256 it is that and a signal's number.
+    exit_code = f"0:{status - 256}" if status > 256 else str(status)
+    cause = Cause.NONE
+    if status > 128:
+        cause = _exceeded(job)
+        if cause is Cause.NONE and is_terminated:
+            cause = Cause.CANCELLED
+    is_failed = status != 0 or job.get("substate") == _FAILED
+    word = "terminated" if cause is Cause.CANCELLED else "failed" if is_failed else "finished"
+    return JobState(Phase.ENDED, word, "", exit_code, node, cause=cause)
+
+
+def _exceeded(job: Mapping[str, Any]) -> Cause:
+    """Which of its limits a job that was killed had reached; versions before 2021 do not say so by themselves."""
+    asked, used = job.get("Resource_List"), job.get("resources_used")
+    if isinstance(asked, dict) and isinstance(used, dict):
+        for name, read, cause in (
+            ("walltime", _seconds, Cause.TIME_LIMIT),
+            ("mem", _bytes, Cause.OUT_OF_MEMORY),
+        ):
+            limit, reached = read(asked.get(name)), read(used.get(name))
+            if limit is not None and reached is not None and reached >= limit:
+                return cause
+    return Cause.NONE
+
+
+def _seconds(text: object) -> int | None:
+    """A time such as ``01:30:00``."""
+    if not re.fullmatch(r"\d+(:\d+){0,3}", str(text)):
+        return None
+    seconds = 0
+    for part in str(text).split(":"):
+        seconds = 60 * seconds + int(part)
+    return seconds
+
+
+def _bytes(text: object) -> int | None:
+    """A size such as ``800mb``."""
+    found = re.fullmatch(r"(\d+)([kmgtp]?)b", str(text))
+    return None if found is None else int(found[1]) << 10 * (" kmgtp".index(found[2]) if found[2] else 0)
+
+
+def _jobs(output: str) -> Iterator[tuple[str, int | None, Mapping[str, Any]]]:
+    """The jobs of an answer of `qstat`: the id, the index of an element, and the attributes.
+
+    Raises:
+        ValueError: The answer is incomplete.
+    """
+    text = output.strip()
+    if not (text.startswith("{") and text.endswith("}")):
+        raise ValueError(f"qstat printed no list of jobs but {text[-200:]!r}.")
+    try:
+        told = json.loads(text, strict=False)
+        jobs = told.get("Jobs", {})
+    except ValueError:
+        jobs = _scanned(text)
+    for name, job in jobs.items():
+        found = _ID.fullmatch(name)
+        if found is None or not isinstance(job, dict):
+            continue
+        number, element = found[1], found[2]
+        if element is None:
+            yield number, None, job
+        else:
+            yield f"{number}[]", int(element) if element else None, job
+
+
+# An attribute, by its indentation: one that is closed on its line, or the beginning of a group.
+_LINE = re.compile(r'([ \t]*)"([^"]+)"\s*:\s*(?:(\{)|"(.*?)"|([^"{]*?)),?\s*')
+
+
+def _scanned(text: str) -> dict[str, dict[str, Any]]:
+    """The attributes of jobs in an answer that is not valid JSON.
+
+    Versions before 2020 do not write all that users put into names, comments and variables as JSON demands. But each
+    attribute has a line of its own, and those of a job are indented alike.
+    """
+    jobs: dict[str, dict[str, Any]] = {}
+    job: dict[str, Any] | None = None
+    group: dict[str, Any] | None = None
+    outer = inner = -1  # indentation of the job's name, and of its attributes
+    for line in text.splitlines():
+        found = _LINE.fullmatch(line)
+        if found is None:
+            continue
+        indent, name, opens, quoted, bare = found.groups()
+        depth = len(indent)
+        if opens and _ID.fullmatch(name) and (job is None or depth == outer):
+            job, group, outer, inner = jobs.setdefault(name, {}), None, depth, -1
+        elif job is not None and depth > outer and inner in (-1, depth):
+            inner, group = depth, None
+            if opens:
+                group = job.setdefault(name, {})
+            else:
+                job.setdefault(name, _value(quoted, bare))
+        elif group is not None and depth > inner and not opens:
+            group.setdefault(name, _value(quoted, bare))
+    return jobs
+
+
+def _value(quoted: str | None, bare: str) -> Any:
+    if quoted is not None:
+        return quoted
+    return int(bare) if re.fullmatch(r"-?\d+", bare.strip()) else bare.strip()
