@@ -27,7 +27,8 @@ class SlurmClusterExecutor(QueueExecutor):
 
     Args:
         pysqa_config_directory: A pysqa configuration (``queue.yaml`` and templates) to choose the script from, by
-            ``resource_dict["queue"]``. It may name another queuing system that pysqa drives, instead of Slurm.
+            ``resource_dict["queue"]``. It may name another queuing system instead of Slurm, such as PBS
+            Professional or Grid Engine.
         pmi_mode: How `srun` and the MPI library of a call with several ranks find each other, such as ``"pmix"`` or
             ``"pmi2"``; None starts the ranks with the MPI library's own `mpiexec`.
 
