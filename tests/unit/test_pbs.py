@@ -371,7 +371,11 @@ STATES = [
     (ended(271, 91, " and terminated by me@login1"),
      JobState(Phase.ENDED, "terminated", "", "0:15", "node1", cause=Cause.CANCELLED)),
     (job("F", substate=91, comment="Not Running: Not enough free nodes available and terminated by me@login1"),
-     JobState(Phase.ENDED, "terminated", cause=Cause.CANCELLED)),
+     JobState(Phase.ENDED, "terminated", "Not Running: Not enough free nodes available and terminated by me@login1",
+              cause=Cause.CANCELLED)),
+    (job("F", substate=93, comment="Job deleted as result of dependency on job 7.pbs01"),
+     JobState(Phase.ENDED, "terminated", "Job deleted as result of dependency on job 7.pbs01", cause=Cause.CANCELLED)),
+    (job("X"), JobState(Phase.ENDED, "finished")),
     (ended(0, 91, " and terminated"), JobState(Phase.ENDED, "finished", "", "0", "node1")),
 ]  # fmt: skip
 

@@ -102,6 +102,8 @@ _OWN_CODES = {
 _NOT_STARTED = "it could not be started"
 # Comments of jobs that wait until somebody changes them.
 _HOPELESS = re.compile(r"can never run|too many failed attempts", re.IGNORECASE)
+# Of jobs that were deleted by somebody, or as one that they waited for had failed.
+_DELETED = re.compile("terminated|deleted as result of dependency", re.IGNORECASE)
 _FAILED_TO_START = re.compile("too many failed attempts", re.IGNORECASE)
 # What PBS adds to the error output of a job that it ends.
 _ADDED = re.compile(r"=>> PBS: job killed: (\w+)|Cgroup mem\w* limit exceeded", re.IGNORECASE)
@@ -400,10 +402,11 @@ def _ending(job: Mapping[str, Any], comment: str, node: str) -> JobState:
     """How a job ended, as far as PBS says."""
     text = str(job.get("Exit_status", ""))
     status = int(text) if re.fullmatch(r"-?\d+", text) else None
-    is_terminated = job.get("substate") == _TERMINATED or "terminated" in comment
-    if status is None:
-        cause = Cause.CANCELLED if is_terminated else Cause.NONE
-        return JobState(Phase.ENDED, "terminated" if is_terminated else "finished", "", "", node, cause=cause)
+    is_terminated = job.get("substate") == _TERMINATED or _DELETED.search(comment) is not None
+    if status is None and is_terminated:
+        return JobState(Phase.ENDED, "terminated", comment, "", node, cause=Cause.CANCELLED)
+    if status is None:  # an element, in older versions
+        return JobState(Phase.ENDED, "finished", "", "", node)
     if status < 0:
         reason, cause = _OWN_CODES.get(status, (_NOT_STARTED, Cause.NONE))
         return JobState(Phase.ENDED, "failed", f"{reason} ({status})", "", node, cause=cause)
