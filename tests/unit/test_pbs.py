@@ -27,6 +27,7 @@ from executorlib.jobs.queue import Batch, Cause, Dependency, JobState, Limit, Ph
 from executorlib.jobs.registry import LANGUAGES, language
 from executorlib.jobs.templates import check_keys
 from executorlib.resources import Resources
+from executorlib.worker import protocol
 from unit.properties import repeatable
 
 needs_pysqa = pytest.mark.skipif(importlib.util.find_spec("pysqa") is None, reason="needs pysqa (pip install pysqa)")
@@ -285,6 +286,16 @@ def test_what_jobs_are_told() -> None:
     environ = {"HOME": "/h", "A": "1", "BASH_FUNC_module%%": "() {\n}"}
     dropped = ["PBS_JOBID", "PBS_ARRAY_INDEX", "PMI_RANK", "CUDA_VISIBLE_DEVICES", "TMPDIR", "NCPUS"]
     assert PbsQueue().handed_on({**environ, **dict.fromkeys(dropped, "0")}) == environ
+
+
+@pytest.mark.parametrize(("queue_type", "element"), [("SLURM", 5), ("PBS", 3)])
+def test_a_job_in_a_job_of_another_system(queue_type: str, element: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What that one tells of its arrays counts for nothing."""
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "5")
+    monkeypatch.setenv("PBS_ARRAY_INDEX", "3")
+    names: Any = language(queue_type).element_variables
+    assert protocol.element_number(names) == element
+    assert protocol.element_number(()) == 0
 
 
 # Status: qstat(1B), pbs_job_attributes(7B).
