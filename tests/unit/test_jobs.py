@@ -241,7 +241,7 @@ def test_many_jobs_of_others_on_a_slow_file_system(
         launcher, task, _process = launched(events, system, tmp_path, key, launcher, number)
         outputs.append(task.cache_path)
     monkeypatch.setattr("executorlib.jobs.launcher._is_on_local_disk", lambda job: False)
-    monkeypatch.setattr("executorlib.jobs.launcher.files.is_there", is_there)
+    monkeypatch.setattr("executorlib.jobs.launcher.trust.is_there", is_there)
     monkeypatch.setattr("executorlib.jobs.launcher.time.monotonic", lambda: clock() + waited)
     while len(asked) < len(outputs):
         timers, events.timers = events.timers, []
