@@ -670,8 +670,7 @@ def _is_as_first(path: str, now: Stamp) -> bool:
     first = _FIRST.setdefault(path, now)
     if first is not now:
         return first == now
-    # It was not recorded, as nobody knew that it would be loaded. It may have been loaded, and changed, since the last
-    # look.
+    # Not recorded, as nobody knew that it would be loaded. Since the last look it may have been loaded, and changed.
     return not now or max(now[:2]) < _looked - _TICK_NS
 
 

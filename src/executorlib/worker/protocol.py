@@ -1,4 +1,4 @@
-"""What workers and those who start them agree on: permits, and variables of the environment."""
+"""The agreement between workers and those who start them: permits, and environment variables."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-# The libraries' own documentation names these: OpenMP, OpenBLAS, MKL, numexpr, Apple's Accelerate (vecLib).
+# As named in the libraries' own documentation: OpenMP, OpenBLAS, MKL, numexpr, Apple's Accelerate (vecLib).
 THREAD_VARIABLES = (
     "OMP_NUM_THREADS",
     "OPENBLAS_NUM_THREADS",
@@ -26,17 +26,17 @@ PERMIT = struct.Struct("<Q")
 class Permits:
     """Says which of the calls that a worker holds it may start.
 
-    A worker of a block may hold calls beyond the one that it runs, so that it need not wait for the next. Whether it
-    starts one of these or the executor takes it back is settled by who reads the call's number from this socket
-    first: both have a descriptor of its reading end. A number is sent before its call.
+    A worker of a block may hold more calls than the one that it runs, so that it need not wait for the next. A call's
+    number is sent through this socket before the call, and both the worker and the executor have a descriptor of its
+    reading end. Whoever reads the number first has the call: the worker to start it, the executor to take it back.
     """
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
-        self._next = 0  # read already, for a call that comes later
+        self._next = 0  # read already, for a call that is yet to come
 
     def allow(self, number: int) -> bool:
-        """Whether call ``number``, the first that the worker holds, may start; if not, it was taken back."""
+        """Return True if call ``number``, the first that the worker holds, may start; False if it was taken back."""
         if not self._next:
             try:
                 data = self._sock.recv(PERMIT.size, socket.MSG_DONTWAIT)
@@ -51,12 +51,12 @@ class Permits:
         return True
 
 
-# What queuing systems call the number of a job in its array; without one, the job is the only one.
+# The variables in which queuing systems give a job's number in its array. Without one, the job is the only one.
 ELEMENT_VARIABLES = ("SLURM_ARRAY_TASK_ID", "SGE_TASK_ID", "PBS_ARRAY_INDEX", "LSB_JOBINDEX")
 
 
 def first_number(names: Sequence[str]) -> int | None:
-    """The first of these environment variables that holds a number."""
+    """Return the number in the first of these environment variables that holds one."""
     for name in names:
         value = os.environ.get(name, "")
         if value.isdigit():
@@ -65,5 +65,5 @@ def first_number(names: Sequence[str]) -> int | None:
 
 
 def element_number() -> int:
-    """This job's number in its job array."""
+    """Return this job's number in its job array."""
     return first_number(ELEMENT_VARIABLES) or 0
