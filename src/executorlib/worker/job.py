@@ -57,7 +57,7 @@ def main(directory: str, part: str = "") -> None:
         if "executorlib.worker.world" in sys.modules:
             from mpi4py import MPI
 
-            # Not in `run`: a test may call `run` and use MPI afterwards.
+            # Not in `run`, whose caller may be a rank of another world that goes on using MPI.
             MPI.Finalize()
     except BaseException as error:
         sys.stderr.write(call.traceback_text(error))
