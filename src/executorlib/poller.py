@@ -41,8 +41,8 @@ class Waiting(Protocol):
         """Let the loop sleep in another library's event loop, which does its own work meanwhile.
 
         Args:
-            sleep: Called instead of the loop's own sleep, with the maximum number of seconds; below zero there is none.
-                It must return when `fileno` can be read. None restores the loop's own sleep.
+            sleep: Called instead of the loop's own sleep, with the most seconds that it may take, or a number below
+                zero for no limit. It must return when `fileno` can be read. None restores the loop's own sleep.
         """
         ...
 
@@ -67,13 +67,13 @@ class Poller:
         return number
 
     def watch(self, fileobj: Any, callback: Callable[[], None]) -> None:
-        """Watch until ``fileobj`` can be read."""
+        """Start watching."""
         fd = _descriptor(fileobj)
         self._poll.register(fd, _READABLE)
         self._callbacks[fd] = (callback, None)
 
     def watch_writable(self, fileobj: Any, wanted: bool, callback: Callable[[], None]) -> None:
-        """Start or stop watching until ``fileobj`` can be written."""
+        """Start or stop waiting for a watched ``fileobj`` to be writable."""
         fd = _descriptor(fileobj)
         callbacks = self._callbacks.get(fd)
         if callbacks is None or (callbacks[1] is not None) == wanted:

@@ -29,7 +29,7 @@ _OUT_OF_BAND_BYTES = 4096
 
 
 class Pickled:
-    """Unpickles to what a pickle holds: embeds that in another pickle without rebuilding it, which runs users' code."""
+    """Embeds a pickle in another one without first rebuilding what it holds, because that would run users' code."""
 
     __slots__ = ("_data",)
 

@@ -58,7 +58,7 @@ def get_cache_data(cache_directory: str | os.PathLike[str]) -> list[dict[str, An
         warning in the log. If the directory does not exist, the list is empty.
 
     Raises:
-        ImportError: If h5py is missing and an entry needs it (one of executorlib 1.x, or larger than 4 GB).
+        ImportError: If h5py is missing and an entry needs it (it is from executorlib 1.x, or has a value over 4 GB).
         PermissionError: If everybody may write to the directory and a file in it belongs to another user.
     """
     rows = []
@@ -92,7 +92,7 @@ def get_future_from_cache(cache_directory: str | os.PathLike[str], cache_key: st
     Raises:
         Exception: What the function raised.
         FileNotFoundError: If there is no entry with that key.
-        ImportError: If h5py is missing and the entry needs it (one of executorlib 1.x, or larger than 4 GB).
+        ImportError: If h5py is missing and the entry needs it (it is from executorlib 1.x, or has a value over 4 GB).
         PermissionError: If everybody may write to the directory and the file belongs to another user.
         ValueError: If the key leads out of the directory.
     """

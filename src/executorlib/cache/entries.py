@@ -63,7 +63,7 @@ RAN = "ran"
 NAME = "name"
 _CALL = ("function", "input_args", "input_kwargs", "resource_dict")
 _RESULT = ("output", "error", "runtime", "traceback")
-# The datasets, of these and of others that a look-up reads, that hold plain data of ours, so they need no `unpickle`.
+# The datasets that a look-up reads and that hold only plain data of ours, so they need no `unpickle`.
 _PLAIN = frozenset({"runtime", "traceback", VERSIONS, NAME, NOT_KEPT, RAN})
 
 # The fastest level, because large arrays of floats hardly shrink at any.

@@ -238,7 +238,7 @@ def _are_headers_right(file: bytes, root: int, links: list[tuple[int, bytes]]) -
 def _dataset(file: bytes, address: int, checked: bool) -> bytes:
     if address > len(file) - _HEADER.size:
         raise Damaged(f"it has nothing at {address}")
-    # In our files these numbers are at fixed places. If not, the header below is different.
+    # In a file of ours the numbers are at these places. In any other file, the header compared below is different.
     end = address + _HEADER.size + _HEADER.unpack_from(file, address)[-1]
     (size,) = _LENGTH.unpack_from(file, address + _SIZE_AT)
     _, stored, _, chunk = _SINGLE_CHUNK.unpack_from(file, end - _SINGLE_CHUNK.size)

@@ -19,8 +19,8 @@ _INPUT, _WRITING, _OUTPUT = "_i.h5", "_r.h5", "_o.h5"
 _ENDING_BYTES = len(_OUTPUT)
 # The names that `cache.trust` gives files which are not in place yet.
 _TEMPORARY = re.compile(r"\.\d+-[0-9a-f]{16}\.tmp")
-# A file that is being written changes all the time, so one left alone for this long is abandoned. The
-# age that `leftovers` takes for batch directories is a minute by default, for sessions still to read what jobs printed.
+# A file that is being written changes all the time, so one left alone for this long is abandoned. Batch directories may
+# be removed after a minute: until then, their session may not have read yet what a job printed.
 _ABANDONED_SECONDS = 3600.0
 
 
@@ -61,7 +61,7 @@ class Job(NamedTuple):
 def scan(directory: str) -> Iterator[Entry]:
     """Find all entries of a cache directory and its sub-folders, in no order.
 
-    This takes one `stat` per entry and keeps only entries that are not done in memory.
+    This takes one `stat` per entry, and keeps in memory only the entries that are not done.
 
     Args:
         directory: The cache directory.

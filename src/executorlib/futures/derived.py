@@ -51,8 +51,7 @@ class _Ours:
 
 def when_done(future: Future[Any], receiver: Callable[[Future[Any]], object]) -> None:
     """Have ``receiver(future)`` called when a future is done, whatever its other callbacks raise."""
-    # A LeanFuture calls all of its callbacks. For a class that adds callbacks in its own way, only the interface is
-    # safe.
+    # A LeanFuture calls all of its callbacks. If a class adds callbacks in its own way, only its interface is known.
     if type(future).add_done_callback is Future.add_done_callback and not isinstance(future, LeanFuture):
         with future._condition:
             if not future.done():
@@ -199,8 +198,7 @@ class _Batches:
                     group_error, record = self._errors[0]
                     del self._errors[: self._n - len(values)]
                 ready.append((self._groups.popleft(), values, group_error, record))
-        # Outside the lock, because callbacks of a group may finish further inputs. Resolve all groups, even if one
-        # raises.
+        # Outside the lock, because callbacks of a group may finish further inputs. All groups, even if callbacks raise.
         raised = None
         for group, values, group_error, record in ready:
             if not group.set_running_or_notify_cancel():

@@ -4,7 +4,7 @@ The standard future is locked by a `threading.Condition`, which a Ctrl-C can lea
 resolve the future then waits for ever. This one uses a condition from `locks`.
 
 The standard library's `concurrent.futures.wait` and `as_completed` cannot be changed. They keep futures from being
-resolved while they look at them, and wait for events with locks, so this module replaces these parts of the future.
+resolved while they look at them, and wait for events with locks, so this module replaces what they use of a future.
 """
 
 from __future__ import annotations

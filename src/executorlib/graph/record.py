@@ -3,6 +3,7 @@
 An executor with one of the graph options passes every call to a `Graph` and runs none. A call returns a
 `RecordedFuture`, done at once with None, which knows the graph and the step that it represents. Whatever users derive
 from it or pass it to is recorded in turn, and at the end the graph is written:
+
     Graph.call, Graph.batch, RecordedFuture.item   record   (submit, batched, get_item_from_future)
     picture.draw, picture.write                    picture  (notebook; png, svg, pdf, dot)
     workflow_definition.export                     Python Workflow Definition, JSON

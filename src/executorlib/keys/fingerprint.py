@@ -409,7 +409,7 @@ class _Walk:
 
 
 class _Home(NamedTuple):
-    """What a module counts as in a key.
+    """How a module counts in a key.
 
     Attributes:
         users: True if it is the user's own.
@@ -594,7 +594,7 @@ def _reduce(obj: Any) -> Any:
 
 
 def _loses_slots(cls: type) -> bool:
-    """Return True if cloudpickle moves an instance's values of slots into its ``__dict__`` at the other end."""
+    """Return True if cloudpickle moves the values of an instance's slots into its ``__dict__`` at the other end."""
     by_name = _is_by_name(cls, cls.__module__, cls.__qualname__)
     return not by_name and any("__slots__" in vars(each) for each in cls.__mro__)
 
@@ -821,7 +821,7 @@ def _class(walk: _Walk, cls: type) -> bytes:
 
 
 def _is_written(cls: type, doc: object) -> bool:
-    """Return True if the docstring of a class is its author's. A data class without one makes it from its fields."""
+    """Return True if the docstring of a class is its author's. A data class without one makes it of its fields."""
     return isinstance(doc, str) and not ("__dataclass_fields__" in vars(cls) and doc.startswith(f"{cls.__name__}("))
 
 

@@ -4,10 +4,10 @@ What a module defines travels to a worker by name, and the worker imports the mo
 the module's file says, not by what this process has in memory. Nothing is imported to find out.
 
 A module is a row of statements. From the statement that defines a name, all names in it are followed into the functions
-and classes of this module and of others, with whatever is imported where. In every module that the import of a reached
-one runs, each statement also counts that may change what others define (a call, a decorator of the user's, an
-assignment to an item). What cannot be followed counts as a whole: a module that uses `globals()`, one that is passed on
-as an object, one without source.
+and classes of this module and of others, and through all imports. In every module that the import of a reached one
+runs, each statement also counts that may change what others define (a call, a decorator of the user's, an assignment to
+an item). What cannot be followed counts as a whole: a module that uses `globals()`, one that is passed on as an object,
+one without source.
 
 Modules of the standard library and of installed distributions are not followed.
 """
@@ -93,7 +93,7 @@ _HARMLESS_CALLS = frozenset(
     }
 )
 
-# A file may be written twice within one tick of its file system's clock, so a newer time of change proves nothing.
+# A file may be written twice within one tick of its file system's clock, so a younger stamp may hide a second change.
 _TICK_NS = 2_000_000_000
 
 _MOST_SLICES = 4096
@@ -705,13 +705,13 @@ def _is_of_another_state(path: str, now: Stamp, cached: str, compiled: Stamp) ->
         return False
     flags, second, size = (int.from_bytes(code[i : i + 4], "little") for i in (4, 8, 12))
     if flags & 1:
-        return code[8:16] != importlib.util.source_hash(source)  # even if Python compares them itself
+        return code[8:16] != importlib.util.source_hash(source)  # if Python compares them itself, no harm is done
     if second != now[0] // 1_000_000_000 & 0xFFFFFFFF or size != len(source) & 0xFFFFFFFF:
         return False
     if compiled[0] > max(now[:2]):
         return False
     try:
-        # A later time proves nothing: a change of permissions, or a copy of the file, also makes it later.
+        # A later time does not prove a change: the file's permissions may have been changed, or the file copied.
         known: object = marshal.loads(code[16:])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

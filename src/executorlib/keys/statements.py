@@ -390,8 +390,8 @@ class _Risks:
     """The means by which a statement may change what others define.
 
     Attributes:
-        names: Names with which it does, if one of them stands for something of the user's.
-        calls: Functions with which it does, unless they are known to do nothing but return something.
+        names: It may do so with one of these, if that stands for something of the user's.
+        calls: It may do so by calling one of these, unless that is known to do nothing but return something.
     """
 
     def __init__(self) -> None:

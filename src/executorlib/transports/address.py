@@ -55,8 +55,8 @@ def addresses() -> list[str]:
     """Return the addresses at which others may reach this machine.
 
     Returns:
-        IPv4 addresses, then IPv6 addresses, as numbers, each with that of the default route first. Addresses of the
-        loopback interface, and those that are valid on one link only, are left out.
+        IPv4 addresses, then IPv6 addresses, as numbers, of each kind that of the default route first. Addresses of
+        the loopback interface, and those that are valid on one link only, are left out.
     """
     found = _preferred()
     with contextlib.suppress(OSError, AttributeError):  # the C library has no getifaddrs

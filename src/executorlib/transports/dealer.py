@@ -149,7 +149,7 @@ class Dealer:
                 return Message(*unpack(parts), [])
 
     def take(self) -> Message | None:
-        """Return the next message, or None if there is none yet; one of `descriptors` becomes readable before there is.
+        """Return the next message, or None if there is none yet. One of `descriptors` announces the next one.
 
         Sending may hide that event, so call this after sending.
 
@@ -248,7 +248,7 @@ class _Attempt:
     def is_refused(self) -> bool:
         """Return True if the machine at this address answers that nobody listens there. Others may be out of reach."""
         try:
-            # An address that is not TCP does not involve a network, so if nobody is there, nobody is anywhere.
+            # An address that is not TCP involves no network, so a failure always means that nobody is there.
             if not self.endpoint.startswith("tcp:"):
                 return True
             socket.create_connection(address.split(self.endpoint), _ATTEMPT_SECONDS).close()
@@ -297,7 +297,7 @@ class _Search:
                 self._attempt(endpoint)
 
     def _try_further(self) -> float:
-        """Try the other endpoints once their time has come. Return in how many seconds that is."""
+        """Try the other endpoints once their time has come. Return the seconds until then."""
         left = self._further_at - time.monotonic()
         if not self._further or left > 0:
             return left if self._further else float("inf")

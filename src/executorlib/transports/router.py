@@ -142,7 +142,7 @@ class Router:
         return Credentials(tuple(self.endpoints), identity, self._door.keys)
 
     def send(self, peer: bytes, header: Any, frames: Sequence[Frame]) -> None:
-        """Send a message. If the peer is gone, it is dropped, and the peer's end is reported separately.
+        """Send a message. One to a peer that is gone is dropped, because the peer's end is reported anyway.
 
         Frames may be read until they have arrived, so nobody may write to them.
         """

@@ -74,7 +74,7 @@ class Agent:
         poll.register(self._connection.fileno(), select.POLLIN)
         poll.register(self._wake_read.fileno(), select.POLLIN)
         # The end of the connection reveals the executor's end, unless the user's process was forked and the copy holds
-        # its descriptors; then this one does. Systems without it compare the parent's pid once a second.
+        # its descriptors; then a pidfd does. Systems without pidfds compare the parent's pid once a second.
         parent_fd = -1
         with contextlib.suppress(OSError, AttributeError):
             parent_fd = os.pidfd_open(self._parent)

@@ -52,7 +52,7 @@ _MOST_TEXT = 1_000_000
 
 
 class OnlyHere:
-    """Wraps code of the user's, so that a process which that code forks, and which returns from it, ends here.
+    """Wraps the user's code: if that forks a process which returns from it as well, the copy ends here.
 
     Only the process that was given a call may answer it, keep its result, or go on as a worker. The copy ends with the
     exit code that a script would have, and does not touch what it shares with the worker: sockets, permits, exit

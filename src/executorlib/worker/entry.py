@@ -3,7 +3,7 @@
 The key under which a session looked a call up is that of what the session held at that time. What runs was pickled
 later, with modules that were imported later still, and any of it may have changed in between. So the key is derived
 here again, from exactly what was unpickled and is about to run, and the result is stored under that key and no other.
-So the key always stands for what ran.
+Thus the key always stands for what ran.
 
 This module is loaded by workers of executors that keep results, and before the calls if workers are forked.
 """

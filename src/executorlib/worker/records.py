@@ -74,8 +74,7 @@ class Reporter:
         self._receiving = False
         self._waiting: deque[tuple[list[Any], Sequence[Frame]]] = deque()
         self._ended = False
-        # In processes that a call forks, logging works as if records were not sent: only this one may use its
-        # connection.
+        # Processes that a call forks log as if records were not sent, because only this one may use its connection.
         os.register_at_fork(after_in_child=settings.divert(_Handler(self)))
 
     def _connection(self) -> Any:

@@ -41,7 +41,7 @@ def is_on_one_node(world: Any) -> bool:
 
 
 def unlink_shared_files(pid: int) -> None:
-    """Remove the names of the memory that a rank shares with others. It is then freed when the last one ends, however.
+    """Remove the names of the memory that a rank shares with others. The last of them frees it, however it ends.
 
     Args:
         pid: The rank's process. If others of its world may not have mapped that memory yet, they must be killed.
@@ -82,7 +82,7 @@ def remove_unused_files(since: float) -> bool:
                 try:
                     found = os.fstat(fd)
                     if stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and found.st_mtime >= since:
-                        # When somebody opens the file meanwhile, we get a signal. The default one ends a process.
+                        # If somebody opens the file meanwhile, we get a signal. The default one would end this process.
                         fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
                         try:
                             fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
