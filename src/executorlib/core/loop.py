@@ -221,7 +221,7 @@ class Loop(Poller, JobEvents):
         self._known_pieces: dict[int, dict[int, int]] = {}  # by worker, their sizes by number
         self._real_paths: dict[str, str] = {}
         self._changed_functions: set[str] = set()  # whose calls were changed between their look-up and their run
-        self._deadlines: dict[int, tuple[float, int]] = {}  # by worker: when its call's time is over, and the call
+        self._deadlines: dict[int, tuple[float, int]] = {}  # by worker: when its call's time is over, and which call
         self._deadline = Timer(self, self._on_deadline)
         self._equal_calls: dict[str, list[Task]] = {}  # by file in the cache: one that is on its way, others that wait
         self._pid = os.getpid()
@@ -235,13 +235,13 @@ class Loop(Poller, JobEvents):
         self._thread = threading.Thread(target=self._run, name=name, daemon=False)
 
     def start(self) -> None:
-        """Start the thread and return once it has all that it needs.
+        """Start the thread and return once it has everything it needs.
 
-        Whatever has to be freed again is made by the thread itself, because a Ctrl-C strikes in the main thread only.
+        Whatever has to be freed again is made by the thread itself, because a Ctrl-C strikes only in the main thread.
         When it strikes here, `shutdown` ends the thread, however far it has come.
 
         Raises:
-            RuntimeError: There can be no further thread. Nothing is left behind, as after any other error.
+            RuntimeError: No further thread can be started. Nothing is left behind, as after any other error.
         """
         # Not from this thread: `Thread.start` that is interrupted may keep the new thread from ever getting to `_run`.
         start_new_thread(self._start_thread, ())
@@ -311,8 +311,8 @@ class Loop(Poller, JobEvents):
         try:
             self._inbox.append((function, args))
         finally:
-            # The loop sets the flag, then looks into the inbox, then sleeps: either it sees this entry or we see the
-            # flag, which is for the loop to clear: done here it could hit the next sleep.
+            # The loop sets the flag, then looks into the inbox, then sleeps: it sees this entry, or we see the flag.
+            # Only the loop may clear the flag, as clearing it here could hit the loop's next sleep.
             if self._sleeping:
                 try:  # noqa: SIM105  # see above
                     os.write(self._wake_write, b"\0")
@@ -506,7 +506,7 @@ class Loop(Poller, JobEvents):
                         self._block.on_resize(0)
                         self._settled = False
                         continue
-                    # Workers end by themselves, so that neither their exit handlers nor their threads are cut short.
+                    # Let workers end by themselves, so that their exit handlers and threads are not cut short.
                     if not self._processes and not self._launcher.busy:
                         break
                 self._wait()
@@ -549,11 +549,11 @@ class Loop(Poller, JobEvents):
             self._resolve(task, header, frames)
 
     def _decide(self) -> None:
-        """Carry out what the scheduler decides upon the events so far.
+        """Carry out what the scheduler decides after the events so far.
 
-        All calls that are looked up here were submitted before this begins, so one look at what they reach in files is
-        enough for all of them: whoever changed something and then submitted has done so before. A call that is
-        submitted from now on waits in the inbox, for the next decision and another look.
+        All calls looked up here were submitted before this begins, so it is enough to look once at what they reach in
+        files: a user who changed a file and then submitted did so before this. Calls that are submitted from now on
+        wait in the inbox for the next decision, which looks again.
         """
         self._seen = _Seen()
         try:
@@ -563,7 +563,7 @@ class Loop(Poller, JobEvents):
             self._seen = None
 
     def _wait(self) -> None:
-        """Sleep until something happens, and take it in. With more in the inbox only look: callbacks may never end."""
+        """Sleep until something happens, and handle it; only look if the inbox has more, as callbacks may never end."""
         timeout = self.next_timer()
         self._sleeping = True
         if self._inbox:
@@ -792,10 +792,10 @@ class Loop(Poller, JobEvents):
         return fingerprint.key_of(fn, args, kwargs, by_version=self._cache_versions == "key", reached=reached)
 
     def _identify(self, task: Task) -> str:
-        """Derive a call's key from what it is now, and name its entry by that; returns the cache directory.
+        """Derive a call's key from its present state, and name its entry by that; returns the cache directory.
 
-        The key serves to look the call up. What runs later is what is pickled later, so it is stored under the key that
-        its process derives from that (`worker.entry`).
+        The key is only for the look-up. What runs is what is pickled later, so its result is stored under the key that
+        the worker derives from that (`worker.entry`).
         """
         from executorlib.cache import entries
 
@@ -821,7 +821,7 @@ class Loop(Poller, JobEvents):
         return found
 
     def _waits_for_equal(self, task: Task) -> bool:
-        """Whether an equal call is on its way, whose result will be in the cache; else others wait for this one."""
+        """Whether to wait for an equal call, whose result will be in the cache. If not, others wait for this one."""
         assert task.cache_path is not None
         equal = self._equal_calls.setdefault(task.cache_path, [])
         equal.append(task)
@@ -917,7 +917,7 @@ class Loop(Poller, JobEvents):
             try:
                 frames = serialize.dumps(self._init_function)
                 if resources.cache_directory is not None and resources.cache_key is None:
-                    with contextlib.suppress(TypeError):  # as the look-up of each call says
+                    with contextlib.suppress(TypeError):  # the look-up of each call reports it
                         key = self._key(self._init_function, (), {})
                         setup["init_key"] = key[:-1]
                         frames = [key.sources, *frames]
@@ -1231,7 +1231,7 @@ class Loop(Poller, JobEvents):
             self._ended.set()
 
     def after_fork(self) -> None:
-        """In a forked copy of the user's process: let go of everything, without touching what the parent shares."""
+        """In a forked copy of the user's process, let go of everything, but leave what the parent shares untouched."""
         self._refusal = (
             "this executor belongs to the process that made it; after a fork, make a new one in the child process"
         )
