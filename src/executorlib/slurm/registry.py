@@ -1,4 +1,4 @@
-"""Slurm, or which other queue a configuration of pysqa is for."""
+"""Finds the queue that a pysqa configuration is for; without one it is Slurm."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from executorlib.slurm.queue import DEFAULT_TEMPLATE, Settings, SlurmQueue
 
 
 def open_queue(pysqa_config_directory: str | None, settings: Settings | None = None) -> SlurmQueue | PysqaQueue:
-    """The queue of a pysqa configuration, or Slurm where there is none.
+    """The queue of a pysqa configuration, or Slurm if there is none.
 
     Args:
         pysqa_config_directory: Directory with a ``queue.yaml`` and templates, as pysqa describes them.
-        settings: What the cluster is set to, for Slurm.
+        settings: The settings of the cluster, for Slurm.
 
     Raises:
         ValueError: The configuration cannot be used; the text says why.
@@ -22,7 +22,7 @@ def open_queue(pysqa_config_directory: str | None, settings: Settings | None = N
 
 
 def queue_of(templates: Templates, settings: Settings | None = None) -> SlurmQueue | PysqaQueue:
-    """The queue that templates are for; see `open_queue`."""
+    """The queue that the templates are for."""
     if templates.queue_type == "SLURM":
         return SlurmQueue(settings, templates)
     return PysqaQueue(templates)
