@@ -30,7 +30,7 @@ __all__ = [
     "terminate_tasks_in_cache",
 ]
 
-# Names are loaded when they are used, so that importing the package, and starting a worker, costs next to nothing.
+# Names are loaded when they are first used, so that importing the package, and starting a worker, costs almost nothing.
 _MODULES = {
     "BaseExecutor": "executor",
     "FluxClusterExecutor": "flux.executors",
