@@ -101,7 +101,7 @@ class BlockScheduler(Scheduler):
         return lost
 
     def on_node_lost(self, node: Node) -> list[Worker]:
-        """The node is gone; its workers count as dead once their exits are reported."""
+        """The node is gone: no worker is started there any more."""
         self.ledger.remove(node)
         self._lost.append(node.name)
         return self._workers_on(node)

@@ -114,7 +114,7 @@ class FreshScheduler(Scheduler):
             task.move(READY)
             self.not_started += 1
             if self._blocked is not None and self._blocked.demand == task.demand:
-                self._unblock()  # it is no longer the first of its queue, and must not be waited for there
+                self._unblock()  # it is no longer the first of its queue, so no nodes may be kept for it
             self._enqueue(task, first=True)
             return []
         self._end(task, FAILED)

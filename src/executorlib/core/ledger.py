@@ -337,7 +337,7 @@ class Ledger:
                 yield from row.nodes(cores)
 
     def _fitting_idle(self, share: tuple[int, int]) -> Iterator[Node]:
-        """Those of these nodes that are idle."""
+        """Idle nodes that have the share available, in the same order."""
         cores, gpus = share
         for row in self._idle[gpus:]:
             yield from row.nodes(cores)
@@ -420,7 +420,7 @@ def spread_over(nodes: Ledger, resources: Resources, subject: str, what: str, ad
         nodes: All nodes.
         resources: What the call needs.
         subject: Who needs the resources, for the error text.
-        what: What has the nodes, for the error text.
+        what: Whose nodes they are, for the error text.
         advice: What to do, for the error text.
 
     Raises:

@@ -1,8 +1,8 @@
 """Decides what happens next: which call starts, where, and what the death of a worker means.
 
 Pure: events come in as calls of `on_...`, decisions go out through `take_effects`; no I/O, no thread, no clock.
-`Scheduler` has the life of calls, which both kinds of scheduler share: a fresh worker for every call
-(`FreshScheduler`) or a block of workers that take call after call (`BlockScheduler`).
+`Scheduler` implements the life of a call. Its two kinds differ in the life of workers: a fresh worker for every call
+(`FreshScheduler`), or a block of workers that take call after call (`BlockScheduler`).
 """
 
 from __future__ import annotations
