@@ -164,7 +164,7 @@ class FluxJobExecutor(BaseExecutor):
         for key in resources.template_values:
             if key not in FURTHER_KEYS:
                 raise ValueError(unknown_key(key, subject))
-        # A call that names no queue is refused only when it is submitted, unless it is for a block.
+        # Defaults that name no queue are refused only when a call is submitted, unless they are for a block.
         _check_policy(self._policy, resources, subject, named=self._loop is not None or self._block)
 
     def _checked_demand(self, resources: Resources, subject: str) -> Demand:

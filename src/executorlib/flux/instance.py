@@ -180,8 +180,8 @@ class FluxInstance:
         self._watcher = self._flux.fd_watcher_create(self._events.fileno(), lambda *_: None, FLUX_POLLIN)
         self._timer = self._flux.timer_watcher_create(0.0, lambda *_: None)
         self._watcher.start()
-        # The end of the connection wakes up the reactor only while something is expected of it, so expect something
-        # always.
+        # The end of the connection wakes up the reactor only while something is expected of it, so always
+        # expect something.
         self._presence = self._flux.msg_watcher_create(lambda *_: None, FLUX_MSGTYPE_EVENT, _NO_EVENT)
         self._presence.start()
         self._events.sleep_in(self._sleep)

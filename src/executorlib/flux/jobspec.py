@@ -72,7 +72,7 @@ def jobspec(
         options = {"cpu-affinity": "per-task", "exit-on-error": 1, "exit-timeout": _EXIT_SECONDS}
         if resources.gpus_per_core:
             options["gpu-affinity"] = "per-task"
-    if pmi_mode is not None and not nested:  # brokers find each other by Flux's own
+    if pmi_mode is not None and not nested:  # brokers find each other by Flux's own PMI
         options["pmi"] = pmi_mode
     if output:
         # The job may also write there itself; see `worker.job.OUTPUT_VARIABLE`.

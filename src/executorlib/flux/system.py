@@ -113,7 +113,7 @@ class FluxSystem:
         return bool(path) and owner.get("host") == socket.gethostname() and not _is_listening(str(path))
 
     def listen(self, on_change: Callable[[], None]) -> None:
-        """Call back whenever the state of a job has changed."""
+        """Call back whenever a job has changed its phase, or the instance is lost."""
         self._on_change = on_change
 
     def prepare(self, on_ready: Callable[[], None]) -> None:

@@ -86,7 +86,7 @@ def check_queue(configuration: str | None) -> Templates:
     templates = Templates(DEFAULT_TEMPLATE, configuration)
     if configuration is None:
         # pysqa renders a user's template. It takes half a second to load, so the loop's thread does that. By then the
-        # program may be about to end, which is too late to load the threads that pysqa's dependencies use.
+        # program may be about to end, when it is too late to load the threads that pysqa's dependencies use.
         import concurrent.futures.thread  # noqa: F401
 
         if importlib.util.find_spec("pysqa") is None:

@@ -114,7 +114,7 @@ class SlurmJobExecutor(BaseExecutor):
             common,
             make_launcher=make_launcher,
             ledger=ledger,
-            # All nodes of the start: calls that fit only on nodes that were lost since fail by their futures, not here.
+            # All original nodes: calls that fit only on nodes lost since then fail by their futures, not at submit.
             capacity=None if common.graph is not None else Ledger([Node.of(shape) for shape in shapes]),
             count_cores=True,
             max_workers=common.max_workers or max(1, fitting),

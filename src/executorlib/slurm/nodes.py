@@ -55,7 +55,7 @@ _WORDS_SECONDS = 0.5
 _KILLED_SECONDS = 0.25
 # Seconds for the agents to end their workers during shutdown, and for srun to pass on the workers' last output.
 _END_SECONDS = 10.0
-# Seconds between looks for new connections meanwhile.
+# Seconds between looks for new connections during that time.
 _CLOSE_SECONDS = 0.02
 # Seconds from asking a step to end to killing its srun.
 _GRACE_SECONDS = 5.0
@@ -158,7 +158,7 @@ class NodesLauncher:
             self._start(relay, process)
 
     def setup(self, process: Process) -> dict[str, Any]:
-        """The difference to the process that the agents know, and the cores and GPUs of the worker's nodes."""
+        """What has changed in this process since the agents started, and what the worker has on each of its nodes."""
         setup = self._agent.surroundings.changes()
         if process.resources.cores > 1:
             setup["argv"] = arguments()  # ranks do not get them on the command line, see `boot_command`
@@ -414,7 +414,7 @@ def _ranks_on(process: Process) -> list[int]:
 
 
 class _NoWorker:
-    """Takes the place of a worker for a step that is none; workers are counted from 1."""
+    """Stands in for a worker in the relays' step, which has none; real workers are counted from 1."""
 
     number = 0
     calls = ()

@@ -104,7 +104,7 @@ _HOPELESS = re.compile(
     r"|Partition(Config|NodeLimit|TimeLimit)|launch.failed.requeued.held|\w+PerJob(Limit)?"
     r"|Job's (account|QOS|group) not .*"
 )
-# Reasons that belong into the error of a cancelled job; any other is only why it was waiting before.
+# Reasons that belong in the error of a cancelled job; any other is only why it was waiting before.
 _CANCEL_REASONS = {"DependencyNeverSatisfied"}
 # Options of sbatch that only we may set.
 _RESERVED = re.compile(
@@ -147,7 +147,7 @@ def parse_settings(output: str) -> Settings:
     found = dict(re.findall(r"^(\w+)\s*=\s*(.*?)\s*$", output, re.MULTILINE))
     settings = Settings()
     limit = int(found.get("MaxArraySize", settings.array_limit))
-    # MaxJobCount counts jobs of all users, also those that ended minutes ago. An array that does not fit is refused.
+    # MaxJobCount counts all users' jobs, also recently ended ones. An array that does not fit is refused as a whole.
     limit = min(limit, int(found.get("MaxJobCount", 2 * limit)) // 2)
     most = re.search(r"\bmax_array_tasks=(\d+)", found.get("SchedulerParameters", ""))
     if most is not None and int(most[1]):
@@ -164,8 +164,9 @@ def command_environment(environ: Mapping[str, str]) -> dict[str, str]:
     """The environment for Slurm's commands.
 
     Inside a job Slurm sets variables that would become options of the next job submitted (``SLURM_MEM_PER_CPU``
-    together with ``--mem`` is an error), and ``SQUEUE_`` and ``SACCT_`` variables change what is printed. Only those
-    are kept that say which cluster to talk to, and sbatch's own, ``SBATCH_``, by which users set their defaults.
+    together with ``--mem`` is an error), and ``SQUEUE_`` and ``SACCT_`` variables change what is printed. Of all
+    these, only those are kept that say which cluster to talk to, and sbatch's own, ``SBATCH_``, by which users set
+    their defaults.
 
     Args:
         environ: The environment of this process.
