@@ -54,7 +54,7 @@ class ConnectingWorker:
         events: The loop.
         router: The socket it connects to.
         process: The worker.
-        end: Ends the worker, in the last resort by force.
+        end: Ends the worker, by force as a last resort.
         starter: What starts its ranks, for the error text if they do not find each other.
         advice: What to do in that case.
         leaves: Whether a worker of one call releases its resources with its result rather than when it ends.

@@ -118,7 +118,7 @@ class Events(Waiting, Protocol):
 
 
 class JobEvents(Events, Protocol):
-    """What else a launcher may call that makes each call a job, and so pickles calls itself, into their entries."""
+    """Further methods for launchers that make each call a job, and so pickle calls themselves, into their entries."""
 
     def inputs_of(self, task: Task) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of a call that becomes a job, with references in place of other jobs' results.

@@ -45,7 +45,7 @@ def settings() -> dict[str, Any]:
 
 
 def _umask() -> int:
-    """The umask from /proc: the system call can only get it by setting it, which would affect other threads' files."""
+    """The umask, read from /proc because the system call changes it, which would affect other threads' files."""
     fd = os.open("/proc/self/status", os.O_RDONLY)
     try:
         head = os.read(fd, 256)  # it is in the second line; later lines take long to produce

@@ -74,7 +74,7 @@ class LocalSystem:
         return {}
 
     def is_gone(self, owner: Mapping[str, Any]) -> bool:
-        """Always false: this can be said only of the jobs of a real queuing system."""
+        """Always false: `query` finds out, job by job, whether the process of its queue is alive."""
         return False
 
     def listen(self, on_change: Callable[[], None]) -> None:
@@ -85,7 +85,7 @@ class LocalSystem:
         on_ready()
 
     def setup(self) -> dict[str, Any]:
-        """How this process differs from the one that started the queue."""
+        """What has changed in this process since the queue was started."""
         return self._surroundings.changes()
 
     def _start(self) -> None:

@@ -137,7 +137,7 @@ class Relay(Poller):
         """Work until the executor is gone, or the node has to be left."""
         try:
             self._launcher.prepare()
-            # Only now, so that the node agent is already starting when calls come at once.
+            # Say hello only now, so that the node agent is already starting when the first calls arrive.
             _, about = hello()
             self._dealer.send(["hello", {**about, "node": os.environ.get("SLURMD_NODENAME", about["host"])}])
             while not self._ended_by:
@@ -153,7 +153,7 @@ class Relay(Poller):
             self._launcher.close()
             self._dealer.close()
             signal.set_wakeup_fd(-1)
-            # If they were open, the interpreter would warn at exit, which the user's program may take for errors.
+            # Open sockets would make the interpreter warn at exit, which the user's program may take for errors.
             self._wake_read.close()
             self._wake_write.close()
 

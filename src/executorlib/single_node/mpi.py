@@ -43,7 +43,7 @@ _SHARED_VARIABLES = ("OMPI_MCA_btl_sm_backing_directory", "OMPI_MCA_btl_vader_ba
 _MEMORY = "/dev/shm"
 # In the environment of all ranks of an executor, to find those that have outlived everything else.
 _MARK_VARIABLE = "EXECUTORLIB_RANKS_OF"
-# Left behind by a launcher that started the user's process; a new world must not join that one's world.
+# Variables set by a launcher that started the user's process itself; a new world must not join that world.
 FOREIGN_PREFIXES = ("PMI_", "PMIX_", "OMPI_COMM_WORLD_", "HYDI_")
 
 
@@ -164,7 +164,7 @@ class MpiLauncher:
         self._worlds: dict[str, _World] = {}  # by identity
         self._since: float | None = None  # when the first one was started
         self._agents: dict[Agent, int] = {}  # agents that run worlds, with how often each was killed before
-        self._folders: list[str] = []  # for the socket and for Open MPI's files, which has one in each for every world
+        self._folders: list[str] = []  # the socket's, and one in memory; Open MPI's files are in both, by world
 
     def launch(self, process: Process, agent: Agent, program: list[str]) -> None:
         """Start the ranks of a world.
