@@ -237,7 +237,8 @@ def dumps(obj: object) -> list[Frame]:
 
     stream = io.BytesIO()
     _pickler()(stream, PROTOCOL, buffer_callback=keep_small_in_band).dump(obj)
-    return [stream.getbuffer(), *buffers]
+    # Not `getbuffer`: a stream that is collected in a cycle with a view of it complains on standard error.
+    return [stream.getvalue(), *buffers]
 
 
 def dumps_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Frame]:

@@ -573,7 +573,7 @@ def pack(values: dict[str, Any]) -> memoryview:
                 compression="gzip",
                 compression_opts=_GZIP_LEVEL,
             )
-    return image.getbuffer()
+    return memoryview(image.getvalue())
 
 
 def read_output(path: str | os.PathLike[str], root: str | os.PathLike[str] | None = None) -> Output | None:
