@@ -19,7 +19,12 @@ class ExecutorlibSocketError(BrokenExecutor):
 
     Only that call fails, and the executor works on. The text names the process, its exit code or signal, its host, and
     the last lines of its standard error.
+
+    Attributes:
+        wait_status: How the process ended, as `os.waitpid` returns it; None if that is not known.
     """
+
+    wait_status: int | None = None
 
 
 class TimeLimitError(ExecutorlibSocketError, TimeoutError):

@@ -982,13 +982,23 @@ def test_files_that_are_no_part_of_a_batch(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "state"),
+    ("error", "wait_status", "state"),
     [
-        (ExecutorlibSocketError("it exited with code 12."), ("ended", "FAILED", "", "12:0", "none")),
-        (OSError("error code 12"), ("ended", "FAILED", "OSError: error code 12", "", "none")),
+        (ExecutorlibSocketError("it ended"), 12 << 8, ("ended", "FAILED", "", "12:0", "none")),
+        (ExecutorlibSocketError("it ended"), 15, ("ended", "FAILED", "", "0:15", "none")),
+        (
+            ExecutorlibSocketError("it said: error code 12"),
+            None,
+            ("ended", "FAILED", "it said: error code 12", "", "none"),
+        ),
+        (OSError("error code 12"), None, ("ended", "FAILED", "OSError: error code 12", "", "none")),
     ],
 )
-def test_only_the_end_of_a_process_has_an_exit_code(error: Exception, state: tuple[str, ...]) -> None:
+def test_only_the_end_of_a_process_has_an_exit_code(
+    error: Exception, wait_status: int | None, state: tuple[str, ...]
+) -> None:
+    if isinstance(error, ExecutorlibSocketError):
+        error.wait_status = wait_status
     future: Future[None] = Future()
     future.set_exception(error)
     assert local_queue._state(future) == state

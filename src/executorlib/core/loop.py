@@ -1021,14 +1021,13 @@ class Loop(Poller, JobEvents):
         if self._records:
             self._hand_over_records()
         for task in lost:
-            error = (
-                verdict
-                or end.error
-                or ExecutorlibSocketError(
+            error = verdict or end.error
+            if error is None:
+                error = ExecutorlibSocketError(
                     f"Call {task.number} of {task.name} has no result: its worker{where} ended before it gave one: "
                     f"{end.text}. {advice}{said}"
                 )
-            )
+                error.wait_status = end.status
             self._conclude(task, None, error)
 
     def on_node_lost(self, name: str) -> None:

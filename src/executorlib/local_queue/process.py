@@ -115,13 +115,12 @@ def _state(future: Future[Any]) -> tuple[str, str, str, str, str]:
         return "ended", "FAILED", "", f"{error.args[0]}:0", "none"
     if isinstance(error, TimeoutError):
         return "ended", "TIMEOUT", "", "", "time limit"
-    # Only if the process died: the text of another error may contain codes of its own.
-    text = str(error) if isinstance(error, ExecutorlibSocketError) else ""
-    died = re.search(r"(?:code (\d+)|signal (\d+))", text)
-    if died is None:
+    status = error.wait_status if isinstance(error, ExecutorlibSocketError) else None
+    if status is None:
         return "ended", "FAILED", _reason(error), "", "none"
-    killed = "where nobody sent SIGKILL, the kernel's out-of-memory killer did" if died[2] == "9" else ""
-    return "ended", "FAILED", killed, f"{died[1] or 0}:{died[2] or 0}", "none"
+    code = os.waitstatus_to_exitcode(status)
+    killed = "where nobody sent SIGKILL, the kernel's out-of-memory killer did" if code == -signal.SIGKILL else ""
+    return "ended", "FAILED", killed, f"{max(code, 0)}:{max(-code, 0)}", "none"
 
 
 def _reason(error: BaseException) -> str:
