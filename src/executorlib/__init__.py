@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from executorlib.executor import BaseExecutor
     from executorlib.flux.executors import FluxClusterExecutor, FluxJobExecutor
     from executorlib.futures.derived import get_item_from_future, split_future
+    from executorlib.resources import ResourceDict
     from executorlib.single_node.executor import SingleNodeExecutor
     from executorlib.slurm.cluster_executor import SlurmClusterExecutor
     from executorlib.slurm.job_executor import SlurmJobExecutor
@@ -18,6 +19,7 @@ __all__ = [
     "BaseExecutor",
     "FluxClusterExecutor",
     "FluxJobExecutor",
+    "ResourceDict",
     "SingleNodeExecutor",
     "SlurmClusterExecutor",
     "SlurmJobExecutor",
@@ -35,6 +37,7 @@ _MODULES = {
     "BaseExecutor": "executor",
     "FluxClusterExecutor": "flux.executors",
     "FluxJobExecutor": "flux.executors",
+    "ResourceDict": "resources",
     "SingleNodeExecutor": "single_node.executor",
     "SlurmClusterExecutor": "slurm.cluster_executor",
     "SlurmJobExecutor": "slurm.job_executor",

@@ -9,7 +9,7 @@ import operator
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, SupportsIndex, TypedDict
 
 
 class Demand(NamedTuple):
@@ -37,8 +37,41 @@ class Demand(NamedTuple):
         return [(count * cores, count * gpus) for count in counts]
 
 
+<<<<<<< HEAD
 # Keys that do not concern the launcher on a node or the local queue: where results are kept and errors are logged, and
 # how the nodes were chosen and requested.
+=======
+class _AllButCores(TypedDict, total=False):
+    threads_per_core: SupportsIndex | None
+    gpus_per_core: SupportsIndex | None
+    cwd: str | os.PathLike[str] | None
+    cache_key: str | None
+    cache_directory: str | os.PathLike[str] | None
+    num_nodes: SupportsIndex | None
+    exclusive: bool | None
+    error_log_file: str | os.PathLike[str] | None
+    run_time_max: float | None
+    priority: SupportsIndex | None
+    slurm_cmd_args: list[str] | tuple[str, ...] | None
+    submission_template: str | None
+    openmpi_oversubscribe: bool | None
+
+
+class OneRank(_AllButCores, total=False):
+    """A ``resource_dict`` with which the result is the function's own, for type checkers."""
+
+    cores: Literal[1] | None
+
+
+class ResourceDict(_AllButCores, total=False):
+    """A ``resource_dict``, for annotations; `Resources` says what the keys mean. None stands for "as before"."""
+
+    cores: SupportsIndex | None
+
+
+# What is no business of the launcher on a node, or in the local queue: where results are kept and errors are logged,
+# how the nodes were chosen and asked for.
+>>>>>>> 92eb1ea (types: submit returns Future[T], and type checkers find wrong arguments and keys)
 _SEEN_TO = {
     "cache_key",
     "cache_directory",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from executorlib.core.ledger import Ledger, Node, Unlimited, spread_over
 from executorlib.executor import BaseExecutor
@@ -18,7 +18,7 @@ from executorlib.jobs.launcher import JobLauncher
 from executorlib.jobs.templates import FLUX, Templates
 from executorlib.launchers.contract import Events, JobEvents, Launcher
 from executorlib.options import Common, refuse
-from executorlib.resources import Demand, Resources, unknown_key
+from executorlib.resources import Demand, ResourceDict, Resources, unknown_key
 
 # Without max_workers and max_cores, Flux is given calls for this many times the cores of its instance: so the next one
 # is there when a core becomes free, and the others wait here, where a call takes less memory than as a job.
@@ -57,14 +57,14 @@ class FluxJobExecutor(BaseExecutor):
     """
 
     # Flux has further keys of its own, see `_check`.
-    _has_template = True
+    _has_template: Literal[True] = True
 
     def __init__(
         self,
         max_workers: int | None = None,
         cache_directory: str | os.PathLike[str] | None = None,
         max_cores: int | None = None,
-        resource_dict: Mapping[str, Any] | None = None,
+        resource_dict: ResourceDict | Mapping[str, Any] | None = None,
         pmi_mode: str | None = None,
         flux_executor: Any = None,
         flux_executor_nesting: bool = False,

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, SupportsIndex, TypeVar, overload
 
 from executorlib.errors import refuse_future
 from executorlib.futures.inputs import Stored, failed_call, input_error
 from executorlib.futures.lean import LeanFuture
 from executorlib.futures.locks import RLock
+
+T = TypeVar("T")
+K = TypeVar("K")
 
 
 def _hand_on_failure(record: Any, future: Future[Any]) -> None:
@@ -102,6 +105,13 @@ def derived_future(source: Future[Any], compute: Callable[[Any], Any]) -> Future
     return derived
 
 
+# What a tuple or another result has at a key is not known, so it is Any; a union would refuse what is right.
+@overload
+def get_item_from_future(future: Future[list[T]], key: SupportsIndex) -> Future[T]: ...
+@overload
+def get_item_from_future(future: Future[dict[K, T]], key: K) -> Future[T]: ...
+@overload
+def get_item_from_future(future: Future[Any], key: Any) -> Future[Any]: ...
 def get_item_from_future(future: Future[Any], key: Any) -> Future[Any]:
     """Return a future of ``future.result()[key]``.
 
@@ -123,6 +133,10 @@ def get_item_from_future(future: Future[Any], key: Any) -> Future[Any]:
     return derived
 
 
+@overload
+def split_future(future: Future[list[T]], n: int) -> list[Future[T]]: ...
+@overload
+def split_future(future: Future[Any], n: int) -> list[Future[Any]]: ...
 def split_future(future: Future[Any], n: int) -> list[Future[Any]]:
     """Return futures of the first ``n`` elements of a result.
 
@@ -141,7 +155,7 @@ def split_future(future: Future[Any], n: int) -> list[Future[Any]]:
     return [get_item_from_future(future, index) for index in range(n)]
 
 
-def batched(iterable: Iterable[Future[Any]], n: int) -> list[Future[list[Any]]]:
+def batched(iterable: Iterable[Any], n: int) -> list[Future[list[Any]]]:
     """Group futures by ``n`` in the order in which they finish. Failed ones come last.
 
     Args:

@@ -14,7 +14,7 @@ from executorlib.jobs.launcher import JobLauncher
 from executorlib.launchers.contract import JobEvents, Launcher
 from executorlib.local_queue.system import LocalSystem
 from executorlib.options import Common
-from executorlib.resources import Resources, listed
+from executorlib.resources import ResourceDict, Resources, listed
 from executorlib.single_node.launcher import LocalLauncher
 
 logger = logging.getLogger("executorlib")
@@ -41,7 +41,7 @@ class TestClusterExecutor(ClusterExecutor):
         max_workers: int | None = None,
         cache_directory: str | os.PathLike[str] | None = None,
         max_cores: int | None = None,
-        resource_dict: Mapping[str, Any] | None = None,
+        resource_dict: ResourceDict | Mapping[str, Any] | None = None,
         hostname_localhost: bool | None = None,
         block_allocation: bool = False,
         init_function: Callable[[], dict[str, Any]] | None = None,

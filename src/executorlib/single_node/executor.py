@@ -6,14 +6,14 @@ import importlib.util
 import itertools
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from executorlib import machine
 from executorlib.core.ledger import Ledger, Node
 from executorlib.executor import BaseExecutor
 from executorlib.options import Common, refuse
-from executorlib.resources import Resources, whole_number
+from executorlib.resources import ResourceDict, Resources, whole_number
 from executorlib.single_node.launcher import LocalLauncher
 from executorlib.single_node.mpi import check_mpi
 
@@ -69,7 +69,7 @@ class SingleNodeExecutor(BaseExecutor):
         max_workers: int | None = None,
         cache_directory: str | os.PathLike[str] | None = None,
         max_cores: int | None = None,
-        resource_dict: Mapping[str, Any] | None = None,
+        resource_dict: ResourceDict | None = None,
         hostname_localhost: bool | None = None,
         block_allocation: bool = False,
         init_function: Callable[[], dict[str, Any]] | None = None,

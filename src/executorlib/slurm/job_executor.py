@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from executorlib.core.ledger import Ledger, Node, spread_over
@@ -11,7 +11,7 @@ from executorlib.executor import BaseExecutor
 from executorlib.launchers.contract import Events, Launcher
 from executorlib.machine import NodeShape
 from executorlib.options import Common, refuse
-from executorlib.resources import Demand, Resources
+from executorlib.resources import Demand, ResourceDict, Resources
 from executorlib.single_node.mpi import check_mpi
 from executorlib.slurm.allocation import slurm_allocation
 from executorlib.slurm.nodes import NodesLauncher
@@ -46,7 +46,7 @@ class SlurmJobExecutor(BaseExecutor):
         max_workers: int | None = None,
         cache_directory: str | os.PathLike[str] | None = None,
         max_cores: int | None = None,
-        resource_dict: Mapping[str, Any] | None = None,
+        resource_dict: ResourceDict | None = None,
         pmi_mode: str | None = None,
         hostname_localhost: bool | None = None,
         block_allocation: bool = False,
