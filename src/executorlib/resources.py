@@ -37,10 +37,6 @@ class Demand(NamedTuple):
         return [(count * cores, count * gpus) for count in counts]
 
 
-<<<<<<< HEAD
-# Keys that do not concern the launcher on a node or the local queue: where results are kept and errors are logged, and
-# how the nodes were chosen and requested.
-=======
 class _AllButCores(TypedDict, total=False):
     threads_per_core: SupportsIndex | None
     gpus_per_core: SupportsIndex | None
@@ -69,9 +65,8 @@ class ResourceDict(_AllButCores, total=False):
     cores: SupportsIndex | None
 
 
-# What is no business of the launcher on a node, or in the local queue: where results are kept and errors are logged,
-# how the nodes were chosen and asked for.
->>>>>>> 92eb1ea (types: submit returns Future[T], and type checkers find wrong arguments and keys)
+# Keys that do not concern the launcher on a node or the local queue: where results are kept and errors are logged, and
+# how the nodes were chosen and requested.
 _SEEN_TO = {
     "cache_key",
     "cache_directory",
