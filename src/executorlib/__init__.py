@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from executorlib.executor import BaseExecutor
     from executorlib.flux.executors import FluxClusterExecutor, FluxJobExecutor
     from executorlib.futures.derived import get_item_from_future, split_future
+    from executorlib.resources import ResourceDict
     from executorlib.single_node.executor import SingleNodeExecutor
     from executorlib.slurm.cluster_executor import SlurmClusterExecutor
     from executorlib.slurm.job_executor import SlurmJobExecutor
@@ -18,6 +19,7 @@ __all__ = [
     "BaseExecutor",
     "FluxClusterExecutor",
     "FluxJobExecutor",
+    "ResourceDict",
     "SingleNodeExecutor",
     "SlurmClusterExecutor",
     "SlurmJobExecutor",
@@ -30,11 +32,12 @@ __all__ = [
     "terminate_tasks_in_cache",
 ]
 
-# Names are loaded when they are used, so that importing the package, and starting a worker, costs next to nothing.
+# Names are loaded when they are first used, so that importing the package, and starting a worker, costs almost nothing.
 _MODULES = {
     "BaseExecutor": "executor",
     "FluxClusterExecutor": "flux.executors",
     "FluxJobExecutor": "flux.executors",
+    "ResourceDict": "resources",
     "SingleNodeExecutor": "single_node.executor",
     "SlurmClusterExecutor": "slurm.cluster_executor",
     "SlurmJobExecutor": "slurm.job_executor",

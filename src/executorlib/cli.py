@@ -1,12 +1,12 @@
 """The command line: `executorlib cache ls`, `show`, `rm` and `prune`.
 
-Everything but `show` goes by the names, sizes and times of files; `prune --failed` also looks whether a file
-has a dataset `error`, and `prune --outdated` which versions it names, which are plain data. Only `show` unpickles
-anything else. No command asks a queuing system.
+All commands but `show` go by the names, sizes and times of files; `prune --failed` also looks whether a file has a
+dataset `error`, and `prune --outdated` which versions it names, which are plain data. Only `show` unpickles anything
+else. No command asks a queuing system.
 
-What a call's job left beside its entry is in a batch directory, ``.executorlib/<batch>/`` in the cache
-directory: `entries` names the `_i.h5` of each call and its index in the job array, `job_id` the job, and
-``output.<index>`` is what the job of that call printed. It is there from the moment the job starts.
+What a call's job left beside its entry is in a batch directory, ``.executorlib/<batch>/`` in the cache directory:
+`entries` names the `_i.h5` of each call and its index in the job array, `job_id` names the job, and
+``output.<index>`` has what the job of that call printed. That file exists from the moment the job starts.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from executorlib.keys import distributions
 if TYPE_CHECKING:
     from executorlib.cache.scan import Entry, Job
 
-DEFAULT_DIRECTORY = "executorlib_cache"  # that of the cluster executors
+DEFAULT_DIRECTORY = "executorlib_cache"  # the default of the cluster executors
 _SETTLED_SECONDS = 60.0
 _SHOWN_CHARACTERS = 1000
 
@@ -45,7 +45,7 @@ _SHOW_WARNING = (
 
 
 class CommandFailed(Exception):
-    """A command cannot do what was asked; the text says why and what to do."""
+    """A command cannot do what it was asked; the text says why and what to do."""
 
 
 # -- commands -----------------------------------------------------------------------------------------------------
@@ -55,11 +55,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        arguments: What follows the program's name; by default those of this process.
+        arguments: The arguments after the program's name; by default those of this process.
 
     Returns:
-        The exit code: 0, or 1 where something could not be done, of which standard error tells; 2, for
-        wrong arguments, is raised as `SystemExit`.
+        The exit code: 0, or 1 if something could not be done, which standard error explains. For wrong arguments
+        `SystemExit` is raised, with code 2.
     """
     options = _parser().parse_args(arguments)
     command: Callable[[argparse.Namespace], int] = options.command
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = command(options)
         sys.stdout.flush()
     except BrokenPipeError:
-        # Of `ls | head`; the interpreter must not flush once more when it ends.
+        # As in `ls | head`. The interpreter must not flush again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
@@ -311,7 +311,7 @@ def _prune(options: argparse.Namespace) -> int:
 
 
 def _chosen(options: argparse.Namespace, now: float) -> list[Entry]:
-    """Choose what `prune` removes: by the conditions given, then the oldest of what is left."""
+    """Choose what `prune` removes: first by the conditions given, then the oldest of the others."""
     conditions: list[Callable[[Entry], bool]] = []
     if options.older_than is not None:
         conditions.append(lambda entry: now - entry.modified > options.older_than)
@@ -355,7 +355,7 @@ def _is_outdated(entry: Entry, directory: str) -> bool:
 
 
 def _raised(entry: Entry) -> bool:
-    return "error" in entries.datasets_of(entry.path)  # of a link or a stranger's file nothing is known
+    return "error" in entries.datasets_of(entry.path)  # nothing is known about a link or a stranger's file
 
 
 def _scan(directory: str) -> Iterator[Entry]:
@@ -441,7 +441,7 @@ def _repr(value: Any, limit: int | None) -> str:
 
 
 def _printable(text: str) -> str:
-    """Escape what would act on the terminal: names of files are anybody's."""
+    """Escape characters that would act on the terminal: anybody may have named the files."""
     return text if text.isprintable() else repr(text)[1:-1]
 
 

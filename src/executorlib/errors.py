@@ -9,17 +9,22 @@ import threading
 from concurrent.futures import BrokenExecutor
 from pickle import PicklingError
 
-TYPE_CHECKING = False  # typing's own would load typing, of which a starting worker needs nothing
+TYPE_CHECKING = False  # importing it would load typing, which a starting worker does not need
 if TYPE_CHECKING:
     from typing import Any, NoReturn
 
 
 class ExecutorlibSocketError(BrokenExecutor):
-    """The process that ran a call ended, or could not be started, before it gave a result.
+    """The process that ran a call ended, or could not be started, before it returned a result.
 
-    Only that call fails; the executor works on. The text names the process, its exit code or signal,
-    its host and the last lines of its standard error.
+    Only that call fails, and the executor works on. The text names the process, its exit code or signal, its host, and
+    the last lines of its standard error.
+
+    Attributes:
+        wait_status: How the process ended, as `os.waitpid` returns it; None if that is not known.
     """
+
+    wait_status: int | None = None
 
 
 class TimeLimitError(ExecutorlibSocketError, TimeoutError):
@@ -27,9 +32,9 @@ class TimeLimitError(ExecutorlibSocketError, TimeoutError):
 
 
 class RemoteTraceback(Exception):
-    """The traceback of an exception as it was in the worker; the ``__cause__`` of the exception."""
+    """The traceback that an exception had in the worker. It is the exception's ``__cause__``."""
 
-    note = ""  # what Python 3.10 has no other place for
+    note = ""  # the exception's note, for which Python 3.10 has no other place
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -40,24 +45,24 @@ class RemoteTraceback(Exception):
 
 
 class ChainNote(str):
-    """A note of an exception: the calls that failed with it, as each was an input of the next.
+    """A note of an exception that lists the calls which failed with it, each an input of the next.
 
     All of them have the same exception, so there is one note, which grows.
 
     Attributes:
-        chains: The calls' names. There are several chains where a call was an input of several.
-        more: Calls that are not named.
+        chains: The calls' names. If a call was an input of several, there are several chains.
+        more: The number of calls that are not named.
     """
 
     chains: list[list[str]]
     more: int
 
-    # How many chains are kept, and of each the names that are shown at its beginning and its end.
+    # The most chains to keep, and the most names to show at the start and at the end of each.
     _MOST_CHAINS, _MOST_SHOWN = 3, 4
 
     @classmethod
     def of(cls, chains: list[list[str]], more: int) -> ChainNote:
-        """Make one."""
+        """Make a note."""
         texts = []
         for chain in chains:
             left_out = len(chain) - 2 * cls._MOST_SHOWN
@@ -74,7 +79,7 @@ class ChainNote(str):
         return str, (str(self),)
 
     def extended(self, source: str, dependent: str) -> ChainNote:
-        """The note with another call in it."""
+        """Return the note with another call in it."""
         chain = next((chain for chain in self.chains if chain[-1] == source), None)
         if chain is not None:
             chain.append(dependent)
@@ -86,16 +91,16 @@ class ChainNote(str):
         return self.of(self.chains, self.more)
 
 
-_chains = threading.Lock()  # executors of several threads may have one exception
+_chains = threading.Lock()  # the loops of several executors may share one exception
 
 
 def note_chain(error: BaseException, source: str, dependent: str) -> None:
-    """Note in an exception that a call has failed with it because its input had.
+    """Note in an exception that a call failed with it because the call's input had failed.
 
     Args:
-        error: The exception, that of the input.
-        source: The input, by name.
-        dependent: The call.
+        error: The input's exception.
+        source: The name of the input.
+        dependent: The name of the call.
     """
     with _chains:
         if hasattr(error, "add_note"):
@@ -119,23 +124,23 @@ def note_chain(error: BaseException, source: str, dependent: str) -> None:
 
 
 def contained(error: BaseException, who: str, kind: type[Exception] = ExecutorlibSocketError) -> BaseException:
-    """Replace an exception that ends a program, or an asyncio task, where it is raised anew: a future must not hold it.
+    """Replace an exception that would end a program or an asyncio task if raised again, as no future may hold it.
 
-    Those of the user's own classes stay as they are, although they may be no `Exception`: who waits can catch them.
+    Exceptions of the user's own classes are kept, even if they are not an `Exception`, because callers can catch them.
 
     Args:
-        error: What was raised, elsewhere or in code of the user's.
-        who: Raised it, as the subject of a sentence.
-        kind: What to replace it by.
+        error: What was raised, in another process or in the user's code.
+        who: What raised it, as the subject of a sentence.
+        kind: The class of the replacement.
 
     Returns:
-        Its replacement, whose cause is that of the error; or the error itself.
+        The replacement, which has the cause of the error, or the error itself.
     """
     asyncio = sys.modules.get("asyncio.exceptions")
     if isinstance(error, SystemExit):
         try:
             code = "" if error.code is None else repr(error.code)[:200]
-        except Exception:  # the user's own object
+        except Exception:  # raised by the user's own object
             code = f"<{type(error.code).__name__}>"
         did = f"called sys.exit({code})"
     elif isinstance(error, (KeyboardInterrupt, GeneratorExit)) or (
@@ -153,8 +158,8 @@ _FRAME = re.compile(r'([ |+-]*)File "(.+)", line (\d+), in ')
 
 
 def with_source_lines(text: str) -> str:
-    """Add to a traceback from elsewhere the lines that only this process has: those of notebooks and prompts."""
-    linecache = sys.modules.get("linecache")  # without it there are none
+    """Add lines to a traceback from elsewhere that only this process has: those of notebooks and prompts."""
+    linecache = sys.modules.get("linecache")  # without it there are no such lines
     if linecache is None:
         return text
     lines = text.split("\n")
@@ -180,7 +185,7 @@ EXECUTOR_ADVICE = (
 
 
 def refuse_future(self: Any) -> NoReturn:
-    """The ``__reduce__`` of futures.
+    """Refuse to pickle a future, as its ``__reduce__``.
 
     Raises:
         TypeError: Always.
@@ -197,13 +202,13 @@ CHANGED_CALL = (
 
 
 def advise_unpicklable(error: BaseException, number: int, name: str, misplaced: str = "") -> BaseException:
-    """Add to what went wrong while a call was pickled which call it was, and what to do.
+    """Add to an error from pickling a call which call it was, and what to do.
 
     Args:
-        error: What pickling has raised.
-        number: Number of the call.
-        name: Name of its function.
-        misplaced: What `futures.inputs.misplaced` says of it.
+        error: The exception that pickling raised.
+        number: The number of the call.
+        name: The name of its function.
+        misplaced: What `futures.inputs.misplaced` found in the call.
     """
     error = contained(error, "pickling its function or arguments", PicklingError)
     subject = f"call {number} of {name} could not be sent to a worker"
@@ -230,12 +235,12 @@ def advise_unpicklable(error: BaseException, number: int, name: str, misplaced: 
 
 
 def describe_split_world(ranks: int, starter: str, size: int, library: str, advice: str) -> str:
-    """Say that the ranks of an MPI call do not find each other; each would believe that it is the first of few.
+    """Describe that the ranks of an MPI call do not find each other, so that each sees a smaller world.
 
     Args:
-        ranks: How many were started.
-        starter: By what.
-        size: How many a rank sees.
+        ranks: The number of ranks that were started.
+        starter: What started them.
+        size: The number of ranks that a rank sees.
         library: The MPI that mpi4py uses.
         advice: What to do.
     """
@@ -246,10 +251,10 @@ def describe_split_world(ranks: int, starter: str, size: int, library: str, advi
 
 
 def describe_exit(wait_status: int) -> str:
-    """Say in words how a process ended.
+    """Describe how a process ended.
 
     Args:
-        wait_status: Status as `os.waitpid` returns it.
+        wait_status: The status that `os.waitpid` returned.
 
     Returns:
         A phrase such as ``exited with code 3`` or ``was killed by SIGSEGV (signal 11)``.

@@ -12,10 +12,10 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, NoReturn, ParamSpec, Protocol, TypeVar, overload
 
 from executorlib.core import imports
 from executorlib.core.block import BlockScheduler
@@ -35,6 +35,25 @@ from executorlib.worker.function import Function
 if TYPE_CHECKING:
     from executorlib.graph.record import Graph
     from executorlib.options import Common
+    from executorlib.resources import OneRank, ResourceDict
+
+    _OneRank = OneRank | None
+    # What holds futures, and what may hold some; a Sequence of anything would be every str.
+    _Futures = Future[Any] | list[Future[Any]] | tuple[Future[Any], ...] | set[Future[Any]] | dict[Any, Future[Any]]
+    _Sequences = list[Any] | tuple[Any, ...] | Collection[Future[Any]]
+    _Mixed = _Sequences | set[Any] | frozenset[Any] | dict[Any, Any] | Mapping[Any, Future[Any]]
+
+    class _WithTemplate(Protocol):
+        """An executor that hands keys which are not ours on."""
+
+        _has_template: Literal[True]
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
+A = TypeVar("A")
+B = TypeVar("B")
+C = TypeVar("C")
 
 _executor_numbers = itertools.count()
 
@@ -61,7 +80,7 @@ class BaseExecutor(Executor):
     _loop: Loop | None = None
     _graph: Graph | None = None
     # Whether unknown keys of a resource_dict go to a submission template instead of being errors.
-    _has_template = False
+    _has_template: bool = False
 
     def __init__(
         self,
@@ -132,7 +151,77 @@ class BaseExecutor(Executor):
 
     # -- submitting -----------------------------------------------------------------------------------------------
 
-    def submit(  # type: ignore[override]
+    # A ParamSpec alone would refuse what is right: futures in place of values, `resource_dict`, and leaving out what
+    # `init_function` fills. So plain positional arguments are checked, and the rest is not; what fits first counts.
+    @overload
+    def submit(
+        self, fn: Callable[..., T], a: _Futures, /, *args: Any, resource_dict: _OneRank = None, **kwargs: Any
+    ) -> Future[T]: ...
+    @overload
+    def submit(
+        self, fn: Callable[..., T], a: Any, b: _Futures, /, *args: Any, resource_dict: _OneRank = None, **kwargs: Any
+    ) -> Future[T]: ...
+    @overload
+    def submit(
+        self,
+        fn: Callable[..., T],
+        a: Any,
+        b: Any,
+        c: _Futures,
+        /,
+        *args: Any,
+        resource_dict: _OneRank = None,
+        **kwargs: Any,
+    ) -> Future[T]: ...
+    @overload
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]: ...
+    @overload
+    def submit(  # type: ignore[overload-cannot-match]
+        self, fn: Callable[..., T], /, *, resource_dict: _OneRank = None, **kwargs: Any
+    ) -> Future[T]: ...
+    @overload
+    def submit(
+        self,
+        fn: Callable[Concatenate[A, ...], T],
+        a: A | _Mixed,
+        /,
+        *,
+        resource_dict: _OneRank = None,
+        **kwargs: Any,
+    ) -> Future[T]: ...
+    @overload
+    def submit(
+        self,
+        fn: Callable[Concatenate[A, B, ...], T],
+        a: A | _Mixed,
+        b: B | _Mixed,
+        /,
+        *,
+        resource_dict: _OneRank = None,
+        **kwargs: Any,
+    ) -> Future[T]: ...
+    @overload
+    def submit(
+        self,
+        fn: Callable[Concatenate[A, B, C, ...], T],
+        a: A | _Mixed,
+        b: B | _Mixed,
+        c: C | _Mixed,
+        /,
+        *args: Any,
+        resource_dict: _OneRank = None,
+        **kwargs: Any,
+    ) -> Future[T]: ...
+    # Here `cores` may be above 1, so that the result is a list.
+    @overload
+    def submit(
+        self, fn: Callable[..., Any], /, *args: Any, resource_dict: ResourceDict, **kwargs: Any
+    ) -> Future[Any]: ...
+    @overload
+    def submit(
+        self: _WithTemplate, fn: Callable[..., Any], /, *args: Any, resource_dict: Mapping[str, Any], **kwargs: Any
+    ) -> Future[Any]: ...
+    def submit(
         self,
         fn: Callable[..., Any],
         /,
@@ -209,12 +298,12 @@ class BaseExecutor(Executor):
 
     def map(
         self,
-        fn: Callable[..., Any],
-        *iterables: Iterable[Any] | Future[Iterable[Any]],
+        fn: Callable[..., T],
+        *iterables: Iterable[Any] | Future[Any],
         timeout: float | None = None,
         chunksize: int = 1,
         buffersize: int | None = None,
-    ) -> Iterator[Any]:
+    ) -> Iterator[T]:
         """Like the built-in `map`, with the calls running at once; see `concurrent.futures.Executor.map`.
 
         Args:
@@ -253,7 +342,7 @@ class BaseExecutor(Executor):
         return itertools.chain.from_iterable(results) if chunked else results
 
     def _iterable(
-        self, iterable: Iterable[Any] | Future[Iterable[Any]], fn: Callable[..., Any], deadline: float | None
+        self, iterable: Iterable[Any] | Future[Any], fn: Callable[..., Any], deadline: float | None
     ) -> Iterable[Any]:
         """One of the iterables of `map`."""
         if not isinstance(iterable, Future):
@@ -270,9 +359,14 @@ class BaseExecutor(Executor):
                 "disable_dependencies=True. Pass future.result()."
             )
         self._check_open()
-        return iterable.result(None if deadline is None else deadline - time.monotonic())
+        elements: Iterable[Any] = iterable.result(None if deadline is None else deadline - time.monotonic())
+        return elements
 
-    def batched(self, iterable: Iterable[Future[Any]], n: int) -> list[Future[list[Any]]]:
+    @overload
+    def batched(self, iterable: Iterable[Future[T]], n: int) -> list[Future[list[T]]]: ...
+    @overload
+    def batched(self, iterable: Iterable[Any], n: int) -> list[Future[list[Any]]]: ...
+    def batched(self, iterable: Iterable[Any], n: int) -> list[Future[list[Any]]]:
         """Group futures by ``n`` in the order in which they finish; see `executorlib.futures.derived.batched`."""
         if self._graph is not None:
             sources = list(iterable)

@@ -27,15 +27,15 @@ class NodeShape(NamedTuple):
     gpus: tuple[str, ...] = ()
 
 
-# File systems of one machine, which show at once what another process has written.
+# File systems of a single machine, which show at once what another process has written.
 _LOCAL_DISKS = re.compile(r"ext[234]|xfs|btrfs|zfs|bcachefs|f2fs|jfs|reiserfs|tmpfs|ramfs|overlay|vfat|exfat|ntfs3?")
 
 
 def usable_cpus() -> list[int]:
-    """CPUs that this process may use.
+    """Return the CPUs that this process may use.
 
-    The scheduling affinity is counted, and the CPU bandwidth that the process's control groups allow
-    (cgroup v2 `cpu.max`, v1 `cpu.cfs_quota_us`; see the kernel's cgroup documentation), rounded up.
+    This takes into account the scheduling affinity and, rounded up, the CPU bandwidth that the process's control groups
+    allow (cgroup v2 `cpu.max`, v1 `cpu.cfs_quota_us`; see the kernel's cgroup documentation).
 
     Returns:
         CPU numbers, at least one.
@@ -49,7 +49,7 @@ def usable_cpus() -> list[int]:
 
 
 def _cgroup_cpus(membership: Path, root: Path) -> float | None:
-    """Smallest CPU bandwidth on the way from the process's control group to the root, in CPUs."""
+    """Return the smallest CPU bandwidth, in CPUs, on the way from the process's control group to the root."""
     try:
         lines = membership.read_text().splitlines()
     except OSError:
@@ -85,7 +85,7 @@ def _group_limit(group: Path) -> float | None:
     return int(quota) / int(period)
 
 
-# Left to the rest of the program where the limit has to be raised.
+# Left for the rest of the program if the limit has to be raised.
 _SPARE_FILES = 256
 
 
@@ -93,10 +93,10 @@ _MOST_DESCRIPTORS = 4096
 
 
 def room_for_files(count: int) -> int:
-    """How many more files this process may open.
+    """Return how many more files this process may open.
 
-    Its soft limit is raised, if need be, as far as the hard one allows, and only as far as ``count`` files ask for: the
-    soft limit is there for programs that cannot deal with descriptors above 1023, which do not get any by that.
+    If necessary, its soft limit is raised, as far as the hard limit allows and only as far as ``count`` files require.
+    The soft limit protects programs that cannot handle descriptors above 1023, and raising it does not give them any.
 
     Args:
         count: How many are wanted.
@@ -111,18 +111,18 @@ def room_for_files(count: int) -> int:
         return count
     if soft < wanted:
         limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        with contextlib.suppress(ValueError, OSError):  # macOS has a limit of its own beside
+        with contextlib.suppress(ValueError, OSError):  # macOS has another limit of its own
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
             soft = limit
     return soft - used
 
 
 def _open_files(limit: int) -> int:
-    """How many files this process has open."""
+    """Return how many files this process has open."""
     for folder in ("/proc/self/fd", "/dev/fd"):
         with contextlib.suppress(OSError):
             return len(os.listdir(folder))
-    # Where neither is mounted, those with low numbers, which are given out first.
+    # If neither is mounted, count descriptors with low numbers, which are used first.
     count = 0
     for descriptor in range(min(limit, _MOST_DESCRIPTORS) if limit != resource.RLIM_INFINITY else _MOST_DESCRIPTORS):
         with contextlib.suppress(OSError):
@@ -132,17 +132,17 @@ def _open_files(limit: int) -> int:
 
 
 def visible_gpus(environ: Mapping[str, str] = os.environ) -> list[str]:
-    """GPUs of this machine, as `CUDA_VISIBLE_DEVICES` would name them.
+    """Return the GPUs of this machine, as `CUDA_VISIBLE_DEVICES` would name them.
 
-    A `CUDA_VISIBLE_DEVICES` or `ROCR_VISIBLE_DEVICES` that is set already limits them. Otherwise NVIDIA's driver
-    (`/proc/driver/nvidia/gpus`) and then AMD's (`/sys/class/kfd`) are asked; no library is loaded for it.
+    `CUDA_VISIBLE_DEVICES` or `ROCR_VISIBLE_DEVICES` limits them if it is set. If not, NVIDIA's driver
+    (`/proc/driver/nvidia/gpus`) and then AMD's (`/sys/class/kfd`) are asked, without loading any library.
     """
     for variable in ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"):
         if variable in environ:
             names = [name.strip() for name in environ[variable].split(",") if name.strip()]
             if names == ["NoDevFiles"]:  # Slurm's way to say "none"
                 return []
-            # CUDA ignores all that follows the first invalid index; -1 is the common way to say "none".
+            # CUDA ignores everything from the first invalid index on; -1 is the common way to say "none".
             return names[: names.index("-1")] if "-1" in names else names
     nvidia = Path("/proc/driver/nvidia/gpus")
     if nvidia.is_dir():
@@ -158,18 +158,18 @@ def visible_gpus(environ: Mapping[str, str] = os.environ) -> list[str]:
 
 
 def process_start(pid: int) -> str:
-    """When a process started, in the kernel's ticks since boot; empty where the system does not tell (Linux does)."""
+    """Return when a process started, in the kernel's ticks since boot; empty on systems other than Linux."""
     with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as stat:
         return stat.read().rpartition(")")[2].split()[19]
     return ""
 
 
 def is_running(pid: int, started: str) -> bool:
-    """Whether a process of this machine is still there, and not another one that has its number by now.
+    """Return True if a process of this machine still exists and its number has not gone to another one.
 
     Args:
-        pid: Its number.
-        started: What `process_start` said of it.
+        pid: The process's number.
+        started: What `process_start` returned for it.
     """
     try:
         os.kill(pid, 0)
@@ -182,10 +182,10 @@ def is_running(pid: int, started: str) -> bool:
 
 @functools.lru_cache(maxsize=64)
 def is_local_disk(folder: str) -> bool:
-    """Whether a folder is known to be on a file system that no other machine writes to; False elsewhere than on Linux.
+    """Return True if a folder is known to be on a file system that no other machine writes to. Linux only.
 
     Args:
-        folder: Its path.
+        folder: The folder's path.
     """
     try:
         return _mounted_on(os.path.realpath(folder), Path("/proc/self/mountinfo").read_text(errors="replace"))
@@ -194,7 +194,7 @@ def is_local_disk(folder: str) -> bool:
 
 
 def _mounted_on(path: str, mounts: str) -> bool:
-    """Whether a path is on a local disk, by ``/proc/self/mountinfo``; of mounts over each other the last counts."""
+    """Return True if a path is on a local disk by ``/proc/self/mountinfo``. The last mount on a folder counts."""
     longest, kind = -1, ""
     for line in mounts.splitlines():
         fields, _, source = line.partition(" - ")

@@ -1,4 +1,4 @@
-"""Waits for descriptors and timers, and calls back: what the executor's loop and a node's relay have in common."""
+"""Waits for descriptors and timers, and calls back. The executor's loop and a node's relay share this."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
-# The same bits for epoll and poll. Used directly, because the selectors module takes longer for an event than we do.
+# These bits are the same for epoll and poll. The selectors module would take longer per event than our own work does.
 _HAS_EPOLL = hasattr(select, "epoll")
 _READABLE, _WRITABLE = select.POLLIN, select.POLLOUT
 
 
 class Waiting(Protocol):
-    """What can be asked of whoever waits for descriptors and timers."""
+    """What an object that waits for descriptors and timers offers."""
 
     def watch(self, fileobj: Any, callback: Callable[[], None]) -> None:
         """Call ``callback`` whenever ``fileobj`` can be read."""
@@ -34,21 +34,21 @@ class Waiting(Protocol):
         ...
 
     def fileno(self) -> int:
-        """A descriptor that can be read when anything watched is ready, for `sleep_in`; of Linux only."""
+        """Return a descriptor, for `sleep_in`, that can be read when anything watched is ready. Linux only."""
         ...
 
     def sleep_in(self, sleep: Callable[[float], None] | None) -> None:
-        """Have the loop sleep in another library's event loop, which gets what it needs meanwhile.
+        """Let the loop sleep in another library's event loop, which does its own work meanwhile.
 
         Args:
-            sleep: Called instead of the loop's own sleep with the most seconds that it may take, below zero for any
-                time. It is to return when `fileno` can be read. None for the loop's own sleep again.
+            sleep: Called instead of the loop's own sleep, with the most seconds that it may take, or a number below
+                zero for no limit. It must return when `fileno` can be read. None restores the loop's own sleep.
         """
         ...
 
 
 class Poller:
-    """Waits as `Waiting` says. For one thread."""
+    """Implements `Waiting` for one thread."""
 
     def __init__(self) -> None:
         self._poll: Any = select.epoll() if _HAS_EPOLL else select.poll()
@@ -58,22 +58,22 @@ class Poller:
         self._sleep: Callable[[float], None] | None = None
 
     def sleep_in(self, sleep: Callable[[float], None] | None) -> None:
-        """See `Waiting.sleep_in`."""
+        """Sleep in another library's event loop from now on, or in this one again."""
         self._sleep = sleep
 
     def fileno(self) -> int:
-        """See `Waiting.fileno`."""
+        """Return the descriptor of epoll."""
         number: int = self._poll.fileno()
         return number
 
     def watch(self, fileobj: Any, callback: Callable[[], None]) -> None:
-        """See `Waiting.watch`."""
+        """Start watching."""
         fd = _descriptor(fileobj)
         self._poll.register(fd, _READABLE)
         self._callbacks[fd] = (callback, None)
 
     def watch_writable(self, fileobj: Any, wanted: bool, callback: Callable[[], None]) -> None:
-        """See `Waiting.watch_writable`."""
+        """Start or stop waiting for a watched ``fileobj`` to be writable."""
         fd = _descriptor(fileobj)
         callbacks = self._callbacks.get(fd)
         if callbacks is None or (callbacks[1] is not None) == wanted:
@@ -82,41 +82,41 @@ class Poller:
         self._poll.modify(fd, _READABLE | _WRITABLE if wanted else _READABLE)
 
     def unwatch(self, fileobj: Any) -> None:
-        """See `Waiting.unwatch`."""
+        """Stop watching, if it is watched."""
         fd = _descriptor(fileobj)
         if self._callbacks.pop(fd, None) is not None:
             self._poll.unregister(fd)
 
     def call_later(self, seconds: float, callback: Callable[[], None]) -> None:
-        """See `Waiting.call_later`."""
+        """Start a timer."""
         heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._timer_numbers), callback))
 
     def next_timer(self) -> float:
-        """Seconds until a timer is due; below zero for never."""
+        """Return the seconds until the next timer is due; below zero if there is none."""
         return max(0.0, self._timers[0][0] - time.monotonic()) if self._timers else -1.0
 
     def poll(self, timeout: float) -> list[tuple[int, int]]:
-        """Sleep until a descriptor is ready, for so many seconds at most; below zero for ever."""
+        """Sleep until a descriptor is ready, at most for this many seconds; below zero there is no limit."""
         if self._sleep is not None:
             self._sleep(timeout)
             timeout = 0.0
-        # epoll takes seconds, poll milliseconds.
+        # epoll takes seconds, and poll takes milliseconds.
         ready: list[tuple[int, int]] = self._poll.poll(timeout if _HAS_EPOLL or timeout <= 0 else timeout * 1000)
         return ready
 
     def call_back(self, ready: list[tuple[int, int]]) -> None:
-        """Call what waits for these descriptors, then timers that are due.
+        """Call back for these descriptors, then for the timers that are due.
 
-        Timers that these timers begin come in a later turn, even when due at once: descriptors must not wait for them.
+        Timers that these timers start wait for a later turn, even if due at once, so that descriptors need not wait.
         """
         for fd, mask in ready:
             callbacks = self._callbacks.get(fd)
             if callbacks is None:
-                continue  # unwatched by an earlier one of this turn
+                continue  # unwatched by an earlier callback of this turn
             on_readable, on_writable = callbacks
             if mask & _WRITABLE and on_writable is not None:
                 on_writable()
-            # Also errors and hang-ups: reading tells what it is.
+            # This includes errors and hang-ups: reading shows which it is.
             if mask & ~_WRITABLE and fd in self._callbacks:
                 on_readable()
         now = time.monotonic()
@@ -127,7 +127,7 @@ class Poller:
             callback()
 
     def close_poll(self) -> None:
-        """Free what waiting takes; what is watched stays open."""
+        """Free epoll's descriptor. What is watched stays open."""
         if _HAS_EPOLL:
             self._poll.close()
 

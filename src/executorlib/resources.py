@@ -1,4 +1,4 @@
-"""What a call needs: the keys of ``resource_dict``, defined, checked and documented here alone."""
+"""What a call needs: the keys of ``resource_dict``, defined, checked and documented only here."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import operator
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, SupportsIndex, TypedDict
 
 
 class Demand(NamedTuple):
@@ -18,9 +18,9 @@ class Demand(NamedTuple):
     Attributes:
         cores: Cores, on all nodes together.
         gpus: GPUs, on all nodes together.
-        exclusive: Whether nobody else may be on its nodes.
-        nodes: Nodes over which it is spread, all of which it takes at once.
-        ranks: Parts that are not torn apart; of meaning only with several nodes.
+        exclusive: Whether the call has its nodes to itself.
+        nodes: The number of nodes over which it is spread, all of which it takes at once.
+        ranks: The number of parts that must not be split. Only relevant with several nodes.
     """
 
     cores: int
@@ -30,15 +30,43 @@ class Demand(NamedTuple):
     ranks: int = 1
 
     def shares(self) -> list[tuple[int, int]]:
-        """Cores and GPUs on each node: the ranks are spread evenly, the larger shares come first."""
+        """Return the cores and GPUs on each node. Ranks are spread evenly, and the larger shares come first."""
         cores, gpus = self.cores // self.ranks, self.gpus // self.ranks
         few, larger = divmod(self.ranks, self.nodes)
         counts = [few + 1] * larger + [few] * (self.nodes - larger)
         return [(count * cores, count * gpus) for count in counts]
 
 
-# What is no business of the launcher on a node, or in the local queue: where results are kept and errors are logged,
-# how the nodes were chosen and asked for.
+class _AllButCores(TypedDict, total=False):
+    threads_per_core: SupportsIndex | None
+    gpus_per_core: SupportsIndex | None
+    cwd: str | os.PathLike[str] | None
+    cache_key: str | None
+    cache_directory: str | os.PathLike[str] | None
+    num_nodes: SupportsIndex | None
+    exclusive: bool | None
+    error_log_file: str | os.PathLike[str] | None
+    run_time_max: float | None
+    priority: SupportsIndex | None
+    slurm_cmd_args: list[str] | tuple[str, ...] | None
+    submission_template: str | None
+    openmpi_oversubscribe: bool | None
+
+
+class OneRank(_AllButCores, total=False):
+    """A ``resource_dict`` with which the result is the function's own, for type checkers."""
+
+    cores: Literal[1] | None
+
+
+class ResourceDict(_AllButCores, total=False):
+    """A ``resource_dict``, for annotations; `Resources` says what the keys mean. None stands for "as before"."""
+
+    cores: SupportsIndex | None
+
+
+# Keys that do not concern the launcher on a node or the local queue: where results are kept and errors are logged, and
+# how the nodes were chosen and requested.
 _SEEN_TO = {
     "cache_key",
     "cache_directory",
@@ -55,23 +83,23 @@ class Resources:
     """What one call needs.
 
     Attributes:
-        cores: MPI ranks; above 1 the function runs on every rank and the result is the list of all ranks' results.
-        threads_per_core: Threads of each rank; the usual variables (`OMP_NUM_THREADS`, ...) are set to it.
-        gpus_per_core: GPUs of each rank; `CUDA_VISIBLE_DEVICES` and `ROCR_VISIBLE_DEVICES` name them.
-        cwd: Working directory, made where missing. None is the submitting process's own, as it is when the call starts,
-            or the worker of a block; where calls are a cluster's jobs, as it was at `submit`, and where workers of a
-            block are Slurm's jobs, as it was when the executor was made.
-        cache_key: Name of the cache entry instead of the one derived from function and inputs.
+        cores: MPI ranks. Above 1, the function runs on every rank and the result is the list of all ranks' results.
+        threads_per_core: Threads of each rank. The usual variables (`OMP_NUM_THREADS`, ...) are set to this number.
+        gpus_per_core: GPUs of each rank. `CUDA_VISIBLE_DEVICES` and `ROCR_VISIBLE_DEVICES` name them.
+        cwd: Working directory, made if it is missing. None is the submitting process's own, as it is when the call or
+            its block's worker starts. For calls that are a cluster's jobs, it is as it was at `submit`, and for block
+            workers that are Slurm's jobs, as it was when the executor was made.
+        cache_key: Name of the cache entry, instead of the one derived from function and inputs.
         cache_directory: Directory in which the result is kept and looked up.
         num_nodes: Nodes over which the ranks are spread.
-        exclusive: Whether the call has its nodes for itself.
-        error_log_file: File to which an exception of the function is appended with its inputs.
+        exclusive: Whether the call has its nodes to itself.
+        error_log_file: File to which an exception of the function is appended, with the function's inputs.
         run_time_max: Seconds after which the call is ended with `TimeoutError`.
-        priority: Calls of higher priority start first.
+        priority: Calls with a higher priority start first.
         slurm_cmd_args: Further options for Slurm's commands.
         submission_template: Template of the job script.
-        openmpi_oversubscribe: Whether Open MPI may start more ranks than there are cores; MPICH always may.
-        further: Keys and values that are not ours but the submission template's.
+        openmpi_oversubscribe: Whether Open MPI may start more ranks than there are cores. MPICH always may.
+        further: Keys and values of the submission template, which are not ours.
     """
 
     cores: int = 1
@@ -97,9 +125,9 @@ class Resources:
 
     @functools.cached_property
     def sent(self) -> dict[str, Any]:
-        """What the launcher has to know that starts the call's process elsewhere, as a ``resource_dict``.
+        """The resources that a launcher elsewhere needs to start the call's process, as a ``resource_dict``.
 
-        All that differs from its default, but for what has been seen to before a process starts.
+        These are all that differ from their defaults, except those dealt with before a process starts.
         """
         values = {field.name: (getattr(self, field.name), field.default) for field in fields(self)}
         return {name: value for name, (value, default) in values.items() if value != default and name not in _SEEN_TO}
@@ -110,20 +138,20 @@ class Resources:
         return Demand(self.cores * self.threads_per_core, self.cores * self.gpus_per_core, self.exclusive)
 
     def demand_over(self, nodes: int) -> Demand:
-        """The same, spread over several nodes, of which each holds one rank at least."""
+        """Return the demand spread over several nodes, each of which holds at least one rank."""
         return self.demand if nodes == 1 else self.demand._replace(nodes=nodes, ranks=self.cores)
 
     def updated(self, changes: Mapping[str, Any], subject: str, allow_further: bool = False) -> Resources:
-        """Return these resources with some changed, as a user wrote them.
+        """Return these resources with the changes that a user wrote.
 
         Args:
-            changes: Keys and values of a ``resource_dict``; None stands for "as before".
-            subject: Whose they are, for the error text, such as ``call of 'f'``.
-            allow_further: Whether keys that are not known here go to a submission template.
+            changes: Keys and values of a ``resource_dict``. None means "as before".
+            subject: Whose changes they are, for the error text, such as ``call of 'f'``.
+            allow_further: Whether keys that are unknown here go to a submission template.
 
         Raises:
-            TypeError: A value of the wrong type, or ``changes`` is no mapping.
-            ValueError: An unknown key or a value out of range.
+            TypeError: A value has the wrong type, or ``changes`` is not a mapping.
+            ValueError: A key is unknown, or a value is out of range.
         """
         if not isinstance(changes, Mapping):
             raise TypeError(
@@ -147,7 +175,7 @@ class Resources:
         return replace(self, **checked) if checked else self
 
     def as_dict(self) -> dict[str, Any]:
-        """The resources as a ``resource_dict``, without what was left at its default of None."""
+        """Return the resources as a ``resource_dict``, without those that are None."""
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "further"}
         values.update(self.further)
         values["slurm_cmd_args"] = list(self.slurm_cmd_args)
@@ -158,11 +186,11 @@ def check_ranks_of_nodes(resources: Resources, subject: str) -> None:
     """Make sure that a call has a rank for each of its nodes.
 
     Args:
-        resources: What it needs.
-        subject: Whose that is, for the error text.
+        resources: What the call needs.
+        subject: Whose resources these are, for the error text.
 
     Raises:
-        ValueError: It has not.
+        ValueError: There are fewer ranks than nodes.
     """
     if resources.num_nodes is not None and resources.num_nodes > resources.cores:
         raise ValueError(
@@ -173,10 +201,10 @@ def check_ranks_of_nodes(resources: Resources, subject: str) -> None:
 
 
 def check_cache_key(resources: Resources, subject: str) -> None:
-    """Make sure that an entry that is named is in a cache directory.
+    """Make sure that a named cache entry is in a cache directory.
 
     Raises:
-        ValueError: There is none.
+        ValueError: There is no cache directory.
     """
     if resources.cache_key is not None and resources.cache_directory is None:
         raise ValueError(
@@ -186,23 +214,23 @@ def check_cache_key(resources: Resources, subject: str) -> None:
 
 
 def nearest_key(key: object, more: Iterable[str] = ()) -> str | None:
-    """The known key that somebody may have meant.
+    """Return the known key that the user may have meant.
 
     Args:
-        key: What they wrote.
-        more: Further keys that are known.
+        key: The key that the user wrote.
+        more: Other known keys.
     """
     near = difflib.get_close_matches(str(key), [*_CHECKS, *more], n=1, cutoff=0.5)
     return near[0] if near else None
 
 
-# Not keys of every executor, but of what a job script is made from, and what executors are given themselves.
+# Keys that only executors with job scripts have, and arguments of the executors themselves.
 OF_JOBS = ("memory_max", "partition", "queue", "account", "bank", "qos", "constraint", "reservation", "job_name")
 _OF_EXECUTORS = ("pmi_mode", "restart_limit", "max_workers", "max_cores", "block_allocation", "init_function")
 
 
 def unknown_key(key: object, subject: str) -> str:
-    """The text of the error about a key that nothing would heed."""
+    """Return the text of the error about a key that would be ignored."""
     if key in OF_JOBS:
         return f"{subject}: {key!r} in resource_dict is for executors that submit jobs; nothing here would heed it."
     if key in _OF_EXECUTORS:
@@ -213,13 +241,13 @@ def unknown_key(key: object, subject: str) -> str:
 
 
 def listed(keys: Iterable[str]) -> str:
-    """Keys for a warning, each with the known one that may be meant."""
+    """List keys for a warning, each with the known key that may be meant."""
     near = {key: None if key in OF_JOBS else nearest_key(key) for key in keys}
     return ", ".join(f"{key!r} (did you mean {known!r}?)" if known else repr(key) for key, known in near.items())
 
 
 def whole_number(minimum: int) -> Callable[[str, object], int]:
-    """Make a check for integers (numpy's included, bool not) of at least ``minimum``."""
+    """Make a check for integers (including numpy's, but not bool) of at least ``minimum``."""
 
     def check(what: str, value: object) -> int:
         if isinstance(value, bool) or not hasattr(value, "__index__"):
@@ -238,7 +266,7 @@ def _any_integer(what: str, value: object) -> int:
     return operator.index(value)
 
 
-# Thirty years, which systems can count in whatever unit they have.
+# About thirty years, which systems can count in any of their units.
 _MOST_SECONDS = 1e9
 
 

@@ -1,7 +1,7 @@
-"""User objects to bytes and back: pickle protocol 5 with large buffers kept apart.
+"""Converts user objects to bytes and back, by pickle protocol 5 with large buffers kept apart.
 
-A pickled object is a list of frames: the pickle itself, then the buffers that it refers to. Frames are
-opaque to everything between the two processes that write and read them.
+A pickled object is a list of frames: the pickle itself, then the buffers that it refers to. Everything between the two
+processes that write and read them treats frames as opaque.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 import weakref
 from types import BuiltinFunctionType, FunctionType, ModuleType
 
-TYPE_CHECKING = False  # typing's own would load typing, of which a starting worker needs nothing
+TYPE_CHECKING = False  # importing it would load typing, which a starting worker does not need
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from typing import Any, ClassVar, TypeAlias
@@ -23,13 +23,13 @@ Frame: TypeAlias = bytes | bytearray | memoryview
 
 PROTOCOL = 5
 
-# A buffer of its own costs a length field and a slice on the other side; below this size copying it
-# into the pickle is cheaper (measured with numpy arrays: break-even near 4 KiB).
+# A separate buffer costs a length field and a slice on the other side. Below this size, copying it into the pickle is
+# cheaper (measured with numpy arrays: equal near 4 KiB).
 _OUT_OF_BAND_BYTES = 4096
 
 
 class Pickled:
-    """Unpickles to what a pickle holds: to put that into another one without rebuilding it, which runs users' code."""
+    """Embeds a pickle in another one without first rebuilding what it holds, because that would run users' code."""
 
     __slots__ = ("_data",)
 
@@ -41,27 +41,27 @@ class Pickled:
 
 
 def unpickled(data: bytes) -> Any:
-    """What a `Pickled` becomes; `cache.unpickle` has its own way."""
+    """Return what a `Pickled` unpickles to. `cache.unpickle` replaces this function with its own."""
     return pickle.loads(data)
 
 
-# Exactly these types pickle alike everywhere, so the much cheaper C pickler can take them.
+# Exactly these types pickle the same everywhere, so the much cheaper C pickler can handle them.
 _PLAIN = frozenset({int, float, complex, bool, str, bytes, type(None)})
 
 
-# What `functools` makes of a function: by itself each pickles as a name, which means nothing where the program that
-# defines it is not loaded, or not at all. A cache arrives empty.
+# What `functools` makes of a function. By itself, each of these pickles either not at all, or as a name, which is
+# useless without the program that defines it. A cache arrives empty.
 _CachedFunction = type(functools.cache(len))
 _dispatching: Any = functools.singledispatch(len)
 _DISPATCHING = _dispatching.__code__
 
 
-# Modules that are the program itself; the second where it was started by `multiprocessing`.
+# The modules that are the program itself; the second is for programs started by `multiprocessing`.
 PROGRAM = frozenset({"__main__", "__mp_main__"})
 
 
 def is_by_name(obj: object, module: object, qualname: str) -> bool:
-    """Whether an object is pickled as the name under which a module holds it, to be imported by that in a worker."""
+    """Return True if an object is pickled as a name, under which a worker imports it from its module."""
     if not isinstance(module, str) or module in PROGRAM or held(module, qualname) is not obj:
         return False
     cloudpickle = sys.modules.get("cloudpickle")
@@ -74,7 +74,7 @@ def _is_found_by_name(obj: Any) -> bool:
 
 
 def held(module: str | None, qualname: str) -> Any:
-    """What a loaded module holds under a dotted name, or None."""
+    """Return what a loaded module holds under a dotted name, or None."""
     found: Any = sys.modules.get(module or "")
     for part in qualname.split("."):
         found = getattr(found, part, None)
@@ -95,7 +95,7 @@ def _make_cached(fn: Callable[..., Any], maxsize: int | None, typed: bool) -> An
 
 
 def _reduce_cached_property(obj: functools.cached_property[Any]) -> tuple[Any, ...]:
-    # Before Python 3.12 it holds a lock.
+    # Before Python 3.12, it holds a lock.
     attributes = {name: value for name, value in vars(obj).items() if name not in ("func", "lock")}
     return functools.cached_property, (obj.func,), attributes
 
@@ -124,13 +124,13 @@ def _fill_single_dispatch(dispatching: Any, state: tuple[dict[type, Any], dict[s
     vars(dispatching).update(attributes)
 
 
-# From Python 3.14 on, annotations are evaluated when somebody asks for them, which fails for a name that is imported
-# for type checkers alone. cloudpickle loses the annotations of classes, and asks for those of functions.
+# From Python 3.14 on, annotations are evaluated on demand, which fails for a name that is imported only for type
+# checkers. cloudpickle loses the annotations of classes, and evaluates those of functions.
 _LAZY_ANNOTATIONS = sys.version_info >= (3, 14)
 
 
 def _reduce_class(cls: type, by_cloudpickle: Callable[[Any], Any]) -> Any:
-    """Reduce a class with what cloudpickle loses: its annotations, and the name of the function that defines it."""
+    """Reduce a class together with what cloudpickle loses: its annotations and its qualified name."""
     reduced = by_cloudpickle(cls)
     if isinstance(reduced, tuple) and len(reduced) > 2:
         attributes = reduced[2][0]
@@ -142,9 +142,9 @@ def _reduce_class(cls: type, by_cloudpickle: Callable[[Any], Any]) -> Any:
 
 
 def _reduce_lazily_annotated(fn: FunctionType, by_cloudpickle: Callable[[Any], Any]) -> Any:
-    """Reduce a function of Python 3.14 or later, also where its annotations cannot be evaluated."""
+    """Reduce a function of Python 3.14 or later, even if its annotations cannot be evaluated."""
     try:
-        fn.__annotations__  # noqa: B018  # which cloudpickle asks for
+        fn.__annotations__  # noqa: B018  # cloudpickle evaluates it
     except Exception:
         if not _is_found_by_name(fn):
             return by_cloudpickle(_annotated_by_text(fn))
@@ -152,7 +152,7 @@ def _reduce_lazily_annotated(fn: FunctionType, by_cloudpickle: Callable[[Any], A
 
 
 def _annotated_by_text(fn: FunctionType) -> FunctionType:
-    """A copy of a function that has the text of its annotations in their place."""
+    """Return a copy of a function that has the text of its annotations in place of their values."""
     copy = FunctionType(fn.__code__, fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
     for name in ("__module__", "__qualname__", "__doc__", "__kwdefaults__"):
         setattr(copy, name, getattr(fn, name))
@@ -162,7 +162,7 @@ def _annotated_by_text(fn: FunctionType) -> FunctionType:
 
 
 def annotations_of(obj: Any) -> dict[str, Any]:
-    """The annotations of a function, or of a class itself; their source text if one of them cannot be evaluated."""
+    """Return the annotations of a function or of a class itself; as source text if one cannot be evaluated."""
     if sys.version_info >= (3, 14):
         import annotationlib
 
@@ -176,20 +176,20 @@ def annotations_of(obj: Any) -> dict[str, Any]:
 
 @functools.cache
 def _pickler() -> Any:
-    """The class that pickles what plain pickle cannot, or by reference only; loaded when it is first needed."""
+    """Return the class that pickles what plain pickle cannot, or only by reference. It is loaded when first needed."""
     import types
     from collections import ChainMap
 
-    import cloudpickle  # takes longer to load than all else of a worker, and plain values do without
+    import cloudpickle  # loads slower than the rest of a worker, and plain values do not need it
 
     table = cloudpickle.Pickler.dispatch_table
     reduce_code = table[types.CodeType]
     by_cloudpickle = cloudpickle.Pickler.reducer_override
 
     def keep_file_name(code: types.CodeType) -> tuple[Any, ...]:
-        """Undo what cloudpickle 3.1.3 does: without the file's name a remote traceback has no lines of the function."""
+        """Restore the file's name, which cloudpickle 3.1.3 drops. Remote tracebacks need it to show the source."""
         make, args = reduce_code(code)
-        # By type: with the option -bb comparing the bytes among them with text is an error.
+        # By type, because with the option -bb comparing one of the bytes among them with text is an error.
         return make, tuple(code.co_filename if type(arg) is str and arg == "<dynamic-code>" else arg for arg in args)
 
     special = {
@@ -219,7 +219,7 @@ def _is_plain(items: Sequence[object]) -> bool:
 
 
 def dumps(obj: object) -> list[Frame]:
-    """Pickle any object, functions and classes of `__main__` included.
+    """Pickle any object, including functions and classes of `__main__`.
 
     Raises:
         Exception: Whatever the object's own reduction raises.
@@ -237,7 +237,8 @@ def dumps(obj: object) -> list[Frame]:
 
     stream = io.BytesIO()
     _pickler()(stream, PROTOCOL, buffer_callback=keep_small_in_band).dump(obj)
-    return [stream.getbuffer(), *buffers]
+    # Not `getbuffer`: a stream that is collected in a cycle with a view of it complains on standard error.
+    return [stream.getvalue(), *buffers]
 
 
 def dumps_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Frame]:
@@ -260,7 +261,7 @@ def _exception_pickler() -> Any:
         def reducer_override(self, obj: Any) -> Any:
             if isinstance(obj, BaseException):
                 cls = type(obj)
-                # A class that has a way of its own knows best.
+                # A class that has its own way of pickling is left to it.
                 if cls.__reduce__ is _built_in(cls).__reduce__ and cls.__reduce_ex__ is object.__reduce_ex__:
                     reduced: Any = obj.__reduce__()
                     return (rebuilt_exception, reduced[:2], *reduced[2:])
@@ -270,9 +271,9 @@ def _exception_pickler() -> Any:
 
 
 def dumps_exception(error: BaseException) -> bytes:
-    """Pickle an exception, and those in it, such that they are rebuilt without their ``__init__``.
+    """Pickle an exception, and those in it, so that they are rebuilt without calling their ``__init__``.
 
-    By default that is called with ``args``, which is what was handed on to `Exception`, and often too little.
+    By default, ``__init__`` is called with ``args``, which are those that were passed to `Exception` and often too few.
 
     Raises:
         Exception: Something in it cannot be pickled.
@@ -283,7 +284,7 @@ def dumps_exception(error: BaseException) -> bytes:
 
 
 def rebuilt_exception(cls: type[BaseException], args: tuple[Any, ...]) -> BaseException:
-    """Make an exception that has ``args``, and gets its attributes next."""
+    """Make an exception with ``args``. Unpickling sets its attributes next."""
     built_in = _built_in(cls)
     error: BaseException = built_in.__new__(cls, *args)
     built_in.__init__(error, *args)
@@ -291,7 +292,7 @@ def rebuilt_exception(cls: type[BaseException], args: tuple[Any, ...]) -> BaseEx
 
 
 def _built_in(cls: type[BaseException]) -> Any:
-    """The class of Python's own whose memory layout an exception class has."""
+    """Return the built-in class whose memory layout an exception class has."""
     found: Any = cls
     while found.__module__ != "builtins":
         found = found.__base__
@@ -307,7 +308,7 @@ class _Found(Exception):
 
 
 def find(obj: object, kinds: tuple[type, ...]) -> object | None:
-    """The first object of these types that pickling something meets; None where it meets none, or fails before."""
+    """Return the first object of these types that pickling meets; None if it meets none or fails before."""
 
     class Finder(_pickler()):  # type: ignore[misc]
         def reducer_override(self, each: Any) -> Any:
@@ -316,11 +317,11 @@ def find(obj: object, kinds: tuple[type, ...]) -> object | None:
             return super().reducer_override(each)
 
     try:
-        # Large buffers stay where they are.
+        # Large buffers are not copied.
         Finder(io.BytesIO(), PROTOCOL, buffer_callback=lambda buffer: False).dump(obj)
     except _Found as found:
         return found.what
-    except BaseException:  # whatever the user's objects raise
+    except BaseException:  # the user's objects may raise anything
         return None
     return None
 
@@ -328,44 +329,44 @@ def find(obj: object, kinds: tuple[type, ...]) -> object | None:
 def loads(frames: Sequence[Frame]) -> Any:
     """Rebuild an object from its frames.
 
-    Arrays stay views of the frames' memory, so frames must not be written to or reused afterwards.
+    Arrays stay views of the frames' memory, so nobody may write to the frames or reuse them afterwards.
     """
     return pickle.loads(frames[0], buffers=frames[1:])
 
 
 def nbytes(frame: Frame) -> int:
-    """Size of a frame."""
+    """Return the size of a frame in bytes."""
     return frame.nbytes if isinstance(frame, memoryview) else len(frame)
 
 
 def _is_importable(fn: object) -> bool:
-    """Whether cloudpickle would pickle a function as the name under which a worker can import it."""
+    """Return True if cloudpickle would pickle a function as a name under which a worker can import it."""
     if type(fn) is BuiltinFunctionType:
-        return isinstance(fn.__self__, ModuleType)  # not a method of some object
+        return isinstance(fn.__self__, ModuleType)  # so it is not a method of some object
     return type(fn) is FunctionType and is_by_name(fn, fn.__module__, fn.__qualname__)
 
 
 class FunctionPickler:
     """Pickles each function once for all calls that were submitted before it was pickled.
 
-    A function may be changed between two submits (a global, a closure cell, a default), and each call
-    must see at least the state of its own submit. Bytes made after a call was submitted satisfy that, so
-    they serve every call with a number below the one that was next when they were made.
+    A function may change between two submits (a global, a closure cell, a default), and each call must see at least the
+    state of its own submit. Bytes made after a call was submitted satisfy that, so they serve every call with a number
+    below the one that was next when they were made.
     """
 
     _KEEP = 64
-    # Of all pickles together: some may hold data, and stay although their functions are gone.
+    # The most bytes of all pickles together, because some may hold data and stay after their functions are gone.
     _KEEP_BYTES = 64 * 1024 * 1024
 
     def __init__(self) -> None:
-        # Weak, as nothing may be kept of a call once it is over.
+        # Weak, because nothing of a call may be kept once it is over.
         self._cache: dict[int, tuple[weakref.ref[Callable[..., Any]], int, bytes]] = {}
         self._bytes = 0
 
     def dumps(self, fn: Callable[..., Any], number: int, next_number: int) -> bytes:
-        """Pickle ``fn`` for call ``number``, where the next call to be submitted is ``next_number``."""
+        """Pickle ``fn`` for call ``number``, when the next call to be submitted is ``next_number``."""
         if _is_importable(fn):
-            return pickle.dumps(fn, PROTOCOL)  # its name, which is cheap, and does not change
+            return pickle.dumps(fn, PROTOCOL)  # only its name, which is cheap and does not change
         known = self._cache.get(id(fn))
         if known is not None and known[0]() is fn and number < known[1]:
             return known[2]
@@ -376,7 +377,7 @@ class FunctionPickler:
         if len(self._cache) >= self._KEEP or self._bytes + len(data) > self._KEEP_BYTES:
             self.clear()
         if len(data) <= self._KEEP_BYTES:
-            with contextlib.suppress(TypeError):  # not all callables can be referred to weakly
+            with contextlib.suppress(TypeError):  # not all callables can have weak references
                 self._cache[id(fn)] = (weakref.ref(fn), next_number, data)
                 self._bytes += len(data)
         return data

@@ -21,15 +21,16 @@ def terminate_tasks_in_cache(
 ) -> None:
     """Cancel all calls of a cache directory that wait or run, and remove their entries.
 
+    A job of `TestClusterExecutor` that is already running is only forgotten, not ended.
+
     Args:
         cache_directory: The cache directory, searched with its sub-folders.
-        pysqa_config_directory: Configuration of the queuing system they were submitted with, or None.
-        backend: Queuing system that holds their jobs: ``"slurm"``, ``"flux"``, or None for what the entries say. A
-            job of `TestClusterExecutor` that runs already is not ended, only forgotten.
+        pysqa_config_directory: Configuration of the queuing system that the calls were submitted with, or None.
+        backend: Queuing system that has their jobs: ``"slurm"``, ``"flux"``, or None for what the entries say.
 
     Raises:
-        ValueError: ``backend`` is not known, or a job is another system's, which is not the one here.
-        RuntimeError: The queuing system did not take the request; then nothing is removed.
+        ValueError: ``backend`` is not known, or a job belongs to another system than the one here.
+        RuntimeError: The queuing system did not accept the request; then nothing is removed.
         ImportError: There are such entries and h5py is missing.
     """
     _terminate(cache_directory, directory.pending_entries(cache_directory), pysqa_config_directory, backend)
@@ -41,21 +42,21 @@ def terminate_task_in_cache(
     pysqa_config_directory: str | None = None,
     backend: str | None = None,
 ) -> None:
-    """Cancel one call that waits or runs, and remove its entry; one that is done stays as it is.
+    """Cancel one call that waits or runs, and remove its entry; a call that is done stays as it is.
 
-    Sessions that wait for it are told so. A job of `TestClusterExecutor` that runs already is not ended, only
-    forgotten.
+    Sessions that wait for the call are told. A job of `TestClusterExecutor` that is already running is only forgotten,
+    not ended.
 
     Args:
         cache_directory: The cache directory.
         cache_key: Key of the entry.
-        pysqa_config_directory: Configuration of the queuing system it was submitted with, or None.
-        backend: Queuing system that holds its job: ``"slurm"``, ``"flux"``, or None for what the entry says.
+        pysqa_config_directory: Configuration of the queuing system that the call was submitted with, or None.
+        backend: Queuing system that has its job: ``"slurm"``, ``"flux"``, or None for what the entry says.
 
     Raises:
-        FileNotFoundError: There is no entry of that key.
-        ValueError: ``backend`` is not known, or a job is another system's, which is not the one here.
-        RuntimeError: The queuing system did not take the request; then the entry stays.
+        FileNotFoundError: There is no entry with that key.
+        ValueError: ``backend`` is not known, or the job belongs to another system than the one here.
+        RuntimeError: The queuing system did not accept the request; then the entry stays.
         ImportError: h5py is missing.
     """
     path = os.path.abspath(entries.entry_path(cache_directory, cache_key, "i"))
@@ -70,7 +71,7 @@ def _terminate(root: str | os.PathLike[str], paths: list[str], configuration: st
     if backend not in (None, "slurm", "flux"):
         raise ValueError(f"backend is {backend!r}, expected 'slurm', 'flux', or None for what the entries say.")
     jobs = []
-    systems: dict[str, str] = {}  # that entries name, and one such entry for each
+    systems: dict[str, str] = {}  # named by entries, with one such entry for each
     flux_jobs: dict[str, list[str]] = {}  # by instance
     for path in paths:
         job_id, index, system = directory.job_of(path, root)
@@ -85,6 +86,7 @@ def _terminate(root: str | os.PathLike[str], paths: list[str], configuration: st
     if jobs:
         queue = _queue_of(systems, configuration)
         if not queue.cancels_the_gone:
+            # It would refuse the whole command if one job had ended.
             ids = [job_id for job_id, _ in jobs]
             known = queue.parse_status(_run(queue, queue.status_command(ids)), ids)
             jobs = [job for job in jobs if (job[0], job[1] or 0) in known]
@@ -92,7 +94,7 @@ def _terminate(root: str | os.PathLike[str], paths: list[str], configuration: st
         _run(queue, queue.cancel_command(jobs))
     for instance, names in flux_jobs.items():
         cancel_jobs(instance, names)
-    # A job that starts all the same finds its entry gone, and ends.
+    # A job that starts nevertheless finds its entry gone, and ends.
     for path in paths:
         batch = None
         with contextlib.suppress(trust.UntrustedFile):
@@ -101,11 +103,11 @@ def _terminate(root: str | os.PathLike[str], paths: list[str], configuration: st
 
 
 def _queue_of(systems: dict[str, str], configuration: str | None) -> Queue:
-    """The queue here, where it is the one of these systems: elsewhere, their jobs' numbers are others'.
+    """The queue here, if it is the one of these systems: in another one, their jobs' numbers are other jobs.
 
     Args:
         systems: Names of systems, and for each an entry with a job there.
-        configuration: See `terminate_tasks_in_cache`.
+        configuration: As ``pysqa_config_directory`` in `terminate_tasks_in_cache`.
 
     Raises:
         ValueError: It is another one.

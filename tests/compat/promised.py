@@ -35,6 +35,10 @@ NAMES = {
     "terminate_tasks_in_cache",
 }
 
+# Names of ``executorlib`` beyond those of executorlib 1.x.
+
+NAMES_BEYOND = {"ResourceDict"}
+
 # Names of ``executorlib.api``.
 
 API_NAMES = {

@@ -44,7 +44,7 @@ def parameters(function: Any) -> promised.Signature:
     ]
 
 
-@pytest.mark.parametrize("name", sorted(promised.NAMES))
+@pytest.mark.parametrize("name", sorted(promised.NAMES | promised.NAMES_BEYOND))
 def test_name(name: str) -> None:
     assert getattr(executorlib, name) is not None
     assert name in dir(executorlib)
@@ -57,7 +57,7 @@ def test_api_name(name: str) -> None:
 
 
 def test_all_lists_what_is_public() -> None:
-    assert set(executorlib.__all__) | {"__version__"} == promised.NAMES
+    assert set(executorlib.__all__) | {"__version__"} == promised.NAMES | promised.NAMES_BEYOND
     assert set(executorlib.api.__all__) == promised.API_NAMES
 
 

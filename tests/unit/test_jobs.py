@@ -242,7 +242,7 @@ def test_many_jobs_of_others_on_a_slow_file_system(
         launcher, task, _process = launched(events, system, tmp_path, key, launcher, number)
         outputs.append(task.cache_path)
     monkeypatch.setattr("executorlib.jobs.launcher._is_on_local_disk", lambda job: False)
-    monkeypatch.setattr("executorlib.jobs.launcher.files.is_there", is_there)
+    monkeypatch.setattr("executorlib.jobs.launcher.trust.is_there", is_there)
     monkeypatch.setattr("executorlib.jobs.launcher.time.monotonic", lambda: clock() + waited)
     while len(asked) < len(outputs):
         timers, events.timers = events.timers, []
@@ -983,13 +983,23 @@ def test_files_that_are_no_part_of_a_batch(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "state"),
+    ("error", "wait_status", "state"),
     [
-        (ExecutorlibSocketError("it exited with code 12."), ("ended", "FAILED", "", "12:0", "none")),
-        (OSError("error code 12"), ("ended", "FAILED", "OSError: error code 12", "", "none")),
+        (ExecutorlibSocketError("it ended"), 12 << 8, ("ended", "FAILED", "", "12:0", "none")),
+        (ExecutorlibSocketError("it ended"), 15, ("ended", "FAILED", "", "0:15", "none")),
+        (
+            ExecutorlibSocketError("it said: error code 12"),
+            None,
+            ("ended", "FAILED", "it said: error code 12", "", "none"),
+        ),
+        (OSError("error code 12"), None, ("ended", "FAILED", "OSError: error code 12", "", "none")),
     ],
 )
-def test_only_the_end_of_a_process_has_an_exit_code(error: Exception, state: tuple[str, ...]) -> None:
+def test_only_the_end_of_a_process_has_an_exit_code(
+    error: Exception, wait_status: int | None, state: tuple[str, ...]
+) -> None:
+    if isinstance(error, ExecutorlibSocketError):
+        error.wait_status = wait_status
     future: Future[None] = Future()
     future.set_exception(error)
     assert local_queue._state(future) == state

@@ -8,6 +8,8 @@ import decimal
 import fractions
 import math
 import os
+import types
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from executorlib.resources import Demand, Resources
+from executorlib.resources import Demand, OneRank, ResourceDict, Resources
 from unit.properties import repeatable
 
 KEYS = [field.name for field in dataclasses.fields(Resources) if field.name != "further"]
@@ -96,6 +98,38 @@ def test_bad_value(key: str, value: Any, error: type[Exception], text: str) -> N
     with pytest.raises(error, match=text) as caught:
         Resources().updated({key: value}, "call of 'f'")
     assert str(caught.value).startswith(f"call of 'f': resource_dict['{key}']")
+
+
+TYPES = typing.get_type_hints(ResourceDict)
+
+
+def test_every_key_has_a_type() -> None:
+    assert TYPES.keys() == set(KEYS)
+    assert {**typing.get_type_hints(OneRank), "cores": TYPES["cores"]} == TYPES
+    assert not ResourceDict.__required_keys__ | OneRank.__required_keys__
+
+
+def fits(kind: Any, value: object) -> bool:
+    """Whether a type checker takes a value, were it not that it counts bool as int and float."""
+    origin = typing.get_origin(kind)
+    if origin in (typing.Union, types.UnionType):
+        return any(fits(each, value) for each in typing.get_args(kind))
+    if origin in (list, tuple):
+        return isinstance(value, origin) and all(isinstance(item, str) for item in value)
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else origin or kind)
+
+
+@pytest.mark.parametrize(("key", "value"), [*((key, value) for key, value, _ in GOOD), *((key, None) for key in KEYS)])
+def test_type_takes_good_value(key: str, value: Any) -> None:
+    if not isinstance(value, fractions.Fraction):  # of real numbers beyond float, type checkers know nothing
+        assert fits(TYPES[key], value)
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, bad) for key, bad, error, _ in BAD if error is TypeError and bad])
+def test_type_refuses_value_of_wrong_type(key: str, value: Any) -> None:
+    assert not fits(TYPES[key], value)
 
 
 def test_every_key_is_tested() -> None:

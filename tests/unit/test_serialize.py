@@ -498,3 +498,11 @@ def test_bytes_and_text_are_not_compared(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text("from executorlib import serialize\ndef f(): return b'a'\nserialize.dumps(f)\n")
     subprocess.run([sys.executable, "-bb", str(program)], check=True)
+
+
+def test_frames_can_be_collected_in_a_cycle() -> None:
+    """... as those of an exception's traceback are, without a word on standard error."""
+    cycle: list[Any] = [dumps({"not": {"plain"}})]
+    cycle.append(cycle)
+    del cycle
+    gc.collect()

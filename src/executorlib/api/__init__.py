@@ -1,4 +1,4 @@
-"""For libraries: start a program, with MPI ranks if need be, and exchange dictionaries with it.
+"""For libraries: start a program, with MPI ranks if needed, and exchange dictionaries with it.
 
     library                                  program
     interface = interface_bootup(...)   →    context, socket = interface_connect(host, port)
@@ -7,14 +7,13 @@
     interface.shutdown()                →    {"shutdown": True, ...}
                                              interface_shutdown(socket, context)
 
-Dictionaries travel as cloudpickle bytes over one ZeroMQ connection: a ROUTER in the library's
-process, a DEALER in the program. It is encrypted, and both ends prove who they are (CURVE): every
-interface makes its keys, hands the program's to it by the environment, and lets no other key in, so
-nothing that a stranger sends is unpickled. The program's first message is an empty one, by which
-the interface learns its address.
+Dictionaries travel as cloudpickle bytes over one ZeroMQ connection: a ROUTER in the library's process, a DEALER in the
+program. It is encrypted, and both ends prove who they are (CURVE). Every interface makes its own keys, gives the
+program its keys through the environment, and accepts no other key, so nothing that a stranger sends is unpickled. The
+program's first message is empty; from it the interface learns the program's address.
 
-No thread is started: connections are let in, and the program is looked after, while a method of the
-interface waits. An interface is for one thread at a time.
+No thread is started: while a method of the interface waits, it accepts connections and watches the program. Only one
+thread at a time may use an interface.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    # Programs that only connect back do without all that belongs to executors.
+    # Programs that only connect back need nothing that belongs to executors.
     if name != "TestClusterExecutor":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from executorlib.local_queue.executor import TestClusterExecutor
@@ -68,18 +67,17 @@ def __dir__() -> list[str]:
 _BACKEND = Path(__file__).parents[1] / "backend"
 
 
-# Programs of our own.
+# Our own programs.
 
 
 def get_command_path(executable: str) -> str:
     """Path of a program that runs the functions sent to it, for ``command_lst``.
 
     Args:
-        executable: ``interactive_serial.py``, or ``interactive_parallel.py`` for the ranks of an
-            MPI world.
+        executable: ``interactive_serial.py``, or ``interactive_parallel.py`` for the ranks of an MPI world.
 
     Returns:
-        The absolute path, to be run by a Python that has this version of executorlib.
+        The absolute path. It must be run by a Python with this version of executorlib.
 
     Raises:
         ValueError: There is no such program.
@@ -98,7 +96,7 @@ def cancel_items_in_queue(que: queue.Queue[Any]) -> None:
     """Empty a queue and cancel the future of every item, which is a dict with the key ``future``.
 
     Args:
-        que: The queue; every item counts as done (`queue.Queue.task_done`).
+        que: The queue; every item is marked as done (`queue.Queue.task_done`).
     """
     while True:
         try:
@@ -106,7 +104,7 @@ def cancel_items_in_queue(que: queue.Queue[Any]) -> None:
         except queue.Empty:
             return
         if isinstance(item, dict) and "future" in item and item["future"].cancel():
-            # For those who wait in concurrent.futures.wait() or as_completed().
+            # For threads that wait in concurrent.futures.wait() or as_completed().
             with contextlib.suppress(RuntimeError):
                 item["future"].set_running_or_notify_cancel()
         que.task_done()
@@ -116,8 +114,8 @@ def cloudpickle_register(ind: int = 2) -> None:
     """Have a caller's module pickled by value, so that other processes need not import it.
 
     Args:
-        ind: Which caller: 1 is the function that calls this one, 2 its caller, and so on; the
-            outermost where there are not so many.
+        ind: Which caller: 1 is the function that calls this one, 2 is its caller, and so on; the outermost if there are
+            not that many.
     """
     frame = sys._getframe()
     for _ in range(ind):

@@ -1,4 +1,4 @@
-"""The library's end: the interface to a program that it has started."""
+"""The library's end: the interface to a program that the library has started."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from executorlib.transports.curve import Door
 
 _logger = logging.getLogger("executorlib")
 
-# What a program sent before it died may still be on its way through the kernel and libzmq's thread.
+# The last message of a program that has died may still be on its way through the kernel and libzmq's thread.
 _LAST_MESSAGE_MS = 200
 _END_UNAWAITED_SECONDS = 2.0
 
 
 class _Listener:
-    """The library's end of the connection: lets one key in, and knows one program."""
+    """The library's end of the connection, which accepts one key and one program."""
 
     def __init__(self) -> None:
         self._program: bytes | None = None
@@ -38,7 +38,7 @@ class _Listener:
         self.keys = self._door.keys.dumps()
         self._socket = self._context.socket(zmq.ROUTER)
         self._door.guard(self._socket)
-        # A connection that comes while nobody answers at the door is kept waiting, without a limit.
+        # A connection that comes while nobody answers at the door has to wait, for as long as it takes.
         self._socket.setsockopt(zmq.HANDSHAKE_IVL, 0)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.setsockopt(zmq.SNDHWM, 0)
@@ -60,7 +60,7 @@ class _Listener:
         return self._socket.bind_to_random_port("tcp://*")
 
     def forget(self) -> None:
-        """Take the next program that connects for the program; drop what the last one sent."""
+        """Accept the next program that connects, and drop the messages of the last one."""
         self._program = None
         while self._socket.poll(0):
             self._socket.recv_multipart()
@@ -75,7 +75,7 @@ class _Listener:
         self._socket.send_multipart([self._program, payload])
 
     def receive(self, timeout_ms: float) -> bytes | None:
-        """Wait for the program's next message, the empty hello included; None means in vain."""
+        """Wait for the program's next message, including its empty hello; None if none came in time."""
         deadline = time.monotonic() + timeout_ms / 1000
         while True:
             left = max(0.0, deadline - time.monotonic())
@@ -101,15 +101,14 @@ class _Listener:
 class SocketInterface:
     """The library's end of the connection to one program.
 
-    A program that was not shut down when its interface is garbage-collected, or when the
-    interpreter exits, is ended.
+    A program that has not been shut down is ended when its interface is garbage-collected, or when the interpreter
+    exits.
 
     Args:
-        spawner: Starts the program and looks after it.
-        log_obj_size: Log the size in bytes of each message sent and received (logger
-            ``executorlib``, level WARNING).
-        time_out_ms: How often, in milliseconds, a method that waits looks whether the program is
-            alive. A program's end is noticed within little more than this time.
+        spawner: Starts the program and watches it.
+        log_obj_size: Log the size in bytes of each message sent and received (logger ``executorlib``, level WARNING).
+        time_out_ms: How often, in milliseconds, a waiting method checks whether the program is alive. The end of a
+            program is noticed within little more than this time.
     """
 
     def __init__(
@@ -128,7 +127,7 @@ class SocketInterface:
 
     @property
     def status(self) -> bool:
-        """Whether the program was started, and not shut down since. It may have died meanwhile."""
+        """Whether the program was started and has not been shut down since. It may have died in the meantime."""
         return self._booted
 
     def bind_to_random_port(self) -> int:
@@ -147,10 +146,9 @@ class SocketInterface:
         """Start the program, or start it again; `status` tells whether it was started.
 
         Args:
-            command_lst: The program and its arguments, ``--host`` and ``--zmqport`` included; by
-                default as before.
-            stop_function: Asked before the program is started; when it returns True, the program is
-                not started.
+            command_lst: The program and its arguments, including ``--host`` and ``--zmqport``; by default the same as
+                the last time.
+            stop_function: Called before the program is started; if it returns True, the program is not started.
 
         Raises:
             ValueError: There is no command, or the interface has no spawner or was shut down.
@@ -168,8 +166,7 @@ class SocketInterface:
         self._booted = False
         self._listener.forget()
         self._spawner._keys = self._listener.keys
-        # A spawner with a bootup of its own knows nothing of the environment that ours would hand
-        # over.
+        # A spawner with a bootup of its own does not know the environment that ours would pass on.
         foreign = type(self._spawner).bootup is not SubprocessSpawner.bootup
         with _exported(self._spawner._environment() if foreign else {}):
             self._booted = self._spawner.bootup(self._command_lst, stop_function=stop_function)
@@ -200,9 +197,9 @@ class SocketInterface:
         """Wait for the program's next dictionary, as long as the program lives.
 
         Returns:
-            The dictionary. ``{"error": ExecutorlibSocketError}`` when the program ended or was not
-            started; its text names the command, exit code or signal, host, and the last lines of
-            standard error. ``{"error": exception}`` when the message cannot be unpickled.
+            The dictionary. ``{"error": ExecutorlibSocketError}`` if the program ended or was not started; the error's
+            text names the command, the exit code or signal, the host, and the last lines of standard error.
+            ``{"error": exception}`` if the message cannot be unpickled.
         """
         try:
             while not (payload := self._next_message()):
@@ -220,8 +217,7 @@ class SocketInterface:
         """Send a dictionary and wait for the answer; see `send_dict` and `receive_dict`.
 
         Returns:
-            The answer. ``{"error": ExecutorlibSocketError}`` when the program is not there to give
-            one.
+            The answer. ``{"error": ExecutorlibSocketError}`` if the program is not there to give one.
         """
         try:
             self.send_dict(input_dict)
@@ -230,16 +226,16 @@ class SocketInterface:
         return self.receive_dict()
 
     def shutdown(self, wait: bool = True) -> Any:
-        """Tell the program to end, and see to it that it does.
+        """Tell the program to end, and make sure that it does.
 
         A program that never connected is ended at once. The interface cannot be used afterwards.
 
         Args:
-            wait: Let the program finish what it is doing and end by itself (within 30 s of its
-                answer). With False, it is ended if it has not done so within 2 s.
+            wait: Let the program finish what it is doing and end by itself (within 30 s of its answer). With False, it
+                is ended if it has not done so within 2 s.
 
         Returns:
-            What the program answered as ``result``; None without an answer.
+            The ``result`` in the program's answer; None without an answer.
         """
         result = None
         self._booted = False
@@ -251,7 +247,7 @@ class SocketInterface:
         return result
 
     def _next_message(self) -> bytes:
-        """The program's next message.
+        """Wait for the program's next message.
 
         Raises:
             ExecutorlibSocketError: There will be none.
@@ -259,7 +255,7 @@ class SocketInterface:
         if self._listener.closed:
             raise ExecutorlibSocketError("The interface was shut down. Start another program with interface_bootup().")
         while True:
-            # Asked before waiting: what a program sent before it died is found below.
+            # Check before waiting, so that messages which the program sent before it died are still found below.
             alive = self._spawner is None or self._spawner.poll()
             message = self._listener.receive(self._time_out_ms if alive else _LAST_MESSAGE_MS)
             if message is not None:
@@ -268,7 +264,7 @@ class SocketInterface:
                 raise self._lost()
 
     def _lost(self, end: str = "is not running") -> ExecutorlibSocketError:
-        """What to tell about a program that is not there."""
+        """The error for a program that is not there."""
         if not self._booted:
             return ExecutorlibSocketError(
                 "There is no program to exchange messages with: bootup() was not called, or the "
@@ -276,7 +272,7 @@ class SocketInterface:
             )
         process = getattr(self._spawner, "_process", None)
         if process is not None and process.poll() is not None:
-            # As a wait status has it: the signal's number, which Popen negates, or the exit code.
+            # Convert to a wait status: the signal's number, which Popen negates, or the exit code.
             code = process.returncode
             end = describe_exit(-code if code < 0 else code << 8)
         if not self._listener.connected:
@@ -291,7 +287,7 @@ class SocketInterface:
 
 def _end(owner: int, listener: _Listener, spawner: SubprocessSpawner | None) -> None:
     """End an interface's program and close its connection; runs once."""
-    if os.getpid() != owner:  # a fork has the object, but the program is not its own
+    if os.getpid() != owner:  # a fork has a copy of the object, but the program is not its own
         return
     try:
         if spawner is not None:
@@ -316,19 +312,17 @@ def interface_bootup(
 ) -> SocketInterface:
     """Start a program that connects back with `interface_connect`.
 
-    The program finds ``--host``, ``--zmqport`` and, where a number was given, ``--worker-id``
-    behind its own arguments.
+    ``--host``, ``--zmqport`` and, if a number is given, ``--worker-id`` are appended to the program's arguments.
 
     Args:
         command_lst: The program and its arguments, for example ``[sys.executable, "program.py"]``.
         connections: Starts the program: `SubprocessSpawner` or `MpiExecSpawner`.
-        hostname_localhost: Whether the program is told to connect to ``localhost`` rather than to
-            this machine's name. By default on macOS, which often does not resolve it, and where the
-            name cannot be resolved.
+        hostname_localhost: Whether the program is told to connect to ``localhost`` rather than to this machine's name.
+            By default it is on macOS, which often does not resolve its own name, and where the name cannot be resolved.
         log_obj_size: Log the size in bytes of each message (logger ``executorlib``, level WARNING).
         worker_id: The program's number, for its ``--worker-id``.
-        stop_function: Asked before the program is started; when it returns True, the program is not
-            started and `SocketInterface.status` is False.
+        stop_function: Called before the program is started; if it returns True, the program is not started and
+            `SocketInterface.status` is False.
 
     Returns:
         The interface to the program.

@@ -20,22 +20,20 @@ from executorlib.errors import ExecutorlibSocketError, RemoteTraceback
 from executorlib.transports.curve import ClientKeys
 from executorlib.worker import call, function
 
-# Environment variable with the keys of the interface's program.
+# Environment variable with the keys that the interface gives its program.
 _KEYS_VARIABLE = "EXECUTORLIB_CURVE_KEYS"
 _HELLO = b""
-# How long a program that closes its connection waits for its last message to be taken.
+# How long a program that closes its connection waits until its last message has been received.
 _LINGER_MS = 30_000
-# How long the other ranks may go on after one has failed: they may be waiting for it, and would
-# forever.
+# How long the other ranks may go on after one has failed: they may be waiting for it, which would never end.
 _RANK_GRACE_SECONDS = 5.0
 
 
 class _ProgramSocket(zmq.Socket[bytes]):
-    """A program's end of the connection, which knows when the other one is gone.
+    """A program's end of the connection, which notices when the other end is gone.
 
-    Only a connection that was lost or refused makes an event in its monitor: the library listens
-    before it starts the program. So one event is enough, and it stays in the monitor for all later
-    calls.
+    Its monitor gets an event only if the connection is lost or refused, because the library listens before it starts
+    the program. So a single event is enough, and it stays in the monitor for all later calls.
     """
 
     def lost(self) -> bool:
@@ -75,8 +73,8 @@ class _ProgramSocket(zmq.Socket[bytes]):
 def _abort_other_ranks() -> None:
     """End an MPI program whose library is gone.
 
-    Where it does not catch the error, the other ranks wait for this one in a call of theirs, and
-    this one for them in MPI_Finalize, for ever.
+    If the program does not catch the error, the other ranks wait for this one in a call of theirs, and this one waits
+    for them in MPI_Finalize, forever.
     """
     mpi = getattr(sys.modules.get("mpi4py"), "MPI", None)
     if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
@@ -105,7 +103,7 @@ def interface_connect(host: str, port: str) -> tuple[zmq.Context[Any], zmq.Socke
             "Start this program with interface_bootup() of the same version of executorlib; what "
             "starts it in between has to pass its environment on."
         ) from None
-    getaddrinfo(host, port, AF_INET)  # libzmq would try for ever, in silence
+    getaddrinfo(host, port, AF_INET)  # libzmq would silently try forever
     context = zmq.Context()
     socket = cast(_ProgramSocket, context.socket(zmq.DEALER, socket_class=_ProgramSocket))
     keys.use(socket)
@@ -123,9 +121,8 @@ def interface_send(socket: zmq.Socket[bytes] | None, result_dict: dict[str, Any]
     """Send a dictionary to the library.
 
     Args:
-        socket: From `interface_connect`; nothing is done with None, which the ranks of an MPI
-            program but the first have.
-        result_dict: ``{"result": ...}``, ``{"error": exception}`` or what else the library expects.
+        socket: From `interface_connect`; None, as in all ranks of an MPI program but the first, does nothing.
+        result_dict: ``{"result": ...}``, ``{"error": exception}`` or whatever else the library expects.
 
     Raises:
         Exception: Whatever pickling the dictionary raises.
@@ -144,7 +141,7 @@ def interface_receive(socket: zmq.Socket[bytes] | None) -> dict[str, Any]:
         The dictionary.
 
     Raises:
-        ExecutorlibSocketError: The library's process ended or has shut its interface down.
+        ExecutorlibSocketError: The library's process has ended or has shut its interface down.
         Exception: Whatever unpickling the dictionary raises.
     """
     if socket is None:
@@ -159,7 +156,7 @@ def _receive(socket: zmq.Socket[bytes]) -> bytes:
 
 
 def interface_shutdown(socket: zmq.Socket[bytes] | None, context: zmq.Context[Any] | None) -> None:
-    """Close a program's connection, once what it sent is on its way.
+    """Close a program's connection, once everything it sent is on its way.
 
     Args:
         socket: From `interface_connect`, or None.
@@ -174,20 +171,19 @@ def interface_shutdown(socket: zmq.Socket[bytes] | None, context: zmq.Context[An
 def serve_functions(ranks: Any = None) -> None:
     """Run as a program of `get_command_path`, with the arguments that `interface_bootup` adds.
 
-    ``{"fn": f, "args": (...), "kwargs": {...}}`` is answered with ``{"result": f(*args,
-    **kwargs)}``, the list of all ranks' values where there are several, or ``{"error":
-    exception}``. With ``"init": True``, the items of the dict that the function returns fill the
-    parameters that later calls leave out. ``{"shutdown": True}`` ends the program.
+    ``{"fn": f, "args": (...), "kwargs": {...}}`` is answered with ``{"result": f(*args, **kwargs)}``, where several
+    ranks give a list of all their values, or with ``{"error": exception}``. With ``"init": True``, the items of the
+    dict that the function returns fill parameters that later calls leave out. ``{"shutdown": True}`` ends the program.
 
     Args:
-        ranks: An mpi4py communicator; without, the program has no other ranks.
+        ranks: An mpi4py communicator; without it, the program has no other ranks.
     """
     parser = argparse.ArgumentParser(description="Runs the functions that a library sends.")
     parser.add_argument("--host", default="localhost")
     parser.add_argument("--zmqport", required=True)
     parser.add_argument("--worker-id", type=int, default=0)
     options, _ = parser.parse_known_args()
-    # Functions are unpickled by the names of their modules, and these may lie where the program was
+    # Functions are unpickled by their modules' names, and the modules may be in the directory where the program
     # started.
     sys.path.insert(1, os.getcwd())
     values = {"executorlib_worker_id": options.worker_id}
@@ -214,7 +210,7 @@ def serve_functions(ranks: Any = None) -> None:
 
 
 def _serve(payload: bytes, values: dict[str, Any], ranks: Any) -> bytes | None:
-    """Do what a message asks for. Returns the pickled answer, None to the last message."""
+    """Carry out a message; returns the pickled answer, or None for the last message."""
     init = False
     with call.OnlyHere():
         try:
@@ -243,7 +239,7 @@ def _pack(answer: dict[str, Any]) -> bytes:
 
 
 def _join(packed: bytes, failed: bool, init: bool, ranks: Any) -> bytes:
-    """Put the ranks' answers together; only the first rank's return value counts."""
+    """Combine the ranks' answers; only the first rank's return value counts."""
     together = ranks.Ibarrier()
     give_up = time.monotonic() + _RANK_GRACE_SECONDS
     while not together.Test():
@@ -263,7 +259,7 @@ def _join(packed: bytes, failed: bool, init: bool, ranks: Any) -> bytes:
 
 
 class _Raised:
-    """An exception on its way: unpickled, it is the exception, with its traceback as cause."""
+    """An exception on its way: unpickling it gives the exception itself, with its traceback as the cause."""
 
     def __init__(self, error: BaseException) -> None:
         frames = call.dump_error(error)

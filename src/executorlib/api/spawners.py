@@ -1,4 +1,4 @@
-"""How a library's programs are started and looked after."""
+"""Starts a library's programs and watches them."""
 
 from __future__ import annotations
 
@@ -20,10 +20,9 @@ from executorlib.worker import protocol
 if TYPE_CHECKING:
     from executorlib.single_node.mpi import Mpiexec
 
-# How long a program may take to end by itself: after it answered to `shutdown`, and where nobody
-# waits for it.
+# How long a program may take to end by itself after it answered to `shutdown`.
 _END_SECONDS = 30.0
-# From SIGTERM to SIGKILL: mpiexec passes the first on to its ranks and needs a moment for it.
+# From SIGTERM to SIGKILL: mpiexec passes SIGTERM on to its ranks, which takes a moment.
 _TERM_SECONDS = 5.0
 
 _STDERR_CHUNK = 1 << 16
@@ -32,21 +31,20 @@ _STDERR_TAIL_BYTES = 4096
 
 
 class _Relay:
-    """A program's standard error: shown on ours, its end remembered for errors.
+    """A program's standard error: shown on ours, with its end remembered for error texts.
 
-    It goes to a file without a name, not through a pipe: a program never waits for a library that
-    is busy.
+    It goes to an unnamed file and not through a pipe, so that a program never waits for a library that is busy.
     """
 
     def __init__(self) -> None:
         self.file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - open until close()
-        # The program appends, so the file can be emptied under it.
+        # The program appends, so that we can empty the file while it writes.
         fcntl.fcntl(self.file, fcntl.F_SETFL, os.O_APPEND)
         self._shown = 0
         self._tail = b""
 
     def forward(self) -> None:
-        """Show what the program wrote since last time."""
+        """Show what the program has written since the last time."""
         while not self.file.closed:
             data = os.pread(self.file.fileno(), _STDERR_CHUNK, self._shown)
             if not data:
@@ -61,7 +59,7 @@ class _Relay:
             self._shown = 0
 
     def tail(self) -> str:
-        """The last that the program wrote."""
+        """The end of what the program has written."""
         self.forward()
         return self._tail.decode(errors="replace").strip()
 
@@ -71,16 +69,15 @@ class _Relay:
 
 
 class SubprocessSpawner:
-    """Starts a program on this node and looks after it; one at a time.
+    """Starts programs on this node, one at a time, and watches them.
 
     Args:
-        cwd: Working directory of the program, made where missing; by default this process's.
+        cwd: Working directory of the program, created if missing; by default this process's.
         cores: Number of MPI ranks; only `MpiExecSpawner` starts more than one.
         worker_id: The program's number; kept for spawners that derive from this one.
         openmpi_oversubscribe: Let Open MPI start more ranks than there are cores.
-        threads_per_core: Threads of each rank: the value of ``OMP_NUM_THREADS``,
-            ``OPENBLAS_NUM_THREADS``, ``MKL_NUM_THREADS``, ``NUMEXPR_NUM_THREADS`` and
-            ``VECLIB_MAXIMUM_THREADS`` in the program.
+        threads_per_core: Threads of each rank: the value of ``OMP_NUM_THREADS``, ``OPENBLAS_NUM_THREADS``,
+            ``MKL_NUM_THREADS``, ``NUMEXPR_NUM_THREADS`` and ``VECLIB_MAXIMUM_THREADS`` in the program.
     """
 
     def __init__(
@@ -120,14 +117,14 @@ class SubprocessSpawner:
 
         Args:
             command_lst: The program and its arguments.
-            stop_function: Asked first; when it returns True, the program is not started.
+            stop_function: Called first; if it returns True, the program is not started.
 
         Returns:
-            Whether the program runs.
+            Whether the program is running.
 
         Raises:
-            RuntimeError: The last one is still running.
-            OSError: It cannot be started.
+            RuntimeError: The last program is still running.
+            OSError: The program cannot be started.
         """
         if self.poll():
             raise RuntimeError("The program is running; shut it down before another bootup().")
@@ -145,7 +142,7 @@ class SubprocessSpawner:
                 stdout=None if streams.is_users(1) else subprocess.DEVNULL,
                 stderr=self._relay.file,
                 env={**os.environ, **self._environment()},
-                # A group of its own, so that what the program starts can be ended with it.
+                # In a group of its own, so that everything the program starts can be ended with it.
                 start_new_session=True,
             )
         except BaseException:
@@ -154,14 +151,14 @@ class SubprocessSpawner:
         return self.poll()
 
     def poll(self) -> bool:
-        """Whether the program runs. Shows what it wrote to standard error meanwhile."""
+        """Whether the program is running. Also shows what it has written to standard error."""
         running = self._process is not None and self._process.poll() is None
         if self._relay is not None:
             self._relay.forward()
         return running
 
     def shutdown(self, wait: bool = True) -> None:
-        """See to it that the program ends.
+        """Make sure that the program ends.
 
         Args:
             wait: Give it 30 s to end by itself; with False, it gets SIGTERM at once. SIGKILL follows 5 s after that.
@@ -187,7 +184,7 @@ class SubprocessSpawner:
 
 
 class MpiExecSpawner(SubprocessSpawner):
-    """Starts a program with MPI: ``cores`` ranks on this node; without mpiexec where that is 1."""
+    """Starts a program with MPI: ``cores`` ranks on this node; without mpiexec if ``cores`` is 1."""
 
     def generate_command(self, command_lst: list[str]) -> list[str]:
         """The command that `bootup` runs for a program.
@@ -196,10 +193,10 @@ class MpiExecSpawner(SubprocessSpawner):
             command_lst: The program and its arguments.
 
         Returns:
-            ``mpiexec -n <cores> ... <command_lst>``, with ``--oversubscribe`` for Open MPI where it was asked for.
+            ``mpiexec -n <cores> ... <command_lst>``, with ``--oversubscribe`` if it was asked for and this is Open MPI.
 
         Raises:
-            FileNotFoundError: There is no mpiexec beside this Python or on PATH.
+            FileNotFoundError: There is no mpiexec next to this Python or on PATH.
             RuntimeError: It does not answer ``--version``.
         """
         if self._cores == 1:
@@ -212,15 +209,15 @@ class MpiExecSpawner(SubprocessSpawner):
 
 
 def _find_mpiexec() -> Mpiexec:
-    # Here, because the programs, which import this module too, have no use for the executor's side.
+    # Imported here, because the programs also import this module and do not need the executor's side.
     from executorlib.single_node.mpi import find_mpiexec
 
     return find_mpiexec()
 
 
 def _terminate(process: subprocess.Popen[bytes]) -> None:
-    """End a program, and what it started where it leads a process group of its own."""
-    # No such process, or only one that waits to be reaped (macOS): it has ended meanwhile.
+    """End a program and, if it leads a process group of its own, everything that it started."""
+    # No such process, or one that only waits to be reaped (macOS): it has ended in the meantime.
     with contextlib.suppress(ProcessLookupError, PermissionError):
         send = os.killpg if os.getpgid(process.pid) == process.pid else os.kill
         send(process.pid, signal.SIGTERM)

@@ -1,1 +1,1 @@
-"""Calls and results as files: entries, the directories of batches, and whose files are read."""
+"""Calls and results as files: entries, batch directories, and the rules on whose files are read."""

@@ -1,7 +1,7 @@
-"""Batch directories: where jobs of queuing systems find what they are to run.
+"""Batch directories, where the jobs of queuing systems find what to run.
 
-A batch is calls that are submitted together, as one job array. Its directory, ``.executorlib/<batch>`` in the cache
-directory, has small text files, each written by one process and read by others, and what its jobs print.
+A batch is a set of calls submitted together as one job array. Its directory, ``.executorlib/<batch>`` in the cache
+directory, holds what its jobs print and small text files, each written by one process and read by others.
 """
 
 from __future__ import annotations
@@ -15,47 +15,47 @@ import time
 
 from executorlib.cache import trust
 
-# In the cache directory.
+# Inside the cache directory.
 FOLDER = ".executorlib"
-# In a batch directory: which entries its jobs run, what the system calls it (see `JobIds`), who has submitted it, and
-# what its jobs have to set up to see the user's process as it was.
+# Inside a batch directory: the entries that its jobs run, the job's id in the queuing system (see `JobIds`), who
+# submitted it, and the settings that its jobs apply to match the user's process.
 ENTRIES_FILE = "entries"
 JOB_ID_FILE = "job_id"
 OWNER_FILE = "owner"
 SETUP_FILE = "setup"
 
 
-# What `new_name` makes; nothing else is ever removed.
+# The names that `new_name` makes. Nothing else is ever removed.
 _NAME = re.compile(r"\d{8}-\d{6}-\d+-(?:workers)?\d+-[0-9a-f]{6}")
 
 
 def new_name(number: int, kind: str = "") -> str:
-    """Name a batch, as no other one is ever named.
+    """Make a batch name that is never used twice.
 
     Args:
-        number: Its number in this process.
+        number: The batch's number in this process.
         kind: ``"workers"`` for workers of a block.
     """
     return f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{kind}{number}-{os.urandom(3).hex()}"
 
 
 def is_name(name: str) -> bool:
-    """Whether it is one that `new_name` may have made."""
+    """Return whether `new_name` could have made this name."""
     return _NAME.fullmatch(name) is not None
 
 
 def make(root: str, name: str) -> str:
-    """Make a batch directory, in which only this user and those whom the cache directory trusts can write.
+    """Make a batch directory that only this user, and those whom the cache directory trusts, can write to.
 
-    Jobs run programs that are in it, so nobody else may be able to put others in their place.
+    Jobs run programs from this directory, so nobody else may be able to replace them.
 
     Args:
-        root: The cache directory, which is made where missing.
+        root: The cache directory. It is made if it is missing.
         name: The batch's name.
 
     Raises:
-        UntrustedFile: Others could replace it.
-        OSError: It cannot be made.
+        UntrustedFile: Others could replace the directory.
+        OSError: The directory cannot be made.
     """
     folder = os.path.join(root, FOLDER)
     directory = os.path.join(folder, name)
@@ -78,13 +78,13 @@ def _make(fd: int, root: str, folder: str, directory: str) -> None:
 
 
 def remove(directory: str, but_output: bool = False) -> bool:
-    """Remove a batch directory and the files in it, if it is one, and this user's; says whether it was removed.
+    """Remove a batch directory of this user and the files in it, and return whether it was removed.
 
-    Nothing is followed: a link, or what was put in the place of a folder, stays as it is.
+    Links are not followed: a link, or anything else that has replaced the folder, is left alone.
 
     Args:
         directory: The batch directory.
-        but_output: Keep what jobs printed, and then the directory.
+        but_output: Keep what jobs printed, and the directory if there is any of it.
     """
     above, name = os.path.split(directory)
     if not is_name(name):
@@ -95,7 +95,7 @@ def remove(directory: str, but_output: bool = False) -> bool:
             try:
                 if not trust.is_own(os.fstat(fd)):
                     return False
-                # Batches have no folders in them.
+                # A batch has no sub-folders, so this is not one.
                 found = {each: os.stat(each, dir_fd=fd, follow_symlinks=False) for each in os.listdir(fd)}
                 if any(stat.S_ISDIR(status.st_mode) for status in found.values()):
                     return False
@@ -108,26 +108,26 @@ def remove(directory: str, but_output: bool = False) -> bool:
                 os.close(fd)
             os.rmdir(name, dir_fd=folder)
     except OSError:
-        return False  # it is gone, or a job still writes to it
+        return False  # it is gone, a job still writes to it, or output is kept
     return True
 
 
 def remove_folder(root: str) -> None:
-    """Remove the folder of a cache directory's batches, if there are none."""
+    """Remove the folder that holds a cache directory's batches, if it is empty."""
     with contextlib.suppress(OSError), trust.opened(root) as folder:
         os.rmdir(FOLDER, dir_fd=folder)
 
 
 def root_of(directory: str) -> str:
-    """The cache directory of a batch directory."""
+    """Return the cache directory that a batch directory is in."""
     return os.path.dirname(os.path.dirname(directory))
 
 
 def read_text(directory: str, name: str) -> str | None:
-    """Read a small text file of a batch directory; None where there is none, or an empty one.
+    """Read a small text file of a batch directory. Return None if it is missing or empty.
 
     Raises:
-        UntrustedFile: Anybody could have put it there.
+        UntrustedFile: Anybody could have put the file there.
     """
     try:
         return trust.read(os.path.join(directory, name), root_of(directory)).decode() or None
@@ -138,12 +138,12 @@ def read_text(directory: str, name: str) -> str | None:
 
 
 def entries_of(directory: str) -> dict[int, str]:
-    """Read which entries a batch directory's jobs run: index in the job array → file.
+    """Read which entries the jobs of a batch run, as a mapping from index in the job array to file.
 
     Raises:
-        UntrustedFile: Anybody could have put it there.
-        OSError: It cannot be read.
-        ValueError: It is damaged.
+        UntrustedFile: Anybody could have put the list there.
+        OSError: The list cannot be read.
+        ValueError: The list is damaged.
     """
     found = {}
     lines = trust.read(os.path.join(directory, ENTRIES_FILE), root_of(directory)).decode().split("\n")
@@ -154,21 +154,21 @@ def entries_of(directory: str) -> dict[int, str]:
 
 
 def write_entries(directory: str, paths: dict[int, str]) -> None:
-    """Write what `entries_of` reads. A line each, so line feeds in names are escaped."""
+    """Write the list that `entries_of` reads. Each entry is one line, so line feeds in names are escaped."""
     lines = (f"{index} " + path.replace("\\", "\\\\").replace("\n", "\\n") for index, path in paths.items())
     write_text(directory, ENTRIES_FILE, "".join(f"{line}\n" for line in lines))
 
 
 def write_text(directory: str, name: str, text: str) -> None:
-    """Put a small text file of a batch directory in place, whole or not at all."""
+    """Write a small text file of a batch directory, whole or not at all."""
     trust.write(os.path.join(directory, name), text.encode(), root_of(directory))
 
 
 class JobIds:
-    """Which jobs run the calls of a batch.
+    """The jobs that run the calls of a batch.
 
-    That is one, a job array, whose id is in the file ``job_id``. Where a limit of the system's lets in only some calls
-    at a time, there are several, and ``job_id.5-9`` has the id of the one that runs the calls 5 to 9.
+    Usually this is one job array, and its id is in the file ``job_id``. If a limit of the queuing system admits only
+    some of the calls at a time, there are several, and ``job_id.5-9`` holds the id of the job for calls 5 to 9.
     """
 
     def __init__(self) -> None:
@@ -176,19 +176,19 @@ class JobIds:
 
     @staticmethod
     def file(part: str) -> str:
-        """Name of the file with the id of the job that runs a part, such as ``5-9``; empty for the whole batch."""
+        """Name the file with the id of the job that runs a part such as ``5-9``; empty means the whole batch."""
         return f"{JOB_ID_FILE}.{part}" if part else JOB_ID_FILE
 
     @classmethod
     def read(cls, directory: str, last: int) -> JobIds:
-        """Read what was submitted so far.
+        """Read the ids of the jobs submitted so far.
 
         Args:
             directory: The batch directory.
-            last: The index of its last call.
+            last: The index of the batch's last call.
 
         Raises:
-            UntrustedFile: Anybody could have put a file there.
+            UntrustedFile: Anybody could have put one of the files there.
         """
         found = cls()
         whole = read_text(directory, JOB_ID_FILE)
@@ -208,19 +208,19 @@ class JobIds:
         return found
 
     def add(self, first: int, last: int, job_id: str) -> None:
-        """A job was submitted that runs these calls."""
+        """Record that a job was submitted for these calls."""
         bisect.insort(self._parts, (first, last, job_id))
 
     def __bool__(self) -> bool:
         return bool(self._parts)
 
     def part(self, index: int) -> tuple[int, int, str] | None:
-        """First and last call, and the id, of the job that runs a call; None where it was not submitted."""
+        """Return the first call, the last call and the id of the job that runs a call; None if it is not submitted."""
         at = bisect.bisect(self._parts, (index + 1,)) - 1
         return self._parts[at] if at >= 0 and self._parts[at][1] >= index else None
 
     def of(self, index: int) -> tuple[str, int | None] | None:
-        """The job that runs a call: its id, and the call's index in the job array, None for a plain job."""
+        """Return the id of the job that runs a call, and the call's index in the array (None for a plain job)."""
         part = self.part(index)
-        # A single call at index 0 is a plain job.
+        # A batch of one call, at index 0, is a plain job.
         return None if part is None else (part[2], index if part[1] else None)

@@ -1,7 +1,7 @@
-"""What users ask of a cache directory: its entries, as a list or as futures.
+"""What users can ask of a cache directory: its entries, as a list or as futures.
 
-Reading an entry unpickles it, and unpickling runs whatever the file says: use only cache directories whose writers
-you trust. Where everybody may write, only this user's own files are read, and root's.
+Reading an entry unpickles it, and unpickling runs whatever the file says, so use only cache directories whose writers
+you trust. If everybody may write to the directory, only files of this user and of root are read.
 """
 
 from __future__ import annotations
@@ -33,33 +33,33 @@ from executorlib.futures.locks import RLock
 logger = logging.getLogger("executorlib")
 
 _POLL_SECONDS = 0.2
-# Of many entries seldom enough to take no more of a core than this, but a result is seen within about a second.
+# With many entries, looks get rarer so that they take at most this share of a core, but stay within about a second.
 _POLL_SHARE = 0.02
 _LONGEST_POLL_SECONDS = 1.0
-# How long neither file of an entry may be seen before it counts as removed: network file systems show a
-# rename late, NFS by default after up to a minute, mostly within seconds.
+# An entry counts as removed once neither of its files has been seen for this long. Network file systems show a rename
+# late: mostly within seconds, but NFS may by default take up to a minute.
 _GONE_SECONDS = 10.0
-# How often a network file system is not to answer from its memory whether there is a result, in seconds.
+# How often, in seconds, a network file system must look for the result anew instead of answering from its cache.
 _ASK_SECONDS = 5.0
 
 
 def get_cache_data(cache_directory: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """List all entries of a cache directory, for example for `pandas.DataFrame`.
+    """List all entries of a cache directory, for example to make a `pandas.DataFrame`.
 
-    Reading unpickles: the directory must be one that you trust.
+    Reading unpickles the entries, so use only a directory that you trust.
 
     Args:
-        cache_directory: The cache directory, searched with its sub-folders.
+        cache_directory: The cache directory. Its sub-folders are searched as well.
 
     Returns:
-        One dictionary per entry, ordered by file, with what the entry holds of ``function``,
-        ``input_args``, ``input_kwargs``, ``output`` or ``error``, ``resource_dict``, ``runtime`` (seconds),
-        ``queue_id`` and ``error_log_file``, and its absolute path as ``filename``. Files that cannot be
-        read are left out with a warning in the log. Empty where there is no such directory.
+        One dictionary per entry, ordered by file. It holds the file's absolute path as ``filename`` and, if the
+        entry has them, ``function``, ``input_args``, ``input_kwargs``, ``output`` or ``error``, ``resource_dict``,
+        ``runtime`` (seconds), ``queue_id`` and ``error_log_file``. Files that cannot be read are left out, with a
+        warning in the log. If the directory does not exist, the list is empty.
 
     Raises:
-        ImportError: If there are entries and h5py is missing.
-        PermissionError: If everybody may write to the directory, and a file there is another user's.
+        ImportError: If h5py is missing and an entry needs it (it is from executorlib 1.x, or has a value over 4 GB).
+        PermissionError: If everybody may write to the directory and a file in it belongs to another user.
     """
     rows = []
     for path in _files(cache_directory, (INPUT, OUTPUT)):
@@ -79,26 +79,25 @@ def get_cache_data(cache_directory: str | os.PathLike[str]) -> list[dict[str, An
 def get_future_from_cache(cache_directory: str | os.PathLike[str], cache_key: str) -> Future[Any]:
     """Return the result of an entry as a future.
 
-    Reading unpickles: the directory must be one that you trust.
+    Reading unpickles the entry, so use only a directory that you trust.
 
     Args:
         cache_directory: The cache directory.
-        cache_key: Key of the entry: what was given as ``cache_key``, or the name of its file without
-            ``_o.h5``.
+        cache_key: The entry's key: the ``cache_key`` that was given, or the name of its file without ``_o.h5``.
 
     Returns:
-        A future that is done, or, while the call waits or runs, one that becomes done with it. The latter
-        becomes cancelled when the entry is removed; cancelling it leaves the call alone.
+        A future that is done, or, if the call still waits or runs, one that gets done with the call. The latter is
+        cancelled if the entry is removed. Cancelling the future does not affect the call.
 
     Raises:
         Exception: What the function raised.
-        FileNotFoundError: If there is no entry of that key.
-        ImportError: If h5py is missing.
-        PermissionError: If everybody may write to the directory, and the file is another user's.
+        FileNotFoundError: If there is no entry with that key.
+        ImportError: If h5py is missing and the entry needs it (it is from executorlib 1.x, or has a value over 4 GB).
+        PermissionError: If everybody may write to the directory and the file belongs to another user.
         ValueError: If the key leads out of the directory.
     """
     path = os.path.abspath(entry_path(cache_directory, cache_key))
-    # Looked for again at the end: it may get done between the first two looks.
+    # The last look is needed because the call may finish between the first two.
     output = read_output(path, cache_directory)
     running = output is None and _is_pending(path)
     if output is None and not running and trust.is_there(path):
@@ -119,25 +118,25 @@ def get_future_from_cache(cache_directory: str | os.PathLike[str], cache_key: st
 
 
 def pending_entries(directory: str | os.PathLike[str]) -> list[str]:
-    """The files of entries that wait or run, in a cache directory and its sub-folders."""
+    """List the files of entries that wait or run, in a cache directory and its sub-folders."""
     return [path for path in _files(directory, (INPUT,)) if not os.path.exists(output_of(path))]
 
 
 def job_of(path: str, root: str | os.PathLike[str]) -> tuple[str | None, int | None, str | None]:
-    """Say which job runs an entry that waits or runs.
+    """Find the job that runs an entry which waits or runs.
 
     Args:
         path: The entry's file.
         root: The cache directory.
 
     Returns:
-        The job's id, its index in the job array (None for a plain job), and the name of the system that has it; each
-        None where that is not known.
+        The job's id, its index in the job array (None for a plain job), and the name of the queuing system. Each of
+        them is None if it is not known.
 
     Raises:
-        PermissionError: Everybody may write to the directory, and a file that tells is another user's.
+        PermissionError: Everybody may write to the directory, and a file needed for the answer is another user's.
     """
-    path = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))  # as batches name it
+    path = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))  # as batches list it
     values = read_values(path, ("batch", "queue_id"), root) or {}
     directory = values.get("batch")
     if directory is None:
@@ -158,7 +157,7 @@ def job_of(path: str, root: str | os.PathLike[str]) -> tuple[str | None, int | N
 
 
 def _files(directory: str | os.PathLike[str], endings: tuple[str, ...]) -> Iterator[str]:
-    """The files with these endings in a cache directory and its sub-folders, in order."""
+    """Return the files with these endings in a cache directory and its sub-folders, in order."""
     paths = [
         os.path.join(folder, name)
         for folder, _, names in os.walk(os.path.abspath(directory))
@@ -177,7 +176,7 @@ def _is_pending(output_path: str) -> bool:
 
 
 class _Watcher:
-    """Resolves futures of entries that other processes work on, in one thread that ends with the last."""
+    """Resolves futures of entries that other processes work on, in one thread that ends with the last future."""
 
     def __init__(self) -> None:
         self._lock = RLock()
@@ -185,16 +184,16 @@ class _Watcher:
         self._running = False
 
     def watch(self, future: Future[Any], path: str, root: str) -> None:
-        """Resolve a future once the file is there, in the cache directory `root`."""
+        """Resolve a future once its file exists; `root` is the cache directory."""
         with self._lock:
             self._new.append((future, path, root))
             if not self._running:
                 self._running = True
-                # A daemon: nobody's result is lost when the interpreter ends before a file appears.
+                # A daemon, because no result is lost if the interpreter exits before a file appears.
                 threading.Thread(target=self._run, name="executorlib-cache", daemon=True).start()
 
     def _run(self) -> None:
-        # Its file and root, when it was last seen pending, and when the file system was last asked anew.
+        # For each future: file, root, when it was last seen pending, and when the server was last asked.
         watched: dict[Future[Any], tuple[str, str, float, float]] = {}
         while True:
             with self._lock:
@@ -212,13 +211,13 @@ class _Watcher:
                     trust.is_there(path)
                 try:
                     if future.cancelled():
-                        future.set_running_or_notify_cancel()  # tells those who wait for it
+                        future.set_running_or_notify_cancel()  # wakes those who wait for it
                         del watched[future]
                     elif self._look(future, path, root, seen):
                         del watched[future]
                     else:
                         watched[future] = (path, root, now if _is_pending(path) else seen, asked)
-                except BaseException:  # a callback's: other futures must not wait for ever because of it
+                except BaseException:  # raised by a callback; it must not stop the other futures
                     logger.exception("a callback of a future raised")
                     del watched[future]
             del future
@@ -227,7 +226,7 @@ class _Watcher:
 
     @staticmethod
     def _look(future: Future[Any], path: str, root: str, seen: float) -> bool:
-        """Resolve the future if its entry is done, damaged or removed, and say whether it was."""
+        """Resolve the future if its entry is done, damaged or removed, and return whether it was resolved."""
         if not os.path.exists(path):
             if time.monotonic() - seen < _GONE_SECONDS or trust.is_there(path):
                 return False
@@ -253,7 +252,7 @@ _watcher = _Watcher()
 
 
 def _after_fork() -> None:
-    # The thread stays behind in the parent, and so do the futures; the lock may have been held.
+    # The thread and its futures exist only in the parent, and the lock may have been held at the fork.
     global _watcher
     _watcher = _Watcher()
 

@@ -1,15 +1,15 @@
-"""Files of calls: one HDF5 file for each call of a cache directory.
+"""Files of calls: each call of a cache directory is one HDF5 file.
 
-An entry is the file ``<key>_i.h5`` while its call waits or runs and ``<key>_o.h5`` once it is done. Its
-datasets, each the pickle of one value as a row of bytes, are `function`, `input_args`, `input_kwargs`,
-`resource_dict`, `output` or `error`, `runtime`, `queue_id` and `error_log_file`, as far as they are known.
+An entry is the file ``<key>_i.h5`` while its call waits or runs, and ``<key>_o.h5`` once it is done. Its datasets are
+`function`, `input_args`, `input_kwargs`, `resource_dict`, `output` or `error`, `runtime`, `queue_id` and
+`error_log_file`, as far as they are known. Each holds the pickle of one value as a row of bytes.
 
-Reading an entry unpickles it, and unpickling runs whatever the file says; see `trust` for whose files are read. What
-reads one takes the cache directory as `root` for this.
+Reading an entry unpickles it, and unpickling runs whatever the file says. Module `trust` decides whose files are read;
+functions that read take the cache directory as `root` for that purpose.
 
-Several processes may use one directory at once. A file is put in place whole, so a reader sees a whole entry or
-none: results by a rename, so that of two the last one stays, and claims by a hard link, so that it is the first one
-(`write_input`). No lock is taken, because network file systems often have none: HDF5 only ever works on memory and on
+Several processes may use one directory at once. A file is put in place whole, so a reader sees a whole entry or none.
+Results are put in place by a rename, so the last of two stays; claims by a hard link, so the first one stays
+(`write_input`). No locks are taken, because network file systems often have none: HDF5 only ever works on memory and on
 open files, never on paths.
 """
 
@@ -26,7 +26,7 @@ from typing import NamedTuple
 from executorlib.cache import batch_directory, hdf5, trust, unpickle
 from executorlib.serialize import dumps_in_band
 
-# Nothing is loaded here that jobs do without: what a job loads, it pays for at every start.
+# Every job pays for these imports at its start, so only what all jobs need is loaded here.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from typing import Any, Literal
 
 INPUT, OUTPUT = "_i.h5", "_o.h5"
-WRITING = "_r.h5"  # executorlib 1.x calls an entry so while it adds the result to it
+WRITING = "_r.h5"  # the name that executorlib 1.x gives an entry while it adds the result
 
 DATASETS = (
     "function",
@@ -49,55 +49,55 @@ DATASETS = (
     "error_log_file",
 )
 
-# The distributions that a call reached, and the version of each that it ran with.
+# The distributions that a call reached, each with the version that the call ran with.
 VERSIONS = "versions"
-# A dataset that says: this result is for those who wait for this job, and not to be kept.
+# A dataset which says that the result is only for those who wait for this job and must not be kept.
 NOT_KEPT = "not_kept"
-# What a job printed, as text, and how many bytes that was, with what was cut.
+# What a job printed (as text; of long output only the end), and how many bytes it printed in all.
 PRINTED, PRINTED_BYTES = "printed", "printed_bytes"
-# A dataset that says, together with it: what ran is not what the entry is named by, but what this names. Then `batch`
-# is the batch directory of the job.
+# A dataset that goes with NOT_KEPT. It holds the name of what ran, if that is not what the entry is named after; then
+# `batch` is the batch directory of the job.
 RAN = "ran"
-# The key that names the entry, where it was derived from the call: a file that was copied or linked to the name of
-# another call is no result of that.
+# The key that names the entry, if it was derived from the call. It exposes a file that was copied or linked to the name
+# of another call, whose result it is not.
 NAME = "name"
 _CALL = ("function", "input_args", "input_kwargs", "resource_dict")
 _RESULT = ("output", "error", "runtime", "traceback")
-# Of these, and of what else a look-up reads, what is ours: nothing in it has to be rebuilt by `foreign`.
+# The datasets that a look-up reads and that hold only plain data of ours, so they need no `unpickle`.
 _PLAIN = frozenset({"runtime", "traceback", VERSIONS, NAME, NOT_KEPT, RAN})
 
-# Large arrays of floats hardly shrink at any level, so the fastest.
+# The fastest level, because large arrays of floats hardly shrink at any.
 _GZIP_LEVEL = 1
 _CHUNK_BYTES = 1 << 20
 
-_NAME_BYTES = 255  # of one file name, on all common file systems
+_NAME_BYTES = 255  # the limit for one file name on all common file systems
 
-# How long the result of an input may take to show on another node's file system, in seconds.
+# How long, in seconds, the result of an input may take to show on another node's file system.
 _SHOW_SECONDS = 30.0
-# In the mark of one that was cancelled for all who wait for it.
+# The content of a mark if the call was cancelled for everybody who waits for it.
 _TERMINATED = b"terminated"
-# Who has marked an entry as dead removes it at once; after so long, whoever it was is dead as well.
+# A process that marks an entry as dead removes the entry at once. After this long, the process must be dead itself.
 _MARKER_SECONDS = 60.0
 
 
 class Output(NamedTuple):
-    """What a call that is done left behind.
+    """What is left of a call that is done.
 
     Attributes:
-        value: What the function returned; None where it raised.
+        value: What the function returned; None if it raised.
         error: What the function raised, or None.
-        runtime: Seconds that the function took, or None where the entry does not tell.
-        versions: The distributions that the call reached, and the version of each that it ran with.
+        runtime: Seconds that the function took, or None if the entry does not say.
+        versions: The distributions that the call reached, each with the version that it ran with.
     """
 
     value: Any
     error: BaseException | None
     runtime: float | None
-    versions: dict[str, str] = {}  # noqa: RUF012  # never changed
+    versions: dict[str, str] = {}  # noqa: RUF012  # nobody changes it
 
 
 class StoredResult:
-    """The result of another entry, as executorlib 1.x writes it among the inputs of a call that waits for it."""
+    """The result of another entry, as executorlib 1.x stores it among the inputs of a call that waits for it."""
 
     _file_name: str
     _selector: Any = None
@@ -106,7 +106,7 @@ class StoredResult:
         return f"{type(self).__name__}({self._file_name!r})"
 
     def done(self) -> bool:
-        """Say whether the other call is done."""
+        """Return whether the other call is done."""
         return os.path.exists(self._file_name)
 
     def result(self) -> Any:
@@ -125,14 +125,14 @@ class StoredResult:
 
 
 class ResultOf:
-    """Stands among a call's inputs for the result of another entry, and is unpickled to that result.
+    """A placeholder among a call's inputs that unpickles to the result of another entry.
 
     Args:
         path: The other entry's output file, absolute.
         keys: What to take of the result: ``result[keys[0]][keys[1]]...``.
         root: The other entry's cache directory; by default the file's folder.
-        batch: The batch directory of the other entry's job, where the session that refers to it has submitted that: its
-            result is taken also where the job ran something else than what the entry is named by, see `name_of_result`.
+        batch: The batch directory of the other entry's job, if this session submitted that job. Its result is then
+            accepted even if the job ran something other than what the entry is named after (see `name_of_result`).
     """
 
     def __init__(
@@ -150,12 +150,12 @@ class ResultOf:
         return f"{type(self).__name__}({self._path!r}, {self._keys!r})"
 
 
-# Of the results that were loaded as inputs: files of those that are not what their entry is named by, and of what.
+# Results loaded as inputs that are not what their entry is named after: the file, and the name of what ran instead.
 _others: dict[str, str] = {}
 
 
-# Where pickles say that the next one is: this module, and what it was called before the modules were put into folders.
-# Entries of that time stay, and jobs that wait since then unpickle their inputs by themselves.
+# The modules that pickles may name for the next function: this one, and its name before modules moved into folders.
+# Entries from then still exist, and jobs that have waited since then unpickle their inputs themselves.
 _HOMES = (__name__, "executorlib.entries")
 sys.modules[_HOMES[1]] = sys.modules[__name__]
 
@@ -164,7 +164,7 @@ def _load_result(path: str, keys: tuple[Any, ...], root: str | None = None, batc
     give_up = time.monotonic() + _SHOW_SECONDS
     while (output := _read_input_result(path, root, batch)) is None:
         there = trust.is_there(path)
-        # Which may be the first to see it: what was read before came from a network file system's memory.
+        # Only that look may have revealed it: the read before it was answered from a network file system's cache.
         if there and (output := _read_input_result(path, root, batch)) is not None:
             break
         if there or time.monotonic() > give_up:
@@ -196,7 +196,7 @@ def _read_input_result(path: str, root: str | None, batch: str | None) -> Output
 
 
 def name_of_result(key: str, keys: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What stands in the key of a call for an input that is the result of another one, or an item of it.
+    """Return what represents the result of another call, or an item of it, in the key of a call that takes it as input.
 
     Args:
         key: The other call's key.
@@ -219,15 +219,15 @@ class _NamingUnpickler(pickle.Unpickler):
 
 
 def refers_to_results(data: bytes) -> bool:
-    """Whether a pickle may refer to results of other entries."""
+    """Return whether a pickle may refer to results of other entries."""
     return b"_load_result" in data
 
 
 def load_with_names(data: bytes) -> Any:
-    """Unpickle inputs, with results of other entries by name, as in keys.
+    """Unpickle inputs with the results of other entries replaced by their names, as keys need them.
 
-    After these were loaded, in this process: where one is that of something else than what its entry is named by, it
-    has the name of what it is.
+    Call it after this process has loaded these results: if one turned out not to be what its entry is named after, it
+    gets the name of what it is.
     """
     return _NamingUnpickler(io.BytesIO(data)).load()
 
@@ -237,22 +237,22 @@ class _Unpickler(unpickle.Unpickler):
         if name == "FutureItem" and module.startswith("executorlib."):
             return StoredResult
         if name == "_load_result" and module in _HOMES:
-            return ResultOf  # who looks at a call's inputs need not load them all
+            return ResultOf  # inspecting a call's inputs must not load the results that they refer to
         return super().find_class(module, name)
 
 
 def entry_path(directory: str | os.PathLike[str], key: str, suffix: Literal["i", "o"] = "o") -> Path:
-    """Name the file of an entry.
+    """Return the path of an entry's file.
 
     Args:
         directory: The cache directory.
-        key: Key of the entry; slashes make sub-folders.
+        key: The entry's key. Slashes make sub-folders.
         suffix: ``"i"`` for a call that waits or runs, ``"o"`` for one that is done.
 
     Raises:
         ValueError: If the key is empty, leads out of the directory, or cannot be a file name.
     """
-    from pathlib import Path  # jobs do without
+    from pathlib import Path  # not needed by jobs
 
     parts = key.split("/")
     if not {"", ".", ".."}.isdisjoint(parts) or "\0" in key:
@@ -269,12 +269,12 @@ def entry_path(directory: str | os.PathLike[str], key: str, suffix: Literal["i",
 
 
 def root_of(path: str, key: str) -> str:
-    """The cache directory of the output file that `entry_path` named for a key."""
+    """Return the cache directory, given an output file that `entry_path` named and its key."""
     return path.removesuffix(key + OUTPUT).rstrip(os.sep) or os.sep
 
 
 class Snapshot(bytes):
-    """The pickle of a value as it was at some time."""
+    """The pickle of a value as it was at a certain time."""
 
     @classmethod
     def of(cls, value: Any) -> Snapshot:
@@ -287,7 +287,7 @@ class Snapshot(bytes):
 
 
 def beside(path: str, key: str, other: str) -> str:
-    """Name the output file of another derived key, in the cache directory of the output file of this one."""
+    """Name the output file of another derived key, in the same cache directory as this key's output file."""
     return os.path.join(root_of(path, key), other + OUTPUT)
 
 
@@ -304,24 +304,24 @@ def write_output(
     root: str | None = None,
     versions: dict[str, str] | None = None,
 ) -> None:
-    """Put the entry of a call that is done in place, whole or not at all.
+    """Write the entry of a call that is done, whole or not at all.
 
     Args:
-        path: Its file, from `entry_path`; the folder is made where missing.
+        path: The entry's file, from `entry_path`. Its folder is made if it is missing.
         function: The function that was called, or a `Snapshot` of it.
-        args: Its positional arguments, or a `Snapshot` of their list from before the function ran, which
-            may have changed them.
+        args: Its positional arguments. The function may have changed them, so this may be a `Snapshot` of their list
+            from before it ran.
         kwargs: Its keyword arguments, or a `Snapshot` of them.
-        resource_dict: The resources it ran with.
-        runtime: Seconds it took.
-        output: What it returned, or a `Snapshot` of that; not kept where it raised.
+        resource_dict: The resources that it ran with.
+        runtime: Seconds that it took.
+        output: What it returned, or a `Snapshot` of that. Not kept if it raised.
         error: What it raised, or None.
         root: The cache directory; by default the file's folder.
-        versions: The distributions that the call reaches, with their versions, where they are known.
+        versions: The distributions that the call reaches, with their versions, if they are known.
 
     Raises:
-        ImportError: If h5py is missing.
-        OSError: If the file cannot be written, for example on a full disk; nothing is left behind.
+        ImportError: If a value is larger than 4 GB and h5py is missing.
+        OSError: If the file cannot be written, for example on a full disk. Nothing is left behind.
         Exception: Whatever pickling one of the values raises.
     """
     result = {"output": output} if error is None else {"error": error}
@@ -338,18 +338,18 @@ def write_output(
 
 
 def write_pickles(path: str, pickles: dict[str, bytes], root: str | None = None) -> None:
-    """Put the entry of a call that is done in place, whose values are pickled already.
+    """Write the entry of a call that is done from values that are pickled already.
 
     Args:
-        path: Its file.
-        pickles: Datasets and what they hold.
+        path: The entry's file.
+        pickles: The pickle of each dataset, by name.
         root: The cache directory; by default the file's folder.
 
     Raises:
-        ImportError: If h5py is missing.
-        OSError: If the file cannot be written; nothing is left behind.
+        ImportError: If a value is larger than 4 GB and h5py is missing.
+        OSError: If the file cannot be written. Nothing is left behind.
     """
-    if VERSIONS in pickles:  # of a derived key
+    if VERSIONS in pickles:  # only entries with a derived key have them
         pickles = {**pickles, NAME: dumps_in_band(_name_of(path))}
     trust.write(path, pack({name: Snapshot(data) for name, data in pickles.items()}), root, durable=True)
 
@@ -358,36 +358,35 @@ def write_input(path: str, values: dict[str, Any], root: str | None = None) -> b
     """Claim an entry: of all who try at the same time, one puts its file in place and has the call run.
 
     Args:
-        path: The file, from `entry_path` with ``"i"``; its folder is made where missing.
-        values: Datasets and their values; a `Snapshot` is stored as it is.
+        path: The file, from `entry_path` with ``"i"``. Its folder is made if it is missing.
+        values: The value of each dataset, by name. A `Snapshot` is stored as it is.
         root: The cache directory; by default the file's folder.
 
     Returns:
-        Whether it was put in place; False where there is one already.
+        True if the file was put in place; False if there was one already.
 
     Raises:
-        ImportError: If h5py is missing.
-        OSError: If the file cannot be written; nothing is left behind.
+        ImportError: If a value is larger than 4 GB and h5py is missing.
+        OSError: If the file cannot be written. Nothing is left behind.
         Exception: Whatever pickling one of the values raises.
     """
     return trust.write_first(path, pack(values), root)
 
 
 def read_input(path: str, root: str | None = None) -> dict[str, Any] | None:
-    """Read what is to be run.
+    """Read a call that is to be run.
 
     Args:
         path: The file, as `write_input` made it.
         root: The cache directory; by default the file's folder.
 
     Returns:
-        The pickles ``function``, ``input_args``, ``input_kwargs`` and ``resource_dict``; ``batch``, the batch directory
-        (None in files of executorlib 1.x), ``key``, a `fingerprint.Key` as a list (None where the user has named the
-        entry), and ``run_time_max`` and ``error_log_file`` as values. None where there is no such file or it cannot be
-        read.
+        The pickles ``function``, ``input_args``, ``input_kwargs`` and ``resource_dict``, and as values ``batch``, the
+        batch directory (None in files of executorlib 1.x), ``key``, a `fingerprint.Key` as a list (None if the user
+        named the entry), ``run_time_max`` and ``error_log_file``. None if there is no such file or it cannot be read.
 
     Raises:
-        UntrustedFile: Anybody could have put it there.
+        UntrustedFile: Anybody could have put the file there.
     """
     pickles = _read_or_none(path, (*_CALL, "batch", "key"), root)
     if pickles is None or not pickles.keys() >= set(_CALL):
@@ -395,7 +394,7 @@ def read_input(path: str, root: str | None = None) -> dict[str, Any] | None:
     try:
         resources = _load(pickles["resource_dict"])
         plain = {name: _load(pickles.pop(name)) if name in pickles else None for name in ("batch", "key")}
-    except Exception as error:  # damaged pickles raise nearly everything
+    except Exception as error:  # a damaged pickle can raise almost anything
         _warn_unreadable(path, error)
         return None
     return {
@@ -407,17 +406,17 @@ def read_input(path: str, root: str | None = None) -> dict[str, Any] | None:
 
 
 class Ending(NamedTuple):
-    """How a call ended, before anything of the user's is unpickled.
+    """How a call ended, known without unpickling anything of the user's.
 
     Attributes:
-        data: Pickle of what the function returned, or of what it raised.
-        failed: Whether it raised.
+        data: The pickle of what the function returned or raised.
+        failed: True if it raised.
         runtime: Seconds that it took.
-        traceback: Where it raised, as text.
-        kept: Whether later sessions are to find it, too.
-        printed: How many bytes its job had printed, of which the entry has the end.
-        ran: What ran, where that is something else than what the entry is named by.
-        batch: Likewise, the batch directory of the job.
+        traceback: The traceback as text, if it raised.
+        kept: True if later sessions may find the result, too.
+        printed: How many bytes the job printed. The entry has the end of that.
+        ran: The name of what ran, if that is not what the entry is named after.
+        batch: The batch directory of the job in that case.
     """
 
     data: bytes
@@ -434,14 +433,14 @@ def read_ending(path: str, root: str | None = None) -> Ending | None:
     """Read how a call ended.
 
     Args:
-        path: Its output file.
+        path: The call's output file.
         root: The cache directory; by default the file's folder.
 
     Returns:
-        How; None where the file is not there, not whole, or holds no result.
+        How the call ended; None if the file is missing, incomplete, or holds no result.
 
     Raises:
-        UntrustedFile: Anybody could have put it there.
+        UntrustedFile: Anybody could have put the file there.
     """
     pickles = _read_or_none(path, (*_RESULT, PRINTED_BYTES, NOT_KEPT, RAN, "batch"), root)
     if pickles is None or not pickles.keys() & {"output", "error"}:
@@ -452,7 +451,7 @@ def read_ending(path: str, root: str | None = None) -> Ending | None:
         traceback = _load(pickles["traceback"]) if "traceback" in pickles else ""
         printed = _load(pickles[PRINTED_BYTES]) if PRINTED_BYTES in pickles else 0
         ran, batch = (_load(pickles[RAN]), _load(pickles["batch"])) if RAN in pickles else ("", None)
-    except Exception as error:  # damaged pickles raise nearly everything
+    except Exception as error:  # a damaged pickle can raise almost anything
         _warn_unreadable(path, error)
         return None
     data = pickles["error" if failed else "output"]
@@ -462,7 +461,7 @@ def read_ending(path: str, root: str | None = None) -> Ending | None:
 def _read_or_none(path: str, names: Iterable[str], root: str | None) -> dict[str, bytes] | None:
     try:
         return _read_pickles(path, names, root)
-    except ImportError as error:  # of h5py; an entry of ours that is damaged looks like one of others
+    except ImportError as error:  # h5py is missing; a damaged entry of ours looks like one that needs it
         _warn_unreadable(path, error)
         return None
 
@@ -473,37 +472,37 @@ def remove_input(path: str, root: str | None = None) -> None:
 
 
 def output_of(path: str) -> str:
-    """Name the file that holds an entry's result, given that of the entry that waits or runs."""
+    """Name the file that holds an entry's result, given the file of the entry while it waits or runs."""
     return path.removesuffix(INPUT) + OUTPUT
 
 
 def input_of(path: str) -> str:
-    """The reverse of `output_of`."""
+    """Name the file of an entry while it waits or runs, given the file that holds its result."""
     return path.removesuffix(OUTPUT) + INPUT
 
 
 def take_over(path: str, name: str, batch: str | None = None, root: str | None = None) -> None:
     """Free an entry whose job is dead, so that it can be claimed again.
 
-    Several may find it dead at the same time, and the second must not remove what the first has claimed anew. So only
-    one ever removes the entry of one job, the one that makes the marker first.
+    Several sessions may find it dead at the same time, and the second must not remove what the first has claimed anew.
+    So only one of them ever removes the entry of a given job: the first to make the marker.
 
     Args:
         path: The entry's file.
-        name: Names the job that is dead, unique for all times.
-        batch: The dead job's batch directory; an entry of another one stays. None for one that cannot be read.
+        name: A name for the dead job that is never used twice.
+        batch: The dead job's batch directory, or None if it could not be read. An entry of another batch is left alone.
         root: The cache directory; by default the file's folder.
     """
     marker = _marker(path, name)
     if not trust.make_mark(marker, root) and not trust.is_older(marker, _MARKER_SECONDS):
         return
-    # Who found it dead may be late: by now it may be another one's.
+    # This session may be late, and the entry may belong to another job by now.
     if claimed_for(path, root) in (None, batch):
         remove_input(path, root)
 
 
 def job_name(path: str, batch: str) -> str:
-    """What `take_over` is to be told of the job of an entry.
+    """Return the name by which `take_over` knows an entry's job.
 
     Args:
         path: The entry's file.
@@ -513,20 +512,20 @@ def job_name(path: str, batch: str) -> str:
 
 
 def _marker(path: str, name: str) -> str:
-    """The file that marks the job of an entry as dead."""
-    import hashlib  # jobs do without
+    """Return the path of the file that marks an entry's job as dead."""
+    import hashlib  # not needed by jobs
 
-    # A digest: names have batches and keys in them, which may be as long as file names can be.
+    # A digest, because a key in the name can already be as long as a file name may be.
     digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:32]
     return os.path.join(os.path.dirname(path), batch_directory.FOLDER, f"dead-{digest}")
 
 
 def terminate(path: str, batch: str | None, root: str | None = None) -> None:
-    """Remove an entry whose job was cancelled, so that sessions which wait for it do not submit it anew.
+    """Remove an entry whose job was cancelled, so that sessions that wait for it do not submit it again.
 
     Args:
         path: The entry's file.
-        batch: The job's batch directory; None where there is none.
+        batch: The job's batch directory, or None if there is none.
         root: The cache directory; by default the file's folder.
     """
     if batch is not None:
@@ -536,7 +535,7 @@ def terminate(path: str, batch: str | None, root: str | None = None) -> None:
 
 
 def is_terminated(path: str, batch: str, root: str | None = None) -> bool:
-    """Whether the job of an entry was cancelled by `terminate`.
+    """Return whether `terminate` cancelled an entry's job.
 
     Args:
         path: The entry's file.
@@ -550,7 +549,7 @@ def is_terminated(path: str, batch: str, root: str | None = None) -> bool:
 
 
 def claimed_for(path: str, root: str | None = None) -> str | None:
-    """The batch directory that an entry which waits or runs is claimed for; None where that cannot be read."""
+    """Return the batch directory for which a waiting or running entry is claimed; None if it cannot be read."""
     entry = read_input(path, root)
     return None if entry is None else entry["batch"]
 
@@ -574,23 +573,23 @@ def pack(values: dict[str, Any]) -> memoryview:
                 compression="gzip",
                 compression_opts=_GZIP_LEVEL,
             )
-    return image.getbuffer()
+    return memoryview(image.getvalue())
 
 
 def read_output(path: str | os.PathLike[str], root: str | os.PathLike[str] | None = None) -> Output | None:
     """Read the result of a call that is done.
 
     Args:
-        path: Its file, from `entry_path`.
+        path: The entry's file, from `entry_path`.
         root: The cache directory; by default the file's folder.
 
     Returns:
-        The result; None where there is no such file or it cannot be read, of which the latter is logged
-        as a warning. Either way the call has to run.
+        The result. None if there is no such file, or if it cannot be read, which is logged as a warning; in both
+        cases the call has to run.
 
     Raises:
-        ImportError: If h5py is missing.
-        UntrustedFile: Anybody could have put it there.
+        ImportError: If the file needs h5py and it is missing.
+        UntrustedFile: Anybody could have put the file there.
     """
     return _output(path, read_values(path, (*_RESULT, VERSIONS, NOT_KEPT), root))
 
@@ -603,7 +602,7 @@ def _output(path: str | os.PathLike[str], values: dict[str, Any] | None) -> Outp
         error = values["error"]
         traceback = values.get("traceback", "")
         if isinstance(error, BaseException):
-            from executorlib.errors import RemoteTraceback, contained  # takes a third of a job's start
+            from executorlib.errors import RemoteTraceback, contained  # takes a third of a job's start-up time
 
             if traceback:
                 error.__cause__ = RemoteTraceback(traceback)
@@ -616,19 +615,19 @@ def _output(path: str | os.PathLike[str], values: dict[str, Any] | None) -> Outp
 
 
 def read_entry(path: str | os.PathLike[str], root: str | os.PathLike[str] | None = None) -> dict[str, Any] | None:
-    """Read all that the file of an entry holds.
+    """Read everything that the file of an entry holds.
 
     Args:
-        path: Its file, from `entry_path`.
+        path: The entry's file, from `entry_path`.
         root: The cache directory; by default the file's folder.
 
     Returns:
-        Its datasets, unpickled, by name, with `traceback`, where it raised, and `printed` as text; None where there is
-        no such file or it cannot be read, of which the latter is logged as a warning.
+        The unpickled datasets by name, with `printed` as text, and `traceback` if the call raised. None if there is
+        no such file, or if it cannot be read, which is logged as a warning.
 
     Raises:
-        ImportError: If h5py is missing.
-        UntrustedFile: Anybody could have put it there.
+        ImportError: If the file needs h5py and it is missing.
+        UntrustedFile: Anybody could have put the file there.
     """
     return read_values(path, (*DATASETS, VERSIONS, "traceback", PRINTED), root)
 
@@ -639,64 +638,64 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def versions_of(path: str | os.PathLike[str], root: str | os.PathLike[str] | None = None) -> dict[str, str]:
-    """Read which distributions a call reached, and which versions it ran with, without unpickling anything else.
+    """Read which distributions a call reached and which versions it ran with, unpickling nothing else.
 
     Args:
-        path: Its file, from `entry_path`.
+        path: The entry's file, from `entry_path`.
         root: The cache directory; by default the file's folder.
 
     Returns:
-        The version by distribution; empty where there is no such file, it cannot be read or does not tell.
+        The versions by distribution. Empty if there is no such file, it cannot be read, or it does not say.
 
     Raises:
-        ImportError: If h5py is missing.
-        UntrustedFile: Anybody could have put it there.
+        ImportError: If the file needs h5py and it is missing.
+        UntrustedFile: Anybody could have put the file there.
     """
     pickles = _read_pickles(path, (VERSIONS,), root) or {}
     try:
         found = _PlainUnpickler(io.BytesIO(pickles[VERSIONS])).load() if VERSIONS in pickles else {}
-    except Exception as error:  # damaged pickles raise nearly everything
+    except Exception as error:  # a damaged pickle can raise almost anything
         _warn_unreadable(path, error)
         found = {}
     return found if isinstance(found, dict) else {}
 
 
 def datasets_of(path: str | os.PathLike[str], root: str | os.PathLike[str] | None = None) -> set[str]:
-    """Name what the file of an entry holds, without unpickling it.
+    """List the datasets in the file of an entry, without unpickling them.
 
     Args:
-        path: Its file, from `entry_path`.
+        path: The entry's file, from `entry_path`.
         root: The cache directory; by default the file's folder.
 
     Returns:
-        Names of its datasets; none where there is no such file, or it is damaged or not to be trusted.
+        The names of its datasets; none if there is no such file, or if it is damaged or not trusted.
 
     Raises:
-        ImportError: If h5py is missing.
+        ImportError: If the file needs h5py and it is missing.
     """
     try:
         return set(_datasets(trust.read(path, root), None))
     except ImportError:
         raise
-    except Exception:  # damaged files raise nearly everything
+    except Exception:  # a damaged file can raise almost anything
         return set()
 
 
 def read_values(
     path: str | os.PathLike[str], names: Iterable[str], root: str | os.PathLike[str] | None = None
 ) -> dict[str, Any] | None:
-    """Unpickle these datasets of an entry, as far as it has them; None where there is no file, or a damaged one.
+    """Unpickle those of these datasets that an entry has. Return None if its file is missing or damaged.
 
     Raises:
-        ImportError: If h5py is missing.
-        UntrustedFile: Anybody could have put it there.
+        ImportError: If the file needs h5py and it is missing.
+        UntrustedFile: Anybody could have put the file there.
     """
     pickles = _read_pickles(path, names, root)
     if pickles is None:
         return None
     try:
         return {name: pickle.loads(data) if name in _PLAIN else _load(data) for name, data in pickles.items()}
-    except Exception as error:  # damaged pickles raise nearly everything
+    except Exception as error:  # a damaged pickle can raise almost anything
         _warn_unreadable(path, error)
         return None
 
@@ -718,7 +717,7 @@ def _read_pickles(
         return None
     except (ImportError, trust.UntrustedFile):
         raise
-    except Exception as error:  # damaged files raise nearly everything
+    except Exception as error:  # a damaged file can raise almost anything
         _warn_unreadable(path, error)
         return None
 
@@ -727,18 +726,18 @@ def _datasets(content: bytes, names: set[str] | None) -> dict[str, bytes]:
     found = hdf5.unpack(content, names)
     if found is not None:
         return found
-    # Written by executorlib 1.x, or too large for us. By its path h5py would lock it.
+    # Written by executorlib 1.x, or too large for `hdf5`. Opened from memory, because h5py locks files opened by path.
     h5py = _h5py()
     with h5py.File(io.BytesIO(content), "r") as file:
         return {name: _bytes_of(h5py, file.id, name.encode()) for name in file if names is None or name in names}
 
 
 def _bytes_of(h5py: ModuleType, file: Any, name: bytes) -> bytes:
-    # By h5py's lower layer, which takes half the time.
+    # The low-level interface of h5py takes half the time.
     import numpy
 
     dataset = h5py.h5d.open(file, name)
-    # Older files have no checksums over what they say of themselves.
+    # Older files have no checksums over their metadata, so the size may be nonsense.
     size = dataset.dtype.itemsize * int(numpy.prod(dataset.shape, dtype=object))
     if dataset.dtype.hasobject or size > hdf5.most_inflated(dataset.get_storage_size()):
         raise hdf5.Damaged(f"its dataset {name.decode()} cannot have {size} bytes")
@@ -752,7 +751,7 @@ def _load(data: bytes) -> Any:
 
 
 def _warn(text: str, *values: object) -> None:
-    import logging  # what jobs do without
+    import logging  # not needed by jobs
 
     logging.getLogger("executorlib").warning(text, *values)
 

@@ -1,9 +1,9 @@
 """HDF5 files of byte strings, written and read without the HDF5 library.
 
 A job that runs a call reads one such file and writes another; loading h5py and numpy for that takes ten times as long
-as starting the interpreter. So the little that entries need of the format is here: a root group, and in it
-one-dimensional datasets of unsigned bytes, each one chunk, compressed by gzip. Any HDF5 library from version 1.10 on
-(2016), and so h5py, reads these files. Of files from elsewhere `unpack` says that they are not of this form.
+as starting the interpreter. So this module has the small part of the format that entries need: a root group with
+one-dimensional datasets of unsigned bytes, each in one chunk that is compressed by gzip. Any HDF5 library from version
+1.10 (2016) on, and thus h5py, reads these files. For HDF5 files of any other form, `unpack` returns None.
 
 Source: The HDF Group, *HDF5 File Format Specification Version 3.0*. Numbers in comments are its sections.
 """
@@ -38,39 +38,39 @@ _NIL, _DATASPACE, _LINK_INFO, _DATATYPE, _FILL_VALUE, _LINK, _LAYOUT, _GROUP_INF
     11,
 )
 
-# IV.A.1.b, version 2, flags: the size of the messages takes four bytes.
+# IV.A.1.b, version 2; the flags say that the size of the messages takes four bytes.
 _HEADER = struct.Struct("<4sBBI")
 _HEADER_START = (b"OHDR", 2, 2)
 _MESSAGE = struct.Struct("<BHB")
-# IV.A.2.a: readers ignore messages of type 0. Ours is the last of the root group and has the place of the first header
-# and the CRC-32 of all headers up to here: Python computes HDF5's own checksums ten times slower than all else.
+# IV.A.2.a: readers ignore messages of type 0. Ours is the last in the root group. It holds the place of the first
+# header and the CRC-32 of all headers up to it: HDF5's own checksums take Python ten times as long as everything else.
 _HEADERS = struct.Struct("<QI")
-# IV.A.2.b, version 2: one dimension, no greatest size, simple; then its size.
+# IV.A.2.b, version 2: one dimension, no maximum size, simple; then the size.
 _DATASPACE_START = bytes((2, 1, 0, 1))
-# IV.A.2.d: class 0 (integer), little-endian, unsigned, of one byte with eight bits.
+# IV.A.2.d: class 0 (integer), little-endian, unsigned, one byte of eight bits.
 _UNSIGNED_BYTE = struct.pack("<B3sIHH", 0x10, b"\0\0\0", 1, 0, 8)
-# IV.A.2.f, version 3: allocated when written, no value.
+# IV.A.2.f, version 3: space is allocated when written, and there is no fill value.
 _NO_FILL_VALUE = bytes((3, 0x0B))
 # IV.A.2.l, version 2: one filter, deflate, with one parameter, its level.
 _DEFLATE = struct.Struct("<BBHHHI")
-# IV.A.2.i, version 4: chunked (2), with filter (2), rank and element (2); then how many bytes each size has, and the
-# sizes of the chunk and of an element; then the index, a single chunk (1), with its size in the file, the mask of
-# filters that were left out, and the address.
+# IV.A.2.i, version 4: chunked (2), with a filter (2), rank and element (2); then the number of bytes of each size, and
+# the sizes of the chunk and of an element; then the index, which is a single chunk (1), with its size in the file, the
+# mask of skipped filters, and its address.
 _LAYOUT_START = bytes((4, 2, 2, 2))
 _SINGLE_CHUNK = struct.Struct("<BQIQ")
-# IV.A.2.g, version 1, flags 0: a hard link with a name of less than 256 bytes.
+# IV.A.2.g, version 1, flags 0: a hard link whose name is shorter than 256 bytes.
 _LINK_START = struct.Struct("<BBB")
 
-# Large arrays of floats hardly shrink at any level, so the fastest; and what does not shrink by a tenth, as its middle
-# tells, is only wrapped: that is more than ten times as fast, and the file is as good for all who read it.
+# The fastest level, because large arrays of floats hardly shrink at any. Data whose middle does not shrink by a tenth
+# is only wrapped: that is more than ten times as fast, and the file is just as good for its readers.
 _LEVEL = 1
 _SAMPLE_BYTES, _WORTH_IT = 1 << 16, 0.9
-# What is shorter fits in a block of a disk anyway, and the tables of the compressor are many pages of memory.
+# Shorter values fit in one disk block anyway, and the compressor's tables would cost many pages of memory.
 _SMALL_BYTES = 1024
-# RFC 1950: deflate with a window of 32 KiB, fast. RFC 1951: one block, the last, as it is; its length, also inverted.
+# RFC 1950: deflate with a window of 32 KiB, fast. RFC 1951: one last block, stored; its length, then the same inverted.
 _AS_IT_IS = struct.Struct("<2sBHH")
 _ADLER = struct.Struct(">I")
-# Chunks have sizes of 32 bits.
+# HDF5 stores chunk sizes in 32 bits.
 MOST_BYTES = 0xFFFFFFFF
 
 
@@ -78,7 +78,7 @@ def pack(values: Mapping[str, bytes | memoryview]) -> bytearray:
     """Return the bytes of a file.
 
     Args:
-        values: Datasets by name; each holds at least one byte and at most `MOST_BYTES`.
+        values: Datasets by name. Each has between one byte and `MOST_BYTES`.
     """
     file = bytearray(_SUPERBLOCK_BYTES)
     links = [
@@ -126,7 +126,7 @@ def _message(kind: int, data: bytes) -> bytes:
     return _MESSAGE.pack(kind, len(data), 0) + data
 
 
-# What is the same for all datasets.
+# The parts that are the same in all datasets.
 _SPACE_START = _MESSAGE.pack(_DATASPACE, len(_DATASPACE_START) + _LENGTH.size, 0) + _DATASPACE_START
 _ELEMENTS = (
     _message(_DATATYPE, _UNSIGNED_BYTE)
@@ -137,12 +137,12 @@ _SIZE_AT = _HEADER.size + len(_SPACE_START)
 
 
 def _dataset_header(size: int, stored: int, address: int) -> bytes:
-    """The object header of a dataset, less its checksum.
+    """Return the object header of a dataset, without its checksum.
 
     Args:
-        size: Bytes of the value,
-        stored: and those that it takes in the file,
-        address: where they begin.
+        size: Bytes of the value.
+        stored: Bytes that it takes in the file.
+        address: Where these begin.
     """
     layout = _message(_LAYOUT, _layout(size) + _SINGLE_CHUNK.pack(1, stored, 0, address))
     content = _SPACE_START + _LENGTH.pack(size) + _ELEMENTS + layout
@@ -158,20 +158,20 @@ class Damaged(ValueError):
 
 
 def unpack(file: bytes, names: Collection[str] | None = None) -> dict[str, bytes] | None:
-    """Return what a file holds.
+    """Return the contents of a file.
 
-    All that is read has a checksum in the file and is compared with it, so bytes that have changed are `Damaged`, never
+    Everything that is read is compared with a checksum in the file, so changed bytes raise `Damaged` and never yield
     another value.
 
     Args:
-        file: Its bytes.
-        names: Datasets to return, where they are there; None for all.
+        file: The bytes of the file.
+        names: Datasets to return, if they exist; None for all.
 
     Returns:
-        Datasets by name; None where the file is HDF5, but not of the form that `pack` writes.
+        Datasets by name; None if the file is HDF5 but not in the form that `pack` writes.
 
     Raises:
-        Damaged: It is no HDF5 file, or not as it was written.
+        Damaged: The file is not HDF5, or not as it was written.
     """
     if not file.startswith(SIGNATURE):
         raise Damaged("it is no HDF5 file")
@@ -184,12 +184,12 @@ def unpack(file: bytes, names: Collection[str] | None = None) -> dict[str, bytes
 
 
 def most_inflated(size: int) -> int:
-    """How many bytes so many compressed ones can make at most: gzip's best are 1,032 times as many."""
+    """Return the most bytes that this many compressed ones can inflate to. The ratio of gzip is at most 1,032."""
     return 1032 * size + 1024
 
 
 class _OtherForm(Exception):
-    """The file is not one of ours."""
+    """The file is not in the form that `pack` writes."""
 
 
 def _unpack(file: bytes, names: Collection[str] | None) -> dict[str, bytes]:
@@ -220,10 +220,10 @@ def _unpack(file: bytes, names: Collection[str] | None) -> dict[str, bytes]:
 
 
 def _are_headers_right(file: bytes, root: int, links: list[tuple[int, bytes]]) -> bool:
-    """Whether a checksum of ours says so; False where there is none.
+    """Return True if our own checksum confirms the headers, and False if there is none.
 
     Raises:
-        Damaged: It says that they are not.
+        Damaged: The checksum is wrong.
     """
     kind, data = links[-1] if links else (_LINK, b"")
     if kind != _NIL:
@@ -238,7 +238,7 @@ def _are_headers_right(file: bytes, root: int, links: list[tuple[int, bytes]]) -
 def _dataset(file: bytes, address: int, checked: bool) -> bytes:
     if address > len(file) - _HEADER.size:
         raise Damaged(f"it has nothing at {address}")
-    # The numbers are where `pack` puts them, or its header is another one.
+    # In a file of ours the numbers are at these places. In any other file, the header compared below is different.
     end = address + _HEADER.size + _HEADER.unpack_from(file, address)[-1]
     (size,) = _LENGTH.unpack_from(file, address + _SIZE_AT)
     _, stored, _, chunk = _SINGLE_CHUNK.unpack_from(file, end - _SINGLE_CHUNK.size)
@@ -249,7 +249,7 @@ def _dataset(file: bytes, address: int, checked: bool) -> bytes:
     if chunk > len(file) or stored > len(file) - chunk or size > most_inflated(stored):
         raise Damaged(f"a dataset of {size} bytes is not in {stored} bytes at {chunk}")
     stream = zlib.decompressobj()
-    # One byte more than there are: so the end is reached, where the stream has its own checksum.
+    # Asking for one byte more reaches the end of the stream, where zlib verifies the stream's own checksum.
     data = stream.decompress(memoryview(file)[chunk : chunk + stored], size + 1)
     if len(data) != size or not stream.eof or stream.unused_data:
         raise Damaged(f"a dataset has {len(data)} bytes, of {size}")
@@ -282,14 +282,14 @@ def _check_header(file: bytes, address: int) -> None:
 
 
 def _check(file: bytes, start: int, end: int) -> None:
-    """Make sure that a part of the file is as it was written, by the checksum behind it."""
+    """Make sure that a part of the file is as it was written, using the checksum that follows it."""
     if end > len(file) - _CHECKSUM.size or checksum(file[start:end]) != _CHECKSUM.unpack_from(file, end)[0]:
         raise Damaged(f"its checksum at {end} is wrong")
 
 
 def checksum(data: bytes | memoryview) -> int:
-    """Bob Jenkins' lookup3 (``hashlittle`` with 0), by which HDF5 guards its metadata."""
-    # Written out, without a function for its rotations: every entry that is read needs it several times.
+    """Compute Bob Jenkins' lookup3 (``hashlittle`` with 0), which HDF5 uses to guard its metadata."""
+    # The rotations are written out instead of called, because reading an entry needs several checksums.
     m = 0xFFFFFFFF
     a: int
     b: int

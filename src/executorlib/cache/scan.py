@@ -1,4 +1,4 @@
-"""What is in a cache directory, and what of it no call needs any more."""
+"""What is in a cache directory, and which of its files no call needs any more."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ State = Literal["waiting", "running", "done", "failed"]
 
 _INPUT, _WRITING, _OUTPUT = "_i.h5", "_r.h5", "_o.h5"
 _ENDING_BYTES = len(_OUTPUT)
-# As `cache.trust` names what it has not put in place yet.
+# The names that `cache.trust` gives files which are not in place yet.
 _TEMPORARY = re.compile(r"\.\d+-[0-9a-f]{16}\.tmp")
-# A file that is being written changes all the time. Without an age, batch directories are removed a minute
-# after the last change in them: their session may not have read yet what a job printed.
+# A file that is being written changes all the time, so one left alone for this long is abandoned. Batch directories may
+# be removed after a minute: until then, their session may not have read yet what a job printed.
 _ABANDONED_SECONDS = 3600.0
 
 
@@ -28,13 +28,13 @@ class Entry(NamedTuple):
     """One call of a cache directory.
 
     Attributes:
-        key: Its key.
-        state: ``"done"`` where the file with its result is there, whether it returned or raised;
-            ``"running"`` where its job has started; ``"failed"`` where its job has started and neither its
-            inputs nor a result are left; else ``"waiting"``.
+        key: The entry's key.
+        state: ``"done"`` if its result file is there, whether the call returned or raised; ``"running"`` if its job
+            has started; ``"failed"`` if its job has started and neither its inputs nor a result are left; otherwise
+            ``"waiting"``.
         size: Bytes of its file.
         modified: When that file was written, in seconds since 1970.
-        path: That file; of a call that failed what its job printed.
+        path: That file. For a failed call, the file with what its job printed.
     """
 
     key: str
@@ -45,12 +45,12 @@ class Entry(NamedTuple):
 
 
 class Job(NamedTuple):
-    """One line of a batch directory: the job of one call.
+    """The job of one call, as listed in a batch directory.
 
     Attributes:
-        stem: Path of the call's entry without its ending, symbolic links resolved.
-        name: What the queuing system calls the job, or None before it is submitted.
-        output: File of what it printed, or None before it starts.
+        stem: Path of the call's entry without its ending, with symbolic links resolved.
+        name: The job's name in the queuing system, or None before it is submitted.
+        output: The file with what it printed, or None before it starts.
     """
 
     stem: str
@@ -61,13 +61,13 @@ class Job(NamedTuple):
 def scan(directory: str) -> Iterator[Entry]:
     """Find all entries of a cache directory and its sub-folders, in no order.
 
-    It takes one `stat` per entry and keeps only those that are not done in memory.
+    This takes one `stat` per entry, and keeps in memory only the entries that are not done.
 
     Args:
         directory: The cache directory.
 
     Raises:
-        OSError: If it cannot be listed.
+        OSError: If the directory cannot be listed.
     """
     root = os.path.realpath(directory)
     pending: dict[str, Entry] = {}
@@ -80,7 +80,7 @@ def scan(directory: str) -> Iterator[Entry]:
             entry = _entry(root, item.path, "running" if item.name.endswith(_WRITING) else "waiting")
             if entry:
                 pending[_stem(item.path)] = entry
-    # Of a job that ends just now, the inputs are still there beside the result.
+    # If a job has just finished, its inputs may still lie beside the result.
     pending = {stem: entry for stem, entry in pending.items() if not os.path.exists(stem + _OUTPUT)}
     failed: set[str] = set()
     for job in _jobs(root):
@@ -100,10 +100,10 @@ def find(directory: str, key: str) -> tuple[Entry, Job | None] | None:
 
     Args:
         directory: The cache directory.
-        key: Its key.
+        key: The entry's key.
 
     Returns:
-        The entry and its job, if a batch directory knows one; None where there is no such entry.
+        The entry, and its job if a batch directory lists one. None if there is no such entry.
 
     Raises:
         ValueError: If the key leads out of the directory.
@@ -111,7 +111,7 @@ def find(directory: str, key: str) -> tuple[Entry, Job | None] | None:
     root = os.path.realpath(directory)
     stem = _stem(str(entries.entry_path(root, key)))
     job = next((job for job in _jobs(root) if job.stem == os.path.realpath(stem)), None)
-    # The order of a call's life, so that an entry that moves on meanwhile is seen in one of them.
+    # Looks follow the order of a call's life, so an entry that moves on meanwhile is seen in one of its states.
     endings: dict[str, State] = {_INPUT: "waiting", _WRITING: "running", _OUTPUT: "done"}
     found = {state: _entry(root, stem + ending, state) for ending, state in endings.items()}
     entry = found["done"] or found["running"] or found["waiting"]
@@ -170,7 +170,7 @@ def _is_gone(stem: str) -> bool:
 
 
 def _batches(root: str) -> list[str]:
-    """List the batch directories, the latest first: of two that name an entry, the latest counts."""
+    """List the batch directories, latest first, because the latest counts if two of them list the same entry."""
     folder = os.path.join(root, batch_directory.FOLDER)
     try:
         found = list(trust.listed(folder, root))
@@ -197,7 +197,7 @@ def _jobs_of(batch: str) -> Iterator[Job]:
         }
         ids = batch_directory.JobIds.read(batch, max(calls, default=0))
     except (OSError, ValueError):
-        return  # removed meanwhile, not complete, or a stranger's, whatever it says
+        return  # removed meanwhile, incomplete, or a stranger's and therefore ignored
     for index, path in calls.items():
         output = f"output.{index}"
         job_id, element = ids.of(index) or (None, None)
@@ -224,7 +224,7 @@ def _modified(path: str) -> float:
 
 
 class Leftover(NamedTuple):
-    """What no call needs any more.
+    """Something that no call needs any more.
 
     Attributes:
         kind: ``"temporary file"``, ``"inputs"`` of a call that is done, ``"mark of a dead job"`` or
@@ -239,11 +239,11 @@ class Leftover(NamedTuple):
 
 
 def remove(directory: str, entries: Iterable[Entry]) -> None:
-    """Remove entries and what their jobs printed; jobs that wait or run are not cancelled.
+    """Remove entries and what their jobs printed. Jobs that wait or run are not cancelled.
 
     Args:
         directory: The cache directory.
-        entries: What `scan` or `find` found there.
+        entries: Entries that `scan` or `find` found there.
 
     Raises:
         OSError: If a file cannot be removed.
@@ -256,18 +256,18 @@ def remove(directory: str, entries: Iterable[Entry]) -> None:
         if entry.state == "done":
             trust.remove(stem + _INPUT, root)
         stems.add(os.path.join(_realpath(os.path.dirname(stem)), os.path.basename(stem)))
-    # Else the job would count as failed: started, and nothing left.
+    # With the output left, the job would count as failed: started, and nothing left of it.
     for job in _jobs(root) if stems else ():
         if job.output and job.stem in stems:
             trust.remove(job.output, root)
 
 
 def leftovers(directory: str, older_than: float) -> Iterator[Leftover]:
-    """Find what crashed processes and calls that are done left behind.
+    """Find what crashed processes and finished calls left behind.
 
     Args:
         directory: The cache directory.
-        older_than: Seconds that batch directories must have been left alone; files an hour at least.
+        older_than: Only batch directories untouched for this many seconds count. For files it is at least an hour.
 
     Raises:
         OSError: If the directory cannot be listed.
@@ -290,9 +290,9 @@ def leftovers(directory: str, older_than: float) -> Iterator[Leftover]:
             sizes = dict(trust.listed(batch, root))
         except OSError:
             continue  # removed meanwhile
-        # Not that of the folder, which changes as entries and what their jobs printed are removed.
+        # The folder's own time would change whenever an entry or the output of its job is removed.
         modified = max((status.st_mtime for status in sizes.values()), default=_modified(batch))
-        # Without this file it is still being made, or its session died as it made it.
+        # Without this file the batch is still being made, or its session died while making it.
         complete = batch_directory.ENTRIES_FILE in sizes
         settled = now - modified > (older_than if complete else max(_ABANDONED_SECONDS, older_than))
         if own and settled and not any(_is_pending(job.stem) for job in _jobs_of(batch)):

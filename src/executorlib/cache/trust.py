@@ -1,10 +1,10 @@
-"""Files that many processes, and maybe several users, share: put in place whole, and read only where they are trusted.
+"""Files that several processes, and maybe users, share: put in place whole, and read only if they are trusted.
 
-Reading what others wrote unpickles it or runs it. So a file is read only if its writer is trusted: somebody whom the
-owner of the directory lets write there, the owner being this user, root, or a member of a group that shares the
-directory; and where everybody may write, only this user and root. What is below a cache directory is reached from
-there step by step, by descriptors and without following links, so that what was checked is what is read, written or
-removed. The directory itself, the `root`, is the user's choice: links lead to it as everywhere.
+Whatever others wrote is unpickled or run when it is read. So a file is read only if its writer is trusted. In a
+directory of this user, of root, or shared with a group of this user, that is anybody whom its owner lets write there.
+If everybody may write there, only this user and root are trusted. Anything below a cache directory is reached from it
+step by step, by descriptors and without following links, so what was checked is what is read, written or removed. The
+directory itself, the `root`, is the user's choice, so links to it are followed as usual.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import stat
 import sys
 import time
 
-# Nothing is loaded here that jobs do without: what a job loads, it pays for at every start.
+# Every job pays for these imports at its start, so only what all jobs need is loaded here.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -24,18 +24,18 @@ if TYPE_CHECKING:
 
     _T = TypeVar("_T")
 
-# What may be done with what is made here, as far as the umask lets it: never written to by everybody.
+# Permissions of what is made here, before the umask. Never writable by everybody.
 FOLDER_MODE, FILE_MODE = 0o775, 0o664
-# ... and with what holds the user's environment.
+# Permissions of files that hold the user's environment.
 PRIVATE_MODE = 0o600
 
-# A folder to go on from: needs no right to list it (on Linux), and leaves a network file system alone.
+# For passing through a folder: on Linux this needs no right to list it and does not bother a network file system.
 _STEP = os.O_DIRECTORY | os.O_CLOEXEC | getattr(os, "O_PATH", os.O_RDONLY)
 LIST = os.O_DIRECTORY | os.O_CLOEXEC | os.O_RDONLY | os.O_NOFOLLOW
-# Without waiting: a pipe in the place of a file would keep its reader for ever.
+# Opened without blocking, because a pipe in the place of a file would block its reader for ever.
 _READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-# How often a folder is made again that another process, which found it empty, removes at the same moment.
+# How often to make a folder again if another process finds it empty and removes it at the same moment.
 _TRIES = 20
 
 
@@ -48,18 +48,18 @@ class UntrustedFile(PermissionError):
 
 @contextlib.contextmanager
 def opened(folder: str | os.PathLike[str], root: str | os.PathLike[str] | None = None) -> Iterator[int]:
-    """Open a folder of a cache directory, after making sure that it is to be trusted.
+    """Open a folder of a cache directory after making sure that it can be trusted.
 
     Args:
         folder: The folder.
         root: The cache directory that it is in; by default the folder itself.
 
     Returns:
-        A descriptor, to reach what is in the folder by.
+        A descriptor through which to reach what is in the folder.
 
     Raises:
-        UntrustedFile: It, or one that it is in, is a link or a stranger's.
-        OSError: It cannot be opened.
+        UntrustedFile: The folder, or one above it, is a link or a stranger's.
+        OSError: The folder cannot be opened.
     """
     fd, _ = _open_folder(os.fspath(folder), root)
     try:
@@ -69,7 +69,7 @@ def opened(folder: str | os.PathLike[str], root: str | os.PathLike[str] | None =
 
 
 def _open_folder(folder: str, root: str | os.PathLike[str] | None) -> tuple[int, str | None]:
-    """See `opened`; also the first folder, from the cache directory down, that everybody may write to, if any."""
+    """Open a folder as `opened` does. Also return the topmost folder on the way that everybody may write to, if any."""
     top, steps = _way_down(folder, root)
     fd = os.open(top, _STEP)
     try:
@@ -94,10 +94,10 @@ def _open_folder(folder: str, root: str | os.PathLike[str] | None) -> tuple[int,
 
 
 def _way_down(folder: str, root: str | os.PathLike[str] | None) -> tuple[str, list[str]]:
-    """Where to start, and the names of the folders from there down to this one."""
+    """Return where to start, and the names of the folders from there down to this one."""
     folder = os.path.abspath(folder)
     if root is not None and folder != root:
-        # The directory may have several names; what lies between it and the folder is known by either.
+        # The directory may be known by several names; the path from it to the folder is the same under each.
         for name in (os.path.abspath, os.path.realpath):
             top = name(os.fspath(root))
             if folder == top:
@@ -134,7 +134,7 @@ def _checked_top(top: str, fd: int) -> os.stat_result:
     """Make sure that a cache directory is not a stranger's.
 
     Raises:
-        UntrustedFile: It is.
+        UntrustedFile: It is a stranger's.
     """
     status = os.fstat(fd)
     if not (is_trusted(status.st_uid) or _is_shared(top, status) or _is_own_under_another_name(fd, status)):
@@ -149,22 +149,22 @@ def _checked_top(top: str, fd: int) -> os.stat_result:
 
 
 def _is_shared(top: str, status: os.stat_result) -> bool:
-    """Whether the owner shares a directory with this user on purpose: a group that both are in may write there."""
+    """Return whether the owner shares a directory with this user on purpose, through a group that may write there."""
     if not status.st_mode & stat.S_IWGRP or status.st_gid not in (os.getegid(), *os.getgroups()):
         return False
-    # In a container all groups that it does not know look the same; the kernel knows which of them are this user's.
+    # In a container, all groups unknown to it look the same. Only the kernel knows which of them this user is in.
     return os.access(top, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
 
 
-# By device: the owner that a file has which this process makes there, where that is another one than itself.
+# By device: the owner of the files that this process makes there, if the file system changes the owner.
 _own_names: dict[int, int] = {}
 
 
 def _is_own_under_another_name(fd: int, status: os.stat_result) -> bool:
-    """Whether a folder's owner is who this user is to the file system.
+    """Return whether a folder's owner is this user under the name that the file system uses.
 
-    Servers of network file systems take users for others: root for nobody (``root_squash``), or all for one. What is
-    made there tells.
+    Servers of network file systems map users to others: root to nobody (``root_squash``), or everybody to one user. The
+    owner of a new file shows the mapping.
     """
     if _own_names.get(status.st_dev) == status.st_uid:
         return True
@@ -185,16 +185,16 @@ def _is_own_under_another_name(fd: int, status: os.stat_result) -> bool:
 
 
 def is_own(status: os.stat_result) -> bool:
-    """Whether this user may remove what is like that: it is this user's, or this is root."""
+    """Return whether this user may remove a file with this status: it is this user's, or this user is root."""
     return os.geteuid() in (0, status.st_uid) or _own_names.get(status.st_dev) == status.st_uid
 
 
 def check_folder(folder: str) -> None:
-    """Make sure that a directory can be a cache directory, if it is there.
+    """Make sure that a directory can be used as a cache directory. It may be missing if it can be made.
 
     Raises:
         UntrustedFile: It is a stranger's.
-        OSError: It is no directory, or cannot be made.
+        OSError: It is not a directory, or cannot be made.
     """
     try:
         with opened(folder):
@@ -211,15 +211,15 @@ def check_folder(folder: str) -> None:
 
 
 def make_folder(folder: str, root: str | os.PathLike[str] | None = None) -> None:
-    """Make a folder of a cache directory, and those that it is in, where they are missing.
+    """Make a folder of a cache directory, and those above it, if they are missing.
 
     Args:
         folder: The folder.
         root: The cache directory; by default the folder itself.
 
     Raises:
-        UntrustedFile: One of them is a link or a stranger's.
-        OSError: It cannot be made.
+        UntrustedFile: One of the folders is a link or a stranger's.
+        OSError: A folder cannot be made.
     """
     top, steps = _way_down(folder, root)
     os.makedirs(top, FOLDER_MODE, exist_ok=True)
@@ -234,12 +234,12 @@ def within(
     root: str | os.PathLike[str] | None,
     step: Callable[[int], _T],
 ) -> _T:
-    """Do something in a folder, which is made where missing; again where another process removes it meanwhile.
+    """Do something in a folder. It is made if it is missing, and made again if another process removes it meanwhile.
 
     Args:
         folder: The folder.
         root: The cache directory that it is in; by default the folder itself.
-        step: What to do, with a descriptor of the folder.
+        step: The action. It gets a descriptor of the folder.
     """
     for _ in range(_TRIES):
         try:
@@ -252,15 +252,15 @@ def within(
 
 
 def listed(folder: str, root: str | os.PathLike[str] | None = None) -> Iterator[tuple[str, os.stat_result]]:
-    """What is in a folder, and what each is; links are not followed.
+    """Yield the name and the status of everything in a folder, without following links.
 
     Args:
         folder: The folder.
         root: The cache directory that it is in; by default the folder itself.
 
     Raises:
-        UntrustedFile: It, or one that it is in, is a link or a stranger's.
-        OSError: It cannot be listed.
+        UntrustedFile: The folder, or one above it, is a link or a stranger's.
+        OSError: The folder cannot be listed.
     """
     with opened(folder, root) as above:
         fd = os.open(".", LIST, dir_fd=above)
@@ -283,14 +283,14 @@ def write(
     durable: bool = False,
     mode: int = FILE_MODE,
 ) -> None:
-    """Put a file in place, whole or not at all; its folder is made where missing.
+    """Write a file, whole or not at all. Its folder is made if it is missing.
 
     Args:
         path: The file.
-        data: What it is to hold.
+        data: Its content.
         root: The cache directory that it is in; by default its folder.
-        durable: Whether it has to be whole after a loss of power, too.
-        mode: What may be done with it, as far as the umask lets it.
+        durable: Also make sure that the file is whole after a loss of power.
+        mode: Its permissions, before the umask.
     """
     name = os.path.basename(path)
 
@@ -306,11 +306,11 @@ def write(
 
 
 def write_first(path: str, data: bytes | memoryview, root: str | os.PathLike[str] | None = None) -> bool:
-    """Put a file in place, whole, unless there is one already; says whether it was.
+    """Write a file whole unless it exists already, and return whether it was written.
 
     Args:
         path: The file.
-        data: What it is to hold.
+        data: Its content.
         root: The cache directory that it is in; by default its folder.
     """
     name = os.path.basename(path)
@@ -326,7 +326,7 @@ def write_first(path: str, data: bytes | memoryview, root: str | os.PathLike[str
 
 
 def make_mark(path: str, root: str | os.PathLike[str] | None = None) -> bool:
-    """Make an empty file, unless there is one already; says whether it was made."""
+    """Make an empty file unless it exists already, and return whether it was made."""
 
     def make(folder: int) -> bool:
         try:
@@ -339,16 +339,16 @@ def make_mark(path: str, root: str | os.PathLike[str] | None = None) -> bool:
 
 
 def _named_first(folder: int, temporary: str, name: str) -> bool:
-    """Give a file its name, unless there is one of that name already; says whether it has it."""
+    """Give a file its name unless that name is taken, and return whether the file has it."""
     try:
         os.link(temporary, name, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)
     except FileExistsError:
-        # A server may have done it, and was asked again because its answer was lost.
+        # A server may have made the link, lost its answer and been asked again.
         return os.stat(temporary, dir_fd=folder, follow_symlinks=False).st_nlink > 1
     except FileNotFoundError:
-        raise  # the folder is gone
+        raise  # the folder is gone, and `within` makes it again
     except OSError:
-        # No hard links here. An empty file is a claim as well; its readers know that it may be filled soon.
+        # There are no hard links here. An empty file is a claim as well; its readers know that it may be filled soon.
         try:
             os.close(os.open(name, _CREATE, FILE_MODE, dir_fd=folder))
         except FileExistsError:
@@ -358,7 +358,7 @@ def _named_first(folder: int, temporary: str, name: str) -> bool:
 
 
 def _written(folder: int, data: bytes | memoryview, durable: bool, mode: int) -> str:
-    """Write a file that is to get another name; returns the one that it has till then."""
+    """Write a file under a temporary name, and return that name."""
     name = _temporary()
     try:
         with open(os.open(name, _CREATE, mode, dir_fd=folder), "wb", buffering=0) as file:
@@ -366,7 +366,7 @@ def _written(folder: int, data: bytes | memoryview, durable: bool, mode: int) ->
             while view:
                 view = view[file.write(view) :]
             if durable:
-                # Its name need not last: the call of a result that was lost whole runs again.
+                # Its name need not be durable: if a result is lost as a whole, its call runs again.
                 (os.fdatasync if hasattr(os, "fdatasync") else os.fsync)(file.fileno())
     except BaseException:
         _discard(folder, name)
@@ -380,12 +380,12 @@ def _discard(folder: int, name: str) -> None:
 
 
 def _temporary() -> str:
-    # Not `tempfile`: its files are the owner's alone, and an entry is for all who may use the directory.
+    # Not `tempfile`, whose files only their owner may read: an entry is for all who may use the directory.
     return f".{os.getpid()}-{os.urandom(8).hex()}.tmp"
 
 
 def remove(path: str, root: str | os.PathLike[str] | None = None) -> None:
-    """Remove a file, if it is there; of a link, that itself.
+    """Remove a file if it exists. If it is a link, the link itself is removed.
 
     Args:
         path: The file.
@@ -402,16 +402,16 @@ def remove(path: str, root: str | os.PathLike[str] | None = None) -> None:
 
 
 def read(path: str | os.PathLike[str], root: str | os.PathLike[str] | None = None, *, last: int | None = None) -> bytes:
-    """Read a file whose writer is to be trusted.
+    """Read a file if its writer is trusted.
 
     Args:
         path: The file.
         root: The cache directory that it is in; by default its folder.
-        last: How many bytes of its end to read at most; None for all.
+        last: Read at most this many bytes from the end; None for all.
 
     Raises:
-        UntrustedFile: It is a link, or a stranger could have put it there.
-        OSError: It cannot be opened, or is no file.
+        UntrustedFile: The file is a link, or a stranger could have put it there.
+        OSError: It cannot be opened, or is not a regular file.
     """
     path = os.fspath(path)
     above, name = os.path.split(path)
@@ -434,7 +434,7 @@ def read(path: str | os.PathLike[str], root: str | os.PathLike[str] | None = Non
                 f"{path} is not read: it is {name_of(status.st_uid)}'s, and everybody may write to {exposed}, so "
                 f"anybody could have put it there, with anything in it. Remove it. {advice_for(exposed)}"
             )
-        # No more than it has now: a file that grows all the time has no end.
+        # Read no more than the file has now, because one that keeps growing has no end.
         size = status.st_size
         if last is not None and size > last:
             os.lseek(fd, size - last, os.SEEK_SET)
@@ -448,12 +448,12 @@ def read(path: str | os.PathLike[str], root: str | os.PathLike[str] | None = Non
 
 
 def is_there(path: str) -> bool:
-    """Whether there is a file or a folder, whatever a network file system remembers.
+    """Return whether a file or a folder exists, regardless of what a network file system remembers.
 
-    Such file systems remember for a while which names are there and which are not, NFS by default for up to a minute.
-    NFS asks its server again about the names in a folder that is opened. File systems of FUSE ask when a name is to be
-    made that must not be there yet; so a link is tried that can never be made, as no folder has a second name. Its
-    source is the folder that was opened, by descriptor: by its path, it could be a symbolic link, which can have one.
+    Such file systems remember for a while which names exist and which do not, NFS by default for up to a minute. NFS
+    asks its server again about the names in a folder when the folder is opened. FUSE file systems ask when a name is
+    about to be made and must not exist yet. So this tries to make a hard link to a folder, which can never be made. Its
+    source is the opened folder, by descriptor: the path could be a symbolic link, which can have a second name.
     """
     folder, name = os.path.split(path)
     try:
@@ -475,7 +475,7 @@ def is_there(path: str) -> bool:
 
 
 def is_older(path: str, seconds: float) -> bool:
-    """Whether a file was last changed longer ago than that; one that is gone was not."""
+    """Return whether a file was last changed longer ago than that; False if it is gone."""
     try:
         return time.time() - os.stat(path).st_mtime > seconds
     except OSError:
@@ -483,13 +483,13 @@ def is_older(path: str, seconds: float) -> bool:
 
 
 def is_trusted(owner: int) -> bool:
-    """Whether what this user made is read where everybody may write."""
+    """Return whether files of this owner are read even if everybody may write to the directory."""
     return owner in (0, os.geteuid())
 
 
 def name_of(owner: int) -> str:
-    """A user's name."""
-    import pwd  # only for errors
+    """Return a user's name."""
+    import pwd  # only error texts need it
 
     try:
         return pwd.getpwuid(owner).pw_name
@@ -498,5 +498,5 @@ def name_of(owner: int) -> str:
 
 
 def advice_for(folder: str) -> str:
-    """What to do about a folder that everybody may write to, for the end of an error text."""
+    """Return advice for the end of an error text about a folder that everybody may write to."""
     return f"Then take the right to write from others (chmod o-w {folder}), or use another cache_directory."

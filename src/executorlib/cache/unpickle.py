@@ -1,9 +1,9 @@
-"""What another session has pickled: its classes of `__main__` are this session's, where they are the same.
+"""Unpickling what another session pickled: its classes of `__main__` become this session's identical ones.
 
-A class that a script or a notebook itself defines is in a pickle by value. To cloudpickle it is another class in every
-session, though it was made by the same lines: objects would not equal those that are made here, and an exception would
-not be caught by its name. So such a class is compared with the one of that name here, in the way in which keys of the
-cache tell functions apart; where both are the same, the object is rebuilt with the one that is here.
+A class that a script or a notebook defines is pickled by value. To cloudpickle it is another class in every session,
+even if the same lines made it: objects would not equal those made here, and an exception would not be caught by its
+name. So such a class is compared with the class of that name here, in the way in which cache keys tell functions apart.
+If both have the same definition, the object is rebuilt with the class that is here.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import Any
 
-# What cloudpickle rebuilds a class and an enumeration by, and the place of the class's id among the arguments; and what
-# it gives the class its attributes by.
+# The functions with which cloudpickle rebuilds a class and an enumeration, with the position of the class's id among
+# their arguments; and the function with which it sets the attributes of the class.
 _MAKERS = {"_make_skeleton_class": 4, "_make_skeleton_enum": 5}
 _SETTER = "_class_setstate"
-# Unpickles a pickle within the pickle, such as what one of several ranks has returned.
+# Unpickles a pickle inside the pickle, such as what one of several ranks returned.
 _NESTED = ("executorlib.serialize", "unpickled")
 
 
 class Unpickler(pickle.Unpickler):
-    """Rebuilds classes that are in a pickle by value.
+    """Rebuilds classes that were pickled by value.
 
     Attributes:
-        known: Classes to take instead, by cloudpickle's id.
-        made: The classes that were made, by that id.
+        known: Classes to use instead, by cloudpickle's id.
+        made: Classes that were newly made, by that id.
     """
 
     known: dict[str, type]
     made: dict[str, type]
 
     def find_class(self, module: str, name: str) -> Any:
-        """See `pickle.Unpickler.find_class`."""
+        """Find a global, with replacements for those that rebuild classes."""
         if (module, name) == _NESTED:
             return self._nested
         found = super().find_class(module, name)
@@ -66,7 +66,7 @@ class Unpickler(pickle.Unpickler):
         return made
 
     def _setter(self, set_state: Callable[[type, Any], type]) -> Callable[[type, Any], type]:
-        # Those that are here have their attributes; the others' would read globals of the other session.
+        # Our classes keep their attributes. Those from the pickle would read globals of the other session.
         ours = set(self.known.values())
         return lambda cls, state: cls if cls in ours else set_state(cls, state)
 
@@ -75,8 +75,8 @@ def loads(data: bytes | bytearray | memoryview, unpickler: type[Unpickler] = Unp
     """Rebuild an object.
 
     Args:
-        data: Its pickle.
-        unpickler: Rebuilds it.
+        data: The object's pickle.
+        unpickler: The class that unpickles it.
 
     Raises:
         Exception: Whatever the pickle's own code raises.
@@ -97,7 +97,7 @@ def _load(
 
 
 def _same_here(cls: type) -> type | None:
-    """The class of this process that has this one's name and definition, if it is another object."""
+    """Return this process's class with the same name and definition, if it is another object."""
     if cls.__module__ != "__main__" or "<locals>" in cls.__qualname__:
         return None
     from executorlib.keys.fingerprint import same_definition
@@ -111,7 +111,7 @@ def _same_here(cls: type) -> type | None:
 
 
 def _of_that_name(cls: type) -> Iterator[type]:
-    """Classes that it may be: the one of the program, then those that came with something else, as to a job."""
+    """Yield candidates: the program's class, then classes that came by value with something else, as in a job."""
     ours: Any = sys.modules.get("__main__")
     for part in cls.__qualname__.split("."):
         ours = getattr(ours, part, None)

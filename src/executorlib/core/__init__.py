@@ -1,1 +1,1 @@
-"""Decides which call runs next and where, which is pure, and carries it out, which is the loop's."""
+"""The scheduler, which decides which call runs next and where, and the loop, which carries that out."""

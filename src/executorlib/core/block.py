@@ -1,4 +1,4 @@
-"""Decides for workers that take call after call."""
+"""The scheduler for workers that take call after call."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from executorlib.resources import Demand
 if TYPE_CHECKING:
     from executorlib.core.scheduler import Worker
 
-# Calls that a worker holds beyond the one it runs. Their expected time together stays below LOOKAHEAD_SECONDS, so
-# that a worker is never idle while the next call travels, yet little is tied to a worker; MAX_LOOKAHEAD bounds what
-# has to be taken back when a call turns out long.
+# A worker may hold calls beyond the one it runs. Together they are expected to take less than LOOKAHEAD_SECONDS:
+# enough that a worker is never idle while the next call travels, yet little is tied to one worker. MAX_LOOKAHEAD
+# bounds what has to be taken back when a call turns out to be long.
 LOOKAHEAD_SECONDS = 0.005
 MAX_LOOKAHEAD = 128
-# Weight of the newest call in the moving average of call times.
+# The weight of the newest call in the moving average of call times.
 _NEWEST = 0.2
 
 
 class BlockScheduler(Scheduler):
-    """A set of workers that take call after call.
+    """Schedules calls on a fixed set of workers, each of which takes call after call.
 
     Args:
         size: Number of workers.
         restart_limit: How often each worker is replaced when it dies.
         ledger: Where the workers' resources come from.
         demand: Resources of each worker.
-        lookahead: Whether workers may be handed calls before they are through with the one they run.
+        lookahead: Whether workers may be handed calls before they have finished the one they run.
     """
 
     def __init__(
@@ -48,17 +48,17 @@ class BlockScheduler(Scheduler):
         self._may_look_ahead = lookahead
         self._queue = ReadyQueue()
         self._ready_calls = 0
-        self._slots: list[Worker | None] = [None] * size  # who holds each executorlib_worker_id
+        self._slots: list[Worker | None] = [None] * size  # the holder of each executorlib_worker_id
         self._restarts = [0] * size
         self._average: float | None = None
         self._hungry: dict[Worker, None] = {}  # workers that may be handed calls, in the order of their last result
         self._may_recall = True
-        self._incomplete = True  # some slot may lack its worker
+        self._incomplete = True  # some slot may have no worker
         self._lost: list[str] = []  # names of nodes
         self._broken = ""
 
     def on_started(self, worker: Worker, lookahead: bool = False) -> None:
-        """The worker takes calls."""
+        """The worker can take calls."""
         worker.ready = True
         worker.lookahead = lookahead and self._may_look_ahead
         self._set_hungry(worker)
@@ -66,7 +66,7 @@ class BlockScheduler(Scheduler):
     def on_result(
         self, worker: Worker, task: Task, seconds: float, failed: bool = False, leaving: bool = False
     ) -> None:
-        """The call is over, the worker takes another."""
+        """The call is over, so the worker can take another."""
         self._end(task, FAILED if failed else DONE)
         worker.calls.remove(task)
         known = self._average
@@ -74,19 +74,19 @@ class BlockScheduler(Scheduler):
         self._set_hungry(worker)
 
     def on_unsent(self, worker: Worker, task: Task, state: State) -> None:
-        """The call did not go out; the worker takes another."""
+        """The call was not sent, so the worker can take another."""
         self._end(task, state)
         worker.calls.remove(task)
         self._set_hungry(worker)
 
     def on_recalled(self, worker: Worker, tasks: list[Task]) -> None:
-        """A worker gave these calls back before it started them; they go to another."""
+        """The worker gave these calls back without having started them; they go to other workers."""
         for task in tasks:
             worker.calls.remove(task)
         self._requeue(tasks)
 
     def on_exit(self, worker: Worker, recalled: list[Task]) -> list[Task]:
-        """Replace the worker while its restarts last; only the call that it ran is lost."""
+        """Replace the worker if it has restarts left. Only the call it was running is lost."""
         del self.workers[worker.number]
         self._hungry.pop(worker, None)
         self.ledger.release(worker.allocation)
@@ -101,22 +101,22 @@ class BlockScheduler(Scheduler):
         return lost
 
     def on_node_lost(self, node: Node) -> list[Worker]:
-        """See `Scheduler.on_node_lost`."""
+        """The node is gone: no worker is started there any more."""
         self.ledger.remove(node)
         self._lost.append(node.name)
         return self._workers_on(node)
 
     def on_planned_exit(self, worker: Worker) -> None:
-        """The worker's next exit is our doing: it does not count as a restart."""
+        """We are ending this worker ourselves, so its exit does not count as a restart."""
         worker.stopping = True
         worker.ready = False
         self._hungry.pop(worker, None)
 
     def on_resize(self, size: int) -> None:
-        """Grow or shrink the block, whose workers may be restarted anew. Surplus ones end once their calls are over."""
+        """Grow or shrink the block and reset the count of restarts. Surplus workers end once their calls are over."""
         self._restarts = [0] * len(self._slots)
         missing = size * self.demand.cores - sum(node.total_cores for node in self.ledger.nodes)
-        if missing > 0 and not self._lost:  # only where calls are counted, not cores
+        if missing > 0 and not self._lost:  # only where the ledger counts calls and not cores
             (node, *_) = self.ledger.nodes
             self.ledger.grow(node, range(node.total_cores, node.total_cores + missing))
         for _ in range(len(self._slots), size):
@@ -127,14 +127,14 @@ class BlockScheduler(Scheduler):
                 worker.retiring = slot >= size
                 self._set_hungry(worker)
                 if worker.retiring and not worker.ready and not worker.stopping:
-                    # What has not started need not start; a job could wait in its queue for hours.
+                    # It has not started and need not: a job could wait in its queue for hours.
                     self.on_planned_exit(worker)
                     self._effects.append(Kill(worker))
         self.size = size
         self._incomplete = True
 
     def on_break(self, reason: str) -> None:
-        """No worker can be started any more: fail all calls, now and later, with this reason."""
+        """No worker can be started any more: fail all calls, present and future, with this reason."""
         self._broken = reason
 
     # -- decisions --------------------------------------------------------------------------------------------
@@ -165,7 +165,7 @@ class BlockScheduler(Scheduler):
         for slot in range(self.size):
             if self._slots[slot] is None and self._restarts[slot] <= self.restart_limit:
                 allocation = self.ledger.allocate(self.demand)
-                if allocation is None:  # held by a retiring worker
+                if allocation is None:  # a retiring worker still holds the resources
                     return
                 worker = self._new_worker(slot, allocation)
                 self._slots[slot] = worker
@@ -174,7 +174,7 @@ class BlockScheduler(Scheduler):
 
     def _feed(self) -> None:
         batches: dict[Worker, list[Task]] = {}
-        # Who worked last goes first: its caches are warm.
+        # The worker that was busy last goes first: its caches are warm.
         for worker in reversed(list(self._hungry)):
             if worker.retiring and not worker.calls:
                 self.on_planned_exit(worker)
@@ -185,7 +185,7 @@ class BlockScheduler(Scheduler):
         if depth > 1 and self._queue.peek() is not None:
             share = -(-(self.not_started + self._in_flight()) // max(1, len(self.workers)))
             for worker in list(self._hungry):
-                # Refilled at half, so that calls travel several at a time.
+                # Refill a worker when it is half empty, so that several calls travel together.
                 target = min(depth, share)
                 if worker.lookahead and not worker.retiring and 2 * len(worker.calls) <= target:
                     self._hand(worker, target - len(worker.calls), batches)
@@ -193,7 +193,7 @@ class BlockScheduler(Scheduler):
             self._effects.append(Send(worker, tasks))
         idle = [worker for worker in self._hungry if not worker.calls and not worker.retiring]
         if idle and self._may_recall:
-            # Once for each change: what a worker does not give back now it has started, and will answer.
+            # Ask once after each change: calls that are not given back now have been started and will be answered.
             self._may_recall = False
             self._recall_for(len(idle))
         self._hungry = dict.fromkeys(idle)
@@ -218,7 +218,7 @@ class BlockScheduler(Scheduler):
         return self.unfinished - self.not_started
 
     def _recall_for(self, idle: int) -> None:
-        """Idle workers and nothing queued: take back half of what others have not started."""
+        """Workers are idle and nothing is queued: take back half of the calls that other workers hold unstarted."""
         for worker in self.workers.values():
             if len(worker.calls) > 1 and idle > 0:
                 count = len(worker.calls) // 2
@@ -238,7 +238,7 @@ class BlockScheduler(Scheduler):
             self._effects.append(Fail(task, reason))
 
     def check_invariants(self) -> None:
-        """Raise AssertionError where the state contradicts itself; for tests."""
+        """Raise AssertionError if the state contradicts itself; for tests."""
         for worker in self.workers.values():
             assert all(task.state is RUNNING for task in worker.calls)
             assert worker.lookahead or len(worker.calls) <= 1

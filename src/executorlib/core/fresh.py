@@ -1,4 +1,4 @@
-"""Decides for workers of one call each."""
+"""The scheduler that starts a worker for every call."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class DemandQueue(ReadyQueue):
-    """Calls of one demand, and what a node has to have free so that it is worth a look at them."""
+    """Calls with the same demand, and how much a node must have free for them to be worth a look."""
 
     def __init__(self, demand: Demand) -> None:
         super().__init__()
@@ -23,21 +23,21 @@ class DemandQueue(ReadyQueue):
         self.exclusive = demand.exclusive
 
 
-# A call that does not fit may be overtaken by later ones this many times for each core of the largest node; then
-# nodes are kept for it. Each core can so be filled again about four times before a large call gets its turn.
+# After this many later calls for each core of the largest node have overtaken a call that does not fit, nodes are
+# kept for it. So each core can be filled about four more times before a large call gets its turn.
 OVERTAKEN_PER_CORE = 4
 
 
 class FreshScheduler(Scheduler):
-    """Every call gets a worker of its own as soon as its demand is free.
+    """Gives every call a worker of its own as soon as what it needs is free.
 
-    The queues of demands that do not fit are shut, and opened again when a node has enough free for a share of theirs:
-    an event costs no look at calls that it cannot help.
+    The queue of a demand that does not fit is shut, and opened again when a node has enough free for one share of it.
+    So an event never costs a look at calls that it cannot help.
 
     Args:
-        ledger: What there is.
-        max_calls: Calls at once; None for as many as the ledger holds.
-        restart_limit: How often a call is run again when a node is lost that it ran on.
+        ledger: The resources.
+        max_calls: Most calls at once; None for as many as the ledger holds.
+        restart_limit: How often a call is run again when a node it runs on is lost.
     """
 
     def __init__(self, ledger: Ledger, max_calls: int | None = None, restart_limit: int = 0) -> None:
@@ -45,63 +45,63 @@ class FreshScheduler(Scheduler):
         self.ledger = ledger
         self.max_calls = max_calls
         self.restart_limit = restart_limit
-        self._restarts: dict[Task, int] = {}  # of calls that run again or are about to
+        self._restarts: dict[Task, int] = {}  # of calls that are running again or about to
         self._queues: dict[Demand, DemandQueue] = {}
-        self._open: dict[DemandQueue, None] = {}  # whose next call may fit
-        self._shut: dict[DemandQueue, None] = {}  # whose next call does not
+        self._open: dict[DemandQueue, None] = {}  # queues whose next call may fit
+        self._shut: dict[DemandQueue, None] = {}  # queues whose next call does not fit
         self._reopened = False
         self._launching: dict[Task, Worker] = {}
-        self._started: dict[Worker, None] = {}  # that were not told yet what to do
+        self._started: dict[Worker, None] = {}  # workers that have not been handed their call yet
         self._blocked: Task | None = None  # the first in turn that does not fit; None: not known
-        self._overtaken = 0  # by how many calls since it is the first
-        self._reserved: Reservation | None = None  # for it
+        self._overtaken = 0  # how many calls have overtaken it
+        self._reserved: Reservation | None = None  # for the blocked call
         self._lost: list[str] = []  # names of nodes
         self._overtaken_limit = OVERTAKEN_PER_CORE * max(node.total_cores for node in ledger.nodes)
 
     @property
     def launching(self) -> int:
-        """See `Scheduler.launching`."""
+        """Number of calls whose worker is being started."""
         return len(self._launching)
 
     def on_started(self, worker: Worker, lookahead: bool = False) -> None:
-        """The worker's call is handed over."""
+        """The worker is ready, so its call is handed over."""
         worker.ready = True
         self._launching.pop(worker.calls[0], None)
         self._started[worker] = None
 
     def on_unsent(self, worker: Worker, task: Task, state: State) -> None:
-        """The call did not go out; its worker has nothing else to do."""
+        """The call was not sent, and its worker has nothing else to do."""
         self._end(task, state)
         self._effects.append(Kill(worker))
 
     def on_result(
         self, worker: Worker, task: Task, seconds: float, failed: bool = False, leaving: bool = False
     ) -> None:
-        """The call is over. Its cores are free when its process is about to exit, GPUs when it has exited."""
+        """The call is over. Its cores are free once its process is about to exit, its GPUs only when it has exited."""
         self._end(task, FAILED if failed else DONE)
         if leaving and not worker.allocation.gpus:
             self._free(worker)
 
     def on_cancel(self, task: Task) -> None:
-        """The call's future was cancelled before it was handed to a worker."""
+        """The call's future was cancelled before the call was handed to a worker."""
         if task is self._blocked:
             self._unblock()
         self._stop_launch(task)
         super().on_cancel(task)
 
     def on_failed(self, task: Task) -> None:
-        """The call cannot run: an input failed, or it cannot be sent."""
+        """The call cannot run: one of its inputs failed, or it cannot be sent."""
         self._stop_launch(task)
         super().on_failed(task)
 
     def _stop_launch(self, task: Task) -> None:
         worker = self._launching.pop(task, None)
         if worker is not None:
-            # What starts slowly, such as a job that waits in a queue, need not start at all.
+            # A worker that is slow to start, such as a job that waits in a queue, need not start at all.
             self._effects.append(Kill(worker))
 
     def on_exit(self, worker: Worker, recalled: list[Task]) -> list[Task]:
-        """The worker's resources are free; a call that it still had is lost, or runs again if its node was lost."""
+        """Free the worker's resources. Its call, if it still had one, is lost, or runs again if a node was lost."""
         self._started.pop(worker, None)
         if worker.number not in self.workers:
             return []
@@ -114,14 +114,14 @@ class FreshScheduler(Scheduler):
             task.move(READY)
             self.not_started += 1
             if self._blocked is not None and self._blocked.demand == task.demand:
-                self._unblock()  # it is not the first of its queue any more, and nodes must not be kept behind that
+                self._unblock()  # it is no longer the first of its queue, so no nodes may be kept for it
             self._enqueue(task, first=True)
             return []
         self._end(task, FAILED)
         return [task]
 
     def _may_run_again(self, task: Task) -> bool:
-        """Whether a call whose node is lost is to run elsewhere, which is counted if it may have begun."""
+        """Whether a call whose node is lost may run elsewhere; counts the attempt if the call may have begun."""
         if not self.ledger.could_hold(task.demand):
             return False
         if task.state is RUNNING:
@@ -137,7 +137,7 @@ class FreshScheduler(Scheduler):
             self._restarts.pop(task, None)
 
     def on_node_lost(self, node: Node) -> list[Worker]:
-        """See `Scheduler.on_node_lost`; calls that need more than what is left now fail."""
+        """The node is gone: calls that need more than what is left fail now."""
         if node.kept_for is not None:
             self._unblock()
         self.ledger.remove(node)
@@ -173,7 +173,7 @@ class FreshScheduler(Scheduler):
                 self._reopen_for(share.node)
 
     def _reopen_for(self, node: Node) -> None:
-        """Look again at the demands that may fit now that something on the node was given back."""
+        """Something on the node was given back: open the queues whose calls may now fit."""
         if node.lost:
             return
         gpus, cores = node.available()
@@ -232,7 +232,7 @@ class FreshScheduler(Scheduler):
                 heads = self._heads()
 
     def _heads(self) -> list[tuple[int, int, Task, DemandQueue]]:
-        """The next call of every open queue, as a heap in the order of their turn."""
+        """The next call of every open queue, as a heap ordered by turn."""
         self._reopened = False
         heads = []
         for queue in list(self._open):
@@ -247,7 +247,7 @@ class FreshScheduler(Scheduler):
     def _tell_started(self) -> None:
         for worker in self._started:
             (task,) = worker.calls
-            if task.over:  # cancelled while the worker was started
+            if task.over:  # cancelled while its worker started
                 self._effects.append(Kill(worker))
             else:
                 task.move(RUNNING)
@@ -266,7 +266,7 @@ class FreshScheduler(Scheduler):
             return allocation
         allocation = self.ledger.allocate(task.demand)
         if allocation is None and blocked is not None and _turn(task) < _turn(blocked):
-            # From now on this one is the first, and what is kept for the other may be what it needs.
+            # This call is now first in turn, and what is kept for the other one may be what it needs.
             was_reserved = self._reserved is not None
             self._unblock()
             if was_reserved:
@@ -286,7 +286,7 @@ class FreshScheduler(Scheduler):
             self._note_overtaken(task)
 
     def _note_overtaken(self, task: Task) -> None:
-        """Keep nodes for the first call in turn that does not fit, once it was overtaken enough."""
+        """Keep nodes for the first call that does not fit, once enough calls have overtaken it."""
         if self._blocked is None:
             self._blocked = self._first_shut()
             self._overtaken = 0
@@ -313,7 +313,7 @@ class FreshScheduler(Scheduler):
         self._reopened = True
 
     def check_invariants(self) -> None:
-        """Raise AssertionError where the state contradicts itself; for tests."""
+        """Raise AssertionError if the state contradicts itself; for tests."""
         self.ledger.check_invariants()
         held = sum(
             len(share.cores)
@@ -336,5 +336,5 @@ class FreshScheduler(Scheduler):
 
 
 def _turn(task: Task) -> tuple[int, int]:
-    """Whose turn it is: the smaller goes first."""
+    """Sort key of the order in which calls get their turn; the smallest goes first."""
     return -task.resources.priority, task.number

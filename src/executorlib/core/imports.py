@@ -1,7 +1,7 @@
-"""Executors and calls of a module that is still being imported.
+"""Refuses executors and calls of a module that is still being imported.
 
-Its functions and classes are pickled by name, so the executor's thread would wait for the end of the import, which may
-wait for the call. And a worker that imports the module would do all that again, in executors of its own, without end.
+Its functions and classes are pickled by name, so the executor's thread would wait for the import to end, while the
+import may wait for the call. And the worker would import the module, too, open executors of its own, and so on forever.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from typing import Any
 from executorlib import serialize
 from executorlib.core.task import function_name
 
-# Locks of the modules that are being imported, by any thread: mostly none, which is found out in no time.
+# Locks of the modules that any thread is importing. Nearly always empty, which is a very cheap test.
 _locks: dict[str, Any] | None = getattr(getattr(importlib, "_bootstrap", None), "_module_locks", None)
 
-# How deep executors are nested that were opened by an import; workers inherit it.
+# How deeply executors opened by imports are nested; workers inherit this variable.
 _DEPTH_VARIABLE = "EXECUTORLIB_IMPORT_DEPTH"
 _MOST_DEPTH = 5
-# That of the executor that this process works for; read once, as it is also what is handed on.
+# The depth of the executor that this process works for. Read only once, since the variable is overwritten for workers.
 _own_depth: int | None = None
 
 _ADVICE = (
@@ -33,7 +33,7 @@ _ADVICE = (
 
 
 def _module_here() -> str | None:
-    """The module whose import this thread is in the middle of."""
+    """The module that this thread is in the middle of importing."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "<module>" and _is_initializing(frame.f_globals.get("__spec__")):
@@ -47,13 +47,13 @@ def _is_initializing(spec: object) -> bool:
 
 
 def check_executor(name: str) -> None:
-    """Make sure that executors which are opened by importing a module are not nested without end.
+    """Make sure that executors opened while a module is imported are not nested forever.
 
     Args:
         name: The executor's class.
 
     Raises:
-        RuntimeError: They are.
+        RuntimeError: They are nested too deeply.
     """
     global _own_depth
     if _locks is not None and not _locks:
@@ -74,7 +74,7 @@ def check_executor(name: str) -> None:
 
 
 def check_call(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Make sure that a call refers to no module that is being imported.
+    """Make sure that a call does not refer to a module that is being imported.
 
     Args:
         fn: The function.
@@ -90,7 +90,7 @@ def check_call(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     unfinished = {each for each in names if _is_initializing(getattr(sys.modules.get(each), "__spec__", None))}
     if not unfinished:
         return
-    # What other threads import is mostly none of the call's, and not worth a look at all that it holds.
+    # Modules that other threads import rarely concern the call, so they do not justify a search through its arguments.
     found = _module_of(fn, unfinished) or (_find(unfinished, (fn, args, kwargs)) if _module_here() else None)
     if found is not None:
         raise RuntimeError(
@@ -101,7 +101,7 @@ def check_call(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def _module_of(obj: object, unfinished: set[str]) -> str | None:
-    """The first of these modules that unpickling an object's name would import."""
+    """The first of these modules that would be imported if the object were unpickled by its name."""
     if isinstance(obj, ModuleType):
         module = obj.__name__
     elif isinstance(obj, type | FunctionType | BuiltinFunctionType):
@@ -121,15 +121,15 @@ class _Found(Exception):
 
 
 class _Nowhere:
-    """A file that keeps nothing."""
+    """A file that discards what is written to it."""
 
     def write(self, data: bytes) -> int:
-        """Take anything."""
+        """Accept any data."""
         return len(data)
 
 
 def _find(unfinished: set[str], obj: object) -> str | None:
-    """The first of these modules that unpickling anything in an object would import."""
+    """The first of these modules that would be imported if the object, with all its parts, were unpickled."""
 
     class Scout(serialize._pickler()):  # type: ignore[misc]
         def persistent_id(self, obj: object) -> str | None:
@@ -144,6 +144,6 @@ def _find(unfinished: set[str], obj: object) -> str | None:
         Scout(_Nowhere(), serialize.PROTOCOL, buffer_callback=lambda buffer: None).dump(obj)
     except _Found as found:
         return str(found)
-    except Exception:  # it cannot be pickled, of which the call tells
+    except Exception:  # it cannot be pickled, which the call itself reports
         return None
     return None

@@ -1,7 +1,7 @@
-"""Nodes, cores and GPUs: what there is, what is free, and who holds which.
+"""Keeps account of nodes, cores and GPUs: what there is, what is free, and who holds what.
 
-Pure bookkeeping: no I/O, no clock. Finding room costs the same for one node and for ten thousand, because
-nodes are kept in buckets by what is free on them, and a bit mask says which buckets hold any.
+Pure bookkeeping: no I/O, no clock. Finding room costs the same for one node as for ten thousand, because nodes are kept
+in buckets by what they have free, and a bit mask tells which buckets are not empty.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 
 
 class _Row:
-    """Nodes with the same number of GPUs available, in buckets by their available cores."""
+    """Nodes with the same number of available GPUs, in buckets by their available cores."""
 
     __slots__ = ("buckets", "mask")
 
     def __init__(self, most_cores: int) -> None:
         self.buckets: list[list[Node]] = [[] for _ in range(most_cores + 1)]
-        self.mask = 0  # bit c: bucket c holds any
+        self.mask = 0  # bit c is set if bucket c is not empty
 
     def nodes(self, cores: int) -> Iterator[Node]:
-        """Nodes with at least so many cores available, the fullest first."""
+        """Nodes with at least this many cores available, the fullest first."""
         mask = self.mask >> cores
         while mask:
             lowest = mask & -mask
@@ -35,7 +35,7 @@ class _Row:
 
 
 class Node:
-    """A machine's share in the ledger.
+    """The record of one machine in the ledger.
 
     Args:
         name: Host name.
@@ -58,21 +58,21 @@ class Node:
 
     def __init__(self, name: str, cores: Iterable[int], gpus: Iterable[str] = ()) -> None:
         self.name = name
-        # Used as stacks from the end; reversed so that the lowest numbers go first.
+        # Both are stacks, popped from the end; reversed so that the lowest numbers are taken first.
         self.free_cores = list(cores)[::-1]
         self.free_gpus = list(gpus)[::-1]
         self.total_cores = len(self.free_cores)
         self.total_gpus = len(self.free_gpus)
         self.kept_for: Reservation | None = None
         self.kept = (0, 0)  # cores and GPUs
-        # Where the ledger's index has it; not in any row once the node is lost.
+        # The node's place in the ledger's index. A lost node is in no row.
         self.row: _Row | None = None
         self.column = 0
         self.position = 0
 
     @classmethod
     def of(cls, shape: NodeShape) -> Node:
-        """A node with all that an allocation or an instance has there."""
+        """A node with everything that an allocation or an instance has there."""
         return cls(shape.name, range(shape.cpus), shape.gpus)
 
     def __repr__(self) -> str:
@@ -92,12 +92,12 @@ class Node:
 
     @property
     def idle(self) -> bool:
-        """Whether nobody is on the node, and it is not kept for a call."""
+        """Whether nothing on the node is held, and nothing is kept for a call."""
         return len(self.free_cores) == self.total_cores and self.kept_for is None
 
     @property
     def keeps_all(self) -> bool:
-        """Whether all that is kept for a call is there."""
+        """Whether everything that is kept for a call is free by now."""
         cores, gpus = self.kept
         return len(self.free_cores) >= cores and len(self.free_gpus) >= gpus
 
@@ -117,7 +117,7 @@ class Share(NamedTuple):
 
 
 class Allocation:
-    """What one call or worker holds, until it is given back with `Ledger.release`.
+    """What one call or worker holds until `Ledger.release` gives it back.
 
     Attributes:
         node: The node, or the first of several.
@@ -145,12 +145,12 @@ class Allocation:
 
 
 class Reservation:
-    """Parts of nodes that are withheld from everybody but one call.
+    """Parts of nodes that are kept for one call and withheld from all others.
 
     Attributes:
         demand: What the call needs.
         nodes: The nodes, in the order of the demand's shares.
-        lacking: On how many of them the call's share is not free yet.
+        lacking: On how many of the nodes the call's share is not free yet.
     """
 
     __slots__ = ("demand", "lacking", "nodes")
@@ -173,42 +173,42 @@ class Ledger:
         self._shapes = Counter((node.total_cores, node.total_gpus) for node in self.nodes)
         most_cores = max((node.total_cores for node in self.nodes), default=0)
         most_gpus = max((node.total_gpus for node in self.nodes), default=0)
-        # By available GPUs. Idle nodes are apart: they are for those that need whole ones, as long as others will do.
+        # Rows by available GPUs. Idle nodes are apart: calls that need no whole node take other nodes first.
         self._used = [_Row(most_cores) for _ in range(most_gpus + 1)]
         self._idle = [_Row(most_cores) for _ in range(most_gpus + 1)]
-        for node in reversed(self.nodes):  # buckets are stacks: the first node is to go first
+        for node in reversed(self.nodes):  # buckets are stacks, and the first node is to be taken first
             self._insert(node)
 
     def could_hold(self, demand: Demand) -> bool:
-        """Whether the demand can be met at all, once enough is free."""
+        """Whether the demand can ever be met, once enough is free."""
         shares = demand.shares()
         largest, smallest = shares[0], shares[-1]
         return self._able(largest) >= shares.count(largest) and self._able(smallest) >= len(shares)
 
     def _able(self, share: tuple[int, int]) -> int:
-        """How many nodes could hold the share when they are empty."""
+        """How many nodes could hold the share when empty."""
         cores, gpus = share
         return sum(count for (most, devices), count in self._shapes.items() if most >= cores and devices >= gpus)
 
     def room_for(self, demand: Demand) -> int:
-        """How many of a demand fit at once when all is free; where their shares differ, at most so many."""
+        """How many calls of this demand fit at once when all is free; an upper bound if its shares differ."""
         cores, gpus = demand.shares()[-1]
         places = []
         for (most, devices), count in self._shapes.items():
             fitting = min(total // need for total, need in ((most, cores), (devices, gpus)) if need)
             places.append((min(fitting, 1) if demand.exclusive else fitting, count))
         room = sum(each * count for each, count in places)
-        # One takes no two places of a node.
+        # A call cannot use the same node twice.
         while room * demand.nodes > (usable := sum(min(each, room) * count for each, count in places)):
             room = usable // demand.nodes
         totals = [sum(node.total_cores for node in self.nodes), sum(node.total_gpus for node in self.nodes)]
         return min([room, *(total // need for total, need in zip(totals, demand, strict=False) if need)])
 
     def spread(self, resources: Resources) -> Demand | None:
-        """What a call takes here: on ``num_nodes`` nodes or, where that is not given, on as few as can hold it.
+        """Decide what a call takes here: on ``num_nodes`` nodes or, without that, on as few nodes as can hold it.
 
         Returns:
-            The demand; None where it can never be met.
+            The demand; None if it can never be met.
         """
         if resources.num_nodes is not None:
             counts = range(resources.num_nodes, min(resources.num_nodes, resources.cores) + 1)
@@ -219,10 +219,10 @@ class Ledger:
         return next((demand for demand in map(resources.demand_over, counts) if self.could_hold(demand)), None)
 
     def allocate(self, demand: Demand) -> Allocation | None:
-        """Take what the demand needs, from the fullest nodes that have it; None where there are not enough.
+        """Take what the demand needs, from the fullest nodes that have it; None if there is not enough.
 
-        Nodes with few free GPUs come first, so that calls without GPUs leave the others to those that need them,
-        and idle nodes last, so that they are left to those that need whole nodes.
+        Nodes with few free GPUs come first, so that calls without GPUs leave the others to calls that need them.
+        Idle nodes come last, so that they are left to calls that need whole nodes.
         """
         if demand.nodes > 1:
             chosen = _choose(demand.shares(), {}, self._fitting_idle if demand.exclusive else self._fitting)
@@ -240,11 +240,11 @@ class Ledger:
         return None
 
     def reserve(self, demand: Demand) -> Reservation | None:
-        """Withhold what the demand needs from everybody else, on the nodes where it will fit soonest (most is free).
+        """Keep what the demand needs from all other calls, on the nodes where it will fit soonest (where most is free).
 
         Returns:
-            The reservation, for `allocate_reserved` and `unreserve`; None where the demand could never be met by nodes
-            that are not reserved already.
+            The reservation, for `allocate_reserved` and `unreserve`; None if the nodes that are not reserved already
+            could never meet the demand.
         """
         chosen = _choose(demand.shares(), {}, self._emptiest_first)
         if chosen is None:
@@ -256,7 +256,7 @@ class Ledger:
         return reservation
 
     def allocate_reserved(self, reservation: Reservation) -> Allocation | None:
-        """Take what was reserved if it is there by now, or in part on other nodes; the reservation ends with that."""
+        """Take what was reserved once all is there, using other nodes for missing shares; this ends the reservation."""
         demand = reservation.demand
         if reservation.lacking:
             there: dict[Node, tuple[int, int]] = {}
@@ -275,18 +275,18 @@ class Ledger:
         return self._take_all(chosen, demand)
 
     def unreserve(self, reservation: Reservation) -> None:
-        """End a reservation."""
+        """End a reservation without taking anything."""
         for node in reservation.nodes:
             self._keep(node, None, (0, 0))
 
     def release(self, allocation: Allocation) -> None:
-        """Give back what was taken, except on nodes that were removed meanwhile."""
+        """Give back what was taken, except on nodes that have been removed since."""
         self._give_back(allocation.node, allocation.cores, allocation.gpus)
         for share in allocation.further:
             self._give_back(*share)
 
     def grow(self, node: Node, cores: Iterable[int]) -> None:
-        """Add cores to a node of which nothing is reserved."""
+        """Add cores to a node on which nothing is reserved."""
         added = list(cores)
         self._remove(node)
         self._shapes[node.total_cores, node.total_gpus] -= 1
@@ -298,18 +298,18 @@ class Ledger:
         self._insert(node)
 
     def remove(self, node: Node) -> None:
-        """Take a node out that is lost; a reservation that it is part of has to be ended before."""
+        """Remove a lost node. A reservation that includes it must have been ended before."""
         self._remove(node)
         node.row = None
         self.nodes.remove(node)
         self._shapes[node.total_cores, node.total_gpus] -= 1
 
     def free(self) -> tuple[int, int]:
-        """Cores and GPUs that are free now, over all nodes."""
+        """Cores and GPUs that are free now on all nodes together."""
         return sum(len(node.free_cores) for node in self.nodes), sum(len(node.free_gpus) for node in self.nodes)
 
     def check_invariants(self) -> None:
-        """Raise AssertionError where the index and the nodes disagree."""
+        """Raise AssertionError if the index and the nodes disagree."""
         indexed = 0
         for rows in (self._used, self._idle):
             for gpus, row in enumerate(rows):
@@ -337,13 +337,13 @@ class Ledger:
                 yield from row.nodes(cores)
 
     def _fitting_idle(self, share: tuple[int, int]) -> Iterator[Node]:
-        """The idle ones of these."""
+        """Idle nodes that have the share available, in the same order."""
         cores, gpus = share
         for row in self._idle[gpus:]:
             yield from row.nodes(cores)
 
     def _emptiest_first(self, share: tuple[int, int]) -> Iterator[Node]:
-        """Nodes of which nothing is kept and that have the share when they are empty."""
+        """Nodes that could hold the share when empty and on which nothing is kept, those with most available first."""
         cores, gpus = share
         for column in range(len(self._idle[0].buckets) - 1, -1, -1):
             for rows in (self._idle, self._used):
@@ -414,17 +414,17 @@ class Ledger:
 
 
 def spread_over(nodes: Ledger, resources: Resources, subject: str, what: str, advice: str) -> Demand:
-    """What a call takes of nodes, after making sure that they can ever hold it.
+    """Decide what a call takes of the nodes, after making sure that they can ever hold it.
 
     Args:
-        nodes: All there are.
+        nodes: All nodes.
         resources: What the call needs.
-        subject: Whose that is, for the error text.
-        what: Whose the nodes are, likewise.
-        advice: What to do, likewise.
+        subject: Who needs the resources, for the error text.
+        what: Whose nodes they are, for the error text.
+        advice: What to do, for the error text.
 
     Raises:
-        ValueError: They cannot, or it has no rank for each of its nodes.
+        ValueError: They cannot hold it, or it has fewer ranks than nodes.
     """
     check_ranks_of_nodes(resources, subject)
     spread = nodes.spread(resources)
@@ -442,25 +442,25 @@ def spread_over(nodes: Ledger, resources: Resources, subject: str, what: str, ad
 
 
 class Unlimited(Ledger):
-    """Resources that somebody else counts, such as a cluster's: there is always room.
+    """Resources that something else counts, such as a cluster's scheduler: there is always room.
 
     Args:
-        name: What stands for the node.
+        name: Name of the node that stands for all of them.
     """
 
     def __init__(self, name: str) -> None:
         super().__init__([Node(name, ())])
 
     def could_hold(self, demand: Demand) -> bool:
-        """See `Ledger.could_hold`."""
+        """Always true."""
         return True
 
     def allocate(self, demand: Demand) -> Allocation:
-        """See `Ledger.allocate`; the allocation names no cores."""
+        """Always succeeds; the allocation names no cores."""
         return Allocation(self.nodes[0], [], [])
 
     def release(self, allocation: Allocation) -> None:
-        """See `Ledger.release`."""
+        """Nothing was taken, so nothing is given back."""
 
 
 def _choose(
@@ -468,11 +468,11 @@ def _choose(
     chosen: dict[Node, tuple[int, int]],
     fitting: Callable[[tuple[int, int]], Iterator[Node]],
 ) -> dict[Node, tuple[int, int]] | None:
-    """Add a node for each share to those that are chosen already; None where there are not enough.
+    """Choose a node for each share, in addition to those already chosen; None if there are not enough.
 
     Args:
         shares: Cores and GPUs, the larger first.
-        chosen: Nodes with their shares.
+        chosen: Nodes with their shares; the new ones are added.
         fitting: Gives the nodes for a share, in the order in which to take them.
     """
     size: tuple[int, int] | None = None
@@ -491,7 +491,7 @@ def _choose(
 def _pop(stack: list[int] | list[str], count: int) -> list:  # type: ignore[type-arg]
     if count == 1:
         return [stack.pop()]
-    # Neighbouring cores share caches, and GPUs links, so several are taken in order.
+    # Neighbouring cores share caches, and neighbouring GPUs links, so several are taken in order.
     stack.sort(reverse=True)
     taken = stack[-count:][::-1]
     del stack[-count:]

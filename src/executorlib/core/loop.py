@@ -1,16 +1,16 @@
-"""The one thread of an executor: waits for everything at once and carries out what the scheduler decides.
+"""The one thread of an executor: it waits for everything at once and carries out what the scheduler decides.
 
     submit ──post──▶ inbox ─┐                       ┌─▶ Launch, Kill ─▶ launcher
     cancel, inputs ─post──▶ ├─▶ scheduler.on_… ─▶ effects ─▶ Send, Recall, Stop ─▶ transport
     sockets, exits, timers ─┘                       └─▶ LookUp, Fail ─▶ cache, futures
 
 One turn: (1) hand the events in the inbox to the scheduler, (2) carry out its effects, so that workers have work again,
-(3) only then unpickle the results that came and resolve their futures, whose callbacks may fill the inbox anew,
+(3) only then unpickle the results that came and resolve their futures, whose callbacks may fill the inbox again,
 (4) sleep until a descriptor is ready, a timer is due or another thread posts.
 
-All state of calls and workers belongs to this thread. Other threads only append to the inbox. Nothing here waits for
-another process but the sleep itself, and `close` at the very end. What does take time: pickling, callbacks of
-futures, and reading the cache.
+All state of calls and workers belongs to this thread; other threads only append to the inbox. Apart from the sleep
+itself, and `close` at the very end, nothing here waits for another process. What does take time is pickling, callbacks
+of futures, and reading the cache.
 """
 
 from __future__ import annotations
@@ -74,24 +74,24 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("executorlib")
 
-# What one worker of a block keeps: pickles of functions, and what is known of their sources; beyond that they are sent
-# anew.
+# Limits for what one worker of a block keeps: pickles of functions, and what is known about their sources. Beyond them
+# the worker forgets all, and pieces are sent again.
 _PIECES_PER_WORKER = 256
 _PIECE_BYTES_PER_WORKER = 256 * 1024 * 1024
-# Pickles above this size are known by their digest, so that they need not be kept here.
+# Pickles larger than this are identified by their digest, so that they need not be kept here.
 _DIGEST_BYTES = 256 * 1024
 
-# Between SIGINT, SIGTERM or a limit that is over and SIGKILL, in seconds: time to tidy up.
+# Seconds between SIGINT, SIGTERM or the end of a time limit and SIGKILL: time to tidy up.
 _GRACE_SECONDS = 2.0
 
-# How often suspended helpers are continued once the executor is to end, in seconds.
+# Seconds between attempts to continue suspended helpers once the executor is to end.
 _RESUME_SECONDS = 1.0
 
-# A worker tells by itself where its call is when the time is over, which takes a moment to come in: how often to look
-# for that, in seconds, and how many times before it is ended all the same.
+# When a call's time is over, its worker reports by itself where the call is, which takes a moment to arrive. Look for
+# the report at this interval, in seconds, and this many times; then end the worker without it.
 _LOOK_SECONDS, _MOST_LOOKS = 0.02, 25
 
-# What sends these signals to all workers.
+# What to call the cause when all workers were sent this signal.
 _ENDED_BY = {signal.SIGKILL: "kill_workers()", signal.SIGTERM: "terminate_workers()", signal.SIGINT: "Ctrl-C"}
 
 
@@ -101,12 +101,12 @@ _loop_numbers = itertools.count()
 class _InputDone:
     """Tells the loop that an input of a call is done, and keeps nothing of the call afterwards.
 
-    Futures keep their callbacks for ever, so a plain reference would keep every later result of a chain alive.
+    Futures keep their callbacks forever, so a plain reference would keep every later result of a chain alive.
 
     Args:
         loop: The loop.
         task: The call.
-        is_job: Whether the call need not wait for this input, and wants to know only if it fails.
+        is_job: Whether the call need not wait for this input, and only needs to know if it fails.
     """
 
     __slots__ = ("_is_job", "_loop", "_task")
@@ -139,11 +139,11 @@ class _Cancelled:
 
 
 class _Seen:
-    """What was seen of the user's code while the loop carries out effects; see `Loop._decide`.
+    """What the user's code was found to be, remembered for one `Loop._decide`.
 
     Attributes:
-        reached: In modules.
-        init: Name of the key of the init function; empty before it was derived.
+        reached: What calls reach in modules.
+        init: Name of the key of the init function; empty before it is derived.
     """
 
     __slots__ = ("init", "reached")
@@ -157,17 +157,17 @@ class Loop(Poller, JobEvents):
     """Runs the calls of one executor, from `start` on.
 
     Args:
-        scheduler: Decides.
-        make_launcher: Makes what starts workers, given the loop.
-        block_resources: Resources of each worker of a block; None where every call has a worker of its own.
+        scheduler: Decides what happens.
+        make_launcher: Given the loop, makes the launcher that starts workers.
+        block_resources: Resources of each worker of a block; None if every call has a worker of its own.
         init_function: Runs once in every worker of a block.
         pin: Whether to pin workers to the cores of their allocation.
         log_sizes: Whether to log the size of each message.
-        name: Of the thread.
-        jobs: Whether calls become jobs: they travel as files of the cache directory, what is their input need not be
-            done before, and they go on when the executor is left.
-        cache_versions: See `options.Common`.
-        log_records: Likewise.
+        name: Name of the thread.
+        jobs: Whether calls become jobs: they travel as files of the cache directory, need not wait for inputs that are
+            jobs, too, and go on when the executor is left.
+        cache_versions: As in `options.Common`.
+        log_records: As in `options.Common`.
     """
 
     def __init__(
@@ -184,7 +184,7 @@ class Loop(Poller, JobEvents):
         cache_versions: str = "warn",
         log_records: bool = False,
     ) -> None:
-        # Nothing here has to be freed again: a Ctrl-C may strike at any line. See `start`.
+        # Nothing here may need to be freed: a Ctrl-C can strike at any line. See `start`.
         self._number = next(_loop_numbers)
         self._jobs = jobs
         self._cache_versions = cache_versions
@@ -197,14 +197,14 @@ class Loop(Poller, JobEvents):
         self._pin = pin
         self._log_sizes = log_sizes
         self._next_number = 1
-        self._last_posted = 0  # numbers of calls: of the last one that was put into the inbox,
-        self._last_taken = 0  # and of the last one that was taken out
+        self._last_posted = 0  # number of the last call that was put into the inbox
+        self._last_taken = 0  # number of the last call that was taken out of it
         self._submit_lock = RLock()
         self._refusal = ""  # why submit is refused
         self._inbox: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
         self._sleeping = False
         self._seen: _Seen | None = None
-        self._settled = False  # whether the scheduler has decided upon all that it was told
+        self._settled = False  # whether the scheduler has decided about all events that it was given
         self._closing = False
         self._tasks: dict[int, Task] = {}
         self._processes: dict[int, Process] = {}
@@ -212,38 +212,38 @@ class Loop(Poller, JobEvents):
         self._records: list[dict[str, Any]] = []
         self._broken_by: BaseException | None = None
         self._last_death = ""
-        self._ended_by = ""  # who has ended all workers
+        self._ended_by = ""  # what has ended all workers
         self._soon: list[Callable[[], None]] = []
         self._failures = Failures()
         self._function_pickler = serialize.FunctionPickler()
         self._piece_numbers: dict[bytes, int] = {}
         self._piece_counter = itertools.count(1)
-        self._known_pieces: dict[int, dict[int, int]] = {}  # by worker, their sizes by number
+        self._known_pieces: dict[int, dict[int, int]] = {}  # for each worker: number and size of its pieces
         self._real_paths: dict[str, str] = {}
-        self._changed_functions: set[str] = set()  # whose calls were changed between their look-up and their run
-        self._deadlines: dict[int, tuple[float, int]] = {}  # by worker: when its call's time is over, and the call
+        self._changed_functions: set[str] = set()  # functions whose calls were changed between look-up and run
+        self._deadlines: dict[int, tuple[float, int]] = {}  # by worker: when its call's time is over, and which call
         self._deadline = Timer(self, self._on_deadline)
-        self._equal_calls: dict[str, list[Task]] = {}  # by file in the cache: one that is on its way, others that wait
+        self._equal_calls: dict[str, list[Task]] = {}  # by file in the cache: the call that runs, then those waiting
         self._pid = os.getpid()
         self._make_launcher = make_launcher
         self._wake_read = self._wake_write = -1
         self._failed_to_start: BaseException | None = None
-        self._started = Event()  # or failed to
-        self._let_go = Event()  # all futures have been given up, or are over
+        self._started = Event()  # or failed to start
+        self._let_go = Event()  # all futures are over or have been given up
         self._ended = Event()
         self._detached = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=False)
 
     def start(self) -> None:
-        """Start the thread and return once it has all that it needs.
+        """Start the thread and return once it has everything it needs.
 
-        Whatever has to be freed again is made by the thread itself, because a Ctrl-C strikes in the main thread only.
+        Whatever has to be freed again is made by the thread itself, because a Ctrl-C strikes only in the main thread.
         When it strikes here, `shutdown` ends the thread, however far it has come.
 
         Raises:
-            RuntimeError: There can be no further thread. Nothing is left behind, as after any other error.
+            RuntimeError: No further thread can be started. Nothing is left behind, as after any other error.
         """
-        # Not from this thread: `Thread.start` that is interrupted may keep the new thread from ever getting to `_run`.
+        # Not from this thread: if `Thread.start` is interrupted, the new thread may never get to `_run`.
         start_new_thread(self._start_thread, ())
         self._started.wait()
         if self._failed_to_start is not None:
@@ -272,7 +272,7 @@ class Loop(Poller, JobEvents):
         demand: Demand,
         inputs: list[Future[Any]],
     ) -> None:
-        """Take a call.
+        """Accept a call.
 
         Args:
             fn: The function.
@@ -287,7 +287,7 @@ class Loop(Poller, JobEvents):
             RuntimeError: The executor was shut down, or belongs to another process.
         """
         with self._submit_lock:
-            # Under the lock: after a shutdown has been posted no call can follow it.
+            # Under the lock, so that no call can follow a shutdown that has been posted.
             self.check_open()
             number = self._next_number
             self._next_number = number + 1
@@ -297,22 +297,22 @@ class Loop(Poller, JobEvents):
                 if self._jobs:
                     future.stored = Stored(StoredCall(self._number, number))
             self.post(self._on_submit, task, inputs)
-            # Only now: a call that a Ctrl-C has kept from being posted must not be counted for ever.
+            # Only now: a call that a Ctrl-C kept from being posted must not be counted forever.
             self._last_posted = number
 
     def check_open(self) -> None:
-        """Raise RuntimeError if calls are not taken (any more)."""
+        """Raise RuntimeError if calls are not accepted (any more)."""
         if self._refusal:
             raise RuntimeError(self._refusal)
 
     def post(self, function: Callable[..., None], *args: Any) -> None:
         """Have a function called in the loop's thread."""
-        # With `finally`, and nothing in it that a Ctrl-C could come before: maybe nobody else wakes the loop.
+        # In a `finally` that a Ctrl-C cannot get ahead of, because nobody else may wake the loop.
         try:
             self._inbox.append((function, args))
         finally:
-            # The loop sets the flag, then looks into the inbox, then sleeps: either it sees this entry or we see the
-            # flag, which is for the loop to clear: done here it could hit the next sleep.
+            # The loop sets the flag, then looks into the inbox, then sleeps: it sees this entry, or we see the flag.
+            # Only the loop may clear the flag, as clearing it here could hit the loop's next sleep.
             if self._sleeping:
                 try:  # noqa: SIM105  # see above
                     os.write(self._wake_write, b"\0")
@@ -320,11 +320,11 @@ class Loop(Poller, JobEvents):
                     pass  # full: it is awake already; closed: it has ended
 
     def shutdown(self, cancel: bool, reason: str = "cannot schedule new futures after shutdown") -> None:
-        """Take no more calls; end once those at hand are over.
+        """Accept no more calls, and end once those accepted are over.
 
         Args:
-            cancel: Whether calls that have not started are cancelled.
-            reason: What later submits are told.
+            cancel: Whether to cancel calls that have not started.
+            reason: Error text for later submits.
         """
         with self._submit_lock:
             if not self._refusal:
@@ -332,17 +332,17 @@ class Loop(Poller, JobEvents):
             self.post(self._on_shutdown, cancel)
 
     def detach(self) -> None:
-        """Take no more calls and end soon; jobs go on, and the futures at hand are cancelled when this returns."""
+        """Accept no more calls and end soon. Jobs go on; all pending futures are cancelled when this returns."""
         with self._submit_lock:
             if not self._refusal:
                 self._refusal = "cannot schedule new futures after shutdown"
             self.post(self._on_detach)
-        # A callback of a future is called by the loop, which cannot wait for itself.
+        # Callbacks of futures run in the loop's thread, which cannot wait for itself.
         if threading.current_thread() is not self._thread and self._pid == os.getpid():
             self._let_go.wait()
 
     def end_workers(self, signal_number: int) -> None:
-        """Signal the workers that run calls; those that are still there a little later are killed."""
+        """Signal the workers that run calls; those that are still there after a grace period are killed."""
         self.post(self._on_end_workers, signal_number)
 
     def kill_call(self, future: Future[Any]) -> None:
@@ -363,14 +363,14 @@ class Loop(Poller, JobEvents):
     @property
     def waiting(self) -> int:
         """Calls that have not started."""
-        queued = self.scheduler.launching if self._jobs else 0  # elsewhere to launch is to start
+        queued = self.scheduler.launching if self._jobs else 0  # a launched call has started, unless it becomes a job
         return self.scheduler.not_started + queued + max(0, self._last_posted - self._last_taken)
 
     # -- events from the inbox ----------------------------------------------------------------------------------------
 
     def _on_submit(self, task: Task, inputs: list[Future[Any]]) -> None:
         self._tasks[task.number] = task
-        # The callbacks here and not in submit, where a Ctrl-C could leave some of them out.
+        # Callbacks are added here and not in submit, where a Ctrl-C could leave some of them out.
         for source in inputs:
             producer = self._job_of(source) if self._jobs else None
             if producer is not None:
@@ -385,14 +385,14 @@ class Loop(Poller, JobEvents):
         self.scheduler.on_submit(task)
 
     def _job_of(self, source: Future[Any]) -> Task | None:
-        """The call of this executor, not over, whose result, or an item of it, a future is."""
+        """The unfinished call of this executor whose result, or an item of whose result, the future stands for."""
         found = getattr(source, "stored", None)
         if found is None or found.call.executor != self._number:
             return None
         return self._tasks.get(found.call.number)
 
     def _on_known(self, task: Task) -> None:
-        """A call has become a job, or is done: those that have it as input can become jobs after it."""
+        """A call has become a job, or is done, so calls that have it as an input can become jobs after it."""
         dependents, task.dependents = task.dependents, None
         for dependent in dependents or ():
             self._settled = False
@@ -402,17 +402,17 @@ class Loop(Poller, JobEvents):
     def on_input_done(
         self, task: Task, error: BaseException | None, source: str = "", record: Record | None = None
     ) -> None:
-        """One of a call's inputs, of which ``source`` is the name, is done; ``record`` is of its failure."""
+        """An input of a call is done. ``source`` is its name; ``record`` is about its failure, if it failed."""
         if task.over or task.number not in self._tasks:
             return
-        if self._detached:  # the input was given up; its job goes on, and so does the one that comes after it
+        if self._detached:  # the input was given up; its job goes on, and so does the job that depends on it
             return
         if error is not None:
-            if task.state is not RUNNING:  # a job that runs all the same does so to its own end
+            if task.state is not RUNNING:  # a job that runs in spite of it is left to end by itself
                 note_chain(error, source, f"call {task.number} of {task.name}")
                 self._fail(task, error)
                 if record and isinstance(task.future, CallFuture):
-                    record.clear()  # the failure is told, or asked for, as that of this call
+                    record.clear()  # the failure is reported, or asked for, as that of this call
             return
         if task.missing == 1 and not self._jobs:  # the last one
             try:
@@ -424,7 +424,7 @@ class Loop(Poller, JobEvents):
 
     def on_cancelled(self, task: Task) -> None:
         """A call's future was cancelled."""
-        if not task.over and task.number in self._tasks:  # else its submission was interrupted
+        if not task.over and task.number in self._tasks:  # otherwise its submission was interrupted
             self.scheduler.on_cancel(task)
             self._announce(task)
             self._drop(task)
@@ -439,22 +439,22 @@ class Loop(Poller, JobEvents):
                     self.on_cancelled(task)
 
     def _resume(self) -> None:
-        # Whoever waits for our end must not wait for a process that somebody has suspended, now or later.
+        # Those who wait for the executor's end must not be held up by a process that is suspended, now or later.
         self._launcher.resume()
         self.call_later(_RESUME_SECONDS, self._resume)
 
     def _on_detach(self) -> None:
-        if self._detached:  # by a `shutdown` before this one
+        if self._detached:  # by an earlier `shutdown`
             return
         self._closing = self._detached = True
-        # What was submitted just before becomes jobs; what cannot yet is given up, and its futures say so.
+        # Calls submitted just before still become jobs. Those that cannot yet are given up, and their futures say so.
         while effects := self.scheduler.take_effects():
             for effect in effects:
                 self._carry_out(effect)
         for task in list(self._tasks.values()):
             if task.state < LAUNCHING:
                 self.scheduler.on_cancel(task)
-            # Now, and not once the jobs are in the system: that may take as long as the system is silent.
+            # Now, and not once the jobs are in the system: that could take as long as the system does not answer.
             task.announced = True
             if isinstance(task.future, CallFuture):
                 _cancel(task.future.abandon, task.future)
@@ -471,7 +471,7 @@ class Loop(Poller, JobEvents):
         if self._block is not None:
             self._block.on_break("the workers were ended")
         for process in list(self._processes.values()):
-            # Who waits for calls has nothing to interrupt.
+            # A worker that waits for calls has nothing to interrupt.
             idle = not process.worker.calls and signal_number == signal.SIGINT
             self._launcher.kill(process, signal.SIGTERM if idle else signal_number)
         if signal_number != signal.SIGKILL:
@@ -506,7 +506,7 @@ class Loop(Poller, JobEvents):
                         self._block.on_resize(0)
                         self._settled = False
                         continue
-                    # Workers end by themselves, so that neither their exit handlers nor their threads are cut short.
+                    # Let workers end by themselves, so that their exit handlers and threads are not cut short.
                     if not self._processes and not self._launcher.busy:
                         break
                 self._wait()
@@ -516,7 +516,7 @@ class Loop(Poller, JobEvents):
             self._end()
 
     def _open(self) -> None:
-        """Get what has to be freed again: all of it, or nothing."""
+        """Acquire everything that has to be freed again: all of it, or nothing."""
         streams.fill()
         with contextlib.ExitStack() as on_failure:
             super().__init__()
@@ -532,7 +532,7 @@ class Loop(Poller, JobEvents):
         _loops.add(self)
 
     def _work(self) -> None:
-        """Handle what is at hand. Futures come last: who waits for them competes with this thread from then on."""
+        """Handle what has come in. Futures come last, because their waiters then compete with this thread."""
         inbox = self._inbox
         while inbox or not self._settled:
             self._settled = True
@@ -549,11 +549,11 @@ class Loop(Poller, JobEvents):
             self._resolve(task, header, frames)
 
     def _decide(self) -> None:
-        """Carry out what the scheduler decides upon the events so far.
+        """Carry out what the scheduler decides after the events so far.
 
-        All calls that are looked up here were submitted before this begins, so one look at what they reach in files is
-        enough for all of them: whoever changed something and then submitted has done so before. A call that is
-        submitted from now on waits in the inbox, for the next decision and another look.
+        All calls looked up here were submitted before this begins, so it is enough to look once at what they reach in
+        files: a user who changed a file and then submitted did so before this. Calls that are submitted from now on
+        wait in the inbox for the next decision, which looks again.
         """
         self._seen = _Seen()
         try:
@@ -563,7 +563,10 @@ class Loop(Poller, JobEvents):
             self._seen = None
 
     def _wait(self) -> None:
-        """Sleep until something happens, and take it in. With more in the inbox only look: callbacks may never end."""
+        """Sleep until something happens, and handle it.
+
+        If the inbox is not empty this looks without sleeping, since callbacks may fill the inbox forever.
+        """
         timeout = self.next_timer()
         self._sleeping = True
         if self._inbox:
@@ -571,7 +574,7 @@ class Loop(Poller, JobEvents):
         try:
             ready = self.poll(timeout)
         finally:
-            self._sleeping = False  # also of a loop that ends by an error: the descriptor to wake it is closed then
+            self._sleeping = False  # also if the loop ends by an error: the wake-up descriptor is closed then
         self._settled = False
         self.call_back(ready)
 
@@ -613,7 +616,7 @@ class Loop(Poller, JobEvents):
         process = self._processes[worker.number]
         transport = process.transport
         assert transport is not None
-        # Calls that the worker does not hold yet and may start without asking: only the first, and only if it is idle.
+        # Whether the worker may start the call without asking: only the first one, and only if the worker is idle.
         now = len(worker.calls) == len(tasks)
         held = []
         for task in tasks:
@@ -623,10 +626,10 @@ class Loop(Poller, JobEvents):
                 self._drop(task)
                 continue
             if self._jobs:
-                continue  # its entry in the cache directory has all
+                continue  # everything is in its entry in the cache directory
             try:
                 self._put_call(process, task, now)
-            except BaseException as error:  # whatever the user's objects raise while they are pickled
+            except BaseException as error:  # whatever the user's objects raise while being pickled
                 self._settled = False
                 self.scheduler.on_unsent(worker, task, FAILED)
                 hidden = misplaced(task.fn, task.args, task.kwargs)
@@ -656,7 +659,7 @@ class Loop(Poller, JobEvents):
         if task.cache_path is not None:
             key = None if task.key is None else task.key[:-1]
             options["cache"] = {"path": task.cache_path, "key": key, "resources": resources.as_dict()}
-        # What goes with call after call; a worker of a block keeps it.
+        # Parts that are the same for many calls; a worker of a block keeps them.
         pieces = [function, task.key.sources] if task.key is not None and task.key.sources else [function]
         numbers: Sequence[int] = range(len(pieces))
         known: dict[int, int] = {}
@@ -714,7 +717,7 @@ class Loop(Poller, JobEvents):
             self._on_given_back(worker, self._take_back(process, count))
 
     def on_recalled(self, process: Process, numbers: Sequence[int]) -> None:
-        """See `Events.on_recalled`."""
+        """The worker has given these calls back, so they run elsewhere."""
         self._on_given_back(process.worker, self._held(process.worker, numbers))
 
     def _on_given_back(self, worker: Worker, tasks: list[Task]) -> None:
@@ -729,7 +732,7 @@ class Loop(Poller, JobEvents):
         return [task for task in worker.calls if task.number in wanted]
 
     def _take_back(self, process: Process, count: int) -> list[Task]:
-        """Read the numbers of calls that the worker has not read: these it will not start."""
+        """Read the numbers of calls that the worker has not read, and which it therefore will not start."""
         if process.permits is None or count < 1:
             return []
         try:
@@ -767,9 +770,9 @@ class Loop(Poller, JobEvents):
             self._refuse_without_key(task, error)
 
     def _refuse_without_key(self, task: Task, error: TypeError) -> NoReturn:
-        """Raise why a call has no key, with what to do."""
+        """Raise the error that says why a call has no key, and what to do."""
         call = self._by_names(task)
-        # To find its key, objects are asked what they tell pickle.
+        # Deriving a key asks objects for their pickled state, which futures and executors refuse to give.
         hidden = misplaced(*call)
         if hidden:
             raise advise_unpicklable(error, task.number, task.name, hidden)
@@ -792,10 +795,10 @@ class Loop(Poller, JobEvents):
         return fingerprint.key_of(fn, args, kwargs, by_version=self._cache_versions == "key", reached=reached)
 
     def _identify(self, task: Task) -> str:
-        """Derive a call's key from what it is now, and name its entry by that; returns the cache directory.
+        """Derive a call's key from its present state, and name its entry by that; returns the cache directory.
 
-        The key serves to look the call up. What runs later is what is pickled later, so it is stored under the key that
-        its process derives from that (`worker.entry`).
+        The key is only for the look-up. What runs is what is pickled later, so its result is stored under the key that
+        the worker derives from that (`worker.entry`).
         """
         from executorlib.cache import entries
 
@@ -804,7 +807,7 @@ class Loop(Poller, JobEvents):
         assert directory is not None
         if self._jobs:
             directory = self._real_path(directory)
-            # Results of other jobs are not held for those that depend on them.
+            # The call must not keep the results of the jobs it depends on in memory.
             task.args, task.kwargs = fill_in(task.args, _by_name), fill_in(task.kwargs, _by_name)
         key = task.key = None if resources.cache_key else self._key_of(task)
         name = key.name if key is not None else str(resources.cache_key)
@@ -814,14 +817,14 @@ class Loop(Poller, JobEvents):
         return directory
 
     def _real_path(self, directory: str) -> str:
-        """One name for a directory that sessions may reach by several; found out once, as it takes a while."""
+        """One name for a directory that may be reached by several; found only once, because that takes a while."""
         found = self._real_paths.get(directory)
         if found is None:
             found = self._real_paths[directory] = os.path.realpath(directory)
         return found
 
     def _waits_for_equal(self, task: Task) -> bool:
-        """Whether an equal call is on its way, whose result will be in the cache; else others wait for this one."""
+        """Whether to wait for an equal call, whose result will be in the cache. If not, others wait for this one."""
         assert task.cache_path is not None
         equal = self._equal_calls.setdefault(task.cache_path, [])
         equal.append(task)
@@ -829,18 +832,18 @@ class Loop(Poller, JobEvents):
 
     def _on_equal_over(self, task: Task) -> None:
         if not task.over:
-            # If there is no result, all of them run; one after the other they would take long to fail.
+            # If there is no result, run all of them at once: one after the other they would take long to fail.
             self._look_up(task, may_wait=False)
 
     def inputs_of(self, task: Task) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """See `JobEvents.inputs_of`."""
+        """Fill in the call's inputs; results of other jobs become references to their files."""
         from executorlib.cache.entries import ResultOf, root_of
 
         after: list[str] = []
 
         def refer(future: Future[Any]) -> Any:
             found = stored(future)
-            assert found is not None  # by `_by_name`
+            assert found is not None  # `_by_name` left only these
             call = found.call
             after.append(call.path)
             return ResultOf(call.path, found.keys, root_of(call.path, call.key), call.batch)
@@ -850,18 +853,18 @@ class Loop(Poller, JobEvents):
         return inputs
 
     def is_changed(self, task: Task) -> bool:
-        """See `JobEvents.is_changed`."""
+        """Derive the call's key again; true if it has become another one since the look-up."""
         before = task.cache_path
         self._identify(task)
         return task.cache_path != before
 
     def _named_inputs(self, task: Task) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
-        """What makes a call's key: its function and inputs, and what else makes its result another one."""
+        """Everything that the key depends on: function, inputs, and settings that change the result."""
         fn, args, kwargs = self._by_names(task)
         return fn, args, named_inputs(kwargs, task.resources.cores, self._init_name())
 
     def _init_name(self) -> str:
-        """Name of the key of the init function; empty without one."""
+        """Name of the key of the init function; empty if there is none."""
         if self._init_function is None:
             return ""
         if self._seen is not None and self._seen.init:
@@ -878,18 +881,18 @@ class Loop(Poller, JobEvents):
         return name
 
     def _by_names(self, task: Task) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
-        """A call's function and inputs; results of other jobs by name."""
+        """A call's function and inputs, with results of other jobs replaced by their names."""
         assert task.fn is not None
         args, kwargs = task.args, task.kwargs
         if self._jobs:
-            # By the name of the call whose result it is, which is known before the result.
+            # The name of the call that makes the result is known before the result is.
             args, kwargs = fill_in(args, _name_of_input), fill_in(kwargs, _name_of_input)
         return task.fn, args, kwargs
 
     # -- launcher events ----------------------------------------------------------------------------------------------
 
     def on_connected(self, process: Process) -> None:
-        """See `Events.on_connected`."""
+        """Send the worker its set-up. A fresh worker, or a job, can then be handed its call."""
         if process.worker.number not in self._processes:
             return  # given up by `detach`
         if self._jobs:
@@ -917,7 +920,7 @@ class Loop(Poller, JobEvents):
             try:
                 frames = serialize.dumps(self._init_function)
                 if resources.cache_directory is not None and resources.cache_key is None:
-                    with contextlib.suppress(TypeError):  # as the look-up of each call says
+                    with contextlib.suppress(TypeError):  # the look-up of each call reports it
                         key = self._key(self._init_function, (), {})
                         setup["init_key"] = key[:-1]
                         frames = [key.sources, *frames]
@@ -933,7 +936,7 @@ class Loop(Poller, JobEvents):
             transport.flush()
 
     def on_message(self, process: Process, header: list[Any], frames: list[Frame]) -> None:
-        """See `Events.on_message`."""
+        """Handle a message of a worker: it is ready, it logs, or a call is over."""
         kind, *rest = header
         worker = process.worker
         if kind == "ready":
@@ -944,18 +947,18 @@ class Loop(Poller, JobEvents):
             self._on_record(*rest)
             return
         number, seconds, text, more = rest
-        if number == 0:  # not in a call, but before: setting up, or the init function
+        if number == 0:  # not from a call, but from the set-up or the init function before it
             self._on_setup_error(process, frames, text)
             return
         task = self._tasks.get(number)
         if task is None or task.state is not RUNNING:
-            return  # over already: timed out, or another rank was first
+            return  # already over: timed out, or another rank came first
         if self._log_sizes:
             size = sum(map(serialize.nbytes, frames))
             logger.warning("call %d of %s: received %d bytes", task.number, task.name, size)
         self.scheduler.on_result(worker, task, seconds, failed=kind == "error", leaving="leaving" in more)
         if kind == "error" and self._block is not None and process.resources.cores > 1 and "whole" not in more:
-            # The launcher ends the world, whose other ranks may wait for the failed one for ever; it is replaced.
+            # The launcher ends and replaces the world, whose other ranks may wait forever for the one that failed.
             self._block.on_planned_exit(worker)
         self._results.append((task, header, frames))
 
@@ -967,7 +970,7 @@ class Loop(Poller, JobEvents):
         self._records.append(values)
 
     def _hand_over_records(self) -> None:
-        """Give what calls have logged to the handlers here, before the calls' futures are done."""
+        """Give the log records of calls to the handlers in this process, before the calls' futures are done."""
         records, self._records = self._records, []
         for values in records:
             record: Any = None
@@ -976,7 +979,7 @@ class Loop(Poller, JobEvents):
                 named = logging.getLogger(record.name)
                 if named.isEnabledFor(record.levelno):
                     named.handle(record)
-            except BaseException:  # of the user's handler, filter or record factory; told as `logging` tells of these
+            except BaseException:  # from the user's handler, filter or record factory; reported as `logging` does
                 with contextlib.suppress(BaseException):
                     logging.Handler().handleError(record)
 
@@ -988,7 +991,7 @@ class Loop(Poller, JobEvents):
             process.verdict = error
 
     def on_exit(self, process: Process, end: Exit) -> None:
-        """See `Events.on_exit`."""
+        """Conclude or requeue the calls of a worker that is gone."""
         worker = process.worker
         self._settled = False
         if self._processes.pop(worker.number, None) is None:
@@ -997,7 +1000,7 @@ class Loop(Poller, JobEvents):
         self._deadlines.pop(worker.number, None)
         recalled = self._take_back(process, len(worker.calls)) + self._held(worker, end.unstarted)
         expected = worker.stopping
-        # One that was never ready would come to the same end each time.
+        # A worker that was never ready would end the same way every time, so it counts as a death.
         if end.planned and self._block is not None and worker.ready:
             self._block.on_planned_exit(worker)
         lost = self.scheduler.on_exit(worker, recalled)
@@ -1018,18 +1021,17 @@ class Loop(Poller, JobEvents):
         if self._records:
             self._hand_over_records()
         for task in lost:
-            error = (
-                verdict
-                or end.error
-                or ExecutorlibSocketError(
+            error = verdict or end.error
+            if error is None:
+                error = ExecutorlibSocketError(
                     f"Call {task.number} of {task.name} has no result: its worker{where} ended before it gave one: "
                     f"{end.text}. {advice}{said}"
                 )
-            )
+                error.wait_status = end.status
             self._conclude(task, None, error)
 
     def on_node_lost(self, name: str) -> None:
-        """See `Events.on_node_lost`."""
+        """Tell the scheduler that nothing can run on this node any more."""
         self._settled = False
         for node in [node for node in self._ledger.nodes if node.name == name]:
             self.scheduler.on_node_lost(node)
@@ -1037,11 +1039,11 @@ class Loop(Poller, JobEvents):
     # -- deadlines ----------------------------------------------------------------------------------------------------
 
     def call_soon(self, callback: Callable[[], None]) -> None:
-        """See `Events.call_soon`."""
+        """Call back at the end of this turn."""
         self._soon.append(callback)
 
     def _set_deadline(self, process: Process, task: Task, seconds: float) -> None:
-        # A timer for each call would stay until it is due: with limits of a day, for a day's calls.
+        # One timer for all: a timer for each call would stay until it is due, and limits may be days.
         self._deadlines[process.worker.number] = (time.monotonic() + seconds, task.number)
         self._deadline.within(seconds)
 
@@ -1055,20 +1057,20 @@ class Loop(Poller, JobEvents):
             self._deadline.within(max(0.0, min(self._deadlines.values())[0] - now))
 
     def _expire(self, worker_number: int, number: int, seen: int = 0, looks: int = _MOST_LOOKS) -> None:
-        """The time of a call is over, if it still runs."""
+        """The time of a call is over: end its worker if it still runs."""
         task = self._tasks.get(number)
         process = self._processes.get(worker_number)
         if process is None:
             return
         worker = process.worker
         if process.single and (task is None or task.over):
-            # It may be about to exit, as it should.
+            # The process may be about to exit, as it should.
             self.call_later(_GRACE_SECONDS, lambda: self._end_leftover(worker_number))
             return
         if task is None or task.state is not RUNNING or task not in worker.calls:
             return
         told = len(process.stderr) if has_stack(process.stderr) else 0
-        if looks and not (told and told == seen):  # where the call is has yet to be told, or to be told in full
+        if looks and not (told and told == seen):  # its stack has not arrived, or not completely
             self.call_later(_LOOK_SECONDS, lambda: self._expire(worker_number, number, told, looks - 1))
             return
         process.verdict = TimeLimitError(
@@ -1080,7 +1082,7 @@ class Loop(Poller, JobEvents):
         self._kill(worker)
 
     def _end_leftover(self, worker_number: int) -> None:
-        """Kill a worker that is to end and does not: exit handlers and threads of calls have a limit, too."""
+        """Kill a worker that does not end when it should: exit handlers and threads of calls have a limit, too."""
         process = self._processes.get(worker_number)
         if process is not None:
             logger.warning(
@@ -1095,7 +1097,7 @@ class Loop(Poller, JobEvents):
     # -- futures ------------------------------------------------------------------------------------------------------
 
     def _announce(self, task: Task) -> bool:
-        """Tell a future that its call starts; False where it was cancelled."""
+        """Tell a future that its call starts; returns False if it was cancelled."""
         if not task.announced:
             task.announced = True
             return task.future.set_running_or_notify_cancel()
@@ -1123,13 +1125,13 @@ class Loop(Poller, JobEvents):
         self._conclude(task, value, None)
 
     def _tell_of_change(self, task: Task) -> None:
-        """Something else ran than what was looked up. The user is told once for each function; it may be every call."""
+        """What ran is not what was looked up. Warn once for each function, since it may concern every call."""
         if task.name not in self._changed_functions:
             self._changed_functions.add(task.name)
             logger.warning("call %d of %s: %s", task.number, task.name, CHANGED_CALL)
 
     def _loads(self, frames: list[Frame]) -> Any:
-        # A job may be another session's.
+        # Another session may have made the job.
         return unpickle.loads(frames[0]) if self._jobs else serialize.loads(frames)
 
     def _load_error(self, frames: list[Frame], text: str, subject: str) -> BaseException:
@@ -1144,7 +1146,7 @@ class Loop(Poller, JobEvents):
                 "its traceback is shown above as the cause."
             )
         error.__cause__ = RemoteTraceback(with_source_lines(text))
-        return contained(error, f"{subject}: the function")  # of a job that another version ran
+        return contained(error, f"{subject}: the function")  # a job may have been run by another version
 
     def _fail(self, task: Task, error: BaseException) -> None:
         """Fail a call that has not started."""
@@ -1165,14 +1167,14 @@ class Loop(Poller, JobEvents):
             else:
                 future.set_exception(error)
         except InvalidStateError:
-            # Cancelled at the last moment, before it started.
+            # It was cancelled at the last moment, before it started.
             if not task.announced:
                 task.announced = True
                 future.set_running_or_notify_cancel()
-        except BaseException:  # a callback's: the future itself sees to those that are Exceptions only
+        except BaseException:  # from a callback; the future itself only handles Exceptions
             logger.exception("a callback of a future raised")
         if dependents:
-            # After a failure they have been told by their callbacks.
+            # After a failure, callbacks have posted the error to them, which is handled before the next decision.
             self._on_known(task)
 
     def _drop(self, task: Task) -> None:
@@ -1193,14 +1195,14 @@ class Loop(Poller, JobEvents):
     # -- the end ------------------------------------------------------------------------------------------------------
 
     def _break(self, error: BaseException) -> None:
-        """A block whose workers cannot be set up: all its calls fail with the reason."""
+        """The workers of a block cannot be set up: fail all its calls with the reason."""
         self._broken_by = error
         self._settled = False
         if self._block is not None:
             self._block.on_break(f"the workers cannot be set up: {error}")
 
     def _crash(self, error: BaseException) -> None:
-        """A defect of ours must not leave futures pending."""
+        """Fail all calls: a bug of ours must not leave futures pending."""
         logger.critical("executorlib's loop failed; all its calls fail with it", exc_info=error)
         with self._submit_lock:
             self._refusal = self._refusal or f"the executor has failed: {error!r}"
@@ -1224,14 +1226,14 @@ class Loop(Poller, JobEvents):
             os.close(self._wake_write)
             self._function_pickler.clear()
             self._init_function = None
-            if not self._ended_by:  # else the user has ended the calls, and knows
+            if not self._ended_by:  # otherwise the user ended the calls, and knows
                 self._failures.tell()
             _loops.discard(self)
             self._let_go.set()
             self._ended.set()
 
     def after_fork(self) -> None:
-        """In a forked copy of the user's process: let go of everything, without touching what the parent shares."""
+        """In a forked copy of the user's process, let go of everything, but leave what the parent shares untouched."""
         self._refusal = (
             "this executor belongs to the process that made it; after a fork, make a new one in the child process"
         )
@@ -1245,7 +1247,7 @@ class Loop(Poller, JobEvents):
 
 
 def _by_name(future: Future[Any]) -> Any:
-    """What an input is until its call becomes a job: the result of another job by name only, any other one itself."""
+    """An input while its call is not a job yet: the name for a job's result, the result itself for any other future."""
     found = stored(future)
     return future.result() if found is None else StoredFuture(found)
 
@@ -1258,7 +1260,7 @@ def _name_of_input(future: Future[Any]) -> Any:
 
 
 def _load_ranks(frames: list[Frame], counts: list[int]) -> list[Any]:
-    """The results of all ranks, each of which has so many of the frames."""
+    """The results of all ranks; ``counts`` tells how many frames each rank has sent."""
     each = iter(frames)
     return [serialize.loads(list(itertools.islice(each, count))) for count in counts]
 
@@ -1272,7 +1274,7 @@ def _can_be_pickled(obj: object) -> bool:
 
 
 def _cancel(cancel: Callable[[], object], future: Future[Any]) -> bool:
-    """Have a future cancelled, whatever its callbacks raise; whether it is."""
+    """Cancel a future, whatever its callbacks raise; return whether it is cancelled."""
     try:
         cancel()
     except BaseException:
@@ -1280,7 +1282,7 @@ def _cancel(cancel: Callable[[], object], future: Future[Any]) -> bool:
     return future.cancelled()
 
 
-# Each is kept by its thread anyway. Not a WeakSet: that cannot be listed while another thread takes something out.
+# Their threads keep them alive anyway. A WeakSet cannot be listed while another thread removes something.
 _loops: set[Loop] = set()
 
 

@@ -1,8 +1,8 @@
-"""Decides what happens next: which call starts, where, and what a death means.
+"""Decides what happens next: which call starts, where, and what the death of a worker means.
 
 Pure: events come in as calls of `on_...`, decisions go out through `take_effects`; no I/O, no thread, no clock.
-Two lifetimes of workers share the life of calls (`Scheduler`): a fresh worker for every call (`FreshScheduler`)
-and a block of workers that take call after call (`BlockScheduler`).
+`Scheduler` implements the life of a call. Its two kinds differ in the life of workers: a fresh worker for every call
+(`FreshScheduler`), or a block of workers that take call after call (`BlockScheduler`).
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ class Worker:
 
     Attributes:
         number: Unique in its executor, counted from 1.
-        slot: What `executorlib_worker_id` is: 0…n-1 in a block, 0 otherwise.
+        slot: Its `executorlib_worker_id`: 0…n-1 in a block, 0 otherwise.
         allocation: What it holds.
         calls: Calls handed to it and not over, in the order in which it runs them.
-        ready: Whether it takes calls.
+        ready: Whether it can take calls.
         retiring: Whether it is to end once its calls are over.
-        stopping: Whether its end is our doing.
+        stopping: Whether we are ending it ourselves.
         lookahead: Whether it can hold calls that it has not started, and give them back.
     """
 
@@ -56,7 +56,7 @@ class Worker:
 
 
 class Launch(NamedTuple):
-    """Start a worker. For a fresh worker ``task`` is the call that it is started for."""
+    """Start a worker. ``task`` is the call that a fresh worker is started for."""
 
     worker: Worker
     task: Task | None
@@ -70,32 +70,32 @@ class Send(NamedTuple):
 
 
 class Recall(NamedTuple):
-    """Take back up to ``most`` calls that the worker has not started; `on_recalled` says which came back."""
+    """Take back up to ``most`` calls that the worker has not started; `on_recalled` tells which ones came back."""
 
     worker: Worker
     most: int
 
 
 class Stop(NamedTuple):
-    """Let a worker end; it has no calls."""
+    """Let a worker that has no calls end."""
 
     worker: Worker
 
 
 class Kill(NamedTuple):
-    """End a worker and all that it started, now."""
+    """End a worker and everything that it started, now."""
 
     worker: Worker
 
 
 class LookUp(NamedTuple):
-    """All inputs of the call are there; look in the cache, then call `on_found` or `on_missed`."""
+    """All inputs of the call are there: look it up in the cache, then call `on_found` or `on_missed`."""
 
     task: Task
 
 
 class Fail(NamedTuple):
-    """The call cannot run any more."""
+    """The call can no longer run."""
 
     task: Task
     reason: str
@@ -105,18 +105,18 @@ Effect: TypeAlias = Launch | Send | Recall | Stop | Kill | LookUp | Fail
 
 
 class ReadyQueue:
-    """Calls of one demand that wait for resources: highest priority first, then as submitted."""
+    """Calls of one demand that wait for resources: highest priority first, then in the order of submission."""
 
     def __init__(self) -> None:
         self._by_priority: dict[int, deque[Task]] = {}
-        self._priorities: list[int] = []  # a heap of negated priorities with a queue that may hold calls
+        self._priorities: list[int] = []  # a heap of the negated priorities whose queues may hold calls
 
     def push(self, task: Task) -> None:
         """Append a call."""
         self._queue(task.resources.priority).append(task)
 
     def push_back(self, task: Task) -> None:
-        """Put a call that was taken back in front."""
+        """Put back a call that was taken, in front of the others."""
         self._queue(task.resources.priority).appendleft(task)
 
     def _queue(self, priority: int) -> deque[Task]:
@@ -127,7 +127,7 @@ class ReadyQueue:
         return queue
 
     def peek(self) -> Task | None:
-        """The call that is next, or None. Calls that were cancelled meanwhile are dropped on the way."""
+        """The next call, or None. Drops cancelled calls on the way."""
         while self._priorities:
             queue = self._by_priority[-self._priorities[0]]
             while queue:
@@ -135,7 +135,7 @@ class ReadyQueue:
                     return queue[0]
                 queue.popleft()
             if len(self._priorities) == 1:
-                return None  # the queue stays for the next call, most often of the same priority
+                return None  # keep the queue: the next call most often has the same priority
             del self._by_priority[-heapq.heappop(self._priorities)]
         return None
 
@@ -157,30 +157,30 @@ class Scheduler:
         self._worker_number = 0
         self.workers: dict[int, Worker] = {}
         self.unfinished = 0  # calls submitted and not over
-        self.not_started = 0  # of these, waiting or ready
+        self.not_started = 0  # those of them that are waiting or ready
 
     @property
     def launching(self) -> int:
-        """Calls whose own worker is not known to have started."""
+        """Number of calls whose own worker is not known to have started."""
         return 0
 
     # -- events -----------------------------------------------------------------------------------------------
 
     def on_submit(self, task: Task) -> None:
-        """A new call. It waits for ``task.missing`` inputs first."""
+        """A call was submitted. It first waits for its ``task.missing`` inputs."""
         self.unfinished += 1
         self.not_started += 1
         if not task.missing:
             self._inputs_complete(task)
 
     def on_input(self, task: Task) -> None:
-        """One of the call's inputs has its result."""
+        """One of the call's inputs is done."""
         task.missing -= 1
         if not task.missing and task.state is WAITING:
             self._inputs_complete(task)
 
     def on_missed(self, task: Task) -> None:
-        """The cache does not know the call."""
+        """The cache does not have the call."""
         if task.state is WAITING:
             self._make_ready(task)
 
@@ -189,38 +189,38 @@ class Scheduler:
         self._end(task, DONE)
 
     def on_failed(self, task: Task) -> None:
-        """The call cannot run: an input failed, or it cannot be sent."""
+        """The call cannot run: one of its inputs failed, or it cannot be sent."""
         self._end(task, FAILED)
 
     def on_cancel(self, task: Task) -> None:
-        """The call's future was cancelled before it was handed to a worker."""
+        """The call's future was cancelled before the call was handed to a worker."""
         if not task.over:
             self._end(task, CANCELLED)
 
     def on_started(self, worker: Worker, lookahead: bool = False) -> None:
-        """A worker takes calls from now on."""
+        """The worker can take calls from now on."""
         raise NotImplementedError
 
     def on_result(
         self, worker: Worker, task: Task, seconds: float, failed: bool = False, leaving: bool = False
     ) -> None:
-        """A worker is through with a call.
+        """A worker has finished a call.
 
         Args:
             worker: The worker.
             task: The call.
-            seconds: Time in it.
+            seconds: How long the call took.
             failed: Whether it raised.
-            leaving: Whether the worker's process has nothing left to do but to exit.
+            leaving: Whether the worker's process has nothing left to do but exit.
         """
         raise NotImplementedError
 
     def on_unsent(self, worker: Worker, task: Task, state: State) -> None:
-        """A call that `Send` named did not go out: it was cancelled just before, or cannot be pickled."""
+        """A call in a `Send` was not sent: it was cancelled just before, or it cannot be pickled."""
         raise NotImplementedError
 
     def on_exit(self, worker: Worker, recalled: list[Task]) -> list[Task]:
-        """A worker is gone; of its calls it had not started ``recalled``, which run elsewhere instead.
+        """A worker is gone. It had not started the calls in ``recalled``, which run elsewhere instead.
 
         Returns:
             The calls that were lost with it; they count as failed.
@@ -231,16 +231,16 @@ class Scheduler:
         """A node is gone for good: nothing more is placed there.
 
         Returns:
-            The workers that hold a part of it. Their end has to be told by `on_exit`, as that of any other.
+            The workers that hold a part of it. `on_exit` must still be called for each of them.
         """
         raise NotImplementedError
 
     # -- what to do -------------------------------------------------------------------------------------------
 
     def take_effects(self) -> list[Effect]:
-        """Decide what can be decided now and return it, in the order in which to carry it out."""
+        """Decide what can be decided now, and return the effects in the order in which to carry them out."""
         if self._to_look_up:
-            # Not before now: the call may have been cancelled since.
+            # Only now, because the call may have been cancelled since.
             self._effects += [LookUp(task) for task in self._to_look_up if not task.over]
             self._to_look_up.clear()
         self._fill()

@@ -1,4 +1,4 @@
-"""One call from submit to result: its record and the states that it may pass through."""
+"""The record of one call, from submission to result, and the states that it may pass through."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class State(enum.IntEnum):
-    """Where a call is on its way."""
+    """How far a call has come."""
 
     WAITING = 0  # for its input futures
     READY = 1  # for resources
@@ -31,7 +31,7 @@ WAITING, READY, LAUNCHING, RUNNING = State.WAITING, State.READY, State.LAUNCHING
 DONE, FAILED, CANCELLED = State.DONE, State.FAILED, State.CANCELLED
 
 LEGAL_MOVES: dict[State, frozenset[State]] = {
-    # WAITING → DONE: found in the cache. READY again: a worker gave it back before starting it.
+    # WAITING → DONE: found in the cache. RUNNING → READY: a worker gave it back before starting it.
     WAITING: frozenset({READY, DONE, FAILED, CANCELLED}),
     READY: frozenset({LAUNCHING, RUNNING, FAILED, CANCELLED}),
     LAUNCHING: frozenset({RUNNING, READY, FAILED, CANCELLED}),
@@ -42,7 +42,7 @@ LEGAL_MOVES: dict[State, frozenset[State]] = {
 }
 
 
-# The same as bit masks: a call moves four times, and the scheduler has ten microseconds for all of it.
+# The same as bit masks: a call changes its state four times, and the scheduler has ten microseconds for all its work.
 _LEGAL = tuple(sum(1 << target for target in LEGAL_MOVES[state]) for state in State)
 
 
@@ -51,22 +51,22 @@ class CallFuture(LeanFuture[Any]):
 
     on_cancel: Callable[[], None] | None = None
     stored: Any = None  # see `futures.inputs.Stored`
-    failed_call = ""  # the call, by name, once it has failed
+    failed_call = ""  # the name of the call, once it has failed
 
     def cancel(self) -> bool:
-        """Cancel the call if it has not started; see `concurrent.futures.Future.cancel`."""
+        """Cancel the call if it has not started, as `concurrent.futures.Future.cancel` does."""
         notify = self.on_cancel
         try:
             return super().cancel()
         finally:
-            # Also where one of its callbacks has raised.
+            # Even if one of the callbacks raised.
             if notify is not None and self.cancelled():
                 notify()
 
     __reduce__ = refuse_future
 
     def abandon(self) -> None:
-        """Become cancelled, even where the call runs already: it goes on, but nobody here waits for it."""
+        """Cancel this future even if the call is running: it goes on, but nobody here waits for it."""
         self.on_cancel = None
         with self._condition:
             if self._state == "RUNNING":
@@ -79,21 +79,21 @@ class CallFuture(LeanFuture[Any]):
 
 
 class Task:
-    """A call and all that is known of it.
+    """A call and all that is known about it.
 
     Attributes:
         number: Position in the order of submission, unique in its executor; 1 is the first.
         fn, args, kwargs: The call; released once it is over.
-        future: What `submit` returned.
+        future: The future that `submit` returned.
         resources: What the call needs.
         demand: What it takes from the ledger.
-        missing: Input futures that are not done yet, or, of calls that become jobs, not launched.
+        missing: Number of input futures that are not done yet or, for calls that become jobs, not launched.
         dependents: Calls that become jobs and wait for this one to be launched.
-        after: Files of the results that the call reads as it starts.
+        after: Files of results that the call reads when it starts.
         cache_path: File of its cache entry, once it was looked up.
-        key: The key that this is named by; None where the user has named it.
+        key: The key that names its entry; None if the user named it.
         announced: Whether the future was told that the call runs or is cancelled, which may be done only once.
-        state: Current state, changed by `move` only.
+        state: Current state; only `move` changes it.
     """
 
     __slots__ = (
@@ -143,7 +143,7 @@ class Task:
         """Change the state.
 
         Raises:
-            RuntimeError: The move is not legal; a defect of the caller.
+            RuntimeError: The move is not legal, which is a bug of the caller.
         """
         if not _LEGAL[self.state] >> state & 1:
             raise RuntimeError(f"{self}: illegal move to {state.name}")
@@ -157,7 +157,7 @@ class Task:
 
     @property
     def over(self) -> bool:
-        """Whether the call has ended in any way."""
+        """Whether the call has ended, in whatever way."""
         return self.state > RUNNING
 
     @property

@@ -1,10 +1,10 @@
-"""The executors of Flux: each call, or each worker of a block, is a job of the instance that this program is in."""
+"""The executors for Flux: each call, or each worker of a block, is a job of the instance that this program is in."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from executorlib.core.ledger import Ledger, Node, Unlimited, spread_over
 from executorlib.executor import BaseExecutor
@@ -18,13 +18,13 @@ from executorlib.jobs.launcher import JobLauncher
 from executorlib.jobs.templates import FLUX, Templates
 from executorlib.launchers.contract import Events, JobEvents, Launcher
 from executorlib.options import Common, refuse
-from executorlib.resources import Demand, Resources, unknown_key
+from executorlib.resources import Demand, ResourceDict, Resources, unknown_key
 
-# Without max_workers and max_cores, Flux is handed calls for so many times the cores of its instance: so the next one
-# is there when a core gets free, and the others wait here, where a call takes less memory than a job.
+# Without max_workers and max_cores, Flux is given calls for this many times the cores of its instance: so the next one
+# is there when a core becomes free, and the others wait here, where a call takes less memory than as a job.
 _AHEAD = 2
 _INSTANCE, _ADVICE = "the Flux instance", "Ask for less, or start a larger instance."
-# Keys of resource_dict that mean nothing to Flux, and why.
+# Keys of resource_dict that have no meaning for Flux, and why.
 _USELESS = {
     "slurm_cmd_args": "there is no Slurm in between",
     "openmpi_oversubscribe": "Flux starts no more ranks than there are cores",
@@ -32,38 +32,39 @@ _USELESS = {
 
 
 class FluxJobExecutor(BaseExecutor):
-    """Runs calls as jobs of the Flux instance that this program is in, each in a fresh process or a block.
+    """Runs calls as jobs of the Flux instance that this program is in, each in a fresh process or in a block.
 
-    Other arguments are those of `SingleNodeExecutor`. Jobs can be looked at, cancelled and attached to by Flux's own
-    commands while they run; what calls print is in Flux's store (`flux job attach`).
+    Other arguments are those of `SingleNodeExecutor`. While jobs run, Flux's own commands can show them, cancel them
+    and attach to them. Flux's store keeps what calls print (`flux job attach`).
 
     Args:
-        max_workers: Calls at once; in block mode the number of workers. By default what the instance holds.
-        cache_directory: Keep results here, seen by all nodes; the same as the key in ``resource_dict``.
-        max_cores: Cores in use at once, a call taking ``cores × threads_per_core``.
+        max_workers: Most calls at once; in block mode the number of workers. By default as many as the instance holds.
+        cache_directory: Keep results in this directory, which all nodes must see; the same as the key in
+            ``resource_dict``.
+        max_cores: Most cores in use at once, where a call takes ``cores × threads_per_core``.
         pmi_mode: What Flux offers to the MPI library of a call with several ranks, such as ``"pmix"``, which Open MPI
-            needs and Flux has by its plugin flux-pmix; None for PMI-1, which MPICH finds.
-        flux_executor: A `flux.job.FluxExecutor` for this instance, to submit by.
-        flux_executor_nesting: Give each call, or worker of a block, a Flux instance of its own, with all that it asked
-            for, which its function can use with another executor.
+            needs and which Flux has with its plugin flux-pmix; None for PMI-1, which MPICH finds.
+        flux_executor: A `flux.job.FluxExecutor` for this instance, which then submits the jobs.
+        flux_executor_nesting: Give each call, or each worker of a block, a Flux instance of its own, with everything
+            that it asked for; its function can use that with another executor.
         flux_log_files: Write what calls print to ``flux_<job id>.out`` and ``.err`` in their working directories.
-        hostname_localhost: Listen on the loopback interface only: for an instance of this one machine.
+        hostname_localhost: Listen on the loopback interface only, for an instance of just this machine.
 
     Raises:
         RuntimeError: No Flux instance can be reached.
         ImportError: Flux's Python bindings cannot be loaded.
-        ValueError: An argument that cannot be honoured; the text says why and what to do.
+        ValueError: An argument cannot be honoured; the text says why and what to do.
     """
 
-    # What else Flux can be told; see `_check`.
-    _has_template = True
+    # Flux has further keys of its own, see `_check`.
+    _has_template: Literal[True] = True
 
     def __init__(
         self,
         max_workers: int | None = None,
         cache_directory: str | os.PathLike[str] | None = None,
         max_cores: int | None = None,
-        resource_dict: Mapping[str, Any] | None = None,
+        resource_dict: ResourceDict | Mapping[str, Any] | None = None,
         pmi_mode: str | None = None,
         flux_executor: Any = None,
         flux_executor_nesting: bool = False,
@@ -132,7 +133,7 @@ class FluxJobExecutor(BaseExecutor):
         super().__init__(
             common,
             make_launcher=make_launcher,
-            # Which cores they are is Flux's to say.
+            # Flux decides which cores they are.
             ledger=Unlimited("Flux") if max_cores is None else Ledger([Node("Flux", range(max_cores))]),
             capacity=Ledger(self._nodes) if self._nodes else None,
             count_cores=True,
@@ -163,7 +164,7 @@ class FluxJobExecutor(BaseExecutor):
         for key in resources.template_values:
             if key not in FURTHER_KEYS:
                 raise ValueError(unknown_key(key, subject))
-        # A call that names no queue at all is refused when it is submitted.
+        # Defaults that name no queue are refused only when a call is submitted, unless they are for a block.
         _check_policy(self._policy, resources, subject, named=self._loop is not None or self._block)
 
     def _checked_demand(self, resources: Resources, subject: str) -> Demand:
@@ -177,14 +178,14 @@ class FluxJobExecutor(BaseExecutor):
                 f"{resources.threads_per_core}), but max_cores is {self._max_cores}. Ask for fewer, or raise it."
             )
         spread_over(self._capacity, resources, subject, _INSTANCE, _ADVICE)
-        # Of nodes and GPUs only Flux knows which are free.
+        # Only Flux knows which nodes and GPUs are free.
         return Demand(demand.cores)
 
     def _room(self) -> int | None:
         return None if self._capacity is None else self._fitting(self._resources)
 
     def _fitting(self, resources: Resources) -> int:
-        """How many workers fit into the instance, or into so many cores of it."""
+        """How many workers fit into the instance, or into ``max_cores`` of its cores."""
         nodes = Ledger(self._nodes)
         demand = nodes.spread(resources)
         fitting = 0 if demand is None else nodes.room_for(demand)
@@ -192,21 +193,22 @@ class FluxJobExecutor(BaseExecutor):
 
 
 class FluxClusterExecutor(QueueExecutor):
-    """Submits each call to Flux as a job, by way of a cache directory, so that the session may end before its calls do.
+    """Submits each call to Flux as a job, through a cache directory, so that the session may end before its calls do.
 
-    The jobs are the instance's that this program is in, and end with it: of use where that lasts, such as the system's
-    own. Other arguments are those of `ClusterExecutor`.
+    The jobs belong to the instance that this program is in, and end with it. So it is useful with a lasting instance,
+    such as the system's own. Other arguments are those of `ClusterExecutor`.
 
     Args:
-        pysqa_config_directory: A pysqa configuration of type FLUX (``queue.yaml`` and templates) to choose a script
-            from, by ``resource_dict["queue"]``. A call with a script, also one of its own (``submission_template``), is
-            submitted by `flux batch`: it runs in a Flux instance of its own, which its function can use.
+        pysqa_config_directory: A pysqa configuration of type FLUX (``queue.yaml`` and templates);
+            ``resource_dict["queue"]`` chooses a script from it. A call with a script, also with one of its own
+            (``submission_template``), is submitted by `flux batch`: it runs in a Flux instance of its own, which its
+            function can use.
         pmi_mode: What Flux offers to the MPI library of a call with several ranks, such as ``"pmix"``, which Open MPI
-            needs and Flux has by its plugin flux-pmix; None for PMI-1, which MPICH finds.
+            needs and which Flux has with its plugin flux-pmix; None for PMI-1, which MPICH finds.
 
     Raises:
         RuntimeError: No Flux instance can be reached.
-        ImportError: Flux's Python bindings cannot be loaded, or pysqa for a script.
+        ImportError: Flux's Python bindings cannot be loaded, or pysqa if there is a script.
     """
 
     _instance: Ledger | None = None
@@ -239,7 +241,7 @@ class FluxClusterExecutor(QueueExecutor):
 
     def _check(self, resources: Resources, subject: str) -> None:
         refuse(resources, subject, "by FluxClusterExecutor", _USELESS)
-        if not self._has_configuration:  # else that has queues of its own
+        if not self._has_configuration:  # a configuration has queues of its own
             by_script = resources.submission_template is not None
             named = not by_script and (self._loop is not None or self._block)
             _check_policy(self._policy, resources, subject, named)
@@ -251,13 +253,13 @@ class FluxClusterExecutor(QueueExecutor):
 
 
 def _check_policy(policy: Policy, resources: Resources, subject: str, named: bool) -> None:
-    """Make sure that the instance takes a call.
+    """Make sure that the instance accepts a call.
 
     Args:
-        policy: What it demands of jobs.
+        policy: What the instance demands of jobs.
         resources: What the call asks for.
-        subject: Whose that is, for the error text.
-        named: See `Policy.problem`.
+        subject: Who asks for it, for the error text.
+        named: Whether the call must have a queue by now, as in `Policy.problem`.
 
     Raises:
         ValueError: It does not.

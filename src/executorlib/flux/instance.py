@@ -1,11 +1,11 @@
 """The connection of an executor to a Flux instance.
 
-Flux's library has an event loop of its own (its reactor) for one connection and its futures. The executor's loop sleeps
-in that one (`Events.sleep_in`), which watches the descriptor of ours: so both are driven by one thread, everything is
-an event, and nothing is asked for at intervals.
+Flux's library has an event loop of its own (its reactor) for a connection and its futures. The executor's loop sleeps
+in that reactor (`Events.sleep_in`), which watches our loop's descriptor. So one thread drives both, everything is an
+event, and nothing is polled.
 
-Of Flux's Python bindings only those for connection, submission, events and signals are used; jobs are described by
-`flux.jobspec`.
+Of Flux's Python bindings only those for connection, submission, events and signals are used. `flux.jobspec` describes
+the jobs.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from executorlib.jobs.system import Refused
 from executorlib.launchers.contract import Events
 from executorlib.machine import NodeShape
 
-# An event of a job: its name and what it says beside.
+# Called with an event of a job: its name and its context.
 OnEvent = Callable[[str, Mapping[str, Any]], None]
 
 FLUX_NAME = "Flux instance "
-# For Flux to answer what it was told last, in seconds; without an answer the connection would stay open.
+# Seconds for Flux to answer the last requests; until it has, the connection would stay open.
 _CLOSE_SECONDS = 2.0
-# Between two attempts to follow a job whose events have ended before the job has, in seconds.
+# Seconds between attempts to follow a job whose events have ended although the job has not.
 _AGAIN_SECONDS = 1.0
-# By this a job says that there is no more to come.
+# The last event of a job.
 _LAST_EVENT = "clean"
-# How a value of the key-value store is asked for where it is, not what it is (RFC 11).
+# Flag to get the place of a value in the key-value store, not the value (RFC 11).
 _TREE_OBJECT = 16
-# Pieces of a job's output log, of a megabyte at most, in which its last words are looked for.
+# Most pieces of a job's output log, of at most a megabyte each, that are searched for its last words.
 _MOST_PIECES = 16
-# An event that nobody publishes.
+# Name of an event that nobody publishes.
 _NO_EVENT = "executorlib.none"
 _INSTALL = (
     "Flux's Python bindings are part of flux-core (conda install -c conda-forge flux-core) and belong to one version "
@@ -52,7 +52,7 @@ _INSTALL = (
 
 
 def connect() -> Any:
-    """A connection to the nearest Flux instance, the one in ``FLUX_URI`` or the system's.
+    """Connect to the nearest Flux instance, the one in ``FLUX_URI`` or the system's.
 
     Raises:
         ImportError: Flux's bindings cannot be loaded.
@@ -76,7 +76,7 @@ def connect() -> Any:
 
 
 def known_instance() -> tuple[list[NodeShape], Policy]:
-    """The nodes of the nearest Flux instance, those that are down included, and what it demands of jobs.
+    """The nodes of the nearest Flux instance, including those that are down, and what it demands of jobs.
 
     Raises:
         ImportError: Flux's bindings cannot be loaded.
@@ -85,16 +85,16 @@ def known_instance() -> tuple[list[NodeShape], Policy]:
     connection = connect()
     nodes = nodes_of(connection.rpc("resource.sched-status", nodeid=0).get()["all"])
     config: dict[str, Any] = {}
-    with contextlib.suppress(OSError):  # one that tells nobody; it will refuse what it does not want
+    with contextlib.suppress(OSError):  # it tells nobody, but will refuse what it does not accept
         config = connection.rpc("config.get").get() or {}
     return nodes, Policy(config)
 
 
 def cancel_jobs(instance: str, names: Sequence[str]) -> None:
-    """Cancel jobs, waiting for the answers; those that have ended already do not matter.
+    """Cancel jobs and wait for the answers; jobs that have already ended do not matter.
 
     Args:
-        instance: The instance's name as of `instance_name`; empty for the nearest.
+        instance: The instance's name, as given by `instance_name`; empty for the nearest.
         names: Ids of jobs.
 
     Raises:
@@ -116,7 +116,7 @@ def cancel_jobs(instance: str, names: Sequence[str]) -> None:
 
 
 def instance_name(connection: Any) -> str:
-    """What `JobSystem.name` is for an instance: job numbers mean nothing in another one."""
+    """The `JobSystem.name` of an instance, which is unique because job numbers mean nothing in another instance."""
     for attribute in ("broker.uuid", "broker.starttime"):  # the first is newer
         with contextlib.suppress(OSError):
             value = connection.rpc("attr.get", {"name": attribute}, nodeid=0).get()["value"]
@@ -125,41 +125,41 @@ def instance_name(connection: Any) -> str:
 
 
 class FluxInstance:
-    """A connection that the loop drives. All callbacks come in the loop's thread.
+    """A connection driven by the loop, in whose thread all callbacks come.
 
     Args:
         events: The loop.
-        on_lost: Called once, with why, when the connection has ended; nothing else is called afterwards.
-        submit_by: A `flux.job.FluxExecutor` of the user's, for the same instance, that submits in our stead.
+        on_lost: Called once, with the reason, when the connection has ended; open requests are refused after that.
+        submit_by: A `flux.job.FluxExecutor` that the user has made for the same instance, and that submits for us.
     """
 
     def __init__(self, events: Events, on_lost: Callable[[str], None], submit_by: Any = None) -> None:
         self._events = events
         self._on_lost = on_lost
         self._submit_by = submit_by
-        self._submitted: deque[Callable[[], None]] = deque()  # by threads of that executor
+        self._submitted: deque[Callable[[], None]] = deque()  # appended by threads of that executor
         self._wake_read, self._wake_write = -1, -1
-        self._wake_lock = threading.Lock()  # nobody writes to a descriptor that was closed and is another's
+        self._wake_lock = threading.Lock()  # nobody may write to a closed descriptor, which may be another file by then
         self._flux: Any = None
         self._reactor: Any = None
         self._watcher: Any = None
         self._timer: Any = None
         self._presence: Any = None
-        # Flux's own names, known once it is loaded: flags of the reactor, and what sets a timer.
+        # Names from Flux's library, set once it is loaded: flags of the reactor, and the function that sets a timer.
         self._only_look = self._wait_once = 0
         self._set_timer: Any = None
         self._numbers = itertools.count(1)
-        # What Flux has not answered to the end, by number: how to tell who asked that no answer comes.
+        # Requests that Flux has not fully answered, by number: what to call if no answer will come.
         self._pending: dict[int, Callable[[Refused], None]] = {}
-        self._watched: dict[int, Any] = {}  # of these, the futures of events
-        self._wanted: set[int] = set()  # of these, those that somebody still wants to know
+        self._watched: dict[int, Any] = {}  # futures of those that are events
+        self._wanted: set[int] = set()  # those that somebody is still interested in
         self.lost = ""
         self.is_owner = True  # otherwise some urgencies are not for us
         self.name = FLUX_NAME.rstrip()
         self.socket = ""  # of the broker on this machine
 
     def open(self) -> None:
-        """Connect, in the loop's thread, to which a connection belongs.
+        """Connect. The connection belongs to the thread that does this, which must be the loop's.
 
         Raises:
             ImportError: Flux's bindings cannot be loaded.
@@ -180,7 +180,8 @@ class FluxInstance:
         self._watcher = self._flux.fd_watcher_create(self._events.fileno(), lambda *_: None, FLUX_POLLIN)
         self._timer = self._flux.timer_watcher_create(0.0, lambda *_: None)
         self._watcher.start()
-        # Only as long as something is expected of the connection does its end wake up the reactor.
+        # The end of the connection wakes up the reactor only while something is expected of it, so always
+        # expect something.
         self._presence = self._flux.msg_watcher_create(lambda *_: None, FLUX_MSGTYPE_EVENT, _NO_EVENT)
         self._presence.start()
         self._events.sleep_in(self._sleep)
@@ -196,7 +197,7 @@ class FluxInstance:
             self._timer.start()
         try:
             ended = self._flux.reactor_run(self._reactor, self._only_look if seconds == 0 else self._wait_once)
-        except OSError:  # the same, where the library says more
+        except OSError:  # means the same
             ended = -1
         if seconds > 0 and not self.lost:
             self._timer.stop()
@@ -225,7 +226,7 @@ class FluxInstance:
         Args:
             spec: Its jobspec.
             urgency: How urgent it is.
-            on_answer: Called with its number, or why it was not taken.
+            on_answer: Called with the job's number, or with the reason why it was refused.
         """
         if self._submit_by is not None:
             self._have_submitted(spec, urgency, on_answer)
@@ -281,14 +282,14 @@ class FluxInstance:
             self._submitted.popleft()()
 
     def watch(self, job: int, on_event: OnEvent) -> int:
-        """Tell all events of a job, past and to come; an empty name says that there are no more, or no such job.
+        """Report all events of a job, past and future. An empty name means that there are no more, or no such job.
 
         Args:
             job: Number of the job.
-            on_event: Called with each.
+            on_event: Called with each event.
 
         Returns:
-            What `unwatch` takes.
+            The key for `unwatch`.
         """
         key = next(self._numbers)
         self._wanted.add(key)
@@ -296,10 +297,10 @@ class FluxInstance:
         return key
 
     def _follow(self, key: int, job: int, on_event: OnEvent, told: int, last: str) -> None:
-        """Tell the events of a job, of which the first ones were told already.
+        """Report the events of a job, except for the first ones, which were reported before.
 
-        Flux ends the events of all jobs when it unloads the module that tells them: as an instance is shut down, whose
-        loss follows then, or to load it again.
+        Flux ends the event streams of all jobs when it unloads the module that sends them: to load it again, or when
+        the instance is shut down, which is followed by the loss of the instance.
         """
         from flux.job import event_watch_async
 
@@ -343,12 +344,12 @@ class FluxInstance:
     def read_errors(self, job: int, most: int, on_read: Callable[[bytes], None]) -> None:
         """Read the end of what a job has written to standard error.
 
-        Its output log may be large, and come in as many events as it has lines. So the owner of the instance, who may,
-        reads the log's last pieces from Flux's stores; for others, logs are limited to 10 MB.
+        Its output log may be large, and would come in as many events as it has lines. So the owner of the instance, who
+        is allowed to, reads the last pieces of the log from Flux's stores. For others, logs are limited to 10 MB.
 
         Args:
             job: Number of the job, which has ended.
-            most: How many bytes are wanted at most.
+            most: Most bytes to read.
             on_read: Called with them, once.
         """
         from flux.job import JobID
@@ -386,7 +387,7 @@ class FluxInstance:
     def _call(
         self, topic: str, asked: Mapping[str, Any], on_answer: Callable[[Any], None], on_error: Callable[[], None]
     ) -> None:
-        """Ask one of Flux's services."""
+        """Call one of Flux's services."""
 
         def answered(future: Any) -> bool:
             try:
@@ -400,7 +401,7 @@ class FluxInstance:
         self._ask(next(self._numbers), lambda flux: flux.rpc(topic, asked), answered, lambda refused: on_error())
 
     def _load(self, digest: bytes, on_loaded: Callable[[bytes], None], on_error: Callable[[], None]) -> None:
-        """Load a piece of a value from the content store, which neither takes nor gives JSON."""
+        """Load a piece of a value from the content store, whose requests and answers are not JSON."""
         from flux.constants import FLUX_NODEID_ANY
         from flux.core.inner import ffi, raw
         from flux.future import Future
@@ -423,11 +424,11 @@ class FluxInstance:
         self._ask(next(self._numbers), begin, answered, lambda refused: on_error())
 
     def unwatch(self, key: int, ends_soon: bool = False) -> None:
-        """Tell no more events.
+        """Report no more events.
 
         Args:
             key: What `watch` returned.
-            ends_soon: Whether there will be no more soon, so that Flux need not be told.
+            ends_soon: Whether the events are about to end anyway, so that Flux need not be told.
         """
         self._wanted.discard(key)
         if not ends_soon:
@@ -438,18 +439,18 @@ class FluxInstance:
                 future.needs_cancel = False
 
     def end(self, job: int, kind: str, why: str = "") -> None:
-        """Raise an exception that ends a job, waiting or running; one that has ended does not matter.
+        """Raise an exception that ends a job, waiting or running; a job that has ended does not matter.
 
         Args:
             job: Number of the job.
-            kind: Type of the exception: ``cancel``, or ``timeout``.
-            why: Is noted with it.
+            kind: Type of the exception: ``cancel`` or ``timeout``.
+            why: Noted with it.
         """
         raised = {"id": job, "severity": 0, "type": kind, "note": why}
         self._tell(lambda flux: flux.rpc("job-manager.raise", raised))
 
     def kill(self, job: int, signal_number: int) -> None:
-        """Signal the tasks of a running job; one that does not run does not matter."""
+        """Signal the tasks of a running job; a job that is not running does not matter."""
         from flux.job import kill_async
 
         self._tell(lambda flux: kill_async(flux, job, signal_number))
@@ -469,13 +470,14 @@ class FluxInstance:
         answered: Callable[[Any], bool],
         on_refused: Callable[[Refused], None],
     ) -> None:
-        """Begin something that a future of Flux's will tell of.
+        """Begin a request whose answers come through one of Flux's futures.
 
         Args:
-            key: Number of the question.
+            key: Number of the request.
             begin: Makes the future.
-            answered: Is called with it for each answer; whether that was the last.
-            on_refused: Is called where none will come; never from within, as who asks has not noted yet that it did.
+            answered: Called with the future for each answer; returns whether that was the last.
+            on_refused: Called if no answer will come. Never from within this call, because the caller has not yet noted
+                that it asked.
         """
 
         def call_back(future: Any) -> None:
@@ -494,22 +496,22 @@ class FluxInstance:
         self._events.call_later(0.0, lambda: on_refused(refused))
 
     def wait(self, condition: Callable[[], bool], seconds: float) -> None:
-        """Take in what Flux tells until something holds, or so many seconds have passed, or the instance is lost."""
+        """Handle Flux's messages until the condition holds, this many seconds have passed, or the instance is lost."""
         give_up = time.monotonic() + seconds
         while not condition() and not self.lost and (left := give_up - time.monotonic()) > 0:
             self._sleep(left)
 
     def close(self) -> None:
-        """Let go of the connection; jobs go on."""
+        """Close the connection; jobs go on."""
         if self._flux is None:
             return
-        for key in list(self._watched):  # also of a job that takes long to end
+        for key in list(self._watched):  # also of jobs that take long to end
             self.unwatch(key)
         self.wait(lambda: not self._pending, _CLOSE_SECONDS)
         self._events.sleep_in(None)
         for watcher in (self._watcher, self._timer, self._presence):
             watcher.destroy()
-        del watcher  # the last one refers to the connection, which the collection below would leave open
+        del watcher  # it refers to the connection, which would then stay open in spite of the collection below
         if self._submit_by is not None:
             self._events.unwatch(self._wake_read)
             with self._wake_lock:
@@ -517,21 +519,21 @@ class FluxInstance:
                 os.close(self._wake_write)
                 self._wake_read = self._wake_write = -1
         self._watcher = self._timer = self._presence = self._reactor = self._flux = None
-        # Flux's futures and watchers refer to themselves, and so keep the connection until they are collected.
+        # Flux's futures and watchers refer to themselves, so they keep the connection open until they are collected.
         gc.collect()
         if not self.lost:
             self.lost = "the executor has ended"
 
 
 def _refused(error: OSError, text: str | None) -> Refused:
-    """What Flux said when it did not take a job."""
+    """Flux's reason for refusing a job."""
     if error.errno == errno.ENOSYS:
         return Refused("it takes no jobs any more, as it is being shut down")
     return Refused(text or str(error))
 
 
 def _not_text(value: Any) -> str | None:
-    """The first text in what is to be JSON that holds bytes which are no characters."""
+    """The first text, in a value meant for JSON, that holds bytes which are not characters."""
     if isinstance(value, str):
         return None if is_text(value) else value
     each = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()

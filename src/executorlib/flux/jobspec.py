@@ -1,8 +1,8 @@
-"""Flux's language: what a job is asked for with, and what its events mean. Nothing is run here, nothing of Flux loaded.
+"""Flux's language: how jobs are requested and what their events mean. Nothing is run here, and no Flux module loaded.
 
-Tried with flux-core 0.88. Sources of the words are Flux's RFCs (https://flux-framework.readthedocs.io/projects/flux-rfc):
-14 and 25 (jobspec), 19 (job ids), 20 (resource sets), 21 (events), 24 (output), 26 (dependencies); and what a real Flux
-said, which tests/unit/test_flux.py keeps.
+Tried with flux-core 0.88. The words come from Flux's RFCs (https://flux-framework.readthedocs.io/projects/flux-rfc): 14
+and 25 (jobspec), 19 (job ids), 20 (resource sets), 21 (events), 24 (output), 26 (dependencies); and from what a real
+Flux said, which tests/unit/test_flux.py keeps.
 """
 
 from __future__ import annotations
@@ -23,14 +23,13 @@ from executorlib.single_node.mpi import FOREIGN_PREFIXES
 from executorlib.worker import guard
 from executorlib.worker.protocol import THREAD_VARIABLES
 
-# Keys of resource_dict beyond ours that mean something to Flux, and where a jobspec has them.
+# Keys of resource_dict, beyond ours, that mean something to Flux, and their names in a jobspec.
 FURTHER_KEYS = {"queue": "queue", "partition": "queue", "bank": "bank", "account": "bank", "job_name": "job_name"}
-# By which other systems tell a job its place in an array, such as the one that the instance may be in.
+# The variables in which other systems give a job's number in its array. The instance may be in a job of such a system.
 _PLACE_VARIABLES = frozenset({"SLURM_ARRAY_TASK_ID", "SGE_TASK_ID", "PBS_ARRAY_INDEX", "LSB_JOBINDEX"})
-# Of what is not ours, an instance's default priority is in the middle, and 0 would hold the job.
+# Flux's urgencies: other jobs have the default, in the middle, and 0 would hold the job.
 _URGENCY, _LOWEST, _HIGHEST = 16, 1, 31
-# Between the ends of two ranks of a job, in seconds, before Flux ends the others. A rank that fails does not even
-# get that.
+# Seconds after the end of a job's first rank until Flux ends the others. If a rank fails, it ends them at once.
 _EXIT_SECONDS = 10.0
 _BASE58 = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
 
@@ -49,36 +48,36 @@ def jobspec(
     errors: str = "",
     dependencies: Iterable[int] = (),
 ) -> dict[str, Any]:
-    """What Flux is asked for: a job that runs a command once on each rank of a call.
+    """The jobspec of a job that runs a command once on each rank of a call.
 
     Args:
         resources: What the call needs.
         command: Program and arguments.
         environ: The environment to run it in.
-        name: Name of the job, where the user gave none as ``job_name``.
+        name: Name of the job, unless the user gave one as ``job_name``.
         cwd: Directory in which it starts.
         policy: What the instance demands of jobs.
         pmi_mode: What Flux's shell offers to MPI; None for its default, PMI-1.
-        nested: Whether the command runs once, in a Flux instance of its own that has all that the job has.
-        output: Path for what it prints, which may contain ``{{id}}``; Flux's own store if empty.
-        errors: Likewise for standard error; by default the same as `output`.
+        nested: Whether the command runs once, in a Flux instance of its own that has everything the job has.
+        output: Path for what it prints, which may contain ``{{id}}``; if empty, it goes to Flux's own store.
+        errors: The same for standard error; by default the same path as `output`.
         dependencies: Numbers of jobs that have to succeed first.
     """
     further = {FURTHER_KEYS[key]: str(value) for key, value in resources.further if key in FURTHER_KEYS}
     options: dict[str, Any] = {}
     if nested:
-        # A broker on each node; it starts what comes behind on the first.
+        # One broker on each node; the first one runs the command that follows.
         command = ["flux", "broker", *command]
         options = {"per-resource": {"type": "node"}, "mpi": "none", "exit-timeout": "none"}
     elif resources.cores > 1:
-        # The others may wait for a rank that has died for ever.
+        # The other ranks may wait forever for a rank that has died.
         options = {"cpu-affinity": "per-task", "exit-on-error": 1, "exit-timeout": _EXIT_SECONDS}
         if resources.gpus_per_core:
             options["gpu-affinity"] = "per-task"
-    if pmi_mode is not None and not nested:  # what brokers find each other by is Flux's own
+    if pmi_mode is not None and not nested:  # brokers find each other by Flux's own PMI
         options["pmi"] = pmi_mode
     if output:
-        # The job may write there itself; see `worker.job.OUTPUT_VARIABLE`.
+        # The job may also write there itself; see `worker.job.OUTPUT_VARIABLE`.
         options["output"] = {"mode": "append", "stdout": {"type": "file", "path": output}}
         if errors:
             options["output"]["stderr"] = {"type": "file", "path": errors}
@@ -106,13 +105,13 @@ def jobspec(
 
 
 def _requested(resources: Resources) -> tuple[dict[str, Any], dict[str, int]]:
-    """The resources of a jobspec, and how many tasks they are for."""
+    """The resources of a jobspec, and the number of tasks they are for."""
     each = [{"type": "core", "count": resources.threads_per_core}]
     if resources.gpus_per_core:
         each.append({"type": "gpu", "count": resources.gpus_per_core})
     nodes = resources.num_nodes
     if nodes is None and resources.exclusive:
-        nodes = 1  # Flux takes "exclusive" for nodes only
+        nodes = 1  # Flux knows "exclusive" only for nodes
     slots = resources.cores if nodes is None else -(-resources.cores // nodes)
     slot = {"type": "slot", "count": slots, "label": "task", "with": each}
     if nodes is None:
@@ -120,18 +119,18 @@ def _requested(resources: Resources) -> tuple[dict[str, Any], dict[str, int]]:
     node: dict[str, Any] = {"type": "node", "count": nodes, "with": [slot]}
     if resources.exclusive:
         node["exclusive"] = True
-    # Where the ranks cannot be spread evenly, some slots stay empty.
+    # If the ranks cannot be spread evenly, some slots stay empty.
     return node, {"per_slot": 1} if slots * nodes == resources.cores else {"total": resources.cores}
 
 
 def run_command(resources: Resources, pmi_mode: str | None, program: Sequence[str]) -> list[str]:
-    """The command, within an instance, that runs a program on all ranks of a call."""
+    """The command that runs a program on all ranks of a call, within an instance."""
     pmi = [] if pmi_mode is None else ["-o", f"pmi={pmi_mode}"]
     return ["flux", "run", *task_options(resources), *pmi, *program]
 
 
 def task_options(resources: Resources) -> list[str]:
-    """The ranks of a call and what each has, as options of Flux's commands."""
+    """The ranks of a call and the needs of each, as options of Flux's commands."""
     options = [f"-n{resources.cores}", f"-c{resources.threads_per_core}"]
     if resources.gpus_per_core:
         options.append(f"-g{resources.gpus_per_core}")
@@ -141,9 +140,9 @@ def task_options(resources: Resources) -> list[str]:
 
 
 def job_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment for a job, from that of this process, whose MPI world and place in an array are not the job's.
+    """The environment for a job: this process's, without its MPI world and its place in an array.
 
-    What Flux cannot be told is for the worker to set up; see `untold_environment`.
+    Variables that Flux cannot take are left to the worker; see `untold_environment`.
     """
     told = {
         name: value
@@ -154,12 +153,12 @@ def job_environment(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def untold_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """Those variables that are no UTF-8, and so cannot be part of a jobspec."""
+    """The variables that are not UTF-8, and so cannot be part of a jobspec."""
     return {name: value for name, value in environ.items() if not is_text(name + value)}
 
 
 def is_text(value: str) -> bool:
-    """Whether it consists of characters, and not of bytes that are none (PEP 383)."""
+    """Whether the value consists of characters only, without undecodable bytes (PEP 383)."""
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -168,11 +167,11 @@ def is_text(value: str) -> bool:
 
 
 def urgency(priority: int, is_owner: bool) -> int:
-    """How urgent a job is for Flux, from a call's priority.
+    """Convert the priority of a call into Flux's urgency of a job.
 
     Args:
-        priority: 0 is as others are.
-        is_owner: Whether the instance is this user's; others may only lower it.
+        priority: 0 stands for the priority of other jobs.
+        is_owner: Whether the instance is this user's; other users can only lower it.
     """
     return min(max(_LOWEST, _URGENCY + priority), _HIGHEST if is_owner else _URGENCY)
 
@@ -188,7 +187,7 @@ def nodes_of(resource_set: Mapping[str, Any]) -> list[NodeShape]:
         gpus = tuple(map(str, expand_ranges(str(children.get("gpu", "")))))
         for rank in expand_ranges(str(entry["rank"])):
             shapes[rank] = NodeShape("", cores, gpus)
-    # Host names come in the order of the ranks, of which some may be missing.
+    # Host names come in the order of the ranks; some ranks may be missing.
     ranks = sorted(shapes)
     if len(names) != len(ranks):
         names = [f"rank {rank}" for rank in ranks]
@@ -196,7 +195,7 @@ def nodes_of(resource_set: Mapping[str, Any]) -> list[NodeShape]:
 
 
 def job_name(number: int) -> str:
-    """A job's id as Flux's commands print and take it (F58, RFC 19), in its form without letters beyond ASCII."""
+    """A job's id as Flux's commands print and accept it (F58, RFC 19), in its pure ASCII form."""
     digits = ""
     while number or not digits:
         number, digit = divmod(number, 58)
@@ -205,10 +204,10 @@ def job_name(number: int) -> str:
 
 
 def job_number(name: str) -> int:
-    """The number of a job, from its id in the form of `job_name`, that of Flux itself, or in decimal.
+    """The number of a job, from its id in the form of `job_name`, in Flux's own form, or in decimal.
 
     Raises:
-        ValueError: It is no job id.
+        ValueError: It is not a job id.
     """
     if name.isdecimal():
         return int(name)
@@ -218,7 +217,7 @@ def job_number(name: str) -> int:
     return number
 
 
-# Types of Flux's exceptions that say why a job was ended; others are failures of its own, or of the request.
+# Types of Flux's exceptions that say why a job was ended; others are failures of the job or of the request.
 _CAUSES = {"cancel": Cause.CANCELLED, "timeout": Cause.TIME_LIMIT, "node-failure": Cause.NODE_FAILED}
 _WORDS = {"cancel": "CANCELED", "timeout": "TIMEOUT"}
 
@@ -227,8 +226,8 @@ class JobLog:
     """What the events of a job have said so far.
 
     Attributes:
-        state: How it is.
-        status: Wait status of its tasks, the worst of all, once they have ended; see `os.waitpid`.
+        state: Its present state.
+        status: Wait status of its tasks, the worst of all, once they have ended; as from `os.waitpid`.
         started: Whether it has ever run.
     """
 
@@ -241,11 +240,11 @@ class JobLog:
         self._node = ""
 
     def add(self, event: str, context: Mapping[str, Any]) -> None:
-        """Take in the next event.
+        """Add the next event.
 
         Args:
             event: Its name.
-            context: What it says beside.
+            context: What else it says.
         """
         if event == "alloc":
             self._node = _where(context)
@@ -275,26 +274,26 @@ class JobLog:
 
 
 def _where(context: Mapping[str, Any]) -> str:
-    """Where a job was placed, in the scheduler's words such as ``rank0/core[0-1]``."""
+    """Where a job was placed, in the scheduler's words, such as ``rank0/core[0-1]``."""
     scheduled = context.get("annotations", {}).get("sched", {})
     return str(scheduled.get("resource_summary", ""))
 
 
 def _cause(kind: str, note: str) -> Cause:
-    # A broker that is gone takes its part of the job along; Flux tells so by the note alone.
+    # When a broker is lost, its part of the job is, too; only Flux's note says so.
     if kind == "exec" and "lost" in note:
         return Cause.NODE_FAILED
     return _CAUSES.get(kind, Cause.NONE)
 
 
 def _wait_status(status: int) -> int:
-    """Undo what Flux's shell does, as others do: it exits with 128 and the number of a task's signal."""
+    """Undo the conversion by Flux's shell, which, like other shells, exits with 128 plus a task's signal number."""
     number = (status >> 8) - 128
     return number if os.WIFEXITED(status) and number in {*signal.Signals} else status
 
 
 def _exit_code(status: int) -> str:
-    """As `JobState.exit_code`."""
+    """The status in the form of `JobState.exit_code`."""
     return f"0:{os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"{os.WEXITSTATUS(status)}:0"
 
 
@@ -302,8 +301,8 @@ def errors_in(log: bytes, most: int) -> bytes:
     """The last bytes that a job's tasks have written to standard error.
 
     Args:
-        log: Its output log, or a part of that: events, one a line.
-        most: How many bytes are wanted at most.
+        log: Its output log, or a part of it: events, one a line.
+        most: Most bytes to return.
     """
     found: list[bytes] = []
     size = 0
@@ -337,7 +336,7 @@ def blobs_of(value: Mapping[str, Any]) -> tuple[bytes, list[bytes]]:
         value: Its tree object.
 
     Returns:
-        The value itself where it is small; otherwise the digests of its pieces, which the content store has.
+        The value itself if it is small; otherwise the digests of its pieces, which are in the content store.
     """
     data = value.get("data")
     if value.get("type") == "val":

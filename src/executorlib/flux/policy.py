@@ -1,4 +1,4 @@
-"""What a Flux instance's configuration demands of jobs: queues and time limits (RFC 33). Nothing is asked for here."""
+"""What a Flux instance's configuration demands of jobs: queues and time limits (RFC 33). Flux is not asked here."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ from typing import Any
 
 from executorlib.resources import Resources
 
-# Given to a job beyond the run_time_max of its call, in seconds: to start, and to say itself that time is up.
+# Seconds that a job gets beyond the run_time_max of its call: to start, and to report by itself that time is up.
 _SPARE_SECONDS = 30.0
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
 class Policy:
-    """The queues of an instance, and how long jobs may take there.
+    """The queues of an instance, and how long jobs may run there.
 
     Args:
         config: The configuration, as ``config.get`` answers.
 
     Attributes:
-        queues: Names of the queues; empty where there are none with names.
-        default_queue: Where jobs go that name none; empty where they are refused, unless there are no `queues`.
+        queues: Names of the queues; empty if the instance has no named queues.
+        default_queue: The queue of jobs that name none; if it is empty, such jobs are refused, unless there are no
+            `queues`.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -30,12 +31,12 @@ class Policy:
         self.default_queue = str(_at(config, "policy", "jobspec", "defaults", "system").get("queue", ""))
 
     def queue_of(self, resources: Resources) -> str:
-        """The queue to which a call goes; empty where it names none and there is no default."""
+        """The queue that a call goes to; empty if it names none and there is no default."""
         further = resources.template_values
         return str(further.get("queue") or further.get("partition") or self.default_queue)
 
     def problem(self, resources: Resources, named: bool = True) -> str:
-        """Why a call would be refused; empty where it would not be.
+        """Why a call would be refused; empty if it would not be.
 
         Args:
             resources: What it needs.
@@ -55,11 +56,11 @@ class Policy:
         return ""
 
     def duration(self, resources: Resources, spare: float = _SPARE_SECONDS) -> float:
-        """The duration to ask for, in seconds; 0 for the instance's default, or for ever where it has none.
+        """The duration to ask for, in seconds; 0 for the instance's default, or no limit if it has none.
 
         Args:
             resources: What the call needs.
-            spare: Seconds for the job beyond those of the call.
+            spare: Seconds that the job gets beyond those of the call.
         """
         queue = self.queue_of(resources)
         limit = self._limit(queue)
@@ -69,7 +70,7 @@ class Policy:
         return min(duration, limit) if limit else duration
 
     def _policies(self, queue: str) -> list[Mapping[str, Any]]:
-        """What holds for a queue, the closest first: its own policy, that of the queue it is part of, the general."""
+        """The policies that apply to a queue, closest first: its own, that of its parent queue, the general one."""
         own = _at(self._config, "queues", queue)
         parent = _at(self._config, "queues", str(own.get("parent", "")))
         return [_at(each, "policy") for each in (own, parent, self._config)]
@@ -83,13 +84,13 @@ class Policy:
 
 
 def _at(table: Any, *keys: str) -> Mapping[str, Any]:
-    """A table within a table; empty where there is none."""
+    """A table within a table; empty if there is none."""
     for key in keys:
         table = table.get(key) if isinstance(table, Mapping) else None
     return table if isinstance(table, Mapping) else {}
 
 
 def _seconds(duration: object) -> float:
-    """A duration of Flux's (RFC 23), such as ``1.5h``, in seconds; 0 for no limit, or what is not understood."""
+    """A duration in Flux's notation (RFC 23), such as ``1.5h``, in seconds; 0 if it is unlimited or not understood."""
     found = re.fullmatch(r"([0-9.]+)(ms|s|m|h|d)?", str(duration).strip())
     return float(found[1]) * _UNITS[found[2] or "s"] if found else 0.0

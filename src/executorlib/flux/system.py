@@ -1,7 +1,7 @@
-"""Flux as what runs the jobs of `jobs.launcher`: each call is a Flux job, told of by its events.
+"""Flux as the system that runs the jobs of `jobs.launcher`: each call is a Flux job, whose events tell its state.
 
-A call that brings a script of its own (``submission_template``, or a configuration of pysqa) is submitted by `flux
-batch`, which runs the script in a Flux instance that has what the call asked for. All others are plain jobs.
+A call with a script of its own (``submission_template``, or a pysqa configuration) is submitted by `flux batch`, which
+runs the script in a Flux instance with what the call asked for. All other calls are plain jobs.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from executorlib.launchers.subprocesses import Answer, Commands
 from executorlib.resources import Resources
 from executorlib.worker.job import OUTPUT_VARIABLE
 
-# A script says by directives what its instance has; where it does not, it is what the call asks for.
+# Directives by which a script says what its instance has; without them it gets what the call asks for.
 _HAS_RESOURCES = re.compile(r"^#+\s*flux:.*?\s(-n|-N|--nslots|--num-slots|--nodes)\b", re.MULTILINE)
-# A call ends itself at its run_time_max, by a signal that it may ignore. So long after that, in seconds, Flux ends it.
+# At its run_time_max a call ends itself by a signal, which it may ignore. This many seconds later Flux ends it.
 _LATE_SECONDS = 2.0
-# How long the state of a job that has ended is remembered, in seconds.
+# How long the state of a job is remembered after its end, in seconds.
 _KEEP_SECONDS = 120.0
-# Given to an instance beyond the run_time_max of its call, in seconds, to start and to end.
+# Seconds that an instance gets beyond the run_time_max of its call, to start and to end.
 _BATCH_SPARE_SECONDS = 60.0
 
 
@@ -49,9 +49,9 @@ class _Followed:
     """A job whose events are followed.
 
     Attributes:
-        log: What they said.
-        heard: Whether anything is known, be it that there is no such job.
-        known: Whether there is.
+        log: What the events said.
+        heard: Whether anything is known, even if only that there is no such job.
+        known: Whether there is such a job.
     """
 
     def __init__(self) -> None:
@@ -61,24 +61,24 @@ class _Followed:
 
 
 class FluxSystem:
-    """The Flux instance that this process is in, as `jobs.system.JobSystem` describes it.
+    """The Flux instance that this process is in, with the interface `jobs.system.JobSystem`.
 
     Args:
         events: The loop.
         policy: What the instance demands of jobs.
         pmi_mode: What Flux's shell offers to MPI; None for its default.
-        configuration: A configuration of pysqa for scripts; None where calls are plain jobs.
+        configuration: A pysqa configuration with scripts; None if calls are plain jobs.
     """
 
-    # Its jobs tell by themselves (`listen`), and what is asked here is this object's memory.
+    # Changes are reported as they come (`listen`), and queries are answered from this object's memory.
     first_query = 0.1
     last_query = 10.0
-    # A job has one number, and one is submitted as quickly as several.
+    # In Flux a job has a single number, and submitting one is as fast as submitting several.
     array_limit = 1
     element_variables: tuple[str, ...] = ()
 
     def __init__(self, events: Events, policy: Policy, pmi_mode: str | None, configuration: str | None) -> None:
-        self.name = ""  # known from `prepare` on
+        self.name = ""  # set by `prepare`
         self._events = events
         self._policy = policy
         self._pmi_mode = pmi_mode
@@ -86,39 +86,39 @@ class FluxSystem:
         self._templates = Templates(None, configuration, FLUX)
         self._has_configuration = configuration is not None
         self._commands = Commands(events)
-        self._jobs: dict[int, _Followed] = {}  # by number, those that were submitted here or asked for
-        self._questions: list[tuple[set[int], Callable[[], None]]] = []  # by jobs that were not heard of yet
+        self._jobs: dict[int, _Followed] = {}  # by number, those that were submitted here or asked about
+        self._questions: list[tuple[set[int], Callable[[], None]]] = []  # with the jobs that were not heard of yet
         self._on_change: Callable[[], None] = lambda: None
         self._submitting = 0
         self._warned: set[str] = set()
 
     def can_wait_for(self, dependency: Dependency) -> bool:
-        """See `JobSystem.can_wait_for`."""
+        """Always true: dependencies hold between all jobs of an instance."""
         return True
 
     def resume(self) -> None:
-        """See `JobSystem.resume`; the instance is none of ours."""
+        """Does nothing: the instance is not our process."""
 
     @property
     def busy(self) -> bool:
-        """See `JobSystem.busy`."""
+        """Whether jobs are being submitted."""
         return self._submitting > 0 or self._commands.busy
 
     def about(self) -> dict[str, str]:
-        """See `JobSystem.about`."""
+        """The socket of the instance, for `is_gone`."""
         return {"socket": self._instance.socket}
 
     def is_gone(self, owner: Mapping[str, Any]) -> bool:
-        """See `JobSystem.is_gone`: an instance of this machine at whose socket nobody listens any more."""
+        """Whether it was an instance on this machine and nobody listens at its socket any more."""
         path = owner.get("socket")
         return bool(path) and owner.get("host") == socket.gethostname() and not _is_listening(str(path))
 
     def listen(self, on_change: Callable[[], None]) -> None:
-        """See `JobSystem.listen`."""
+        """Call back whenever a job has changed its phase, or the instance is lost."""
         self._on_change = on_change
 
     def prepare(self, on_ready: Callable[[], None]) -> None:
-        """See `JobSystem.prepare`."""
+        """Connect to the instance; if that fails, each call reports why."""
         try:
             self._instance.open()
         except (ImportError, RuntimeError) as error:  # it was there when the executor was made
@@ -127,12 +127,12 @@ class FluxSystem:
         on_ready()
 
     def setup(self) -> dict[str, Any]:
-        """See `JobSystem.setup`; jobs have the environment of their submission."""
+        """What jobs set up beyond the environment that they were submitted with."""
         untold = untold_environment(os.environ)
         return {"shown_gpus": True, "id_variables": ("FLUX_JOB_ID",), "env": untold}
 
     def submit(self, batch: Batch, on_done: Callable[[str | Refused], None]) -> None:
-        """See `JobSystem.submit`."""
+        """Submit a call, as a plain job or with its script."""
         self._submitting += 1
 
         def answered(answer: int | Refused) -> None:
@@ -144,7 +144,7 @@ class FluxSystem:
             on_done(job_name(answer))
 
         has_script = self.has_script(batch.resources)
-        # A configuration has queues of its own, and a script may name one.
+        # A configuration has queues of its own, and a script may name one itself.
         problem = "" if self._has_configuration else self._policy.problem(batch.resources, named=not has_script)
         if problem:
             refused = Refused(problem)
@@ -172,7 +172,7 @@ class FluxSystem:
         return self._has_configuration or resources.submission_template is not None
 
     def command(self, resources: Resources, program: list[str]) -> list[str]:
-        """The command, in a job, that runs a call's program on all of its ranks: a plain job has them itself."""
+        """The command, run in a job, that runs a call's program on all of its ranks; a plain job is those ranks."""
         if resources.cores == 1 or not self.has_script(resources):
             return program
         return run_command(resources, self._pmi_mode, program)
@@ -184,7 +184,7 @@ class FluxSystem:
             unused = self._templates.unused(batch)
             with open(path, "w", encoding="utf-8") as file:
                 file.write(script)
-        except Exception as error:  # pysqa's, or of a template's, too
+        except Exception as error:  # also of pysqa or of a template
             refused = Refused(str(error))
             self._events.call_later(0.0, lambda: answered(refused))
             return
@@ -214,7 +214,7 @@ class FluxSystem:
     # -- states ---------------------------------------------------------------------------------------------------
 
     def _follow(self, number: int, limit: float | None = None) -> None:
-        """Know the state of a job from now on, and end it when it should have ended itself."""
+        """Keep the state of a job from now on, and end the job if it runs beyond its limit."""
         if number in self._jobs:
             return
         job = self._jobs[number] = _Followed()
@@ -233,7 +233,7 @@ class FluxSystem:
                 if job.log.state.phase is not before:
                     self._on_change()
             else:
-                # Results are there by now; who asks all the same has it told once more.
+                # The results are there by now; if somebody asks nevertheless, the job is followed once more.
                 self._events.call_later(_KEEP_SECONDS, lambda: self._forget(number))
             job.heard = True
             self._answer_for(number)
@@ -244,7 +244,7 @@ class FluxSystem:
         self._jobs.pop(number, None)
 
     def _answer_for(self, number: int) -> None:
-        """Something is known of a job by now."""
+        """Something is known about a job now, so answer the questions that waited only for it."""
         questions, self._questions = self._questions, []
         for missing, answer in questions:
             missing.discard(number)
@@ -254,7 +254,7 @@ class FluxSystem:
                 answer()
 
     def _ask(self, numbers: set[int], answer: Callable[[], None]) -> None:
-        """Call back, later, once something is known of all these jobs."""
+        """Call back, later, once something is known about all these jobs."""
         missing: set[int] = set()
         if not self._instance.lost:
             for number in numbers:
@@ -266,12 +266,12 @@ class FluxSystem:
             self._events.call_later(0.0, answer)
 
     def _state(self, number: int) -> JobState | None:
-        """How a job is; None where the instance does not know it, or is gone."""
+        """The state of a job; None if the instance does not know it, or is gone."""
         job = self._jobs.get(number)
         return job.log.state if job is not None and job.known and not self._instance.lost else None
 
     def query(self, job_ids: Sequence[str], on_states: Callable[[States | None], None]) -> None:
-        """See `JobSystem.query`."""
+        """Report the states of jobs, once all of them are known."""
         numbers = {job_id: job_number(job_id) for job_id in job_ids}
 
         def answer() -> None:
@@ -281,16 +281,16 @@ class FluxSystem:
         self._ask(set(numbers.values()), answer)
 
     def detail(self, job: JobKey, on_state: Callable[[JobState | None], None]) -> None:
-        """See `JobSystem.detail`."""
+        """Report the state of one job, once it is known."""
         number = job_number(job[0])
         self._ask({number}, lambda: on_state(self._state(number)))
 
     def cause_in(self, output: str) -> Cause:
-        """See `JobSystem.cause_in`; Flux writes nothing there."""
+        """Always none: Flux writes nothing about it into the output."""
         return Cause.NONE
 
     def cancel(self, jobs: Sequence[JobKey]) -> None:
-        """See `JobSystem.cancel`."""
+        """Cancel jobs."""
         for job_id, _ in jobs:
             self._instance.end(job_number(job_id), "cancel")
 
@@ -301,28 +301,28 @@ class FluxSystem:
         self._on_change()
 
     def close(self) -> None:
-        """See `JobSystem.close`."""
+        """Close the connection; jobs go on."""
         self._commands.close()
         self._instance.close()
 
 
 def _output(batch: Batch) -> str:
-    """The file of what a batch's job prints."""
+    """The output file of a batch's job."""
     return os.path.join(batch.directory, "output.0")
 
 
 def _for_flux(path: str) -> str:
-    """A path such that Flux's shell, which would fill something in where it sees braces, leaves it as it is."""
+    """A path with its braces escaped, because Flux's shell would expand them as templates."""
     return path.replace("{{", "{{{{")
 
 
 def _is_listening(path: str) -> bool:
-    """Whether anybody listens at a socket. One that was killed has left its file behind."""
+    """Whether anybody listens at a socket. The file alone is no proof: a killed process leaves it behind."""
     with socket.socket(socket.AF_UNIX) as probe:
         try:
             probe.connect(path)
         except (FileNotFoundError, ConnectionRefusedError):
             return False
-        except OSError:  # it cannot be told
+        except OSError:  # it cannot be known
             return True
     return True

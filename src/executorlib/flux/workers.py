@@ -1,12 +1,12 @@
-"""Workers as Flux jobs, which connect back over the network: one job a call, or one for each worker of a block.
+"""Workers as Flux jobs, which connect back over the network: one job for a call, or for each worker of a block.
 
     launch ─▶ jobspec ─▶ Flux ─▶ start ─▶ worker: hello ─▶ setup, calls ─▶ results ─▶ stop ─▶ finish
 
-A worker of a block, unless it is several ranks, is behind a relay (`relay.node_side`) in its job: many calls travel at
-once then, and what it has not started can be taken back.
+A worker of a block, unless it has several ranks, is behind a relay (`relay.node_side`) in its job, so that many calls
+travel together, and calls that it has not started can be taken back.
 
-Flux tells of each job by its events, and the worker's connection tells of the worker. A worker is over when both have
-said so, or one has and the other does not follow.
+Flux reports on each job by its events, and the connection on the worker. A worker is over when both have ended, or when
+one has and the other does not follow.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from executorlib.serialize import Frame
 from executorlib.transports.curve import CONNECTION_VARIABLE
 from executorlib.transports.router import Router, worker_of
 
-# After one of a worker's ends, that of its job or of its connection, the other has to follow within so many seconds.
+# Seconds after the end of a worker's job or connection within which the other has to follow.
 _FOLLOW_SECONDS = 10.0
-# How long a job may last after its worker has left, in seconds. By itself it lasts as long as the worker's exit
-# handlers do, and an instance of its own as long as that takes to shut down.
+# Seconds that a job may last after its worker has left. It usually lasts as long as the worker's exit handlers take,
+# and an instance of its own as long as that takes to shut down.
 _LEFT_SECONDS, _INSTANCE_LEFT_SECONDS = 10.0, 60.0
-# From the cancelling of a job to giving it up, in seconds: Flux sends SIGTERM, after 5 s SIGKILL, and runs epilogs.
+# Seconds from cancelling a job to giving it up: Flux sends SIGTERM, 5 s later SIGKILL, and runs epilogs.
 _CANCEL_SECONDS = 60.0
-# For the output of a job that has died to be read from Flux's store, in seconds.
+# Seconds for reading the output of a job that has died from Flux's store.
 _OUTPUT_SECONDS = 10.0
 
 
@@ -47,22 +47,22 @@ class _Member:
     """A worker and its job.
 
     Attributes:
-        process: The worker.
-        worker: Likewise, as it connects, unless it is behind a relay.
-        relay: That relay, where there is one.
-        identity: Its number, by which its connection is known.
-        log: What Flux has said of the job.
-        job: Its number, once it was submitted.
-        watch: How its events are told.
+        process: The worker, for the loop.
+        worker: The worker as it connects, unless it is behind a relay.
+        relay: The relay, if there is one.
+        identity: Its number, which identifies its connection.
+        log: What Flux has said about the job.
+        job: The job's number, once it was submitted.
+        watch: The key by which its events are watched.
         gone: Whether its connection has ended.
-        unwanted: The last signal that it was sent, or was to be sent before it was there.
-        ending: Whether its end is being told.
+        unwanted: The last signal sent to it, or to be sent once it is there.
+        ending: Whether its end is being reported.
     """
 
     def __init__(self, worker: ConnectingWorker) -> None:
         self.process = process = worker.process
         self.worker = worker
-        # Of those that take call after call, in one process.
+        # Only for a worker that takes call after call, in one process.
         self.relay = RelayEnd() if not process.single and process.resources.cores == 1 else None
         self.identity = str(process.worker.number)
         self.log = JobLog()
@@ -74,7 +74,7 @@ class _Member:
 
     @property
     def peer(self) -> bytes | None:
-        """Its connection, or its relay's, once that has said hello."""
+        """The connection of the worker or its relay, once it has said hello."""
         return self.worker.peer if self.relay is None else self.relay.peer
 
 
@@ -86,9 +86,9 @@ class FluxLauncher:
         policy: What the instance demands of jobs.
         pmi_mode: What Flux's shell offers to MPI; None for its default.
         nested: Whether each worker gets a Flux instance of its own.
-        log_files: Whether what workers print goes to files in their working directories, not to Flux's store.
+        log_files: Whether workers print to files in their working directories, and not to Flux's store.
         hostname_localhost: Whether to listen on the loopback interface only.
-        submit_by: See `FluxInstance`.
+        submit_by: As in `FluxInstance`.
     """
 
     def __init__(
@@ -116,18 +116,18 @@ class FluxLauncher:
     # -- Launcher -------------------------------------------------------------------------------------------------
 
     def prepare(self) -> None:
-        """See `Launcher.prepare`."""
+        """Connect to the instance."""
         self._instance.open()
 
     def launch(self, process: Process) -> None:
-        """See `Launcher.launch`."""
+        """Submit a worker as a job."""
         self._instance.open()
         member = _Member(self._connecting(process))
         identity = member.identity
         process.host = "Flux"
         resources = process.resources
         if not process.single:
-            resources = replace(resources, run_time_max=None)  # that is for each of its calls
+            resources = replace(resources, run_time_max=None)  # that limit is for each of its calls
         files = ("flux_{{id.f58plain}}.out", "flux_{{id.f58plain}}.err") if self._log_files else ("", "")
         spec = jobspec(
             resources,
@@ -161,24 +161,24 @@ class FluxLauncher:
             starter="Flux" if self._pmi_mode is None else f"Flux with pmi_mode={self._pmi_mode!r}",
             advice="MPICH finds Flux by itself; Open MPI needs Flux's pmix plugin (flux-pmix) and pmi_mode='pmix'. Use "
             "an mpi4py that was built for one of them.",
-            # Flux counts what the job holds until it has ended. Here another call may already take its place.
+            # Flux counts the job's resources until it has ended; here another call may take its place already.
             leaves=True,
         )
 
     def _end_by_force(self, process: Process) -> None:
         member = self._members.get(str(process.worker.number))
-        if member is not None and not (member.worker.done and member.gone):  # of one that has left, see `_on_lost`
+        if member is not None and not (member.worker.done and member.gone):  # once it has left, `_on_lost` sees to it
             self.kill(process, signal.SIGKILL)
 
     def _program(self, member: _Member) -> list[str]:
         process = member.process
         ranks = process.resources.cores
         if member.relay is not None:
-            # Its one worker is set up once, so it may as well get the settings by that.
+            # Its one worker is set up only once, so it gets the settings with that.
             return relay_program(pooled=True, stock=0, preload=(), threads=process.resources.threads_per_core, given={})
         module = "executorlib.worker.mpi" if ranks > 1 else "executorlib.worker.remote"
         program = boot_command(module, f"({process.single})" if ranks > 1 else "()")
-        # An instance of its own begins with one process.
+        # An instance of its own starts the program in a single process.
         return run_command(process.resources, self._pmi_mode, program) if self._nested and ranks > 1 else program
 
     @staticmethod
@@ -187,11 +187,11 @@ class FluxLauncher:
         return calls[0].name if process.single and calls else f"executorlib worker {process.worker.slot}"
 
     def setup(self, process: Process) -> dict[str, Any]:
-        """See `Launcher.setup`; the job has the environment and the import path of its submission."""
+        """What the worker sets up beyond the environment and import path that its job was submitted with."""
         return {"shown_gpus": True, "env": untold_environment(os.environ)}
 
     def kill(self, process: Process, signal_number: int) -> None:
-        """See `Launcher.kill`."""
+        """Signal a worker through its relay, or its job through Flux."""
         member = self._members.get(str(process.worker.number))
         if member is None or member.ending or member.unwanted == signal.SIGKILL:
             return
@@ -199,7 +199,7 @@ class FluxLauncher:
         if member.job is None:
             return  # it is on its way to Flux; see `_on_submitted`
         if member.relay is not None and member.relay.peer is not None:
-            # Only the worker: its relay tells which calls it has started.
+            # Signal only the worker: its relay then reports which calls it has started.
             self._ways.kill(member.relay, process.worker.number, signal_number)
             self._later(_FOLLOW_SECONDS, member.identity, self._end_without_word)
             return
@@ -210,24 +210,24 @@ class FluxLauncher:
             self._later(_CANCEL_SECONDS, member.identity, lambda it: self._end(it, "Flux has not ended its job"))
 
     def resume(self) -> None:
-        """See `Launcher.resume`; Flux looks after its workers."""
+        """Does nothing: Flux looks after the workers."""
 
     @property
     def busy(self) -> bool:
-        """See `Launcher.busy`."""
+        """Always false: nothing is left to do once all calls are over."""
         return False
 
     def detach(self, on_taken: Callable[[], None]) -> None:
-        """See `Launcher.detach`; workers end with their executor."""
+        """Nothing can go on: workers end with their executor."""
         on_taken()
 
     def close(self) -> None:
-        """See `Launcher.close`; jobs whose workers have left end by themselves, all others are cancelled."""
+        """Close the connections. Jobs whose workers have left end by themselves; all others are cancelled."""
         leaving = []
         for member in self._members.values():
             member.ending = True
             if member.worker.done:
-                leaving.append(member)  # cancelled, it would look as if its call had failed
+                leaving.append(member)  # if it were cancelled, its call would look as if it had failed
             elif self._is_running(member):
                 self._instance.end(member.job or 0, "cancel")
         self._instance.wait(lambda: not any(map(self._is_running, leaving)), self._left_seconds)
@@ -269,7 +269,7 @@ class FluxLauncher:
             if member.peer is None or member.gone:
                 self._end_as_told(member)
             else:
-                # What it sent last may still be on its way.
+                # The worker's last messages may still be on their way.
                 self._later(_FOLLOW_SECONDS, identity, self._end_as_told)
         elif not event and member.log.state.phase is not Phase.ENDED:
             self._end(member, f"Flux has lost sight of its job {self._job_text(member)}")
@@ -283,7 +283,7 @@ class FluxLauncher:
     def _on_message(self, peer: bytes, header: list[Any], frames: list[Frame]) -> None:
         member = self._members.get(worker_of(peer))
         if member is None:
-            return  # one that was given up, whose job was cancelled
+            return  # it was given up, and its job was cancelled
         relay = member.relay
         if relay is None:
             member.worker.on_message(peer, header, frames)
@@ -295,7 +295,7 @@ class FluxLauncher:
             self._ways.start(relay, member.process)
 
     def _on_worker_exit(self, relay: RelayEnd, number: int, about: dict[str, Any], error: BaseException | None) -> None:
-        """A worker has ended, of which its relay tells; its job is to end, too."""
+        """A worker has ended, as its relay reports, so its job is to end, too."""
         member = self._members.pop(str(number), None)
         if member is None or relay.peer is None:
             return
@@ -318,9 +318,9 @@ class FluxLauncher:
     # -- ending ---------------------------------------------------------------------------------------------------
 
     def _later(self, seconds: float, identity: str, callback: Callable[[_Member], None]) -> None:
-        """Call back unless the worker's end is known by then.
+        """Call back, unless the worker's end is known by then.
 
-        By its identity: what waits must keep neither the worker, nor by that a call and its result.
+        The timer holds only its identity, so that a timeout never keeps a worker, a call or a result alive.
         """
 
         def call() -> None:
@@ -331,7 +331,7 @@ class FluxLauncher:
         self._events.call_later(seconds, call)
 
     def _end_without_word(self, member: _Member) -> None:
-        """Its connection has ended and its job has not."""
+        """The worker's connection has ended and its job has not: cancel the job."""
         if member.job is not None:
             self._instance.end(member.job, "cancel")
         self._end(member, f"the connection to it was lost; its job {self._job_text(member)} was cancelled")
@@ -354,7 +354,7 @@ class FluxLauncher:
                 self._conclude(member)
 
         if member.log.started:
-            # What it printed last is in Flux's store.
+            # Its last output is in Flux's store.
             self._instance.read_errors(member.job, STDERR_TAIL_BYTES, read)
             self._events.call_later(_OUTPUT_SECONDS, lambda: read(b""))
         else:

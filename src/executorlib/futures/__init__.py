@@ -1,1 +1,1 @@
-"""Futures: what they are, as inputs of calls, and made from each other."""
+"""Futures: their class, their use as inputs of calls, and futures made from other futures."""

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, SupportsIndex, TypeVar, overload
 
 from executorlib.errors import refuse_future
 from executorlib.futures.inputs import Stored, failed_call, input_error
 from executorlib.futures.lean import LeanFuture
 from executorlib.futures.locks import RLock
 
+T = TypeVar("T")
+K = TypeVar("K")
+
 
 def _hand_on_failure(record: Any, future: Future[Any]) -> None:
-    """Have a future fail for another one, whose failure somebody is still to ask for."""
+    """Let a future share the failure record of another one, so that asking either of them counts."""
     if record:
         record.share(future)
 
@@ -26,10 +29,10 @@ class DerivedFuture(LeanFuture[Any]):
 
 
 class _Ours:
-    """The first callback of another library's future: calls all of ours.
+    """The first callback of another library's future, which calls all of ours.
 
-    Such a future stops at a callback that raises a `BaseException`, such as SystemExit, and the rest never hears of its
-    end. So ours come first, and all of them are called before the first of their own exceptions is raised.
+    Such a future stops at a callback that raises a `BaseException`, such as SystemExit, and skips the rest. So our
+    callbacks come first, and all of them are called before the first of their own exceptions is raised.
     """
 
     __slots__ = ("receivers",)
@@ -50,8 +53,8 @@ class _Ours:
 
 
 def when_done(future: Future[Any], receiver: Callable[[Future[Any]], object]) -> None:
-    """Have ``receiver(future)`` called when a future is done, whatever other callbacks of it raise."""
-    # A LeanFuture calls all of its callbacks; of a class that has ways of its own nothing but the interface is known.
+    """Have ``receiver(future)`` called when a future is done, whatever its other callbacks raise."""
+    # A LeanFuture calls all of its callbacks. If a class adds callbacks in its own way, only its interface is known.
     if type(future).add_done_callback is Future.add_done_callback and not isinstance(future, LeanFuture):
         with future._condition:
             if not future.done():
@@ -66,7 +69,7 @@ def when_done(future: Future[Any], receiver: Callable[[Future[Any]], object]) ->
 class _Derive:
     """Resolves a derived future once its source is done, and keeps neither of them afterwards.
 
-    Futures keep their callbacks for ever, so a plain reference would keep the one's result as long as the other.
+    Futures keep their callbacks for ever, so a plain reference would keep the result of one as long as the other lives.
     """
 
     __slots__ = ("_compute", "_derived")
@@ -84,7 +87,7 @@ class _Derive:
             try:
                 value = self._compute(source.result())
             except Exception as caught:
-                # The frames of its traceback, and those that called them, refer to the source and its result.
+                # The frames of its traceback, and their callers, refer to the source and its result.
                 error = caught.with_traceback(None)
             else:
                 derived.set_result(value)
@@ -96,24 +99,31 @@ class _Derive:
 
 
 def derived_future(source: Future[Any], compute: Callable[[Any], Any]) -> Future[Any]:
-    """A future of something computed, cheaply, from another's result as soon as that is done."""
+    """Return a future of what a cheap function makes of another future's result, as soon as that is done."""
     derived: Future[Any] = DerivedFuture()
     when_done(source, _Derive(derived, compute))
     return derived
 
 
+# What a tuple or another result has at a key is not known, so it is Any; a union would refuse what is right.
+@overload
+def get_item_from_future(future: Future[list[T]], key: SupportsIndex) -> Future[T]: ...
+@overload
+def get_item_from_future(future: Future[dict[K, T]], key: K) -> Future[T]: ...
+@overload
+def get_item_from_future(future: Future[Any], key: Any) -> Future[Any]: ...
 def get_item_from_future(future: Future[Any], key: Any) -> Future[Any]:
-    """A future of ``future.result()[key]``.
+    """Return a future of ``future.result()[key]``.
 
     Args:
         future: A future whose result can be indexed.
         key: The key or index.
 
     Returns:
-        A future that is done when ``future`` is; it can be an input of any call.
+        A future that is done when ``future`` is. It can be an input of any call.
     """
     item = getattr(future, "item", None)
-    if item is not None:  # a call that is only recorded, for the dependency graph
+    if item is not None:  # the call is only recorded, for the dependency graph
         recorded: Future[Any] = item(key)
         return recorded
     derived = derived_future(future, lambda result: result[key])
@@ -123,12 +133,16 @@ def get_item_from_future(future: Future[Any], key: Any) -> Future[Any]:
     return derived
 
 
+@overload
+def split_future(future: Future[list[T]], n: int) -> list[Future[T]]: ...
+@overload
+def split_future(future: Future[Any], n: int) -> list[Future[Any]]: ...
 def split_future(future: Future[Any], n: int) -> list[Future[Any]]:
-    """Futures of the first ``n`` elements of a result.
+    """Return futures of the first ``n`` elements of a result.
 
     Args:
         future: A future whose result is a sequence of at least ``n`` elements.
-        n: How many; at least 1.
+        n: The number of elements; at least 1.
 
     Returns:
         ``n`` futures, in order.
@@ -141,15 +155,15 @@ def split_future(future: Future[Any], n: int) -> list[Future[Any]]:
     return [get_item_from_future(future, index) for index in range(n)]
 
 
-def batched(iterable: Iterable[Future[Any]], n: int) -> list[Future[list[Any]]]:
-    """Group futures by ``n`` in the order in which they finish; failed ones come last.
+def batched(iterable: Iterable[Any], n: int) -> list[Future[list[Any]]]:
+    """Group futures by ``n`` in the order in which they finish. Failed ones come last.
 
     Args:
-        iterable: The futures; anything else counts as a result that is there already.
-        n: Size of a group; the last may be smaller.
+        iterable: The futures. Anything else counts as a result that exists already.
+        n: Size of a group. The last group may be smaller.
 
     Returns:
-        Futures of lists of results. A group that holds a failed input fails with its exception.
+        Futures of lists of results. A group that holds a failed input fails with that input's exception.
 
     Raises:
         ValueError: ``n`` is below 1.
@@ -171,15 +185,15 @@ def _done(value: Any) -> Future[Any]:
 
 
 class _Batches:
-    """Collects results as they come and resolves one group after the other."""
+    """Collects results as they come, and resolves one group after the other."""
 
     def __init__(self, groups: list[Future[list[Any]]], n: int, total: int) -> None:
         self._lock = RLock()
-        self._groups = deque(groups)  # not resolved yet; the callbacks keep them, and would keep their results
+        self._groups = deque(groups)  # groups leave it once resolved, or callbacks would keep the results
         self._n = n
         self._missing = total
         self._results: list[Any] = []
-        self._errors: list[tuple[BaseException, Any]] = []  # with what is told if nobody asks for them
+        self._errors: list[tuple[BaseException, Any]] = []  # each with the record that tells of it if nobody asks
 
     def on_done(self, future: Future[Any]) -> None:
         ready: list[tuple[Future[list[Any]], list[Any], BaseException | None, Any]] = []
@@ -198,7 +212,7 @@ class _Batches:
                     group_error, record = self._errors[0]
                     del self._errors[: self._n - len(values)]
                 ready.append((self._groups.popleft(), values, group_error, record))
-        # Outside the lock: callbacks of a group may finish further inputs. All groups, whatever callbacks raise.
+        # Outside the lock, because callbacks of a group may finish further inputs. All groups, even if callbacks raise.
         raised = None
         for group, values, group_error, record in ready:
             if not group.set_running_or_notify_cancel():

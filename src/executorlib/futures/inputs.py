@@ -1,4 +1,4 @@
-"""Futures as inputs of calls: they are found at any depth, and replaced by their results."""
+"""Futures as inputs of calls: finding them at any depth, and replacing them with their results."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from executorlib import serialize
 from executorlib.errors import EXECUTOR_ADVICE, FUTURE_ADVICE
 from executorlib.futures.lean import LeanFuture
 
-# Types that cannot hold a future: the common arguments, skipped without a closer look.
+# Common types of arguments that cannot hold a future and are skipped without a closer look.
 _LEAVES = frozenset({int, float, complex, bool, str, bytes, bytearray, type(None)})
 
 
 class StoredCall:
-    """A call whose result goes to a file that is known before it is there.
+    """A call whose result goes to a file that is known before the file exists.
 
     Attributes:
-        executor: Number of its executor, unique in this process.
-        number: Its own, in the executor.
-        key: Its cache key, once derived.
+        executor: The number of its executor, unique in this process.
+        number: Its own number in the executor.
+        key: Its cache key, once that is derived.
         path: The file.
-        batch: The batch directory of the job that this session has submitted for it.
+        batch: The batch directory of the job that this session submitted for it.
     """
 
     __slots__ = ("batch", "executor", "key", "number", "path")
@@ -38,32 +38,32 @@ class StoredCall:
 
 
 class Stored(NamedTuple):
-    """What a future stands for, in terms of files: a call's result, or ``result[keys[0]][keys[1]]...`` of it."""
+    """The call whose result a future represents, or of which it represents ``result[keys[0]][keys[1]]...``."""
 
     call: StoredCall
     keys: tuple[Any, ...] = ()
 
 
 class StoredFuture(Future[Any]):
-    """Stands for another future by the name of what it stands for, and never has the result.
+    """A stand-in for another future that names what it represents and never has the result.
 
     Args:
-        stored: What that is.
+        stored: What it represents.
     """
 
     def __init__(self, stored: Stored) -> None:
-        # None of what a future has that somebody may wait for.
+        # The base class is not initialized, because nobody may wait for this future.
         self.stored = stored
 
 
 def stored(future: Future[Any]) -> Stored | None:
-    """Say which file will hold a future's result; None where it is only in memory, or not known yet."""
+    """Return what a future represents in terms of files; None if its result is only in memory, or not known yet."""
     found: Stored | None = getattr(future, "stored", None)
     return found if found is not None and found.call.path else None
 
 
 def find_futures_in_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Future[Any]]:
-    """`find_futures` for all arguments of a call."""
+    """Find the futures in all arguments of a call, as `find_futures` does."""
     for value in args:
         if type(value) not in _LEAVES:
             break
@@ -74,13 +74,13 @@ def find_futures_in_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[
 
 
 def find_futures(obj: object) -> list[Future[Any]]:
-    """Find the futures in a value: itself, or at any depth of lists, tuples, sets, dicts and dataclasses.
+    """Find the futures in a value: itself, or at any depth in lists, tuples, sets, dicts and dataclasses.
 
     Returns:
-        Each future once, in the order in which they are met.
+        Each future once, in the order in which they are found.
 
     Raises:
-        ValueError: A container that holds a future also holds itself; it could never be rebuilt with results.
+        ValueError: A container that holds a future also holds itself, so it could never be rebuilt with results.
     """
     found: dict[int, Future[Any]] = {}
     _search(obj, found, {}, set())
@@ -88,7 +88,7 @@ def find_futures(obj: object) -> list[Future[Any]]:
 
 
 def _search(obj: object, found: dict[int, Future[Any]], seen: dict[int, bool], cyclic: set[int]) -> bool:
-    """Collect the futures below ``obj``; whether there are any. ``seen`` has the answers for containers met before."""
+    """Collect futures below ``obj`` and return True if there are any; ``seen`` has the answers for known containers."""
     if type(obj) in _LEAVES:
         return False
     if isinstance(obj, Future):
@@ -99,9 +99,9 @@ def _search(obj: object, found: dict[int, Future[Any]], seen: dict[int, bool], c
         return False
     key = id(obj)
     if key in seen:
-        cyclic.add(key)  # or only shared, in which case nobody asks any more
+        cyclic.add(key)  # possibly; if it is only shared, its answer is final already
         return seen[key]
-    seen[key] = False  # while it is being searched
+    seen[key] = False  # until its search is over
     holds = False
     for child in children:
         holds |= _search(child, found, seen, cyclic)
@@ -129,12 +129,12 @@ def _result(future: Future[Any]) -> Any:
 
 
 def fill_in(obj: Any, value_of: Callable[[Future[Any]], Any] = _result) -> Any:
-    """Replace all futures by their values, results unless told otherwise; containers without any stay as they are."""
+    """Replace all futures with their values, by default their results. Containers without futures are kept."""
     return _fill(obj, value_of, {})
 
 
 def _fill(obj: Any, value_of: Callable[[Future[Any]], Any], known: dict[int, Any]) -> Any:
-    """`fill_in` with what came of the containers met before, so that shared ones stay shared."""
+    """Do what `fill_in` does. Shared containers stay shared, because ``known`` has what became of those met before."""
     if type(obj) in _LEAVES:
         return obj
     if isinstance(obj, Future):
@@ -145,7 +145,7 @@ def _fill(obj: Any, value_of: Callable[[Future[Any]], Any], known: dict[int, Any
     key = id(obj)
     if key in known:
         return known[key]
-    known[key] = obj  # met again below itself, it has no futures: find_futures saw to that
+    known[key] = obj  # if it contains itself it has no futures, or find_futures would have raised
     before = list(children)
     after = [_fill(child, value_of, known) for child in before]
     if any(old is not new for old, new in zip(before, after, strict=True)):
@@ -154,9 +154,9 @@ def _fill(obj: Any, value_of: Callable[[Future[Any]], Any], known: dict[int, Any
 
 
 def _rebuilt(obj: Any, children: list[Any]) -> Any:
-    """A container like ``obj`` with other children, in the order in which `_children` gives them."""
+    """Return a container like ``obj`` with other children, given in the order of `_children`."""
     if isinstance(obj, dict):
-        result = copy.copy(obj)  # keeps the type and what belongs to it, such as a default factory
+        result = copy.copy(obj)  # keeps the type and attributes such as a default factory
         result.clear()
         result.update(zip(children[: len(obj)], children[len(obj) :], strict=True))
         return result
@@ -164,7 +164,7 @@ def _rebuilt(obj: Any, children: list[Any]) -> Any:
         return obj._make(children)
     if isinstance(obj, (list, tuple, set, frozenset)):
         return type(obj)(children)
-    # Not dataclasses.replace: fields may be absent from __init__, and __post_init__ ran once already.
+    # Not dataclasses.replace, because fields may be absent from __init__ and __post_init__ has already run.
     result = copy.copy(obj)
     for field, child in zip(dataclasses.fields(obj), children, strict=True):
         if hasattr(obj, field.name):
@@ -173,7 +173,7 @@ def _rebuilt(obj: Any, children: list[Any]) -> Any:
 
 
 def misplaced(fn: object, args: Sequence[object], kwargs: Mapping[str, object]) -> str:
-    """Say where a call that cannot be pickled has a future or an executor, and how to pass it; empty if it has none."""
+    """Explain where a call that cannot be pickled has a future or executor, and what to pass instead, or return ''."""
     parts = [("the function", fn)]
     parts += [(f"argument {index}", value) for index, value in enumerate(args, 1)]
     parts += [(f"argument {name!r}", value) for name, value in kwargs.items()]
@@ -189,12 +189,12 @@ def misplaced(fn: object, args: Sequence[object], kwargs: Mapping[str, object]) 
 
 
 def failed_call(future: Future[Any]) -> str:
-    """Name the call that a failed future is of."""
+    """Name the call that a failed future belongs to."""
     return getattr(future, "failed_call", "") or "an input"
 
 
 def input_error(future: Future[Any]) -> BaseException | None:
-    """The exception with which a future that is done fails a call that has it as input."""
+    """Return the exception with which a finished future fails the calls that have it as input."""
     if future.cancelled():
         return CancelledError("an input of this call was cancelled")
     return future.failure() if isinstance(future, LeanFuture) else future.exception()

@@ -1,10 +1,10 @@
-"""A future that is small, and that no Ctrl-C can leave locked.
+"""A small future that no Ctrl-C can leave locked.
 
-The standard future is locked by a `threading.Condition`, which a Ctrl-C can leave locked: then the thread that is to
-resolve the future waits for ever. This one has a condition of `locks`.
+The standard future is locked by a `threading.Condition`, which a Ctrl-C can leave locked; the thread that should
+resolve the future then waits for ever. This one uses a condition from `locks`.
 
-`concurrent.futures.wait` and `as_completed` are code of the standard library, which goes on as it is. They keep futures
-from being resolved while they look at them, and wait for events with locks; all of these are replaced below.
+The standard library's `concurrent.futures.wait` and `as_completed` cannot be changed. They keep futures from being
+resolved while they look at them, and wait for events with locks, so this module replaces what they use of a future.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from executorlib.futures.locks import Condition, Event, RLock
 
 _T = TypeVar("_T")
 
-# To a future's callbacks what is the standard future's.
+# The logger that the standard future uses for its callbacks.
 _logger = logging.getLogger("concurrent.futures")
 
-# How long whoever resolves a future sleeps before it looks again whether the future is still being read, in seconds.
+# While a future is being read, the thread that wants to resolve it looks again at this interval, in seconds.
 _READ_SECONDS = 0.001
 
 
 class _Condition(Condition):  # type: ignore[misc]  # as its base
-    """Stands for the `threading.Condition` of a future.
+    """Takes the place of a future's `threading.Condition`.
 
-    As a lock, it is the ``with`` statement's. `wait` and `as_completed` call `acquire` and `release` instead, of all
-    their futures in a row, and a Ctrl-C in between would leave locks behind. So they get no lock, but are noted as
-    readers, with the frame that reads: one that has ended reads no more.
+    As a lock, it is for the ``with`` statement only. `wait` and `as_completed` call `acquire` and `release` on all
+    their futures in a row, and a Ctrl-C in between would leave futures locked. So they do not get the lock. They are
+    noted as readers instead, with the frame that reads: once that frame has ended, it no longer counts.
     """
 
     __slots__ = ("_readers",)
@@ -43,14 +43,14 @@ class _Condition(Condition):  # type: ignore[misc]  # as its base
         self._readers: tuple[tuple[int, FrameType], ...] = ()
 
     def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
-        """Keep the future from being resolved while the caller's caller runs, until `release`."""
+        """Keep the future from being resolved until `release`, or until the caller's caller ends."""
         frame = sys._getframe(1)
         with self:
             self._readers = (*self._readers, (get_ident(), frame.f_back or frame))
         return True
 
     def release(self) -> None:
-        """End what `acquire` began."""
+        """Undo the last `acquire` of this thread."""
         with self:
             readers = list(self._readers)
             for index in reversed(range(len(readers))):
@@ -60,7 +60,7 @@ class _Condition(Condition):  # type: ignore[misc]  # as its base
             self._readers = tuple(readers)
 
     def is_read(self) -> bool:
-        """Whether another thread is reading; for whoever has the lock."""
+        """Return True if another thread is reading. The caller must have the lock."""
         if not self._readers:
             return False
         stacks = sys._current_frames()
@@ -68,24 +68,24 @@ class _Condition(Condition):  # type: ignore[misc]  # as its base
         return any(ident != get_ident() for ident, _ in self._readers)
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Whether the future was resolved meanwhile; never, as `LeanFuture` waits beforehand."""
+        """Return False: the future is never resolved here, because `LeanFuture` waits beforehand."""
         return False
 
 
 def _is_running(frame: FrameType, top: FrameType | None) -> bool:
-    """Whether a frame is on the stack whose newest frame is ``top``."""
+    """Return True if a frame is on the stack whose newest frame is ``top``."""
     while top is not None and top is not frame:
         top = top.f_back
     return top is not None
 
 
 class _Waiters(list[Any]):
-    """What `wait` and `as_completed` leave with a future to be told of its end."""
+    """The objects by which `wait` and `as_completed` learn that a future is done."""
 
     __slots__ = ()
 
     def append(self, waiter: Any) -> None:
-        """Take a waiter, all of whose futures are being read, so that nobody uses its event and its lock yet."""
+        """Take a waiter. All of its futures are being read, so nobody uses its event and lock yet: replace them."""
         if not isinstance(waiter.event, Event):
             waiter.event = Event()
             if hasattr(waiter, "lock"):
@@ -94,14 +94,14 @@ class _Waiters(list[Any]):
 
 
 class LeanFuture(Future[_T]):
-    """A future that a Ctrl-C in any thread's use of it leaves usable for all others.
+    """A future that stays usable for all threads after a Ctrl-C in any thread's use of it.
 
-    All of its callbacks are called, also those that come after one that raises a `BaseException` such as SystemExit,
-    which is raised in the end: what depends on this future must not depend on the order of its callbacks.
+    All of its callbacks are called, even after one that raises a `BaseException` such as SystemExit, which is raised at
+    the end. So what depends on this future does not depend on the order of its callbacks.
     """
 
     _condition: _Condition  # type: ignore[assignment]
-    unasked: Any = None  # see `unasked.Record`
+    unasked: Any = None  # an `unasked.Record`, if it failed
 
     def __init__(self) -> None:
         super().__init__()
@@ -109,22 +109,22 @@ class LeanFuture(Future[_T]):
         self._waiters: list[Any] = _Waiters()
 
     def failure(self) -> BaseException | None:
-        """The exception of a future that is done, for other futures' sake: its user has not asked for it by that."""
+        """Return a finished future's exception, for other futures. This does not count as the user's asking for it."""
         return super().exception(0)
 
     def result(self, timeout: float | None = None) -> _T:
-        """See `concurrent.futures.Future.result`."""
+        """Wait for the result and return it, or raise the call's exception."""
         try:
             self._condition.sleep(self.done, timeout)
             return super().result(0)
         finally:
             if self.unasked:
                 self.unasked.clear()
-            # An exception's traceback refers to this frame, and the frame to the future, which has the exception.
+            # Breaks a cycle: the exception's traceback, this frame, the future, the exception.
             del self
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        """See `concurrent.futures.Future.exception`."""
+        """Wait for the end, and return the call's exception or None."""
         try:
             self._condition.sleep(self.done, timeout)
             return super().exception(0)
@@ -133,22 +133,22 @@ class LeanFuture(Future[_T]):
                 self.unasked.clear()
 
     def set_running_or_notify_cancel(self) -> bool:
-        """See `concurrent.futures.Future.set_running_or_notify_cancel`."""
+        """Mark the future as running, unless it was cancelled, and return True if it runs."""
         running: bool = self._while_unread(super().set_running_or_notify_cancel)
         return running
 
     def set_result(self, result: _T) -> None:
-        """See `concurrent.futures.Future.set_result`."""
+        """Set the result and call the callbacks."""
         self._while_unread(super().set_result, result)
         self._invoke_callbacks()
 
     def set_exception(self, exception: BaseException | None) -> None:
-        """See `concurrent.futures.Future.set_exception`."""
+        """Set the exception and call the callbacks."""
         self._while_unread(super().set_exception, exception)
         self._invoke_callbacks()
 
     def _while_unread(self, change: Callable[..., Any], *args: Any) -> Any:
-        """Change the state while nobody looks at it for `wait` or `as_completed`."""
+        """Change the state while no `wait` or `as_completed` is looking at it."""
         while True:
             with self._condition:
                 if not self._condition.is_read():
@@ -159,7 +159,7 @@ class LeanFuture(Future[_T]):
 
     def _invoke_callbacks(self) -> None:
         if not self._done_callbacks or self._condition._is_owned():  # type: ignore[attr-defined]
-            return  # from `_while_unread`; the caller of that calls them without the lock
+            return  # called within `_while_unread`, whose caller repeats it without the lock
         raised = None
         for callback in self._done_callbacks:  # type: ignore[attr-defined]
             try:

@@ -1,12 +1,12 @@
 """Locks, conditions and events that no Ctrl-C can leave locked.
 
-Python runs signal handlers in the main thread, between any two steps of code that is written in Python; only a step
-that is written in C is whole. The conditions and events of `threading` lock themselves in Python: a Ctrl-C inside them
-leaves them locked, and whoever comes next waits for ever. Here, whatever another thread may have to wait for is locked
-by the ``with`` statement of a lock made in C, which is one step.
+Python runs signal handlers in the main thread, between any two steps of Python code; only a step written in C is
+atomic. The conditions and events of `threading` lock themselves in Python code: a Ctrl-C inside them leaves them
+locked, and the next thread waits for ever. Here, everything that another thread may wait for is locked by the ``with``
+statement of a lock made in C, which is one step.
 
-Python 3.14 is the exception: a handler may run when the lock has been taken and before the block has been entered that
-releases it (https://github.com/python/cpython/issues/148874, mended in 3.15.0). There, `RLock` looks after itself.
+Python 3.14 is the exception: a handler may run after the lock is taken and before the block is entered that releases it
+(https://github.com/python/cpython/issues/148874, fixed in 3.15.0). On 3.14, `RLock` takes care of this itself.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ class RLock(_thread.RLock):  # type: ignore[misc]  # final in typeshed, not in P
     if sys.version_info[:2] == (3, 14):
 
         def __enter__(self) -> bool:
-            # A function written in Python is entered and left without a look at signals, but for one at its beginning.
+            # A function written in Python is entered and left without a check for signals, except one at its start.
             try:
                 return _thread.RLock.acquire(self)
             except BaseException:
-                if self._is_owned():  # else the handler came while it waited
+                if self._is_owned():  # if not, the handler ran while this waited
                     _thread.RLock.release(self)
                 raise
 
 
-class Condition(RLock):  # type: ignore[misc]  # see above
-    """A lock, and those who sleep until what it guards has changed.
+class Condition(RLock):  # type: ignore[misc]  # as above
+    """A lock, together with those who sleep until the guarded state has changed.
 
     It is smaller than a `threading.Condition`, which alone takes more memory than the rest of a queued call.
     """
@@ -47,7 +47,7 @@ class Condition(RLock):  # type: ignore[misc]  # see above
         self._sleepers: list[Lock] | None = None
 
     def sleep(self, is_over: Callable[[], bool], timeout: float | None) -> bool:
-        """Wait, without the lock, until ``is_over()``, of which `notify_all` tells; whether it came in time."""
+        """Wait without the lock until ``is_over()``, announced by `notify_all`; return True if that came in time."""
         with self:
             if is_over():
                 return True
@@ -66,14 +66,14 @@ class Condition(RLock):  # type: ignore[misc]  # see above
                     self._sleepers.remove(sleeper)
 
     def notify_all(self) -> None:
-        """Wake all that sleep; for whoever has the lock."""
+        """Wake everybody who sleeps. The caller must have the lock."""
         sleepers, self._sleepers = self._sleepers, None
         for sleeper in sleepers or ():
             sleeper.release()
 
 
 class Event:
-    """As `threading.Event`."""
+    """Does what `threading.Event` does."""
 
     __slots__ = ("_condition", "_is_set")
 
@@ -81,7 +81,7 @@ class Event:
         self._condition = Condition()
         self._is_set = False
 
-    def is_set(self) -> bool:  # noqa: D102  # this and the others are `threading.Event`'s
+    def is_set(self) -> bool:  # noqa: D102  # all methods are those of `threading.Event`
         return self._is_set
 
     def set(self) -> None:  # noqa: D102

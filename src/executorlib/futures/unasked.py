@@ -1,7 +1,7 @@
-"""Failures of calls that nobody has asked for, told once: at the end of their executor, or of the program.
+"""Failures of calls that nobody has asked for, reported once: when their executor or the program ends.
 
-A future that is asked for its result or exception empties its record here. What is left is told as soon as nobody can
-ask any more: when the executor ends, of futures that are gone by then, and at exit of all others.
+Asking a future for its result or exception empties its record here. A record that is left is reported as soon as nobody
+can ask any more: when the executor ends if the future is gone by then, and otherwise at exit.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ logger = logging.getLogger("executorlib")
 
 
 class Record(list[str]):
-    """The failure's text, until somebody asks for it; shared by all futures that have the failure.
+    """The text of a failure until somebody asks for it, shared by all futures that have the failure.
 
     Args:
-        text: It.
-        future: The call's.
+        text: The text.
+        future: The call's future.
     """
 
     __slots__ = ("_holders",)
@@ -31,40 +31,40 @@ class Record(list[str]):
         self._holders = [weakref.ref(future)]
 
     def share(self, future: Any) -> None:
-        """Have a future that was made from the failed one stand for it, too: to ask either of them is to ask."""
+        """Let a future made from the failed one share this record, so that asking either of them counts."""
         self._holders.append(weakref.ref(future))
         future.unasked = self
 
     @property
     def can_be_asked(self) -> bool:
-        """Whether there is still a future to ask."""
+        """True if there is still a future to ask."""
         return any(holder() is not None for holder in self._holders)
 
 
-# Texts that are kept of each executor, and that are shown.
+# How many texts are kept for each executor, and how many are shown.
 _MOST_KEPT, _MOST_SHOWN = 20, 5
 _MOST_CHARACTERS = 200
 _FIRST_ROOM = 100
 
-# Of executors that have ended, whose futures have not. Several may end at once, each in its own thread.
+# Records of ended executors whose futures still exist. Several executors may end at once, each in its own thread.
 _left: list[Record] = []
 _lock = RLock()
 
 
 class Failures:
-    """Those of one executor."""
+    """The records of one executor."""
 
     def __init__(self) -> None:
         self._records: list[Record] = []
         self._room = _FIRST_ROOM
 
     def add(self, future: Any, call: str, error: BaseException) -> Record:
-        """Make a future's record.
+        """Make the record of a failed call.
 
         Args:
-            future: Of the call.
-            call: The call, for the text.
-            error: What it fails with.
+            future: The call's future.
+            call: The call's name, for the text.
+            error: The exception that it failed with.
         """
         if len(self._records) >= self._room:
             self._records = [each for each in self._records if each]
@@ -73,14 +73,14 @@ class Failures:
         if len(self._records) < _MOST_KEPT:
             try:
                 text = f"{call}: {type(error).__name__}: {error}"[:_MOST_CHARACTERS]
-            except Exception:  # of the user's own class
+            except Exception:  # raised by the user's own exception class
                 text = f"{call}: {type(error).__name__}"
         record = Record(text, future)
         self._records.append(record)
         return record
 
     def tell(self) -> None:
-        """The executor has ended: tell of futures that are gone, and leave the others to the end of the program."""
+        """Report failures whose futures are gone when the executor ends, and leave the others to the program's end."""
         waiting = [record for record in self._records if record and record.can_be_asked]
         _tell(record for record in self._records if not record.can_be_asked)
         with _lock:
@@ -90,13 +90,13 @@ class Failures:
 
 
 def tell_the_rest() -> None:
-    """The program ends: tell what was left."""
+    """Report what is left when the program ends."""
     _tell(_left)
     _left.clear()
 
 
 def forget() -> None:
-    """Leave everything to another process, of which this one is a copy."""
+    """Leave all records to the process of which this one is a fork."""
     global _lock
     _lock = RLock()
     _left.clear()

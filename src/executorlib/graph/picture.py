@@ -1,4 +1,4 @@
-"""A recorded graph as a picture."""
+"""Draws a recorded graph."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _FORMATS = ("png", "svg", "pdf", "dot")
 
 
 def check_filename(filename: str | os.PathLike[str] | None) -> None:
-    """Check that the graph can be drawn, before any work is put into recording it.
+    """Check that the graph can be drawn, before any work goes into recording it.
 
     Args:
-        filename: Where it will be written; None: shown in a notebook.
+        filename: The file that it will be written to. None if it will be shown in a notebook.
 
     Raises:
-        ValueError: The ending is not known, or a library is missing; the text says what to install.
+        ValueError: The ending is unknown, or a library is missing; the text says what to install.
     """
     if filename is None:
         needed = "svg" if _in_notebook() else "dot"
@@ -48,12 +48,11 @@ def check_filename(filename: str | os.PathLike[str] | None) -> None:
 
 
 def dot(graph: Graph) -> str:
-    """The graph in the DOT language of Graphviz.
+    """Return the graph in the DOT language of Graphviz.
 
-    Boxes are calls, ellipses what goes into them: constants as `name = value`, and futures that
-    belong to no call of this graph. An edge is labelled with the argument that it fills. Equal
-    numbers and strings for an argument of one name are one ellipse; any other constant is one
-    ellipse as long as it is one object.
+    Boxes are calls. Ellipses are their inputs: constants as `name = value`, and futures that belong to no call of this
+    graph. An edge is labelled with the argument that it fills. Equal numbers and strings for arguments of the same name
+    share one ellipse; any other constant shares one only with the same object.
 
     Args:
         graph: The graph.
@@ -99,13 +98,13 @@ def dot(graph: Graph) -> str:
 
 
 def draw(graph: Graph) -> None:
-    """Show the graph below the cell in a notebook; elsewhere log how to get a picture.
+    """Show the graph below the cell in a notebook. Elsewhere, log how to get a picture.
 
     Args:
         graph: The graph.
 
     Raises:
-        ValueError: In a notebook: no library is there that draws it.
+        ValueError: This is a notebook, and no library to draw the graph is installed.
     """
     if not _in_notebook():
         _logger.warning(
@@ -120,14 +119,14 @@ def draw(graph: Graph) -> None:
 
 
 def write(graph: Graph, filename: str | os.PathLike[str]) -> None:
-    """Write the graph as a picture or as DOT text; missing folders are made.
+    """Write the graph as a picture or as DOT text. Missing folders are made.
 
     Args:
         graph: The graph.
-        filename: Ends in .png, .svg, .pdf or .dot.
+        filename: A file that ends in .png, .svg, .pdf or .dot.
 
     Raises:
-        ValueError: Another ending, or no library is there that draws it.
+        ValueError: The file has another ending, or no library to draw the graph is installed.
     """
     check_filename(filename)
     path = Path(filename)
@@ -143,9 +142,9 @@ def _format(filename: str | os.PathLike[str]) -> str:
 
 
 def _quote(text: str) -> str:
-    """A DOT string that shows the text as it is, with line breaks kept.
+    """Return a DOT string that shows the text as it is, with line breaks kept.
 
-    In labels Graphviz reads backslash sequences and HTML entities, see
+    Graphviz interprets backslash sequences and HTML entities in labels, see
     https://graphviz.org/docs/attr-types/escString/.
     """
     shown = "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
@@ -155,7 +154,7 @@ def _quote(text: str) -> str:
 
 
 def _render(dot: str, picture_format: str) -> bytes:
-    """Lay the graph out with pygraphviz, whose wheels bring Graphviz along, else with `dot`."""
+    """Lay the graph out with pygraphviz, whose wheels include Graphviz, or else with `dot`."""
     if find_spec("pygraphviz"):
         import pygraphviz
 
@@ -165,7 +164,7 @@ def _render(dot: str, picture_format: str) -> bytes:
 
 
 def _in_notebook() -> bool:
-    # Where IPython is not loaded this is no notebook, and importing it would be slow.
+    # Without IPython loaded this is not a notebook, and importing it would be slow.
     ipython = sys.modules.get("IPython")
     shell = None if ipython is None else ipython.get_ipython()
     return getattr(shell, "kernel", None) is not None

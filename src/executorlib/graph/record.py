@@ -1,8 +1,8 @@
 """The dependency graph: calls that are recorded instead of run.
 
-An executor with one of the graph options hands every call to a `Graph` and runs none. A call gives
-a `RecordedFuture`, done at once with None, that knows the graph and the step it stands for. What a
-user derives from it or passes it to is recorded in turn, and at the end the graph is written:
+An executor with one of the graph options passes every call to a `Graph` and runs none. A call returns a
+`RecordedFuture`, done at once with None, which knows the graph and the step that it represents. Whatever users derive
+from it or pass it to is recorded in turn, and at the end the graph is written:
 
     Graph.call, Graph.batch, RecordedFuture.item   record   (submit, batched, get_item_from_future)
     picture.draw, picture.write                    picture  (notebook; png, svg, pdf, dot)
@@ -29,11 +29,11 @@ _repr.maxstring = _repr.maxother = _LABEL_LENGTH = 40  # characters
 
 
 class RecordedFuture(Future[Any]):
-    """What a recorded call returns: a future that is done at once with None.
+    """The future of a recorded call, done at once with None.
 
     Attributes:
         graph: The graph that it belongs to.
-        origin: The step in it whose result it stands for.
+        origin: The step of the graph whose result it represents.
     """
 
     def __init__(self, graph: Graph, origin: _Call | _Batch | _Item) -> None:
@@ -45,22 +45,22 @@ class RecordedFuture(Future[Any]):
     __reduce__ = refuse_future
 
     def item(self, key: Any) -> RecordedFuture:
-        """Record one element of the result: what `get_item_from_future` returns for this future.
+        """Record one element of the result, for `get_item_from_future`.
 
         Args:
             key: Index or key of the element.
 
         Returns:
-            A future for the element, itself recorded.
+            A recorded future for the element.
         """
         return RecordedFuture(self.graph, _Item(self, key))
 
 
 class Graph:
-    """Calls in the order of their submission, and what each takes from the ones before it.
+    """Calls in the order of their submission, with what each takes from the ones before it.
 
-    Nothing in it runs. Containers that hold futures are copied when a call is recorded; all other
-    arguments are referred to.
+    Nothing in it runs. Containers that hold futures are copied when a call is recorded; other arguments are only
+    referenced.
     """
 
     def __init__(self) -> None:
@@ -77,10 +77,9 @@ class Graph:
 
         Args:
             fn: The function.
-            args: Its positional arguments; futures in them, at any depth, become edges.
-            kwargs: Its keyword arguments, likewise.
-            resources: What the call asks for beyond the executor's own resources; shown in the
-                picture, not exported.
+            args: Its positional arguments. Futures in them, at any depth, become edges.
+            kwargs: Its keyword arguments. Futures in them become edges, too.
+            resources: What the call requests beyond the executor's own resources. Shown in the picture, not exported.
 
         Returns:
             A future that is done with None.
@@ -93,7 +92,7 @@ class Graph:
         return RecordedFuture(self, step)
 
     def batch(self, sources: Iterable[Future[Any]]) -> RecordedFuture:
-        """Record a list made of the results of several futures, as `batched` returns it.
+        """Record a list of the results of several futures, for `batched`.
 
         Args:
             sources: The futures in the batch.
@@ -106,7 +105,7 @@ class Graph:
         return RecordedFuture(self, step)
 
     def _origin(self, future: Future[Any]) -> tuple[_Call | _Batch | Future[Any], list[Any]]:
-        """Where a future's value comes from, and the keys that lead from there to the value."""
+        """Return where a future's value comes from, and the keys that lead from there to the value."""
         keys: list[Any] = []
         while isinstance(future, RecordedFuture) and future.graph is self:
             if not isinstance(future.origin, _Item):
@@ -121,9 +120,9 @@ class _Constant:
     value: Any
 
     def identity(self) -> Hashable:
-        """Equal for constants that may be drawn as one: equal scalars, or the same object.
+        """Return a value that is equal for constants drawn as one: equal scalars, or the same object.
 
-        The type is part of it because 1, 1.0 and True are equal.
+        It includes the type, because 1, 1.0 and True are equal.
         """
         if isinstance(self.value, (bool, int, float, complex, str, bytes, type(None))):
             return type(self.value), repr(self.value)
@@ -132,7 +131,7 @@ class _Constant:
 
 @dataclasses.dataclass(frozen=True)
 class _Container:
-    """A container with a future somewhere in it; the keys are indices, keys or field names."""
+    """A container with a future somewhere in it. The keys of its items are indices, keys or field names."""
 
     kind: type
     items: list[tuple[Any, _Value]]
@@ -153,9 +152,9 @@ class _Argument:
     """One argument of a call.
 
     Attributes:
-        name: Its parameter, with the index for one of `*args`.
-        value: What was given for it.
-        by_name: Whether it can be passed by name.
+        name: The name of its parameter, with the index for one of `*args`.
+        value: The value given for it.
+        by_name: True if it can be passed by name.
     """
 
     name: str
@@ -186,7 +185,7 @@ class _Batch:
     sources: list[Future[Any]]
 
     def inputs(self) -> Iterator[tuple[str, _Constant | Future[Any]]]:
-        # A batch takes its inputs in the order in which they finish, so they have no place in it.
+        # A batch takes its inputs in the order in which they finish, so they have no fixed place in it.
         for source in self.sources:
             yield "", source
 
@@ -198,7 +197,7 @@ class _Item:
 
 
 def _short(value: Any) -> str:
-    """What a value looks like, in one short line."""
+    """Show a value in one short line."""
     text = " ".join(_repr.repr(value).split())
     return text if len(text) <= _LABEL_LENGTH else text[: _LABEL_LENGTH - 3] + "..."
 
@@ -214,14 +213,14 @@ def _bind(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
     """Name the arguments of a call after the function's parameters."""
     try:
         signature = inspect.signature(fn)
-    except (TypeError, ValueError):  # built-ins that have none
+    except (TypeError, ValueError):  # a built-in without a signature
         for index, value in enumerate(args):
             yield _Argument(str(index), _freeze(value), by_name=False)
         for name, value in kwargs.items():
             yield _Argument(name, _freeze(value), by_name=True)
         return
     try:
-        # Partial, because init_function or the executor may fill in what is left out here.
+        # Partial, because init_function or the executor may fill in arguments that are missing here.
         bound = signature.bind_partial(*args, **kwargs).arguments
     except TypeError as error:
         call = f"{_function_name(fn)}{signature}"
@@ -240,7 +239,7 @@ def _bind(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
 
 
 def _freeze(value: Any, within: frozenset[int] = frozenset()) -> _Value:
-    """Copy the containers that lead to futures; `within` holds the ids of those being copied."""
+    """Copy the containers that lead to futures. `within` holds the ids of those being copied."""
     if isinstance(value, Future):
         return value
     parts: Iterable[tuple[Any, Any]]

@@ -1,4 +1,4 @@
-"""A recorded graph as a Python Workflow Definition."""
+"""Writes a recorded graph as a Python Workflow Definition."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from executorlib.graph.record import RecordedFuture, _Call, _Constant, _Containe
 if TYPE_CHECKING:
     from executorlib.graph.record import Graph, _Value
 
-# Names that the format's own package gives its version and its helper functions,
-# python-workflow-definition 0.1.5.
+# Names that the format's own package, python-workflow-definition 0.1.5, gives its version and helper functions.
 _FORMAT_VERSION = "0.1.0"
 _GET_LIST = "python_workflow_definition.shared.get_list"
 _GET_DICT = "python_workflow_definition.shared.get_dict"
@@ -28,19 +27,19 @@ _RESERVED_PORT = "__result__"
 
 
 def export(graph: Graph, filename: str | os.PathLike[str]) -> None:
-    """Write the graph as Python Workflow Definition 0.1.0; missing folders are made.
+    """Write the graph as Python Workflow Definition 0.1.0. Missing folders are made.
 
-    The result of the exported workflow is that of the one call whose result no other call uses,
-    or, where there are several, the list of theirs in the order of submission. Tuples and
-    numpy's arrays become lists, numpy's scalars numbers, as JSON has them. Resources are left out.
+    The result of the exported workflow is that of the one call whose result no other call uses. If there are several,
+    it is the list of their results in the order of submission. For JSON, tuples and numpy arrays become lists, and
+    numpy scalars become numbers. Resources are left out.
 
     Args:
         graph: The graph.
         filename: The JSON file.
 
     Raises:
-        ValueError: Something that the format cannot hold, with the call and the argument, or
-            no call at all. No file is written then.
+        ValueError: There is no call, or the format cannot hold something; the text names the call and the argument.
+            No file is written then.
     """
     text = json.dumps(_Export(graph).document(), indent=4, allow_nan=False)
     path = Path(filename)
@@ -51,11 +50,10 @@ def export(graph: Graph, filename: str | os.PathLike[str]) -> None:
 class _Export:
     """Turns a graph into the nodes and edges of a Python Workflow Definition.
 
-    The rules of the format's own runners (python-workflow-definition 0.1.5) that shape it:
-    arguments go by name; a function node runs only if an edge ends in it and if it is a plain
-    Python function of a module; there is one output node, and the result is that of the function
-    node that runs last. A `sourcePort` is a string, so that only a string key can be one; any other
-    element is fetched by a node of its own.
+    It follows the rules of the format's own runners (python-workflow-definition 0.1.5). Arguments are passed by name. A
+    function node runs only if an edge ends in it and if it is a plain Python function of a module. There is one output
+    node, and the result is that of the function node that runs last. A `sourcePort` is a string, so it can only hold a
+    string key; any other element is fetched by a node of its own.
     """
 
     def __init__(self, graph: Graph) -> None:
@@ -63,7 +61,7 @@ class _Export:
         self._nodes: list[dict[str, Any]] = []
         self._edges: list[dict[str, Any]] = []
         self._ids: dict[Hashable, int] = {}
-        # Each name that is taken, and the last number that was put behind it to make another.
+        # Each name in use, with the last number that was appended to it to make another name.
         self._input_names: dict[str, int] = {}
 
     def document(self) -> dict[str, Any]:
@@ -99,7 +97,7 @@ class _Export:
             raise ValueError(f"{where}: {error}") from None
 
     def _source(self, name: str, value: _Value) -> tuple[int, str | None]:
-        """The node, and the port of it, that supplies a value to the argument of that name."""
+        """Return the node, and its port, that supplies a value to the argument of that name."""
         if isinstance(value, _Constant):
             return self._add_input(name, value.value), None
         if isinstance(value, _Container):
@@ -145,7 +143,7 @@ class _Export:
         return target
 
     def _add_input(self, name: str, value: Any) -> int:
-        """One input node for each name and value, under a name of its own."""
+        """Add one input node for each name and value, with a unique name, and return its number."""
         value = _json_value(value)
         identity = (name, json.dumps(value))
         if identity not in self._ids:
@@ -172,11 +170,11 @@ class _Export:
 
 
 def _import_path(fn: Callable[..., Any]) -> str:
-    """The `module.function` under which another program finds the function.
+    """Return the `module.function` under which another program finds the function.
 
-    A function of a script is named after the script's file and one of `python -m` after the module,
-    so that another program can import it. What a notebook or prompt defines keeps `__main__` and
-    can be loaded only there.
+    For a function of a script the module is named after the script's file, and for one of `python -m` it is that
+    module, so that another program can import it. A function from a notebook or prompt keeps `__main__` and can be
+    loaded only there.
     """
     if not inspect.isfunction(fn):
         raise ValueError(
@@ -199,7 +197,7 @@ def _import_path(fn: Callable[..., Any]) -> str:
 
 
 def _complete(call: _Call) -> dict[str, _Value]:
-    """The call's arguments by name, with those added that a runner of the format needs."""
+    """Return the call's arguments by name, and others that a runner of the format needs."""
     arguments: dict[str, _Value] = {}
     for argument in call.arguments:
         if not argument.by_name:
@@ -210,7 +208,7 @@ def _complete(call: _Call) -> dict[str, _Value]:
         arguments[argument.name] = argument.value
     parameters = inspect.signature(call.fn).parameters
     if "executorlib_worker_id" in parameters:
-        # Outside a block of workers the number is always 0.
+        # Outside a block of workers, the number is always 0.
         arguments.setdefault("executorlib_worker_id", _Constant(0))
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     for name, parameter in parameters.items():
@@ -221,7 +219,7 @@ def _complete(call: _Call) -> dict[str, _Value]:
                 f"argument {name!r} is missing; what init_function supplies is not exported, pass it to submit"
             )
         if not arguments and parameter.kind is not inspect.Parameter.POSITIONAL_ONLY:
-            # A function without an incoming edge would not be run.
+            # Runners do not run a function node without an incoming edge.
             arguments[name] = _Constant(parameter.default)
     if not arguments:
         raise ValueError(
@@ -232,7 +230,7 @@ def _complete(call: _Call) -> dict[str, _Value]:
 
 
 def _result(future: Future[Any]) -> Any:
-    """The value of a future that belongs to no call of the graph."""
+    """Return the value of a future that belongs to no call of the graph."""
     if isinstance(future, RecordedFuture):
         raise ValueError("it is a call recorded by another executor; submit both calls to the same executor")
     if not future.done():
@@ -247,15 +245,15 @@ def _result(future: Future[Any]) -> Any:
 
 
 def _json_value(value: Any) -> Any:
-    """The value as JSON has it.
+    """Convert a value to what JSON has for it.
 
     Raises:
-        ValueError: JSON has no such value.
+        ValueError: JSON has nothing for such a value.
     """
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
-        value.encode()  # a lone surrogate has no place in a file
+        value.encode()  # raises for a lone surrogate, which cannot be written to a file
         return value
     if isinstance(value, numbers.Integral):
         return int(value)
@@ -272,7 +270,7 @@ def _json_value(value: Any) -> Any:
     numpy = sys.modules.get("numpy")
     if numpy is not None and isinstance(value, (numpy.ndarray, numpy.generic)):
         plain = value.tolist()
-        if type(plain) is not type(value):  # as numbers are that Python has nothing for
+        if type(plain) is not type(value):  # numpy returns numbers unchanged that Python has no type for
             return _json_value(plain)
     remedy = "pass value.tolist()" if hasattr(value, "tolist") else "build it inside the function"
     raise ValueError(f"JSON has no place for a value of type {type(value).__name__}; {remedy}")

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from executorlib.core.ledger import Ledger, Node, Unlimited
 from executorlib.executor import BaseExecutor
 from executorlib.jobs.templates import Templates, check_keys
 from executorlib.launchers.contract import Events, JobEvents, Launcher
 from executorlib.options import Common
-from executorlib.resources import Demand, Resources, check_ranks_of_nodes
+from executorlib.resources import Demand, ResourceDict, Resources, check_ranks_of_nodes
 
 _CACHE_DIRECTORY = "executorlib_cache"
 
@@ -52,7 +52,7 @@ class ClusterExecutor(BaseExecutor):
         ValueError: An argument that cannot be honoured; the text says why and what to do.
     """
 
-    _has_template = True
+    _has_template: Literal[True] = True
     _templates: Templates | None = None
 
     def __init__(
@@ -102,7 +102,7 @@ class QueueExecutor(ClusterExecutor):
         max_workers: int | None = None,
         cache_directory: str | os.PathLike[str] | None = None,
         max_cores: int | None = None,
-        resource_dict: Mapping[str, Any] | None = None,
+        resource_dict: ResourceDict | Mapping[str, Any] | None = None,
         pysqa_config_directory: str | os.PathLike[str] | None = None,
         pmi_mode: str | None = None,
         hostname_localhost: bool | None = None,

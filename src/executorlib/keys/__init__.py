@@ -1,1 +1,1 @@
-"""What a call is named by in the cache: its function, all that this reaches, and its inputs."""
+"""The names of calls in the cache, derived from the function, everything it reaches, and the inputs."""

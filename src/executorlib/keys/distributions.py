@@ -1,7 +1,7 @@
-"""Which installed distribution has put a module into a folder, and its version.
+"""Finds the installed distribution that a module in a folder belongs to, and its version.
 
-`importlib.metadata` answers that only for all of them at once, after reading every file list, which takes up to a
-second where much is installed. Here one folder is listed, and mostly one file list is read.
+`importlib.metadata` answers this only for all distributions at once and reads every file list to do so, which takes up
+to a second if much is installed. This module lists one folder and usually reads one file list.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 _INFO = (".dist-info", ".egg-info")
 LIBRARY_FOLDERS = ("site-packages", "dist-packages")
-# Of a folder by another name, as `pip install --target` fills it; the folder of a program may hold more, and listing it
-# whenever a file is added to it would take long.
+# The limit for folders with other names, such as those that `pip install --target` fills. A program's own folder may
+# hold more, and listing it whenever a file is added to it would take long.
 _MOST_FILES = 2000
-# In a list of files: a folder, or a file that is a module.
+# Matches, in a list of files, a folder or a file that is a module.
 _FIRST_PARTS = re.compile(r"^([^/,\n]+)(?=/|\.(?:py|pyc|so|pyd)(?:,|$))", re.MULTILINE)
 
 
@@ -29,7 +29,7 @@ class Distribution(NamedTuple):
 
 
 class _Folder:
-    """The distributions of one folder, as long as nothing is added to it or removed."""
+    """The distributions in one folder, valid until something is added to the folder or removed from it."""
 
     def __init__(self, path: str, modified: int) -> None:
         self._path = path
@@ -43,7 +43,7 @@ class _Folder:
         self._files: dict[str, frozenset[str]] = {}
 
     def owner(self, top: str, path: str) -> Distribution | None:
-        """The distribution of a module at this path, of which `top` is the first part of the name."""
+        """Return the distribution of the module at this path; `top` is the first part of the module's name."""
         if not self._by_name:
             return None
         if top in self._known:
@@ -56,7 +56,7 @@ class _Folder:
                     for name in self._tops(info):
                         self._owners.setdefault(name, []).append(info)
             infos = self._owners.get(top, [])
-        if len(infos) > 1:  # parts of a namespace package
+        if len(infos) > 1:  # they share a namespace package
             listed = os.path.relpath(path, self._path).replace(os.sep, "/")
             infos = [each for each in infos if listed in self._modules(each)] or infos
             return self._described(infos[0])
@@ -64,19 +64,19 @@ class _Folder:
         return found
 
     def _modules(self, info: str) -> frozenset[str]:
-        """The files of a distribution; kept, as they are asked for with every module of a namespace package."""
+        """Return the files of a distribution. They are kept, because each module of a namespace package needs them."""
         if info not in self._files:
             lines = self._read(info, "RECORD").split("\n")
             self._files[info] = frozenset([line.partition(",")[0] for line in lines])
         return self._files[info]
 
     def _tops(self, info: str) -> set[str]:
-        """First parts of the names of modules that a distribution has here."""
+        """Return the first parts of the names of the modules that a distribution has here."""
         if files := self._read(info, "RECORD"):
             return {name.partition(".")[0] for name in _FIRST_PARTS.findall(files)}
         if names := self._read(info, "top_level.txt"):
             return set(names.split())
-        return {_split(info)[0].replace("-", "_")}  # of some of Debian's packages
+        return {_split(info)[0].replace("-", "_")}  # some Debian packages have neither file
 
     def _described(self, info: str) -> Distribution:
         name, version = _split(info)
@@ -100,7 +100,7 @@ _FOLDERS: dict[str, _Folder] = {}
 def owner(folder: str, top: str, path: str) -> Distribution | None:
     """Find the distribution that a module belongs to.
 
-    A distribution that is installed in editable mode has no modules of its own there; its code is where it is edited.
+    A distribution installed in editable mode has no modules of its own in the folder; its code is where it is edited.
 
     Args:
         folder: The folder that holds the module or its outermost package.
@@ -121,7 +121,7 @@ def owner(folder: str, top: str, path: str) -> Distribution | None:
 
 
 def _infos(folder: str) -> list[str]:
-    """The directories, and for egg-info files, that describe the distributions in a folder."""
+    """Return the directories (and egg-info files) that describe the distributions in a folder."""
     is_library = os.path.basename(folder) in LIBRARY_FOLDERS
     endings = _INFO if is_library else _INFO[:1]  # an egg-info elsewhere belongs to sources that are being edited
     found = []
@@ -138,7 +138,7 @@ def _infos(folder: str) -> list[str]:
 
 
 def _split(info: str) -> tuple[str, str]:
-    """Name and version from a name such as ``numpy-2.1.0.dist-info``; the version may be empty."""
+    """Split a name such as ``numpy-2.1.0.dist-info`` into name and version, which may be empty."""
     stem = re.sub(r"-py\d[\d.]*$", "", os.path.splitext(info)[0])
     name, _, version = stem.partition("-")
     return name, version
@@ -150,7 +150,7 @@ def _normal(name: str) -> str:
 
 @functools.cache
 def installed(name: str) -> str | None:
-    """The installed version of a distribution, or None."""
+    """Return the installed version of a distribution, or None."""
     from importlib import metadata
 
     try:
@@ -160,7 +160,7 @@ def installed(name: str) -> str | None:
 
 
 def others(made_with: Mapping[str, str], here: Mapping[str, str | None]) -> dict[str, str]:
-    """Those of the versions that something was made with that differ from the ones here, where these are known."""
+    """Return the versions that something was made with and that differ from those here, as far as these are known."""
     return {name: version for name, version in made_with.items() if here.get(name) not in (None, version)}
 
 
@@ -168,11 +168,11 @@ _told: set[str] = set()
 
 
 def tell_of_others(made_with: Mapping[str, str], here: Mapping[str, str], directory: str) -> None:
-    """Warn of a result in the cache that was made with other versions than those here; of each distribution once."""
+    """Warn that a cached result was made with other versions than those here, once for each distribution."""
     names = sorted(name for name in others(made_with, here) if name not in _told)
     if not names:
         return
-    import logging  # what workers do without
+    import logging  # not needed by workers
 
     _told.update(names)
     changes = ", ".join(f"{name} {made_with[name]} (now {here[name]})" for name in names)

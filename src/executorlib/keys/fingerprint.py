@@ -1,26 +1,26 @@
 """The key of a call in the cache: a digest of its function and its inputs.
 
-Pickled bytes do not serve: they change with the hash seed (order of sets), with who shares an object with
-whom, and with the file and line where a function was written. So the walk below describes each object
-itself, in bytes that depend on its value alone.
+Pickled bytes cannot serve as keys. They change with the hash seed (order of sets), with how objects are shared, and
+with the file and line where a function was written. So this module describes each object itself, in bytes that depend
+only on its value.
 
 Each object becomes a *token*: short plain values are their own token, anything else is the digest of its
 description, which holds the tokens of its parts.
 
 - Data: by value. Dictionaries count their order, sets do not, arrays count dtype, shape and elements.
-- What the standard library and installed packages define: by name; if it is the function that is called,
-  by the version of its package too. Their globals are often caches, so their code is not followed.
-- What a module of the user's defines: by name, and by what its file says, as a worker imports it from there;
-  see `sources`.
-- Functions of `__main__` and those without a name of their own, which a worker is sent by value: by code, defaults,
+- What the standard library and installed packages define: by name; if it is the called function itself, also by the
+  version of its package. Their code is not followed, because their globals are often caches.
+- What a module of the user's defines: by name, and by what the module's file says, because a worker imports it from
+  there; see `sources`.
+- Functions of `__main__` and those without a name of their own, which are sent to workers by value: by code, defaults,
   closure, the modules they import and the globals they read, and so on through the functions and classes found there.
   File names, line numbers and annotations of functions do not count.
 - Classes of that kind: by bases, attributes and annotations.
 - Everything else: by what it tells pickle (`object.__reduce_ex__`).
 
-So a key tells apart what another process gets to see, and that process derives the same key from what it was sent.
+So a key captures what another process gets to see, and that process derives the same key from what it was sent.
 
-Byte code differs between minor versions of Python, and so do the keys of most functions.
+Byte code differs between minor versions of Python, so the keys of most functions do as well.
 """
 
 from __future__ import annotations
@@ -44,35 +44,35 @@ from executorlib.keys import sources
 from executorlib.keys.sources import Root
 from executorlib.keys.statements import IMPORTERS
 
-# Changing how anything is described means changing this, so that no new key meets an old entry.
+# Change this whenever the description of anything changes, so that new keys never match old entries.
 _FORMAT = b"executorlib 2"
 
-# Version 2 of marshal writes floats in binary and neither references nor interning, both of which depend on
-# who shares an object with whom; for exactly these types it is short, unambiguous and ends where it ends.
+# Version 2 of marshal writes floats in binary, and has neither references nor interning, which depend on how objects
+# are shared. For exactly these types its output is short and unambiguous, and no output is the start of another.
 _MARSHAL = 2
 _SCALARS = frozenset({type(None), type(...), bool, int, float, complex, str, bytes})
 
-_LONG = 64  # bytes; plain values that need more are replaced by their digest
-_SMALL = 64  # elements; up to here describing plain values again is cheaper than remembering them
+_LONG = 64  # bytes; longer plain values are replaced by their digest
+_SMALL = 64  # elements; up to here, describing plain values again is cheaper than remembering them
 
-# Elements of sets may have to be described once a way that leads to them. Above this number of objects
+# Elements of sets may have to be described again on every path that leads to them. If more objects than this are
 # described in vain, the inputs are a dense net of sets that refer to each other.
 _MOST_DISCARDED = 1_000_000
 
-_DIGITS = 32  # of a key, in hexadecimal
-_PATH_PARTS = 12  # of the way to an object that an error text names
+_DIGITS = 32  # of a key's digest, in hexadecimal
+_PATH_PARTS = 12  # of the path to an object, as error texts show it
 
 _MAIN = serialize.PROGRAM | {None}
-# Of numpy's dtypes: what is told by kind, size, byte order and unit, all of which their `str` names.
+# Kinds of numpy dtypes that are fully described by kind, size, byte order and unit, which are all in their `str`.
 _PLAIN_KINDS = frozenset("biufcmMSU")
 
-# The generators behind `random.random`, `numpy.random.rand` and so on. Each process seeds its own, so that
-# their state is no input of a call.
+# The generators behind `random.random`, `numpy.random.rand` and so on. Each process seeds its own, so their state is
+# not an input of a call.
 _SHARED_GENERATORS = {"Random": ("random", "_inst"), "RandomState": ("numpy.random.mtrand", "_rand")}
 
-# Attributes of a class that say nothing of it but where it is from and what is derived from the others. Python 3.13
-# and later store in each class body a line number, and a tuple that 3.13.0 puts in an order that changes with the
-# hash seed. Annotations are described apart.
+# Attributes of a class that only say where it is from, or derive from the others. In each class body, Python 3.13 and
+# later store a line number, and a tuple whose order in 3.13.0 changes with the hash seed. Annotations are described
+# separately.
 _CLASS_BOOKKEEPING = frozenset({"__firstlineno__", "__static_attributes__"})
 _NOT_OF_A_CLASS = _CLASS_BOOKKEEPING | {
     "__module__",
@@ -80,7 +80,7 @@ _NOT_OF_A_CLASS = _CLASS_BOOKKEEPING | {
     "__dict__",
     "__weakref__",
     "__abstractmethods__",
-    "__slotnames__",  # which pickling an instance leaves there
+    "__slotnames__",  # left there when an instance is pickled
     "__annotations__",
     "__annotate__",
     "__annotate_func__",
@@ -92,11 +92,11 @@ _NOT_OF_A_CLASS = _CLASS_BOOKKEEPING | {
 _READS_GLOBAL = frozenset({"LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"})
 _READS_ATTRIBUTE = frozenset({"LOAD_ATTR", "LOAD_METHOD"})
 
-# What `functools` keeps in the attributes of its wrappers, besides copies of those of the function.
+# Attributes that `functools` gives its wrappers, besides copies of the function's own.
 _OF_A_CACHE = frozenset({"__wrapped__", "cache_parameters", "__annotations__", "__annotate__"})
 _OF_A_DISPATCHER = frozenset({"__wrapped__", "register", "dispatch", "registry", "_clear_cache"})
 
-# What the library keeps in the attributes of an enumeration, in one release of Python or another.
+# Attributes that the standard library gives an enumeration, in one release of Python or another.
 _OF_AN_ENUM = frozenset(
     f"_{name}_"
     for name in [
@@ -127,19 +127,19 @@ _OF_AN_ENUM = frozenset(
 )
 
 _DOTTED_NAME = re.compile(r"[^\W\d]\w*([.:][^\W\d]\w*)*")
-# Functions of the standard library that find a module by its name, and the module of that function, under any name.
+# Modules of the standard library whose functions find a module by its name, whatever name the function has.
 _MACHINERY = frozenset({"importlib", "pkgutil", "runpy", "pydoc", "imp"})
 
 
 class Key(NamedTuple):
-    """The key of a call, in plain data.
+    """The key of a call, as plain data.
 
     Attributes:
-        name: Of the call's entry in the cache.
+        name: The name of the call's entry in the cache.
         versions: The installed distributions that the call reaches, and the version of each.
-        by_version: Whether the name tells these versions apart.
-        sources: What is known of the user's modules, so that `recompute` need not read them again; as `sources.packed`
-            has it, since it is long and mostly the same for one call after the other.
+        by_version: True if the name depends on these versions.
+        sources: What is known of the user's modules, so that `recompute` need not read them again. It is in the form
+            that `sources.packed` makes, because it is long and mostly the same from call to call.
     """
 
     name: str
@@ -158,21 +158,21 @@ def key_of(
 ) -> Key:
     """Derive the key of a call that another process will run.
 
-    The key is the same in another process or session, with any ``PYTHONHASHSEED``, and for the same function
-    defined again. It is another one for another body, default, closure variable or global that the function,
-    or one that it calls, reads.
+    The key is the same in any process or session, with any ``PYTHONHASHSEED``, and if the same function is defined
+    again. It differs if the body, a default, a closure variable or a global differs that is read by the function or
+    by one that it calls.
 
     Args:
         fn: The function to be called.
         args: Its positional arguments.
-        kwargs: Its keyword arguments; their order does not count.
-        by_version: Whether another version of a distribution that the call reaches makes it another key.
-        reached: What the caller has had looked at since this call was submitted, and takes for unchanged; what is not
-            in it yet is added. None to look at the files of all that the call reaches.
+        kwargs: Its keyword arguments. Their order does not count.
+        by_version: If true, the key depends on the versions of the distributions that the call reaches.
+        reached: What the caller has looked up since this call was submitted and takes to be unchanged. New findings are
+            added. None to look at the files of everything that the call reaches.
 
     Returns:
-        The key; its name is that of the function followed by 32 hexadecimal digits: ASCII letters, digits and
-        underscores only.
+        The key. Its name is the function's followed by 32 hexadecimal digits, and has only ASCII letters, digits and
+        underscores.
 
     Raises:
         TypeError: If the function or an input holds an object that cannot be described, such as a lock.
@@ -182,27 +182,27 @@ def key_of(
 
 
 def prepare(key: Key) -> None:
-    """Note what a call will load, before any of it is unpickled: see `recompute`.
+    """Record the files that a call will load. Call it before any of the call is unpickled, and `recompute` afterwards.
 
-    A module may be loaded while its call is unpickled, and its file may change before that ends, as inputs may take
-    long to load. The file that is noted here is the one that was loaded, or an older one.
+    Unpickling a call may load a module, and the module's file may change before unpickling ends, because inputs may
+    take long to load. The state recorded here is the one that gets loaded, or an older one.
     """
     sources.remember(sources.unpacked(key.sources)[1] if key.sources else sources.NOTHING)
 
 
 def recompute(key: Key, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Key:
-    """Derive the key of a call in the process that is about to run it, which has called `prepare` before.
+    """Derive the key of a call in the process that is about to run it and has called `prepare`.
 
     Args:
-        key: What `key_of` told the process that submitted the call.
-        fn: The function, as it was unpickled here.
+        key: The key that `key_of` gave to the process that submitted the call.
+        fn: The function, as unpickled here.
         args: Its positional arguments, unpickled here.
         kwargs: Its keyword arguments, unpickled here.
 
     Returns:
-        The key of what this process runs. Another name than that of ``key`` means that it would run something
-        else than what was looked up: something has changed in between, or this process has loaded a module of
-        the user's before its file changed.
+        The key of what this process runs. If its name differs from that of ``key``, this process would run something
+        other than what was looked up: something has changed in between, or this process loaded a module of the
+        user's before the module's file changed.
 
     Raises:
         TypeError: If the function or an input cannot be described.
@@ -218,7 +218,7 @@ def recompute(key: Key, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: d
 
 
 def call_key(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    """Derive the name of a call's cache entry; see `key_of`."""
+    """Derive the name of a call's cache entry, as `key_of` does."""
     return key_of(fn, args, kwargs).name
 
 
@@ -243,7 +243,7 @@ def _derive(
     except _Indescribable as error:
         where = "".join(error.path[: -1 - _PATH_PARTS : -1])
         raise TypeError(f"no cache key can be derived for the call of {name}: {where} {error}.") from error.__cause__
-    # Without assertions a module says something else; a worker is started with the session's flags.
+    # Without assertions, a module means something else. A worker is started with the session's flags.
     pieces = [_FORMAT, b"optimize %d;" % sys.flags.optimize, b"".join(tokens)]
     roots = frozenset(walk.roots)
     if not roots:
@@ -256,7 +256,7 @@ def _derive(
 
 
 def same_definition(first: type, second: type) -> bool:
-    """Whether two classes are made by the same code, wherever it was run; no where that cannot be told."""
+    """Return True if two classes are known to be made by the same code, wherever that ran."""
     one, other = _Walk(), _Walk()
     try:
         return one.token(first) == other.token(second) and one.roots == other.roots
@@ -276,13 +276,13 @@ def _version(fn: Callable[..., Any]) -> str | None:
     module = getattr(fn, "__module__", None)
     if not isinstance(module, str) or _home(module).users:
         return None
-    # Not by attribute: the standard library warns of those that it is about to remove.
+    # Not `getattr`: the standard library warns about such attributes that it is going to remove.
     version = vars(sys.modules.get(module.partition(".")[0], types)).get("__version__")
     return version if isinstance(version, str) else None
 
 
 def _digest(*pieces: Any) -> bytes:
-    # 128 bits: no two of 10**12 keys meet by chance, and file names stay short.
+    # 128 bits: short file names, and no two of 10**12 keys collide by chance.
     state = hashlib.blake2b(digest_size=16)
     for piece in pieces:
         state.update(piece)
@@ -290,7 +290,7 @@ def _digest(*pieces: Any) -> bytes:
 
 
 class _Indescribable(Exception):
-    """An object has no description; ``path`` leads to it, innermost part first."""
+    """An object cannot be described; ``path`` leads to it, innermost part first."""
 
     def __init__(self, obj: object, reason: object) -> None:
         kind = type(obj)
@@ -299,7 +299,7 @@ class _Indescribable(Exception):
 
 
 class _Described(NamedTuple):
-    obj: object  # keeps the object, and with it its id
+    obj: object  # keeps the object alive, so that its id stays unique
     token: bytes
     cycle: frozenset[int]
 
@@ -310,15 +310,15 @@ _NO_CYCLE: frozenset[int] = frozenset()
 class _Walk:
     """Describes the objects of one call.
 
-    The objects form a graph with cycles (a function that calls itself, a class whose methods name it, a list
-    in itself). As in Tarjan's search for strongly connected components, `_open` holds the objects entered
-    of which it is not known yet whether something below them leads back above them. A reference to one of
-    them becomes a distance on that stack, which is the same wherever the cycle hangs. A token is kept for
-    reuse only once its component is complete, and not reused while another member of the component is open;
-    so it is always the token that a new description would give, and sharing an object never shows.
+    The objects form a graph with cycles (a function that calls itself, a class whose methods name it, a list in
+    itself). As in Tarjan's search for strongly connected components, `_open` holds the entered objects for which it is
+    not yet known if something below them leads back above them. A reference to one of them becomes a distance on that
+    stack, which is the same wherever the cycle hangs. A token is kept only once its component is complete, and is not
+    reused while another member of the component is open. So it always equals the token that a new description would
+    give, and sharing an object never shows.
 
     Attributes:
-        roots: What the objects refer to by name: modules and what they define.
+        roots: The names that the objects refer to: modules and what they define.
     """
 
     def __init__(self) -> None:
@@ -332,7 +332,7 @@ class _Walk:
     # -- the walk ---------------------------------------------------------------------------------------------
 
     def token(self, obj: Any) -> bytes:
-        """Return bytes that stand for the object's value."""
+        """Return bytes that represent the object's value."""
         kind = type(obj)
         if kind in _SCALARS or ((kind is tuple or kind is list) and len(obj) <= _SMALL and _all_scalars(obj)):
             if kind is bytes and len(obj) > _LONG:
@@ -349,7 +349,7 @@ class _Walk:
         return self._enter(obj)
 
     def part(self, obj: Any, label: str, key: object = None) -> bytes:
-        """Return the token of an object's part; ``label`` names it should it have none."""
+        """Return the token of an object's part. If it has none, the error names it by ``label``."""
         try:
             return self.token(obj)
         except _Indescribable as error:
@@ -362,7 +362,7 @@ class _Walk:
 
     def _enter(self, obj: Any) -> bytes:
         if type(obj) is memoryview:
-            return self.token(obj.tobytes())  # as which it arrives
+            return self.token(obj.tobytes())  # it arrives as bytes
         place = len(self._stack)
         self._stack.append(obj)
         self._open[id(obj)] = place
@@ -387,7 +387,7 @@ class _Walk:
         tokens = []
         for element in elements:
             tokens.append(self.part(element, ", an element"))
-            # What an element left open would lengthen the distances in those after it.
+            # Objects that an element left open would lengthen the distances in the elements after it.
             self._discarded += len(self._stack) - place
             if self._discarded > _MOST_DISCARDED:
                 raise _Indescribable(element, "sets that refer to each other too often")
@@ -395,26 +395,26 @@ class _Walk:
         return b"".join(sorted(tokens))
 
     def named(self, module: str | None, qualname: str) -> bytes:
-        """Return the token of what a module defines, and note that the call reaches it."""
+        """Return the token of something that a module defines, and note that the call reaches it."""
         home = _home(module)
         if home.root:
             self.roots.add((home.root, (qualname.partition(".")[0],) if home.users else ()))
         return _named(module, qualname)
 
     def module(self, name: str, chain: tuple[str, ...] = ()) -> None:
-        """Note that the call reaches a module, or, with a chain of attributes, what this leads to."""
+        """Note that the call reaches a module, or what a chain of attributes of it leads to."""
         home = _home(name)
         if home.root:
             self.roots.add((home.root, chain if home.users else ()))
 
 
 class _Home(NamedTuple):
-    """What a module is to a key.
+    """How a module counts in a key.
 
     Attributes:
-        users: Whether it is the user's own.
-        root: The module to follow: itself, or the outermost one of its distribution; empty for the standard library
-            and for what has no file.
+        users: True if it is the user's own.
+        root: The module to follow: itself, or the outermost module of its distribution. Empty for the standard library
+            and for modules without a file.
     """
 
     users: bool
@@ -461,7 +461,7 @@ def _find_home(name: str) -> _Home:
 
 
 def _is_by_name(obj: object, module: str | None, qualname: str) -> bool:
-    """Whether an object is pickled as a name that tells what it is: that of a module with a file, or of a library."""
+    """Return True if an object is pickled as a name that identifies it, in a module with a file or in a library."""
     if not serialize.is_by_name(obj, module, qualname):
         return False
     home = _home(module)
@@ -492,7 +492,7 @@ def _describe(walk: _Walk, obj: Any) -> bytes:
         if kind is numpy.ndarray or kind is numpy.memmap:
             return _array(walk, obj)
         masked = sys.modules.get("numpy.ma")
-        if masked is not None and kind is masked.MaskedArray:  # it pickles another fill value than it has
+        if masked is not None and kind is masked.MaskedArray:  # its pickle has a fill value other than its own
             arrays = _array(walk, obj.view(numpy.ndarray)) + _array(walk, masked.getmaskarray(obj))
             return b"masked " + arrays + walk.part((obj.fill_value, obj.hardmask), "")
         if isinstance(obj, numpy.generic) and not obj.dtype.hasobject:
@@ -515,7 +515,7 @@ def _describe(walk: _Walk, obj: Any) -> bytes:
 
 
 def _wrapper(walk: _Walk, obj: Any, wrapped: Any) -> bytes:
-    """Describe what a library has made of a function: by that, and by all that goes with it."""
+    """Describe what a library has made of a function: by the function and everything that goes with it."""
     kind = type(obj)
     if kind is functools._lru_cache_wrapper:
         held: Any = obj.cache_parameters()
@@ -565,7 +565,7 @@ def _set(walk: _Walk, obj: set[Any] | frozenset[Any]) -> bytes:
 
 
 def _dtype(walk: _Walk, dtype: Any) -> bytes:
-    # Not by `isbuiltin`, which is 0 for one that was unpickled.
+    # Not `isbuiltin`, which is 0 for a dtype that was unpickled.
     if dtype.kind in _PLAIN_KINDS and not dtype.metadata:
         return walk.token(dtype.str)
     return b"dtype:" + _digest(_reduced(walk, dtype))
@@ -594,7 +594,7 @@ def _reduce(obj: Any) -> Any:
 
 
 def _loses_slots(cls: type) -> bool:
-    """Whether instances arrive elsewhere with the values of slots in their ``__dict__``, as cloudpickle has it."""
+    """Return True if cloudpickle moves the values of an instance's slots into its ``__dict__`` at the other end."""
     by_name = _is_by_name(cls, cls.__module__, cls.__qualname__)
     return not by_name and any("__slots__" in vars(each) for each in cls.__mro__)
 
@@ -608,10 +608,10 @@ def _reduced(walk: _Walk, obj: Any) -> bytes:
         items, pairs = list(items or ()), dict(pairs or ())
     except Exception as error:
         raise _Indescribable(obj, error) from error
-    # What was made for this reduction alone is described in place and not remembered.
+    # Objects made only for this reduction are described in place and not remembered.
     tokens = [b"object:", walk.part(build, ""), walk.part(set_state, "")]
     states = state if type(state) is tuple and len(state) == 2 else (state,)
-    own = any(each is not None and type(each) is not dict for each in states)  # from a __getstate__ of the user's
+    own = any(each is not None and type(each) is not dict for each in states)  # from the user's __getstate__
     if build is copyreg.__newobj__ and not own and _loses_slots(type(obj)):  # type: ignore[attr-defined]
         merged = {name: value for each in states for name, value in (each or {}).items()}
         states = ({name: merged[name] for name in sorted(merged)},)
@@ -626,13 +626,13 @@ def _reduced(walk: _Walk, obj: Any) -> bytes:
 
 
 class _Code(NamedTuple):
-    """What byte code says.
+    """The contents of byte code.
 
     Attributes:
-        digest: Stands for it, less where it was written.
+        digest: A digest of it, without where it was written.
         globals: The globals that it reads, each with the attributes that it takes of it.
         imports: The modules and names that it imports, with the level of relative imports.
-        texts: The texts in it that may name a module.
+        texts: The strings in it that may name a module.
     """
 
     digest: bytes
@@ -676,7 +676,7 @@ def _code(code: types.CodeType) -> _Code:
 
 
 def _chains(instructions: list[dis.Instruction]) -> Iterable[tuple[str, tuple[str, ...]]]:
-    """The globals that instructions read, and the attributes that they take of each."""
+    """Yield the globals that instructions read, each with the attributes that they take of it."""
     name, chain = None, []
     for each in instructions:
         if name is not None and each.opname in _READS_ATTRIBUTE:
@@ -688,7 +688,7 @@ def _chains(instructions: list[dis.Instruction]) -> Iterable[tuple[str, tuple[st
 
 
 def _imported(code: types.CodeType, instructions: list[dis.Instruction]) -> Iterable[tuple[str, int, str | None]]:
-    """The modules that instructions import, the level of the import, and the names taken of the module."""
+    """Yield the modules that instructions import, with the level of the import and the names taken of the module."""
     module: tuple[str, int] | None = None
     for index, each in enumerate(instructions):
         if each.opname == "IMPORT_NAME":
@@ -705,7 +705,7 @@ def _imported(code: types.CodeType, instructions: list[dis.Instruction]) -> Iter
 
 
 def _texts(constants: Iterable[object]) -> Iterable[str]:
-    """The texts that may name a module, or something in one: each part from the left."""
+    """Yield the strings that may name a module or something in one, and all their leading parts."""
     for constant in constants:
         if isinstance(constant, str) and _DOTTED_NAME.fullmatch(constant):
             parts = re.split("[.:]", constant)
@@ -714,7 +714,7 @@ def _texts(constants: Iterable[object]) -> Iterable[str]:
 
 
 def _finds_modules(value: object, chains: Iterable[tuple[str, ...]]) -> bool:
-    """Whether a global finds modules by their names: the import machinery, and `sys.modules`."""
+    """Return True if a global finds modules by name: the import machinery or `sys.modules`."""
     if isinstance(value, types.ModuleType):
         return value.__name__ in _MACHINERY or (value is sys and any(chain[:1] == ("modules",) for chain in chains))
     return value is sys.modules or (
@@ -723,7 +723,7 @@ def _finds_modules(value: object, chains: Iterable[tuple[str, ...]]) -> bool:
 
 
 def _class_body(instructions: list[dis.Instruction]) -> list[object]:
-    """List the instructions of a class body with their operands, less the bookkeeping."""
+    """List the instructions of a class body with their operands, without the bookkeeping."""
     body: list[object] = []
     for each in instructions:
         if each.opname == "STORE_NAME" and each.argval in _CLASS_BOOKKEEPING:
@@ -739,7 +739,7 @@ def _function(walk: _Walk, fn: types.FunctionType) -> bytes:
     if _is_by_name(fn, module, qualname):
         return walk.named(module, qualname)
     home: Any = fn.__globals__.get("__name__")
-    if home == "functools" and hasattr(fn, "registry"):  # of functools.singledispatch; else it is caches and state
+    if home == "functools" and hasattr(fn, "registry"):  # of singledispatch; its variables are caches and state
         registry = [walk.token(item) for item in fn.registry.items()]
         own = {name: value for name, value in sorted(fn.__dict__.items()) if name not in _OF_A_DISPATCHER}
         wrapped = walk.part(fn.__wrapped__, "")  # type: ignore[attr-defined]
@@ -769,7 +769,7 @@ def _function(walk: _Walk, fn: types.FunctionType) -> bytes:
             if _finds_modules(value, chains):
                 walk.roots.update((text, ()) for text in code.texts)
             if value is sys.modules:
-                continue  # as which it arrives; what it holds is another process's own
+                continue  # it arrives as the other process's own, with other modules in it
             tokens += b"global:", walk.token(name)
             if type(value) is types.ModuleType and _home(value.__name__).root:
                 tokens.append(_named(value.__name__, ""))
@@ -785,7 +785,7 @@ def _module(walk: _Walk, module: types.ModuleType) -> bytes:
     walk.module(module.__name__)
     if home is not _PROGRAM or module.__name__ in _MAIN:
         return b"module:" + walk.token(module.__name__)
-    # Made by code. It is sent by value.
+    # A module made by code, which is sent by value.
     held = {name: value for name, value in vars(module).items() if name != "__builtins__"}
     return b"module:" + _mapping(walk, held, ".{}")
 
@@ -806,14 +806,14 @@ def _class(walk: _Walk, cls: type) -> bytes:
     for base in reversed(cls.__bases__):
         inherited.update(vars(base))
     for name, value in sorted(vars(cls).items()):
-        # cloudpickle leaves out what a base has as well.
+        # cloudpickle leaves out attributes that a base has as well.
         if name in _NOT_OF_A_CLASS or (name in inherited and inherited[name] is value):
             continue
         if name == "__doc__" and not _is_written(cls, value):
             continue
         if members is not None and (name in members or _is_kept_by_enum(name)):
             continue
-        # Made from __slots__; cloudpickle loses them.
+        # Descriptors made from __slots__, which cloudpickle drops.
         if isinstance(value, types.MemberDescriptorType):
             continue
         tokens += b"attribute:", walk.token(name), walk.part(value, ".{}", name)
@@ -821,17 +821,17 @@ def _class(walk: _Walk, cls: type) -> bytes:
 
 
 def _is_written(cls: type, doc: object) -> bool:
-    """Whether the text of a class is its author's: a data class without one makes it of what counts anyway."""
+    """Return True if the docstring of a class is its author's. A data class without one makes it of its fields."""
     return isinstance(doc, str) and not ("__dataclass_fields__" in vars(cls) and doc.startswith(f"{cls.__name__}("))
 
 
 def _is_kept_by_enum(name: str) -> bool:
-    """Whether an attribute of an enumeration is the library's own record of its members."""
+    """Return True if an attribute of an enumeration is the standard library's own record of its members."""
     return name in _OF_AN_ENUM
 
 
 def _annotations(cls: type) -> list[tuple[str, str]]:
-    """The annotations of a class's own, as text."""
+    """Return the annotations of a class itself, as text."""
     return [(name, _text(value)) for name, value in serialize.annotations_of(cls).items()]
 
 
@@ -890,6 +890,6 @@ _BY_TYPE: dict[type, Callable[[_Walk, Any], bytes]] = {
         b"singledispatchmethod:" + walk.part(obj.func, "") + walk.part(obj.dispatcher, "")
     ),
     functools.cached_property: lambda walk, obj: b"cached_property:" + walk.part(obj.func, ""),
-    # A cache that empties itself; functools.singledispatch keeps one.
+    # A cache that empties itself, as in functools.singledispatch.
     weakref.WeakKeyDictionary: lambda walk, obj: b"weak dictionary:",
 }

@@ -1,13 +1,13 @@
-"""What a call reaches in the modules of its user, read from their files.
+"""Finds what a call reaches in its user's modules, by reading their files.
 
-What a module defines travels to a worker by name, and the worker imports the module anew. So it counts in a key by what
-its file says, not by what this process has in memory; and nothing is imported to find out.
+What a module defines travels to a worker by name, and the worker imports the module anew. So in a key it counts by what
+the module's file says, not by what this process has in memory. Nothing is imported to find out.
 
-A module is a row of statements. Of the statement that defines a name, all names in it are followed, into the functions
-and classes of this module and of others, with whatever was imported where. Besides, each statement counts that may
-change what others define (a call, a decorator of the user's, an assignment to an item), in every module that the import
-of a reached one runs. What cannot be followed counts whole: a module that uses `globals()`, one that is passed on as an
-object, one without source.
+A module is a row of statements. From the statement that defines a name, all names in it are followed into the functions
+and classes of this module and of others, and through all imports. In every module that the import of a reached one
+runs, each statement also counts that may change what others define (a call, a decorator of the user's, an assignment to
+an item). What cannot be followed counts as a whole: a module that uses `globals()`, one that is passed on as an object,
+one without source.
 
 Modules of the standard library and of installed distributions are not followed.
 """
@@ -36,11 +36,11 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from executorlib.keys.statements import Source, Statement
 
-# A name in a module, and attributes of it: ``("pkg.mod", ("Model", "fit"))``; without any, all of the module.
+# A name in a module with attributes, such as ``("pkg.mod", ("Model", "fit"))``. Without any, the whole module.
 Root: TypeAlias = tuple[str, tuple[str, ...]]
 
-# Among imports, under names that none can have: modules that are loaded without a name for them, and modules that are
-# had as objects by `import_module("...")`.
+# Keys among imports, under names that no variable can have: modules that are loaded without getting a name, and modules
+# that `import_module("...")` returns as objects.
 LOADED, OBJECTS = "", "*"
 
 
@@ -49,7 +49,7 @@ _STANDARD_ZIP = f"python{sys.version_info[0]}{sys.version_info[1]}.zip"
 _LIBRARY_FOLDERS = re.compile(rf"[/\\]({'|'.join(distributions.LIBRARY_FOLDERS)})[/\\]")
 _BUILTINS = frozenset(dir(builtins))
 
-# Calls that change nothing: built-in functions and classes but for these, and those of libraries by their names.
+# Calls that change nothing: all built-in functions and classes except these, and the library calls named below.
 _HARMFUL = frozenset(
     {"setattr", "delattr", "__import__", "exec", "eval", "next", "print", "input", "open", "breakpoint"}
 )
@@ -93,7 +93,7 @@ _HARMLESS_CALLS = frozenset(
     }
 )
 
-# A file may be written twice within one tick of its file system's clock; the time of a change tells no more until then.
+# A file may be written twice within one tick of its file system's clock, so a younger stamp may hide a second change.
 _TICK_NS = 2_000_000_000
 
 _MOST_SLICES = 4096
@@ -103,12 +103,12 @@ _MOST_SLICES = 4096
 
 
 class Module(NamedTuple):
-    """Where a module is, and whose.
+    """Where a module is, and whose it is.
 
     Attributes:
-        path: Its file; empty for what has none.
-        folders: Where its submodules are searched for; empty for what is no package.
-        users: Whether it is the user's own: neither of the standard library nor of an installed distribution.
+        path: Its file; empty if it has none.
+        folders: Where its submodules are searched for; empty if it is not a package.
+        users: True if it is the user's own, part of neither the standard library nor an installed distribution.
         distribution: The distribution that it belongs to.
     """
 
@@ -119,7 +119,7 @@ class Module(NamedTuple):
 
 
 def module_at(name: str, path: str, folders: Iterable[str] = ()) -> Module:
-    """Say whose a module at some path is."""
+    """Find out whose a module at this path is."""
     folders = tuple(folders)
     file = path or next(iter(folders), "")
     top, *_ = parts = name.split(".")
@@ -139,7 +139,7 @@ def _is_init(path: str) -> bool:
 
 
 def loaded(name: str) -> dict[str, Any]:
-    """What a loaded module holds, without what it would make up when asked (``__getattr__``)."""
+    """Return what a loaded module holds, without what its ``__getattr__`` would make up."""
     return getattr(sys.modules.get(name), "__dict__", {})
 
 
@@ -153,7 +153,7 @@ def _is_namespace(module: Module) -> bool:
 
 
 def absolute(module: str, level: int, package: str | None) -> str | None:
-    """The whole name of a module in an import statement, or None if it leads out of its package."""
+    """Return the full name of a module in an import statement, or None if it leads out of its package."""
     if not level:
         return module
     parts = (package or "").split(".")
@@ -169,7 +169,7 @@ class _Finder:
         self.found: dict[str, Module | None] = {}
 
     def find(self, name: str) -> Module | None:
-        """The module of that name, or None."""
+        """Return the module of that name, or None."""
         if name not in self.found:
             self.found[name] = self._find(name)
         return self.found[name]
@@ -183,7 +183,7 @@ class _Finder:
         else:
             parent = self.find(package)
             if parent is None or not (parent.users or _is_namespace(parent)):
-                return parent  # nothing in it is the user's
+                return parent  # a package of others, so nothing in it is the user's
             spec = _spec(name, parent.folders) if parent.folders else None
         if spec is None:
             return _find_loaded(name)
@@ -196,18 +196,18 @@ def _spec(name: str, folders: Sequence[str] | None) -> importlib.machinery.Modul
         spec = importlib.machinery.PathFinder.find_spec(name, folders)
         if spec is not None or folders is not None:
             return spec
-        for finder in sys.meta_path:  # of what is installed in editable mode
+        for finder in sys.meta_path:  # finders of packages installed in editable mode
             if getattr(finder, "__module__", "").startswith("__editable__"):
                 spec = finder.find_spec(name, None)
                 if spec is not None:
                     return spec
-    except Exception:  # whatever other people's finders raise
+    except Exception:  # other people's finders may raise anything
         return None
     return None
 
 
 def _find_loaded(name: str) -> Module | None:
-    """A module that was loaded from elsewhere than where an import would find it now."""
+    """Return a module that was loaded from another place than where an import would find it now."""
     held = loaded(name)
     path = held.get("__file__")
     return module_at(name, path, held.get("__path__") or ()) if isinstance(path, str) else None
@@ -219,7 +219,7 @@ Stamp: TypeAlias = list[int]
 
 
 def stamp(path: str) -> Stamp:
-    """What changes when a file or folder does; empty if there is none."""
+    """Return values that change whenever a file or folder does; empty if there is none."""
     while True:
         try:
             status = os.stat(path)
@@ -242,7 +242,7 @@ _SOURCES: dict[tuple[str, str], tuple[Stamp, bool, Source]] = {}
 
 
 def _source(name: str, module: Module) -> Source:
-    """Read a module, or take what was read before if its file has not changed."""
+    """Read a module, or return what was read before if its file has not changed."""
     now = stamp(module.path)
     known = _SOURCES.get((name, module.path))
     if known is not None and known[0] == now and known[1]:
@@ -252,7 +252,7 @@ def _source(name: str, module: Module) -> Source:
     content = hashlib.blake2b(data, digest_size=16).digest()
     source = known[2] if known is not None and known[2].content == content else None
     if source is None:
-        from executorlib.keys.statements import parse  # it takes long to load, and files that are known need it not
+        from executorlib.keys.statements import parse  # slow to load, and not needed for known files
 
         package = name if module.folders else name.rpartition(".")[0]
         source = parse(data, module.path, package, content)
@@ -276,13 +276,13 @@ def _read(path: str) -> bytes:
 
 
 class Slice(NamedTuple):
-    """What can be reached from some names, in plain data.
+    """What can be reached from some names, as plain data.
 
     Attributes:
-        digest: Stands for it, in hexadecimal.
-        versions: The distributions that it uses, and their versions.
+        digest: A digest of it, in hexadecimal.
+        versions: The distributions that it uses, with their versions.
         files: The files that it was read from, each with its stamp.
-        settled: Whether their stamps tell of every later change.
+        settled: True if these stamps reveal every later change.
         found: Where each module was found that was searched for.
         search: Where they were searched for: the import path, and the folders with their stamps.
     """
@@ -296,7 +296,7 @@ class Slice(NamedTuple):
 
 
 class _Slicer:
-    """Gathers the statements that can be reached from some names."""
+    """Collects the statements that can be reached from some names."""
 
     def __init__(self) -> None:
         self._finder = _Finder()
@@ -308,7 +308,7 @@ class _Slicer:
         self._work: list[tuple[Root, bool]] = []
 
     def slice(self, roots: Iterable[Root]) -> Slice:
-        """Follow these names."""
+        """Follow these names and return what they reach."""
         search = _search_path()
         for root in roots:
             self._later(root)
@@ -326,7 +326,7 @@ class _Slicer:
             for index, statement in enumerate(source.statements):
                 for module, chain in statement.loads:
                     for each in (module, ".".join((module, *chain[:1]))):
-                        if each in self._sources:  # its import may have effects, whose order counts
+                        if each in self._sources:  # importing it may have effects, whose order counts
                             state.update(b"import %s;" % each.encode())
                 if index in taken:
                     state.update(statement.digest)
@@ -344,13 +344,13 @@ class _Slicer:
         )
 
     def _later(self, root: Root, own: bool = False) -> None:
-        """Follow a name; one that was read in a module of its `own` may be local to a function, or a built-in."""
+        """Queue a name to follow. If it was read in its `own` module, it may be local to a function or built in."""
         if (root, own) not in self._seen:
             self._seen.add((root, own))
             self._work.append((root, own))
 
     def _load(self, name: str) -> Source | None:
-        """Take what the import of a module runs; None if it is not the user's."""
+        """Take what the import of a module runs. Return None if the module is not the user's."""
         if name in self._sources:
             return self._sources[name]
         module = self._finder.find(name)
@@ -399,7 +399,7 @@ class _Slicer:
         return inner if self._finder.find(inner) is not None else None
 
     def _may_change(self, module: str, source: Source, statement: Statement) -> bool:
-        """Whether a statement may change what others define, with something of the user's or by a call."""
+        """Return True if a statement may change what others define, with something of the user's or by a call."""
         for name in statement.runs_with:
             if name in source.imports:
                 found = [self._finder.find(each) for each, _ in source.imports[name]]
@@ -415,7 +415,7 @@ class _Slicer:
         return name not in _BUILTINS or any(self._defines(star, name, set()) for star in source.stars)
 
     def _has_effects(self, source: Source, chain: tuple[str, ...]) -> bool:
-        """Whether a function of a library may do more than to return something."""
+        """Return True if a library function may do more than return something."""
         if not chain:
             return True
         if chain[0] in source.imports:
@@ -423,7 +423,7 @@ class _Slicer:
         return chain[0] not in _BUILTINS or chain[0] in _HARMFUL or any(name[:2] == "__" for name in chain[1:])
 
     def _is_registering(self, module: str, chain: tuple[str, ...], seen: set[Root]) -> bool:
-        """Whether a class is a library's, which may know its subclasses."""
+        """Return True if a class derives from a library's class, which may keep a register of its subclasses."""
         if (module, chain) in seen:
             return False
         seen.add((module, chain))
@@ -433,7 +433,7 @@ class _Slicer:
         return any(self._is_registering(*target, seen) for target in _targets(source.imports, chain) if target[1])
 
     def _take(self, module: str, index: int) -> None:
-        """Take a statement, and later what it uses."""
+        """Take a statement, and queue what it uses."""
         if index in self._taken[module]:
             return
         self._taken[module].add(index)
@@ -465,12 +465,12 @@ class _Slicer:
             targets.append((inner, tuple(rest)))
         for target in targets:
             self._later(target)
-        # Any of the modules whose names are all imported may have it, instead of this one or a built-in one.
+        # Any module from which all names are imported may define the name, overriding this module or a built-in.
         stars = [star for star in source.stars if own or self._defines(star, first, set())]
         for star in stars:
             self._later((star, chain), own)
         if not (stars or own or indices or targets):
-            self._take_all(name, source)  # defined in a way that does not show
+            self._take_all(name, source)  # defined in a way that cannot be seen
 
     def _use(self, name: str) -> None:
         """Note the distribution of a module that is not the user's."""
@@ -497,7 +497,7 @@ class _Slicer:
         return any(self._defines(star, name, seen) for star in source.stars)
 
     def _take_subclasses(self) -> None:
-        """Take the loaded classes that derive from those taken, which may have registered them."""
+        """Take the loaded classes that derive from taken ones, because these may have registered them."""
         for name, source in list(self._sources.items()):
             for index, statement in enumerate(source.statements):
                 if any(self._is_taken(name, chain, set()) for chain in statement.extends):
@@ -514,16 +514,16 @@ class _Slicer:
 
 
 def _targets(imports: dict[str, list[Root]], chain: tuple[str, ...]) -> Iterator[Root]:
-    """What a name with attributes stands for, of what was imported."""
+    """Yield what a name with attributes stands for among the imports."""
     first, *rest = chain
     for module, attributes in imports.get(first, ()):
         yield module, (*attributes, *rest)
-        if not attributes and not rest:  # an object, whose attributes are the modules below it, too
+        if not attributes and not rest:  # as an object, it gives access to the modules below it
             yield from [root for root in imports.get(LOADED, ()) if root[0].startswith(module + ".")]
 
 
 def _is_harmless(module: str, chain: tuple[str, ...]) -> bool:
-    """Whether calling something of a library, or deriving from it, changes nothing but what is returned."""
+    """Return True if calling something of a library, or deriving from it, has no effect but its result."""
     *within, _ = name = (module, *chain)
     return ".".join(within) in _HARMLESS_MODULES or ".".join(name) in _HARMLESS_CALLS
 
@@ -536,13 +536,13 @@ def _plain(module: Module | None) -> list[Any] | None:
 
 
 def _search_path() -> list[str]:
-    """The folders of the import path that can change."""
+    """Return the folders of the import path that can change."""
     return [path or os.getcwd() for path in sys.path if isinstance(path, str) and not _is_settled_folder(path)]
 
 
 @functools.cache
 def _is_settled_folder(path: str) -> bool:
-    """Whether a folder, or zip file, of the import path is the standard library's."""
+    """Return True if a folder or zip file of the import path is the standard library's."""
     return path.endswith(_STANDARD_ZIP) or (
         (path + os.sep).startswith(_STANDARD_LIBRARY) and not _LIBRARY_FOLDERS.search(path + os.sep)
     )
@@ -550,17 +550,17 @@ def _is_settled_folder(path: str) -> bool:
 
 # -- slices that are known already ------------------------------------------------------------------------------------
 
-# Slices by the names that they were reached from.
+# Slices, by the names from which they were reached.
 Reached: TypeAlias = dict[frozenset[Root], Slice]
 
 NOTHING = Slice("", {}, [], True, [], [[], []])
 
 _SLICES: Reached = {}
 
-# The files of the user's modules as they were when this process first came across them, and when it last looked.
+# The stamps of the user's modules when this process first came across their files, and the time when it last looked.
 _FIRST: dict[str, Stamp] = {}
 _looked = time.time_ns()
-# How many modules were loaded when it last looked, and the last of them.
+# How many modules were loaded when this process last looked, and the last of them.
 _many, _last = 0, ""
 
 
@@ -580,7 +580,7 @@ def reach(roots: frozenset[Root]) -> Slice:
 
 
 def learn(roots: frozenset[Root], known: Slice) -> None:
-    """Take over what another process has read; it is used as long as the files are the same here."""
+    """Take over what another process has read. It is used as long as the files here are the same."""
     _SLICES.setdefault(roots, known)
 
 
@@ -591,7 +591,7 @@ _MARSHAL = 2
 
 
 def packed(roots: frozenset[Root], read: Slice) -> bytes:
-    """What `reach` has found, for another process."""
+    """Pack what `reach` has found, for another process."""
     known = _PACKED.get(roots)
     if known is None or known[0] is not read:
         if len(_PACKED) >= _MOST_SLICES:
@@ -602,13 +602,13 @@ def packed(roots: frozenset[Root], read: Slice) -> bytes:
 
 @functools.lru_cache(maxsize=64)
 def unpacked(data: bytes) -> tuple[frozenset[Root], Slice]:
-    """The names, and what was found, as another process has `packed` them."""
+    """Return the names, and what was found, as another process has `packed` them."""
     roots, read = marshal.loads(data)
     return frozenset(roots), Slice(*read)
 
 
 def _current(known: Slice) -> Slice | None:
-    """A slice as far as it holds, or None."""
+    """Return a slice if it still holds, with its search path updated, or None."""
     if not known.settled:
         return None
     for path, then in known.files:
@@ -626,10 +626,10 @@ def _current(known: Slice) -> Slice | None:
 
 
 def remember(known: Slice = NOTHING) -> None:
-    """Note files of modules before what comes next may load them; `changed_here` tells of changes since then.
+    """Record the state of modules' files before the next step may load them, so that `changed_here` can find changes.
 
     Args:
-        known: The slice whose files to note, besides those of the modules that this process has loaded.
+        known: A slice whose files to record, besides those of the modules that this process has loaded.
     """
     global _looked
     _looked = time.time_ns()
@@ -645,14 +645,14 @@ def remember(known: Slice = NOTHING) -> None:
 
 
 def _new_modules() -> list[str]:
-    """Names of the modules that were loaded since this was last asked, and maybe of others.
+    """Return the modules that were loaded since the last time, and maybe others.
 
-    They are behind those that were there before, unless some of these were removed. A forked process that went through
-    all of them for each call would get a copy of every page with one of their names.
+    New modules are at the end, unless older ones were removed. If a forked process went through all modules for each
+    call, it would get its own copy of every page that holds one of their names.
     """
     global _many, _last
     many, last = len(sys.modules), next(reversed(sys.modules))
-    # Each list is made without a step of Python code, in which another thread could import something.
+    # No Python code runs while a list is made, so no other thread can import something meanwhile.
     names = [*itertools.takewhile(_last.__ne__, reversed(sys.modules))]
     if len(names) + _many != many:
         names = [*sys.modules]
@@ -661,7 +661,7 @@ def _new_modules() -> list[str]:
 
 
 def changed_here(known: Slice) -> bool:
-    """Whether this process may have loaded, or may load, another state of a module than its file is in now."""
+    """Return True if this process may have loaded, or may yet load, another state of a module than its file has now."""
     changed = [path for path, then in known.files if not _is_as_first(path, then)]
     return bool(changed) or any(_has_stale_byte_code(path) for path, _ in known.files)
 
@@ -670,16 +670,16 @@ def _is_as_first(path: str, now: Stamp) -> bool:
     first = _FIRST.setdefault(path, now)
     if first is not now:
         return first == now
-    # Nobody knew that it would be loaded, so it was not noted before. Since then it may have been loaded, and changed.
+    # Not recorded, as nobody knew that it would be loaded. Since the last look it may have been loaded, and changed.
     return not now or max(now[:2]) < _looked - _TICK_NS
 
 
-# By path: stamps of a file and of its byte code, and whether this is that of another state of the file.
+# By path: the stamps of a file and of its byte code, and True if the byte code belongs to another state of the file.
 _BYTE_CODE: dict[str, tuple[Stamp, Stamp, bool]] = {}
 
 
 def _has_stale_byte_code(path: str) -> bool:
-    """Whether an import takes the byte code of another state of a file."""
+    """Return True if an import would use byte code of another state of a file."""
     try:
         cached = importlib.util.cache_from_source(path)
     except NotImplementedError:
@@ -695,23 +695,23 @@ def _has_stale_byte_code(path: str) -> bool:
 
 
 def _is_of_another_state(path: str, now: Stamp, cached: str, compiled: Stamp) -> bool:
-    """Whether an import takes byte code without compiling the file, which says something else.
+    """Return True if an import would use byte code that does not match the file, instead of compiling the file.
 
-    Python goes by the size of the file and the second of its change, which are the same for one that changes twice
-    within a second or gets its time back; or by a hash, or by nothing, as the byte code itself demands.
+    Python compares the size of the file and the second of its change, which are the same if a file changes twice within
+    a second or gets its old time back. If the byte code says so, Python compares a hash instead, or nothing.
     """
     code, source = _read(cached), _read(path)
     if code[:4] != importlib.util.MAGIC_NUMBER:
         return False
     flags, second, size = (int.from_bytes(code[i : i + 4], "little") for i in (4, 8, 12))
     if flags & 1:
-        return code[8:16] != importlib.util.source_hash(source)  # else Python may look itself, which does no harm
+        return code[8:16] != importlib.util.source_hash(source)  # if Python compares them itself, no harm is done
     if second != now[0] // 1_000_000_000 & 0xFFFFFFFF or size != len(source) & 0xFFFFFFFF:
         return False
     if compiled[0] > max(now[:2]):
         return False
     try:
-        # Also the time of a change to a file's rights, or of its copy, may be later than that of its byte code.
+        # A later time does not prove a change: the file's permissions may have been changed, or the file copied.
         known: object = marshal.loads(code[16:])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -1,6 +1,6 @@
 """The statements of a module's file: which names each of them defines, uses and may change.
 
-Loaded only where a file has to be read, because `ast` takes long to load.
+Loaded only if a file has to be read, because `ast` takes long to load.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import NamedTuple
 
 from executorlib.keys.sources import LOADED, OBJECTS, Root, absolute
 
-# A module that uses one of these can define and read any name, so it is taken whole; of the second ones, without
-# arguments.
+# A module that uses one of these can define and read any name, so it is taken as a whole. The second ones do that only
+# without arguments.
 _ANY_NAME = frozenset({"exec", "eval", "globals"})
 _ANY_NAME_ALONE = frozenset({"locals", "vars", "dir"})
 _IDENTIFIER = re.compile(r"[^\W\d]\w*")
 IMPORTERS = frozenset({"import_module", "__import__"})
-# Modules with functions that find a module by its name, and what of them does not. In a module that imports one of
-# them, each text counts that is a module's name.
+# Modules with functions that find a module by its name, and their parts that do not. In a module that imports one of
+# them, every string counts that is a module's name.
 _MACHINERY = frozenset({"importlib", "importlib.util", "pkgutil", "runpy", "pydoc", "imp"})
 _NO_MACHINERY = frozenset({"metadata", "resources"})
 _MODULE_NAME = re.compile(r"[^\W\d]\w*([.:][^\W\d]\w*)*")
@@ -32,15 +32,15 @@ class Statement(NamedTuple):
     """One statement of a module.
 
     Attributes:
-        digest: Stands for what it says, comments and layout aside.
+        digest: A digest of what it says, without comments and layout.
         binds: The names that it gives a value.
         uses: The names in it, each with the attributes taken of it.
-        imports: What names in a function or class mean that are imported there.
-        runs: Whether it may change what other statements have defined.
-        runs_with: It may if one of these names is the user's own.
-        extends: Names of the classes that it derives from, which can know their subclasses.
-        calls: Names of the functions that it calls as it runs, empty for one without a name.
-        loads: What it imports as it runs, in this order.
+        imports: For a function or class, what the names that it imports inside stand for.
+        runs: True if it may change what other statements define.
+        runs_with: It may do so if one of these names is the user's own.
+        extends: Names of the classes that it derives from, which may know their subclasses.
+        calls: Names of the functions that it calls when it runs; empty for one without a name.
+        loads: What it imports when it runs, in this order.
     """
 
     digest: bytes
@@ -58,13 +58,13 @@ class Source(NamedTuple):
     """The statements of a module's file.
 
     Attributes:
-        content: Stands for all that the file says.
-        statements: What it runs.
-        defined: The places of the statements that give a name its value.
-        imports: What names stand for that it imports.
-        stars: Modules of which it imports all names.
-        whole: Whether it can define and read names in ways that do not show.
-        lazy: Whether it makes up what is asked of it, and so may import whatever is below it.
+        content: A digest of the whole file.
+        statements: The statements that it runs.
+        defined: The positions of the statements that give a name its value.
+        imports: What the names that it imports stand for.
+        stars: Modules from which it imports all names.
+        whole: True if it can define and read names in ways that cannot be seen.
+        lazy: True if it has a ``__getattr__``, and so may import anything below it.
     """
 
     content: bytes
@@ -80,17 +80,17 @@ def parse(data: bytes, path: str, package: str, content: bytes) -> Source:
     """Take a module's file apart.
 
     Args:
-        data: What it holds.
-        path: Where it is.
+        data: The file's content.
+        path: The file.
         package: The package that relative imports in it are relative to.
-        content: Stands for what it holds.
+        content: A digest of the content.
     """
     unknown = Source(content, (), {}, {}, (), True)
     if not path.endswith(".py"):
         return unknown  # an extension module, or byte code
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # whoever imports the module is told
+            warnings.simplefilter("ignore")  # they are for those who import the module
             tree = ast.parse(data, path)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return unknown
@@ -118,7 +118,7 @@ def parse(data: bytes, path: str, package: str, content: bytes) -> Source:
 
 
 def _names_for_checkers(tree: ast.Module) -> set[tuple[str, ...]]:
-    """What stands for `typing.TYPE_CHECKING` in a module, as far as nothing else is given its name."""
+    """Return what stands for `typing.TYPE_CHECKING` in a module, unless its name is also given something else."""
     known: set[tuple[str, ...]] = set()
     false: set[int] = set()
     given: set[str] = set()
@@ -148,7 +148,7 @@ def _names_for_checkers(tree: ast.Module) -> set[tuple[str, ...]]:
 
 
 def _constants(tree: ast.Module, defined: dict[str, list[int]]) -> set[str]:
-    """Names of numbers, texts and the like, which nothing can change."""
+    """Return the names of numbers, strings and other values that nothing can change."""
     constants: set[str] = set()
     for node in tree.body:
         target = node.targets[0] if isinstance(node, ast.Assign) and len(node.targets) == 1 else None
@@ -166,7 +166,7 @@ NAMESPACE = Source(b"", (), {}, {}, (), False)
 
 
 class _Reader:
-    """Turns the statements of one module into what a slice needs of them."""
+    """Turns the statements of one module into what a slice needs to know of them."""
 
     def __init__(self, package: str, for_checkers: set[tuple[str, ...]]) -> None:
         self._package = package
@@ -180,7 +180,7 @@ class _Reader:
         self.whole = False
 
     def statement(self, node: ast.stmt) -> Statement | None:
-        """Describe a statement; None for one that does nothing when the module is imported."""
+        """Describe a statement. Return None if it does nothing when the module is imported."""
         if isinstance(node, ast.If) and (_chain(node.test) in self._for_checkers or _is_of_a_program(node.test)):
             if not node.orelse:
                 return None
@@ -219,7 +219,7 @@ class _Reader:
     def _walk(self, top: ast.stmt) -> tuple[list[str], set[tuple[str, ...]], dict[str, list[Root]], set[str]]:
         """List what a tree says, the names in it, its imports and the globals that its functions set.
 
-        Without recursion, as some are deep.
+        This is not recursive, because some trees are deep.
         """
         assigned: set[str] = set()
         text: list[str] = []
@@ -353,7 +353,7 @@ def _quoted_annotations(node: ast.AST) -> Iterator[str]:
 
 
 def _is_of_a_program(test: ast.expr) -> bool:
-    """Whether a condition is that of a block for running the module as a program."""
+    """Return True if this is the condition of a block that runs only if the module is the program."""
     return (
         isinstance(test, ast.Compare)
         and _chain(test.left) == ("__name__",)
@@ -365,7 +365,7 @@ def _is_of_a_program(test: ast.expr) -> bool:
 
 # -- which statements change what others define -----------------------------------------------------------------------
 
-# Of expressions of these, made of any names, the value is a new object or one that has a name already.
+# Expressions of these, made of any names, evaluate to a new object or to one that already has a name.
 _HARMLESS = (
     ast.Constant,
     ast.Name,
@@ -379,7 +379,7 @@ _HARMLESS = (
     ast.JoinedStr,
     ast.FormattedValue,
 )
-# Of expressions of these, made of such values, the value cannot be changed.
+# Expressions of these, made of such values, evaluate to something that cannot be changed.
 _CONSTANT = (ast.Constant, ast.Name, ast.Tuple, ast.UnaryOp, ast.BinOp, ast.BoolOp, ast.Compare, ast.IfExp)
 
 # Decorators that a class makes of its own properties and methods.
@@ -387,11 +387,11 @@ _OF_MEMBERS = frozenset({"setter", "getter", "deleter", "register"})
 
 
 class _Risks:
-    """With what a statement may change what others define.
+    """The means by which a statement may change what others define.
 
     Attributes:
-        names: With one of these, if it stands for something of the user's.
-        calls: By calling one of these, if it is no function that is known to do nothing else than to return something.
+        names: It may do so with one of these, if that stands for something of the user's.
+        calls: It may do so by calling one of these, unless that is known to do nothing but return something.
     """
 
     def __init__(self) -> None:
@@ -407,13 +407,13 @@ class _Risks:
                 self.calls.add(_chain(each.func))
 
     def add_decorator(self, node: ast.expr) -> None:
-        """Add what is called with a function or class as it is defined."""
+        """Add what is called with a function or class when it is defined."""
         self.add(node)
         if not isinstance(node, ast.Call):
             self.calls.add(_chain(node))
 
     def add_values(self, expressions: Sequence[ast.expr]) -> None:
-        """Add what is in calls, operators and the like, which may change what the names stand for."""
+        """Add what is in calls, operators and the like, which may change the values of the names."""
         stack: list[ast.AST] = list(expressions)
         while stack:
             node = stack.pop()
@@ -426,9 +426,9 @@ class _Risks:
 
 
 def _runs(node: ast.stmt, risks: _Risks) -> bool:
-    """Whether a statement may change what others define in any case; else it may with what is added to the risks."""
+    """Return True if a statement may change what others define in any case. If not, add to the risks what may do so."""
     if isinstance(node, ast.ImportFrom):
-        return any(alias.name == "*" for alias in node.names)  # in place of what others define
+        return any(alias.name == "*" for alias in node.names)  # which replaces what others define
     if isinstance(node, ast.Import | ast.Pass) or type(node).__name__ == "TypeAlias":
         return False
     if isinstance(node, ast.Expr):
@@ -440,7 +440,7 @@ def _runs(node: ast.stmt, risks: _Risks) -> bool:
         return False
     if isinstance(node, ast.ClassDef):
         inner = _Risks()
-        runs = [_runs(each, inner) for each in node.body]  # of each, for the names
+        runs = [_runs(each, inner) for each in node.body]  # not lazily: each call adds its names
         own = {getattr(each, "name", "") for each in node.body}
         for each in node.body:
             if isinstance(each, ast.Assign | ast.AnnAssign) and each.value is not None:
@@ -463,7 +463,7 @@ def _runs(node: ast.stmt, risks: _Risks) -> bool:
         if not all(_is_plain(target) for target in node.targets):
             return True
         if any(not isinstance(target, ast.Name) for target in node.targets) and not isinstance(node.value, ast.Tuple):
-            risks.add(node.value)  # taking it apart may use it up
+            risks.add(node.value)  # unpacking may exhaust an iterator
         risks.add_values([node.value])
         return False
     if isinstance(node, ast.AnnAssign):

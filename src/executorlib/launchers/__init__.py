@@ -1,1 +1,1 @@
-"""What a launcher must do, and parts to build one from; the launchers are in the rooms of their executors."""
+"""The contract of launchers, and parts to build one from. The launchers themselves are with their executors."""

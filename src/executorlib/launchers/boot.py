@@ -1,4 +1,4 @@
-"""How a new interpreter is started that runs a module of ours and sees the user's path."""
+"""Starts new interpreters that run one of our modules and see the user's path."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import sys
 
 from executorlib.launchers.session import interpreter
 
-# Characters of source in one argument, which has up to 128 KiB (Linux's MAX_ARG_STRLEN); one takes four bytes at most.
+# Characters of source in one argument, which may have 128 KiB (Linux's MAX_ARG_STRLEN); a character is up to 4 bytes.
 _PIECE = 30_000
 
 
 def boot_command(module: str, call: str, rank: bool = False) -> list[str]:
     """The command that runs ``module.call`` in a new interpreter, with this process's import path and arguments.
 
-    A user's arguments, such as the names of thousands of files, may be more than Linux takes as one argument. In pieces
-    they fit, as they did when this process was started, and there is no file that another node would have to see.
+    A user's arguments, such as the names of thousands of files, can be longer than Linux allows for one argument. Split
+    into pieces they fit, as they did when this process was started, and no file has to be visible on another node.
 
     Args:
         module: The module.
         call: The arguments, in brackets.
-        rank: Whether it is one of a world's ranks, which are told the arguments in their setup: Open MPI's mpiexec puts
-            all of a command into one environment variable, which has the same limit.
+        rank: Whether it is a rank of an MPI world. Ranks get the arguments with their setup, because Open MPI's mpiexec
+            puts a whole command into one environment variable, which has the same limit.
     """
     code = boot_code(module, call, [""] if rank else arguments())
     if len(code) <= _PIECE:
@@ -30,18 +30,18 @@ def boot_command(module: str, call: str, rank: bool = False) -> list[str]:
 
 
 def boot_code(module: str, call: str, argv: list[str]) -> str:
-    """Python source that runs ``module.call`` with this process's import path and with these arguments.
+    """Python source that runs ``module.call`` with this process's import path and the given arguments.
 
-    The path is set before anything is imported, so that no file in the working directory takes a module's place.
-    Two braces that open, which only stand in texts here, are written in another way: Flux's shell fills in templates
-    (``{{id}}``) in commands.
+    The path is set before anything is imported, so that no file in the working directory can shadow a module. Two
+    opening braces, which occur only in texts here, are escaped, because Flux's shell expands templates (``{{id}}``) in
+    commands.
     """
     code = f"import sys; sys.path[:] = {import_path()!r}; sys.argv[:] = {argv!r}; from {module} import main; main{call}"
     return code.replace("{{", r"{\x7b")
 
 
 def boot_file(module: str, call: str) -> str:
-    """The same, for a file that is run: what `multiprocessing` starts from there reads that file again."""
+    """The same for a script file, which `multiprocessing` reads again in the processes that it starts from there."""
     return f"if __name__ == '__main__':\n    {boot_code(module, call, arguments())}\n"
 
 
@@ -51,5 +51,5 @@ def import_path() -> list[str]:
 
 
 def arguments() -> list[str]:
-    """This process's `sys.argv`, which a spawned Python may lack."""
+    """This process's `sys.argv`, which an embedded Python may lack."""
     return [str(argument) for argument in getattr(sys, "argv", [])]

@@ -1,9 +1,9 @@
-"""Workers that connect on their own, over ZeroMQ: ranks of MPI worlds, and workers that a scheduler has started.
+"""Workers that connect by themselves over ZeroMQ: ranks of MPI worlds, and workers that a scheduler starts.
 
     launch ─▶ hello ─▶ setup, calls ─▶ results ─▶ stop ─▶ end
 
-A launcher starts one with the credentials for it, and hands on what comes from its connection. What all such workers
-have in common is here; how one is started, ended and given up is the launcher's.
+A launcher starts a worker with the credentials to connect, and passes on the messages from its connection. This module
+has what all such workers have in common; the launcher decides how one is started, ended and given up.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from executorlib.serialize import Frame
 from executorlib.transports.router import Router, RouterTransport
 from executorlib.transports.zeromq import SILENCE_SECONDS
 
-# What a worker that has given its only result may take for MPI_Finalize and exit handlers, in seconds.
+# Seconds that a worker may take for MPI_Finalize and exit handlers after its only result.
 _FINALIZE_SECONDS = 10.0
 
 
 def dismiss(router: Router, peer: bytes) -> None:
-    """Tell a worker that nobody waits for to end, instead of leaving it to hold what it was given."""
+    """Tell a worker that nobody waits for to end; otherwise it would go on holding its resources."""
     router.send(peer, ["stop"], [])
 
 
 class _Transport(RouterTransport):
-    """The way to a worker.
+    """The transport to a worker.
 
     Attributes:
-        told_to_stop: When it was, on the monotonic clock.
+        told_to_stop: When the worker was told to stop, on the monotonic clock.
     """
 
     told_to_stop: float | None = None
 
     def put(self, header: Any, frames: Sequence[Frame] = ()) -> int:
-        """See `Transport.put`."""
+        """Append a message, and note the time if it tells the worker to stop."""
         if header[0] == "stop":
             self.told_to_stop = time.monotonic()
         return super().put(header, frames)
@@ -47,17 +47,17 @@ class _Transport(RouterTransport):
 class ConnectingWorker:
     """A worker, from its start to its end.
 
-    Timers hold it weakly: it is over when the launcher lets go of it, and what waits for the worst must keep neither
-    the worker nor by that a call and its result.
+    It is over when the launcher lets go of it. Timers hold it weakly, so that a timeout never keeps a worker, its call
+    or a result alive.
 
     Args:
         events: The loop.
-        router: Where it connects to.
+        router: The socket it connects to.
         process: The worker.
-        end: Ends it, in the end by force.
-        starter: What starts its ranks, for the error text if these do not find each other.
-        advice: What to do then.
-        leaves: Whether a worker of one call gives up what it holds with its result, not with its end.
+        end: Ends the worker, by force as a last resort.
+        starter: What starts its ranks, for the error text if they do not find each other.
+        advice: What to do in that case.
+        leaves: Whether a worker of one call releases its resources with its result rather than when it ends.
 
     Attributes:
         peer: Its connection, once it has said hello.
@@ -87,17 +87,17 @@ class ConnectingWorker:
         self.done = False
 
     def left_in_silence(self) -> bool:
-        """Whether a worker that was told to stop did not, when its connection has ended: it was suspended, say.
+        """Whether a connection ended only long after its worker was told to stop, as when the worker was suspended.
 
-        Others close it at once, before they run exit handlers.
+        Other workers close it at once, before they run exit handlers.
         """
         told = None if self._transport is None else self._transport.told_to_stop
         return told is not None and time.monotonic() - told > SILENCE_SECONDS / 2
 
     def on_message(self, peer: bytes, header: list[Any], frames: list[Frame]) -> None:
-        """Take a message of the worker, or of one of its ranks."""
+        """Handle a message from the worker, or from one of its ranks."""
         process, kind = self.process, header[0]
-        # The other ranks may wait for a failed one for ever, unless they are known to be through.
+        # The other ranks may wait forever for a rank that failed, unless all are known to have come through.
         split = kind == "error" and process.resources.cores > 1 and "whole" not in header[4]
         if kind == "hello":
             self._on_hello(peer, header[1])
@@ -117,10 +117,10 @@ class ConnectingWorker:
         process = self.process
         ranks = process.resources.cores
         if self.peer is not None:
-            # Put back into its queue, and up again; the loss of the first is about to be noticed.
+            # The job was requeued and has started again; the loss of its first connection will be noticed soon.
             dismiss(self._router, peer)
         elif about["size"] != ranks:
-            # As many hellos as there are ranks, since each believes to be the first.
+            # Every rank believes that it is the first of its own world, so each of them sends a hello.
             if process.verdict is None:
                 text = describe_split_world(ranks, self._starter, about["size"], about["library"], self._advice)
                 process.verdict = RuntimeError(text)
@@ -133,12 +133,12 @@ class ConnectingWorker:
             self._events.on_connected(process)
 
     def _finish(self, split: bool) -> None:
-        """Its only call is over: let it go."""
+        """The worker's only call is over, so let it end."""
         self.done = True
         if split:
             self._end()
         elif self.process.transport is not None:
-            # It waits for this: an end that came before the result was read would count as a death.
+            # The worker waits for this message: if it ended before its result was read, that would count as a death.
             self.process.transport.put(["stop"])
             here = weakref.ref(self)
 

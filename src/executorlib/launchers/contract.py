@@ -1,7 +1,7 @@
-"""What the loop and a launcher know of each other.
+"""The interface between the loop and a launcher.
 
-A new launcher implements `Launcher` and reports through `Events`; both sides live in the loop's thread, so nothing
-here needs a lock, and nothing may block.
+A new launcher implements `Launcher` and reports through `Events`. Both sides live in the loop's thread, so nothing here
+needs a lock, and nothing may block.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
     from executorlib.resources import Resources
     from executorlib.serialize import Frame
 
-# What a dead worker wrote last is part of its error text; this much of it is kept.
+# How much of a worker's last output on standard error is kept: it becomes part of the error text if the worker dies.
 STDERR_TAIL_BYTES = 16 * 1024
 
 
 class Transport(Protocol):
-    """A way to send messages to one worker; received ones come in through `Events.on_message`."""
+    """A way to send messages to one worker. Messages from it arrive through `Events.on_message`."""
 
     def put(self, header: Any, frames: Sequence[Frame] = ()) -> int:
-        """Append a message to what `flush` sends; returns its payload's bytes."""
+        """Append a message to those that `flush` sends; returns the bytes of its payload."""
         ...
 
     def flush(self) -> None:
-        """Send what was put, now or as soon as the system takes it. Never raises: a dead worker's exit is an event."""
+        """Send them, now or as soon as the system accepts them. Never raises: the death of a worker is an event."""
         ...
 
 
@@ -42,11 +42,11 @@ class Exit:
     """How a worker ended.
 
     Attributes:
-        status: Wait status, as `os.waitpid` has it; None where it is not known.
-        text: What happened, as a clause for the error's text.
-        error: The exception for its call, where it is not simply that it died.
-        planned: Whether another worker is to take its place however many have died.
-        unstarted: Numbers of the calls handed to it that it is known not to have started.
+        status: Wait status, as `os.waitpid` returns it; None if it is not known.
+        text: What happened, as a clause for an error text.
+        error: The exception for its call, if there is a better one than that the worker died.
+        planned: Whether to replace the worker without counting this as a death.
+        unstarted: Numbers of calls that were handed to it and that it is known not to have started.
     """
 
     status: int | None
@@ -56,22 +56,22 @@ class Exit:
     unstarted: Sequence[int] = ()
 
 
-@dataclass(eq=False)  # each is itself alone, whatever it has in common with another
+@dataclass(eq=False)  # compared by identity
 class Process:
-    """A worker's process, as the launcher that started it sees it.
+    """A worker's process, as seen by the launcher that started it.
 
     Attributes:
         worker: The worker.
         resources: What its calls need.
-        transport: How to reach it, once it takes messages.
-        permits: For a worker that can hold calls: where to put their numbers, and from where to take them back.
-        recall: Likewise, for one that is elsewhere: asks for up to so many of them; `Events.on_recalled` follows.
-        pid: Process id, 0 before it is known.
+        transport: How to send to it, once it takes messages.
+        permits: For a worker that can hold calls: where to put their numbers, and where to take them back from.
+        recall: For a worker on another node: asks for up to this many calls back; `Events.on_recalled` follows.
+        pid: Process id, 0 until it is known.
         host: Where it runs.
         stderr: The end of what it wrote to standard error.
-        settings: What it has of this session's settings (`session.settings`) by birth.
-        single: Whether it runs one call.
-        verdict: Why it is being ended, where that is our doing: the exception for the calls lost with it.
+        settings: Those of this session's settings (`session.settings`) that it was started with.
+        single: Whether it runs only one call.
+        verdict: If we are ending it: the exception for the calls that are lost with it.
         on_gone: Called once it is gone.
     """
 
@@ -90,14 +90,14 @@ class Process:
 
 
 class Events(Waiting, Protocol):
-    """What a launcher may call in the loop."""
+    """The part of the loop that launchers may call."""
 
     def call_soon(self, callback: Callable[[], None]) -> None:
-        """Call ``callback`` once, as soon as all that is at hand was decided upon: to send together what was put."""
+        """Call ``callback`` once at the end of this turn, so that queued messages go out together."""
         ...
 
     def on_connected(self, process: Process) -> None:
-        """The worker takes messages through ``process.transport``."""
+        """The worker can be sent messages through ``process.transport``."""
         ...
 
     def on_message(self, process: Process, header: list[Any], frames: list[Frame]) -> None:
@@ -105,86 +105,86 @@ class Events(Waiting, Protocol):
         ...
 
     def on_recalled(self, process: Process, numbers: Sequence[int]) -> None:
-        """The worker will not start these calls, of which `Process.recall` asked for some."""
+        """The worker will not start these calls; the answer to `Process.recall`."""
         ...
 
     def on_exit(self, process: Process, end: Exit) -> None:
-        """The worker is gone; all its messages were delivered."""
+        """The worker is gone, and all its messages have been delivered."""
         ...
 
     def on_node_lost(self, name: str) -> None:
-        """Nothing can be started on a node any more; an `on_exit` follows for each worker there."""
+        """Nothing more can be started on this node; an `on_exit` follows for each worker there."""
         ...
 
 
 class JobEvents(Events, Protocol):
-    """What a launcher may call beside, that makes each call a job: it pickles calls itself, into their entries."""
+    """Further methods for launchers that make each call a job, and so pickle calls themselves, into their entries."""
 
     def inputs_of(self, task: Task) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of a call that becomes a job, with references in the place of other jobs' results.
+        """The arguments of a call that becomes a job, with references in place of other jobs' results.
 
-        Names the files of these in `Task.after`.
+        Sets `Task.after` to the files of those results.
         """
         ...
 
     def is_changed(self, task: Task) -> bool:
-        """Whether a call has become another one since it was looked up, by its key; it is named by the new one then."""
+        """Whether the call's key has changed since the look-up; if so, the call is renamed to its new key."""
         ...
 
 
 class Launcher(Protocol):
-    """Starts workers and tells of their ends."""
+    """Starts workers and reports their ends."""
 
     def prepare(self) -> None:
-        """Do in advance what the first launch would have to wait for."""
+        """Do in advance what the first launch would otherwise have to wait for."""
         ...
 
     def launch(self, process: Process) -> None:
-        """Start a worker; `Events.on_connected` or `Events.on_exit` follows, maybe from within."""
+        """Start a worker; `Events.on_connected` or `Events.on_exit` follows, possibly from within this call."""
         ...
 
     def setup(self, process: Process) -> dict[str, Any]:
-        """What the worker has to set up to see the user's process as it is now; see `worker.call.set_up`."""
+        """What the worker has to set up to see the user's process as it is now; for `worker.call.set_up`."""
         ...
 
     def kill(self, process: Process, signal_number: int) -> None:
-        """Signal a worker and all that it started; `Events.on_exit` follows once it is gone, or is as good as gone.
+        """Signal a worker and everything it started; `Events.on_exit` follows once it is gone, or as good as gone.
 
-        It may not have started yet, may have been signalled already, and questions about it may be open.
+        The worker may not have started yet, may have been signalled already, and questions about it may be open.
         """
         ...
 
     def resume(self) -> None:
-        """Continue what looks after workers, in case it was suspended; asked again and again once we are to end."""
+        """Continue the helpers that look after workers if they were suspended; called repeatedly during shutdown."""
         ...
 
     @property
     def busy(self) -> bool:
-        """Whether it has to go on although no call is left, to hand over what it was told."""
+        """Whether the launcher must go on although no call is left, to hand over what it was given."""
         ...
 
     def detach(self, on_taken: Callable[[], None]) -> None:
-        """Let what was launched go on without us, where that can be.
+        """Let the launched workers go on without us, if they can.
 
         Args:
-            on_taken: Called once nothing more is needed of the calls themselves; no event follows.
+            on_taken: Called once nothing more is needed from the calls themselves; no event follows.
         """
         ...
 
     def close(self) -> None:
-        """End everything that was started and is not detached, and free all that is held; no event follows."""
+        """End everything that was started and not detached, and free all resources; no event follows."""
         ...
 
 
 class Timer:
-    """Calls back once, at the earliest of the times that it was asked for since it last did.
+    """Calls back once, at the earliest of the times requested since it last did.
 
     Args:
         events: The loop.
-        callback: Is called.
+        callback: The function to call.
     """
 
-    # What a clock may be early, in seconds.
+    # How early a clock may be, in seconds.
     _EARLY = 0.001
 
     def __init__(self, events: Events, callback: Callable[[], None]) -> None:
@@ -193,34 +193,34 @@ class Timer:
         self._due: float | None = None
 
     def within(self, seconds: float) -> None:
-        """Call back in so many seconds, unless that is due earlier."""
+        """Call back in this many seconds, unless an earlier time was requested already."""
         due = time.monotonic() + seconds
         if self._due is None or due < self._due:
             self._due = due
             self._events.call_later(seconds, self._fire)
 
     def _fire(self) -> None:
-        # One that was asked for first and has been overtaken finds nothing due any more.
+        # A later time that was requested first still fires, but finds nothing due.
         if self._due is not None and time.monotonic() >= self._due - self._EARLY:
             self._due = None
             self._callback()
 
 
-# How `faulthandler`, which workers have, begins to tell where a thread is.
+# The start of a stack that `faulthandler`, which is enabled in workers, has written.
 _STACK = "(most recent call first)"
-# Below it, what is no help to users: frames of ours that called their function, and what else the process had loaded.
+# Lines of a stack that do not help users: our frames, which called their function, and loaded extension modules.
 _OURS = re.compile(
     r'  File "(<string>|.*executorlib.(worker|launchers|relay|single_node|local_queue|transports).\w+\.py)", line '
 )
 
 
 def has_stack(stderr: bytes | bytearray) -> bool:
-    """Whether a process has told where it is, as `faulthandler` does."""
+    """Whether a process has written where it is, as `faulthandler` does."""
     return _STACK.encode() in stderr
 
 
 def tail_text(stderr: bytes | bytearray) -> str:
-    """The last lines of what a process wrote, indented for an error text; of a stack, its innermost calls."""
+    """The last lines of a process's output, indented for an error text; of a stack, the innermost calls."""
     lines = bytes(stderr).decode(errors="replace").rstrip().splitlines()
     stack = next((index for index in reversed(range(len(lines))) if _STACK in lines[index]), None)
     if stack is not None:

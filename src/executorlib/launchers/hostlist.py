@@ -1,4 +1,4 @@
-"""Lists of nodes and numbers as queuing systems write them."""
+"""Lists of nodes and numbers, as queuing systems write them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 
 def expand_hosts(text: str) -> list[str]:
-    """Write out a list of nodes such as ``login,node[1,3-4],rack[0-1]n[08-10]``."""
-    # Commas within brackets do not separate.
+    """Expand a list of nodes such as ``login,node[1,3-4],rack[0-1]n[08-10]``."""
+    # Split only at commas outside of brackets.
     return [name for item in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", text) for name in _expand_item(item)]
 
 
@@ -27,7 +27,7 @@ def _expand_item(item: str) -> Iterator[str]:
 
 
 def expand_ranges(text: str) -> list[int]:
-    """Write out numbers such as ``0-2,5``."""
+    """Expand numbers such as ``0-2,5``."""
     numbers: list[int] = []
     for part in filter(None, text.split(",")):
         first, _, last = part.partition("-")
@@ -36,7 +36,7 @@ def expand_ranges(text: str) -> list[int]:
 
 
 def expand_repeated(text: str) -> list[int]:
-    """Write out counts such as ``4(x2),1``."""
+    """Expand counts such as ``4(x2),1``."""
     counts: list[int] = []
     for part in filter(None, text.split(",")):
         count, _, times = part.rstrip(")").partition("(x")

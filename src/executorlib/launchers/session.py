@@ -1,10 +1,10 @@
-"""Settings of this process that its workers are to have, too.
+"""Settings of this process that its workers get, too.
 
-They are the interpreter's options, recursion limit, limit of digits, warning filters and logging, and the umask.
+They are the interpreter's options, the recursion limit, the limit of digits, warning filters, logging, and the umask.
 
-The options are those that `multiprocessing` hands on to processes that it spawns. The others may change while the
-program runs. They are taken when a worker is set up: in the default mode as its call starts, in block mode as the
-worker does, for jobs when they are submitted. `worker.settings` is the other end.
+The options are those that `multiprocessing` passes on to spawned processes. The others may change while the program
+runs, and are read when a worker is set up: in the default mode when its call starts, in block mode when the worker
+starts, for jobs when they are submitted. `worker.settings` applies them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 _STYLES = {logging.PercentStyle: "%", logging.StrFormatStyle: "{", logging.StringTemplateStyle: "$"}
 
-# What the filters were described from last, and their description: they seldom change.
+# The filters that were last described, and their description: they seldom change.
 _described: tuple[list[Any], list[Any]] = ([], [])
 
 
@@ -30,10 +30,10 @@ def interpreter() -> list[str]:
 
 
 def settings() -> dict[str, Any]:
-    """The settings as they are now, as plain data: of no subclass, so that it can be written as Python source.
+    """The present settings as plain data, with no subclasses, so that they can be written as Python source.
 
-    They are a help to the calls, not a need: what cannot be described, because the program has put something of its own
-    in its place, stays with this process.
+    They help calls but are not needed: a setting that cannot be described, because the program has put an object of its
+    own in its place, is left out.
     """
     found: dict[str, Any] = {"recursion_limit": sys.getrecursionlimit()}
     if hasattr(sys, "get_int_max_str_digits"):  # Python 3.10 has it from 3.10.7 on
@@ -45,10 +45,10 @@ def settings() -> dict[str, Any]:
 
 
 def _umask() -> int:
-    """The umask, as Linux tells it: the system call sets it, which other threads' files would come to feel."""
+    """The umask, read from /proc because the system call changes it, which would affect other threads' files."""
     fd = os.open("/proc/self/status", os.O_RDONLY)
     try:
-        head = os.read(fd, 256)  # it is in the second line; what comes later takes long to gather
+        head = os.read(fd, 256)  # it is in the second line; later lines take long to produce
     finally:
         os.close(fd)
     return int(head.partition(b"\nUmask:")[2].split()[0], 8)
@@ -67,28 +67,28 @@ def _filter(each: Any) -> list[Any] | None:
         action, message, category, module, line = each
         kind = [_text(category.__module__), _text(category.__qualname__)]
         return [_text(action), _pattern(message), *kind, _pattern(module), int(line)]
-    except Exception:  # of something that only looks like a filter
+    except Exception:  # something that only looks like a filter
         return None
 
 
 def _text(value: str) -> str:
-    return str.__str__(value)  # also of an enumeration
+    return str.__str__(value)  # also for an enumeration
 
 
 def _pattern(pattern: Any) -> str | list[Any] | None:
-    """A text to be equal to stays one; a pattern to match becomes a list."""
+    """Describe a pattern: a text to be equal to stays a text, a regular expression becomes a list."""
     if pattern is None:
         return None
     return _text(pattern) if isinstance(pattern, str) else [_text(pattern.pattern), int(pattern.flags)]
 
 
 def _logging() -> dict[str, Any]:
-    """By the name of each logger that is not as it was made: level, whether it propagates, and its handlers."""
+    """Level, propagation and handlers of each logger that was changed, by name."""
     found: dict[str, Any] = {}
     root = _logger(logging.root)
     if root != [logging.WARNING, True, []]:
         found[""] = root
-    # For each fresh call, and large libraries have hundreds of loggers: those that are as they were made cost no call.
+    # This runs for each fresh call, and large libraries have hundreds of loggers: unchanged ones must not cost a call.
     placeholder, unset = logging.PlaceHolder, logging.NOTSET
     for name, each in logging.root.manager.loggerDict.copy().items():
         try:
@@ -97,7 +97,7 @@ def _logging() -> dict[str, Any]:
             described = _logger(each)  # type: ignore[arg-type]
             if described != [unset, True, []]:
                 found[_text(name)] = described
-        except Exception:  # of a class of the program's own
+        except Exception:  # an instance of the program's own class
             continue
     disabled = int(logging.root.manager.disable)
     return {"disabled": disabled, "loggers": found} if found or disabled else {}
@@ -109,7 +109,7 @@ def _logger(logger: logging.Logger) -> list[Any]:
 
 
 def _handler(handler: logging.Handler) -> list[Any] | None:
-    """Stream, level and format of a handler that writes to a standard stream; others stay with this process."""
+    """Stream, level and format of a handler that writes to a standard stream; None for other handlers."""
     try:
         if not isinstance(handler, logging.StreamHandler):
             return None
@@ -123,14 +123,14 @@ def _handler(handler: logging.Handler) -> list[Any] | None:
         else:
             return None
         return [name, int(handler.level), *_format(handler.formatter)]
-    except Exception:  # of a class of the program's own
+    except Exception:  # an instance of the program's own class
         return None
 
 
 def _format(formatter: Any) -> tuple[str | None, str | None, str]:
-    """Format, format of times, and style of a formatter; a record's message only where a plain formatter cannot do it.
+    """Format, date format and style of a formatter; just the message if a plain formatter cannot produce the format.
 
-    Fields that the program's own formatter, filter or class of records adds are not there in a worker.
+    A worker does not have the fields that the program's own formatter, filter or record class adds.
     """
     with contextlib.suppress(Exception):
         date = None if formatter.datefmt is None else _text(formatter.datefmt)
@@ -142,7 +142,7 @@ def _format(formatter: Any) -> tuple[str | None, str | None, str]:
 
 @functools.lru_cache(maxsize=64)
 def _is_plain(text: str, date: str | None, style: Any) -> bool:
-    """Whether a plain formatter can format a plain record by a format."""
+    """Whether a plain formatter can apply the format to a plain record."""
     record = logging.LogRecord("", logging.INFO, "", 0, "", (), None)
     try:
         logging.Formatter(text, date, style, validate=False).format(record)

@@ -1,4 +1,4 @@
-"""This process's standard streams, which may be closed: their numbers then belong to whatever is opened next."""
+"""This process's standard streams. If one is closed, the next file to be opened would get its number."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import sys
 
 
 def fill() -> None:
-    """Put the null device where a standard stream is closed.
+    """Open the null device in place of closed standard streams.
 
-    Otherwise one of our own descriptors would get its number, and what a library writes to standard error with it.
+    Otherwise one of our own descriptors would get the number of one, and libraries would write their errors into it.
     """
-    with contextlib.suppress(OSError):  # no descriptor is left, so neither is one of these
+    with contextlib.suppress(OSError):  # no descriptor is left, so none of these is free either
         while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
             pass
         os.close(descriptor)
 
 
 def is_users(number: int) -> bool:
-    """Whether a standard stream (1 or 2) is the user's, and not a file of the same number.
+    """Whether a standard stream (1 or 2) is the user's, and not another file with the same number.
 
-    A stream is inherited, or put in place by `os.dup2`, so it is inheritable. What Python opens is not.
+    A standard stream is inherited, or put in place by `os.dup2`, so it is inheritable. Files that Python opens are not.
     """
     if (sys.__stdout__ if number == 1 else sys.__stderr__) is None:  # it was closed when Python started
         return False

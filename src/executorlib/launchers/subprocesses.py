@@ -1,4 +1,4 @@
-"""Programs that are run for their answer, such as `sbatch` and `squeue`, while the loop goes on."""
+"""Runs programs for their answer, such as `sbatch` and `squeue`, while the loop goes on."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from dataclasses import dataclass
 
 from executorlib.launchers.contract import Events
 
-# Commands that run at once. A controller answers them one after the other anyway.
+# How many commands run at once. A controller answers them one after the other anyway.
 _AT_ONCE = 4
-# Seconds after which a command is given up. Slurm's own wait for their controller about half a minute before they say
-# that it does not answer.
+# Seconds after which a command is given up. Slurm's commands themselves wait about half a minute for the controller
+# before they report that it does not answer.
 _TIME_LIMIT = 120.0
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a command said.
+    """The answer of a command.
 
     Attributes:
-        code: Exit code; negative for a signal, 127 where the command could not be run, None where it took too long.
+        code: Exit code; negative for a signal, 127 if the command could not be run, None if it took too long.
         output: Standard output.
         error: Standard error, or why it could not be run.
     """
@@ -35,17 +35,17 @@ class Answer:
 
     @property
     def ok(self) -> bool:
-        """Whether it succeeded."""
+        """Whether the command succeeded."""
         return self.code == 0
 
     @property
     def text(self) -> str:
-        """What it said, for an error text."""
+        """What the command said, for an error text."""
         return (self.error.strip() or self.output.strip() or f"exit code {self.code}, without a word").strip()
 
 
 class Commands:
-    """Runs commands, a few at once, in the order in which they were asked for.
+    """Runs commands, a few at a time, in the order in which they were requested.
 
     Args:
         events: The loop.
@@ -70,7 +70,7 @@ class Commands:
 
     @property
     def busy(self) -> bool:
-        """Whether any command has not answered."""
+        """Whether any command has not answered yet."""
         return bool(self._waiting or self._running)
 
     def _start(self) -> None:
@@ -80,13 +80,13 @@ class Commands:
             command.start(self._events)
 
     def on_end(self, command: _Command, answer: Answer) -> None:
-        """A command has ended."""
+        """A command has ended: start the next one and pass the answer on."""
         self._running.discard(command)
         self._start()
         command.on_answer(answer)
 
     def close(self) -> None:
-        """Kill what runs and forget the rest; no answer follows."""
+        """Kill the running commands and forget the others; no answer follows."""
         self._waiting.clear()
         for command in list(self._running):
             command.kill()
@@ -95,7 +95,7 @@ class Commands:
 
 
 class _Command:
-    """One command: its process and what it has said so far."""
+    """One command: its process and its output so far."""
 
     def __init__(
         self,
@@ -124,7 +124,7 @@ class _Command:
                 stderr=subprocess.PIPE,
                 cwd=self._cwd,
                 env=self._env,
-                # A Ctrl-C at the terminal is for the user's program, which says what becomes of the jobs.
+                # A Ctrl-C at the terminal is meant for the user's program, which decides what becomes of the jobs.
                 start_new_session=True,
             )
         except (OSError, ValueError) as error:  # ValueError: a null byte in an argument
@@ -139,7 +139,7 @@ class _Command:
             os.set_blocking(fd, False)
             self._open[name] = fd
             events.watch(fd, self._reader(events, name, fd))
-        # Weakly: what is told of the answer may keep calls and their results, and the answer itself can be long.
+        # Held weakly: the callback may keep calls and their results alive, and the answer itself can be long.
         expire = weakref.WeakMethod(self._expire)
         events.call_later(_TIME_LIMIT, lambda: (known := expire()) and known())
 
@@ -162,7 +162,7 @@ class _Command:
 
     def _end(self, events: Events) -> None:
         assert self._popen is not None
-        # Both pipes are closed, so it is about to exit, if it has not yet.
+        # Both pipes are closed, so the command has exited or is about to.
         code: int | None = self._popen.wait()
         self.release(events)
         output, error = (bytes(said).decode(errors="replace") for said in self._said.values())

@@ -1,1 +1,1 @@
-"""`TestClusterExecutor`: a queue of jobs on this machine, with nothing installed."""
+"""`TestClusterExecutor`: a queue of jobs on this machine that needs no installation."""

@@ -14,21 +14,21 @@ from executorlib.jobs.launcher import JobLauncher
 from executorlib.launchers.contract import JobEvents, Launcher
 from executorlib.local_queue.system import LocalSystem
 from executorlib.options import Common
-from executorlib.resources import Resources, listed
+from executorlib.resources import ResourceDict, Resources, listed
 from executorlib.single_node.launcher import LocalLauncher
 
 logger = logging.getLogger("executorlib")
 
 
 class TestClusterExecutor(ClusterExecutor):
-    """Runs calls as a cluster executor does, by files and jobs, on this machine with nothing installed.
+    """Runs calls as a cluster executor does, with files and jobs, but on this machine and with nothing installed.
 
-    For tests of programs that will use a cluster, and for calls that are to go on when a notebook is closed. All
-    arguments are those of `ClusterExecutor`; ``max_workers`` and ``max_cores`` are by default this machine's CPUs, and
-    what exceeds them waits in the local queue, which outlives this process.
+    For tests of programs that will use a cluster, and for calls that are to go on after a notebook is closed. It takes
+    the arguments of `ClusterExecutor`. If neither ``max_workers`` nor ``max_cores`` is given, ``max_cores`` is the
+    number of this machine's CPUs. Calls beyond the limits wait in the local queue, which outlives this process.
     """
 
-    __test__ = False  # not a test, whatever its name makes pytest think
+    __test__ = False  # keeps pytest from collecting it because of its name
 
     def _check(self, resources: Resources, subject: str) -> None:
         slurms = [key for key in ("num_nodes", "slurm_cmd_args", "submission_template") if getattr(resources, key)]
@@ -41,7 +41,7 @@ class TestClusterExecutor(ClusterExecutor):
         max_workers: int | None = None,
         cache_directory: str | os.PathLike[str] | None = None,
         max_cores: int | None = None,
-        resource_dict: Mapping[str, Any] | None = None,
+        resource_dict: ResourceDict | Mapping[str, Any] | None = None,
         hostname_localhost: bool | None = None,
         block_allocation: bool = False,
         init_function: Callable[[], dict[str, Any]] | None = None,
@@ -102,7 +102,7 @@ class TestClusterExecutor(ClusterExecutor):
         super().__init__(
             common,
             make_launcher=make_launcher,
-            # In front of the local queue nothing is held back, so that it is not lost with this process.
+            # Nothing is held back before the local queue, because it would be lost with this process.
             ledger=capacity if block_allocation else Unlimited("localhost"),
             capacity=capacity,
             max_calls=None,

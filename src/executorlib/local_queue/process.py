@@ -1,6 +1,6 @@
-"""The process behind `local_queue.system`: runs jobs on this machine, within its CPUs, until there are no more.
+"""The process behind `local_queue.system`: runs jobs on this machine, within its CPUs, until there are none left.
 
-It is a `SingleNodeExecutor` whose calls are the jobs, so limits, deaths and MPI are that one's.
+It is a `SingleNodeExecutor` whose calls are the jobs, so that limits, deaths and MPI are handled there.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from executorlib.errors import ExecutorlibSocketError
 from executorlib.single_node.executor import SingleNodeExecutor
 from executorlib.worker import family, job
 
-# A query is answered for jobs that ended only so often, as after the first time the executor knows.
+# A job that has ended is reported only in this many answers, since the session knows it after the first.
 _TELL_ENDED = 3
 
 
 class _JobFailed(Exception):
-    """A job that ended without a result fails those that depend on it."""
+    """Raised for a job that ended without a result, so that jobs which depend on it fail."""
 
 
 def _run(directory: str, index: int, *inputs: None) -> None:
-    """In the job's process: run it with its output in the batch directory."""
+    """Run a job in its process, with its output in the batch directory."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
     output = os.open(os.path.join(directory, f"output.{index}"), flags, trust.FILE_MODE)
     os.dup2(output, 1)
@@ -40,10 +40,10 @@ def _run(directory: str, index: int, *inputs: None) -> None:
 
 
 class LocalQueue:
-    """Takes requests and keeps the jobs.
+    """Accepts requests and keeps the jobs.
 
     Args:
-        executor: Runs them.
+        executor: Runs the jobs.
     """
 
     def __init__(self, executor: SingleNodeExecutor) -> None:
@@ -52,7 +52,7 @@ class LocalQueue:
         self._told: dict[tuple[str, int], int] = {}
 
     def obey(self, request: dict[str, Any]) -> list[Any] | None:
-        """Carry out a request; the answer to a query."""
+        """Carry out a request; returns the answer if it is a query."""
         if "submit" in request:
             self._submit(request)
         elif "cancel" in request:
@@ -79,7 +79,7 @@ class LocalQueue:
             futures[index] = future
 
     def _chosen(self, job_id: str, index: int | None) -> list[Future[Any]]:
-        """One element of a job, or all."""
+        """One element of a job, or all of them."""
         futures = self._jobs.get(job_id, {})
         if index is None:
             return list(futures.values())
@@ -103,7 +103,7 @@ class LocalQueue:
 
 
 def _state(future: Future[Any]) -> tuple[str, str, str, str, str]:
-    """Phase, state, reason, exit code and cause, as `JobState` has them."""
+    """Phase, state, reason, exit code and cause, as in `JobState`."""
     if future.cancelled():
         return "ended", "CANCELLED", "", "", "cancelled"
     if not future.done():
@@ -115,17 +115,16 @@ def _state(future: Future[Any]) -> tuple[str, str, str, str, str]:
         return "ended", "FAILED", "", f"{error.args[0]}:0", "none"
     if isinstance(error, TimeoutError):
         return "ended", "TIMEOUT", "", "", "time limit"
-    # Only of its process's end: the text of another error may name codes of its own.
-    text = str(error) if isinstance(error, ExecutorlibSocketError) else ""
-    died = re.search(r"(?:code (\d+)|signal (\d+))", text)
-    if died is None:
+    status = error.wait_status if isinstance(error, ExecutorlibSocketError) else None
+    if status is None:
         return "ended", "FAILED", _reason(error), "", "none"
-    killed = "where nobody sent SIGKILL, the kernel's out-of-memory killer did" if died[2] == "9" else ""
-    return "ended", "FAILED", killed, f"{died[1] or 0}:{died[2] or 0}", "none"
+    code = os.waitstatus_to_exitcode(status)
+    killed = "where nobody sent SIGKILL, the kernel's out-of-memory killer did" if code == -signal.SIGKILL else ""
+    return "ended", "FAILED", killed, f"{max(code, 0)}:{max(-code, 0)}", "none"
 
 
 def _reason(error: BaseException) -> str:
-    """What is new in the error of a job's own call to those who know of the job only."""
+    """The part of an error that says something new to users, who know only the job and not the call that ran it."""
     text = re.sub(r"^Call \d+ of \w+ (has no result|was not run): ", "", str(error))
     text = text.partition(" Only this call fails")[0].rstrip(".")
     return text if isinstance(error, ExecutorlibSocketError) else f"{type(error).__name__}: {text}"
@@ -138,7 +137,7 @@ def main(fd: int, options: dict[str, Any]) -> None:
         fd: Descriptor of the socket to the session that submits.
         options: Arguments of `SingleNodeExecutor`.
     """
-    # A terminal that closes is no reason to end, nor is a session that does not read any more.
+    # The queue must outlive a terminal that closes, and a session that no longer reads.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     family.unblock()
     os.set_inheritable(fd, False)

@@ -1,7 +1,7 @@
-"""A queuing system on one machine, with nothing installed: a process that runs jobs and outlives who submits them.
+"""A queuing system on one machine that needs no installation: a process that runs jobs and outlives the session.
 
-It is `local_queue.process`, started with the first job. Over a socket it takes one JSON object a line and answers
-likewise; when the socket ends it finishes what it has and exits.
+The process is `local_queue.process`, started with the first job. Over a socket it reads and answers in JSON, one object
+a line. When the socket is closed it finishes its jobs and exits.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from executorlib.launchers.boot import boot_command
 from executorlib.launchers.contract import Events
 from executorlib.single_node.agent import Surroundings
 
-# Given to a job beyond its run_time_max, in which it starts and, at its limit, ends by itself.
+# A job gets this much longer than its run_time_max, so that it can start, and end by itself at its limit.
 _SPARE_SECONDS = 1.0
 
 
 class LocalSystem:
-    """The executor's side.
+    """The session's side of the local queue.
 
     Args:
         events: The loop.
@@ -39,7 +39,7 @@ class LocalSystem:
     name = "the local queue"
     array_limit = 100_000
     element_variables: tuple[str, ...] = ()  # its process tells each job its number
-    # A question costs next to nothing here.
+    # Queries cost next to nothing here.
     first_query = 0.1
     last_query = 1.0
 
@@ -55,14 +55,14 @@ class LocalSystem:
         self._surroundings = Surroundings()
 
     def can_wait_for(self, dependency: Dependency) -> bool:
-        """See `JobSystem.can_wait_for`; another session's queue is another process."""
+        """Whether the job is in this session's queue; other sessions have other processes."""
         return self._has(dependency.job_id)
 
     def _has(self, job_id: str) -> bool:
         return bool(self._id) and job_id.startswith(f"{self._id}:")
 
     def resume(self) -> None:
-        """See `JobSystem.resume`."""
+        """Continue the queue's process if it was suspended."""
         if self._socket is not None and is_alive(f"{self._id}:"):
             _, pid, _ = self._id.rsplit(":", 2)
             with contextlib.suppress(ProcessLookupError):
@@ -70,26 +70,26 @@ class LocalSystem:
 
     @property
     def busy(self) -> bool:
-        """See `JobSystem.busy`."""
+        """Whether requests are still to be sent."""
         return bool(self._unsent)
 
     def about(self) -> dict[str, str]:
-        """See `JobSystem.about`."""
+        """Nothing to add to what is known of a batch's owner."""
         return {}
 
     def is_gone(self, owner: Mapping[str, Any]) -> bool:
-        """See `JobSystem.is_gone`; of a queuing system nothing is known here."""
+        """Always false: `query` finds out, job by job, whether the process of its queue is alive."""
         return False
 
     def listen(self, on_change: Callable[[], None]) -> None:
-        """See `JobSystem.listen`; it tells nothing by itself."""
+        """Does nothing: the queue reports only when asked."""
 
     def prepare(self, on_ready: Callable[[], None]) -> None:
-        """See `JobSystem.prepare`."""
+        """Ready at once."""
         on_ready()
 
     def setup(self) -> dict[str, Any]:
-        """See `JobSystem.setup`."""
+        """What has changed in this process since the queue was started."""
         return self._surroundings.changes()
 
     def _start(self) -> None:
@@ -101,7 +101,7 @@ class LocalSystem:
             theirs.set_inheritable(True)
             self._surroundings = Surroundings()
             command = boot_command("executorlib.local_queue.process", f"({theirs.fileno()}, {self._options!r})")
-            # The shell leaves it to init, so that nobody here has to wait for its end.
+            # The shell leaves the process to init, so that nobody here has to wait for its end.
             script = '"$@" >/dev/null 2>&1 & echo $!'
             try:
                 pid = subprocess.run(
@@ -112,8 +112,8 @@ class LocalSystem:
                     start_new_session=True,
                     check=True,
                 ).stdout
-                # Whoever reads the id can tell whether the process is still there; the start time tells it from a
-                # later one.
+                # The id tells anybody whether the process is still there; the start time distinguishes it from a later
+                # process with the same number.
                 self._id = f"{socket.gethostname()}:{int(pid)}:{machine.process_start(int(pid))}"
             except (OSError, ValueError, subprocess.CalledProcessError):
                 ours.close()
@@ -123,7 +123,7 @@ class LocalSystem:
         self._events.watch(ours, self._on_readable)
 
     def submit(self, batch: Batch, on_done: Callable[[str | Refused], None]) -> None:
-        """See `JobSystem.submit`."""
+        """Send a batch to the queue's process, which is started first if there is none."""
         try:
             self._start()
         except (OSError, ValueError, subprocess.CalledProcessError) as error:
@@ -134,7 +134,7 @@ class LocalSystem:
         resources = batch.resources
         needs = {**resources.sent, "cwd": batch.cwd}
         if resources.run_time_max is not None:
-            # A job ends itself at its limit; this is for functions that do not let it.
+            # A job ends itself at its limit; this one is for functions that prevent that.
             needs["run_time_max"] = resources.run_time_max + _SPARE_SECONDS
         after = [[each.job_id, each.index, each.corresponding] for each in batch.dependencies]
         self._send(
@@ -150,8 +150,8 @@ class LocalSystem:
         on_done(job_id)
 
     def query(self, job_ids: Sequence[str], on_states: Callable[[States | None], None]) -> None:
-        """See `JobSystem.query`."""
-        # Of other sessions' jobs it can only be told whether what runs them is there.
+        """Ask the queue's process for the states of its jobs, and look whether those of other sessions are alive."""
+        # All that can be found out about jobs of other sessions is whether the process that runs them is there.
         foreign: dict[JobKey, JobState] = {
             (job_id, None): JobState(Phase.RUNNING, "RUNNING")
             for job_id in job_ids
@@ -164,16 +164,16 @@ class LocalSystem:
         self._send({"query": True})
 
     def detail(self, job: tuple[str, int | None], on_state: Callable[[JobState | None], None]) -> None:
-        """See `JobSystem.detail`; all that is known was said, so what is gone went with its queue."""
+        """Report the job as lost: all that was known has been reported, so an unknown job went with its queue."""
         lost = JobState(Phase.ENDED, "LOST", "its queue's process has ended", cause=Cause.NODE_FAILED)
         self._events.call_later(0.0, lambda: on_state(lost))
 
     def cause_in(self, output: str) -> Cause:
-        """See `JobSystem.cause_in`."""
+        """The output tells nothing about the cause here."""
         return Cause.NONE
 
     def cancel(self, jobs: Sequence[tuple[str, int | None]]) -> None:
-        """See `JobSystem.cancel`."""
+        """Cancel jobs."""
         self._send({"cancel": [list(job) for job in jobs]})
 
     def _send(self, message: dict[str, Any]) -> None:
@@ -190,7 +190,7 @@ class LocalSystem:
         except BlockingIOError:
             pass
         except OSError:
-            self._unsent.clear()  # it is dead; reading tells
+            self._unsent.clear()  # it is dead, which reading will tell
         self._events.watch_writable(self._socket, bool(self._unsent), self._flush)
 
     def _on_readable(self) -> None:
@@ -216,14 +216,14 @@ class LocalSystem:
             self._questions.popleft()(states)
 
     def _on_death(self) -> None:
-        """All its jobs are gone with it; the next one gets a new process."""
+        """The process has died and its jobs are gone; the next job gets a new process."""
         self.close()
         questions, self._questions = self._questions, deque()
         for answer in questions:
             answer({})
 
     def close(self) -> None:
-        """See `JobSystem.close`."""
+        """Close the socket; the process finishes its jobs."""
         if self._socket is not None:
             self._events.unwatch(self._socket)
             self._socket.close()
@@ -233,8 +233,8 @@ class LocalSystem:
 
 
 def is_alive(job_id: str) -> bool:
-    """Whether the process that runs a job is still there."""
+    """Whether the process that runs a job is still there; true if that cannot be known from here."""
     host, pid, started, _ = [*job_id.rsplit(":", 3), "", "", ""][:4]
     if host != socket.gethostname() or not pid.isdigit():
-        return True  # not to be known from here
+        return True  # it cannot be known from here
     return machine.is_running(int(pid), started)

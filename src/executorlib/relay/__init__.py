@@ -1,1 +1,1 @@
-"""One connection for each node, and many workers behind it."""
+"""Relays: one connection to each node, with many workers behind it."""

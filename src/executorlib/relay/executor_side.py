@@ -1,6 +1,6 @@
-"""The executor's end of relays (`relay.node_side`): what goes to the workers behind them, and what comes back.
+"""The executor's end of relays (`relay.node_side`): sends to the workers behind them and receives their answers.
 
-All that is put for the workers of one relay in one turn of the loop is one message, and so are their answers.
+All messages for workers of one relay in one turn of the loop travel as one, and so do their answers.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from executorlib.worker.protocol import PERMIT
 def relay_program(
     *, pooled: bool, stock: int, preload: Sequence[str], threads: int, given: Mapping[str, Any]
 ) -> list[str]:
-    """The command that runs a relay; its credentials are to be in the environment.
+    """The command that runs a relay, which expects its credentials in the environment.
 
     Args:
-        pooled: See `LocalLauncher`, as all others.
-        stock: Likewise.
-        preload: Likewise.
-        threads: Likewise, `default_threads`.
-        given: Likewise.
+        pooled: As in `LocalLauncher`.
+        stock: As in `LocalLauncher`.
+        preload: As in `LocalLauncher`.
+        threads: As `default_threads` in `LocalLauncher`.
+        given: As in `LocalLauncher`.
     """
     environ = {name: value for name, value in os.environ.items() if name.startswith("SLURM_")}
     environ.pop("SLURM_JWT", None)  # no secret belongs on a command line; in a Slurm job the relay has it already
@@ -46,16 +46,16 @@ def relay_program(
 
 
 class RelayEnd:
-    """A relay, as seen from the executor.
+    """A relay, as the executor sees it.
 
     Attributes:
         peer: Its connection, once it has said hello.
         processes: Workers behind it, by number.
-        recalling: Numbers of those that were asked for calls and have not answered.
-        killing: Numbers of those that are killed by us.
-        settings: What they have of this session's settings by birth, but for ranks.
-        lost: Why nothing is sent to it any more, where that is so.
-        parts: Messages to be sent, and `frames` of all of them.
+        recalling: Numbers of workers that were asked to give back calls and have not answered.
+        killing: Numbers of workers that we are killing.
+        settings: This session's settings that its workers, except ranks, are started with.
+        lost: Why nothing is sent to it any more; empty while it is in use.
+        parts: Messages to be sent, whose frames are all in `frames`.
     """
 
     def __init__(self) -> None:
@@ -69,15 +69,15 @@ class RelayEnd:
         self.frames: list[Frame] = []
 
 
-# Called with a relay, the number of a worker that has ended, what the relay knows of that, and the error for its call.
+# Called with a relay, the number of a worker that ended, the relay's report on that, and the error for its call.
 OnExit = Callable[[RelayEnd, int, dict[str, Any], "BaseException | None"], None]
 
 
 class _RelayTransport:
-    """The way to one worker behind a relay.
+    """The transport to one worker behind a relay.
 
     Attributes:
-        calls: How many were put.
+        calls: How many calls were sent.
     """
 
     def __init__(self, ways: Relays, relay: RelayEnd, number: int) -> None:
@@ -87,22 +87,23 @@ class _RelayTransport:
         self.calls = 0
 
     def put(self, header: Any, frames: Sequence[Frame] = ()) -> int:
-        """See `Transport.put`."""
+        """Append a message to the next one to the relay."""
         self.calls += header[0] == "call"
         self._ways.put(self._relay, self._number, header, frames)
         return sum(map(nbytes, frames))
 
     def flush(self) -> None:
-        """See `Transport.flush`; what is for workers of the same relay goes together, a little later."""
+        """Nothing to do: messages for all workers of a relay go together at the end of the turn."""
 
 
 class _StreamTransport(_RelayTransport):
-    """The way to a worker that takes many calls: made here are the bytes for its connection, which the relay passes on.
+    """The transport to a worker that takes many calls. It encodes the bytes that the relay passes on to the worker.
 
-    Its answers come likewise. So a call costs the relay next to nothing, and this process what it costs on one node.
+    The worker's answers come back in the same way. So a call costs the relay next to nothing, and this process as much
+    as a call on one node.
 
     Attributes:
-        broken: Whether what it sent cannot be told apart any more.
+        broken: Whether the worker's messages can no longer be told apart.
     """
 
     def __init__(self, ways: Relays, relay: RelayEnd, number: int) -> None:
@@ -114,7 +115,7 @@ class _StreamTransport(_RelayTransport):
         self._held: list[int] = []  # calls that need a permit
 
     def put(self, header: Any, frames: Sequence[Frame] = ()) -> int:
-        """See `Transport.put`."""
+        """Encode a message and append it; set-ups and large messages, which need a memory file, go unencoded."""
         size = sum(map(nbytes, frames))
         if header[0] == "setup" or size >= MAPPED_BYTES:
             self.flush()
@@ -129,7 +130,7 @@ class _StreamTransport(_RelayTransport):
         return size
 
     def flush(self) -> None:
-        """See `Transport.flush`."""
+        """Append the encoded bytes to the next message to the relay."""
         if self._put:
             frames: list[Frame] = [b"".join(map(PERMIT.pack, self._held)), b"".join(self._put)]
             self._ways.put(self._relay, self._number, ["stream", self._put_calls], frames)
@@ -138,18 +139,18 @@ class _StreamTransport(_RelayTransport):
             self._held.clear()
 
     def received(self, errors: Sequence[str], frames: Sequence[Frame]) -> list[Message]:
-        """Take a piece of what the worker sent; the messages that are complete."""
+        """Accept a piece of the worker's stream; returns the messages that are complete."""
         return self._decoder.feed_passed(errors, frames)
 
 
 class Relays:
-    """Sends to relays, and hands on what they send.
+    """Sends to relays, and passes on what they send.
 
     Args:
         events: The loop.
-        router: Where they connect to.
+        router: The socket that they connect to.
         pooled: Whether workers run call after call.
-        on_exit: Called when a worker has ended; `conclude` is to follow, unless it is known better how.
+        on_exit: Called when a worker has ended; it must call `conclude`, unless it knows better what happened.
     """
 
     def __init__(self, events: Events, router: Router, pooled: bool, on_exit: OnExit) -> None:
@@ -160,7 +161,7 @@ class Relays:
         self._dirty: dict[RelayEnd, None] = {}
 
     def start(self, relay: RelayEnd, process: Process) -> None:
-        """Have a relay that is connected start a worker."""
+        """Have a connected relay start a worker."""
         number = process.worker.number
         resources = process.resources
         relay.processes[number] = process
@@ -175,12 +176,12 @@ class Relays:
         self._events.on_connected(process)
 
     def kill(self, relay: RelayEnd, number: int, signal_number: int) -> None:
-        """Signal a worker and all that it started."""
+        """Signal a worker and everything it started."""
         relay.killing.add(number)
         self.put(relay, number, ["kill", signal_number])
 
     def put(self, relay: RelayEnd, number: int, header: list[Any], frames: Sequence[Frame] = ()) -> None:
-        """Append a message to what the relay is sent in a moment."""
+        """Append a message to what is sent to the relay at the end of this turn."""
         if not self._dirty:
             self._events.call_soon(self._send)
         self._dirty[relay] = None
@@ -196,7 +197,7 @@ class Relays:
                 self._router.send(relay.peer, ["do", parts], frames)
 
     def _recall(self, relay: RelayEnd, number: int, count: int) -> None:
-        # One question at a time, or the same calls would be asked for twice.
+        # Ask one question at a time; otherwise the same calls would be asked for twice.
         if number not in relay.recalling:
             relay.recalling.add(number)
             self.put(relay, number, ["recall", count])
@@ -204,7 +205,7 @@ class Relays:
     # -- what comes back ------------------------------------------------------------------------------------------
 
     def on_done(self, relay: RelayEnd, parts: Sequence[list[Any]], frames: Sequence[Frame]) -> None:
-        """Take a relay's message, ``["done", parts]`` with frames."""
+        """Handle a relay's message, ``["done", parts]`` with frames."""
         position = 0
         for number, header, count in parts:
             self._on_part(relay, number, header, list(frames[position : position + count]))
@@ -225,13 +226,13 @@ class Relays:
             self._events.on_message(process, header, frames)
 
     def conclude(self, relay: RelayEnd, number: int, about: dict[str, Any], error: BaseException | None) -> None:
-        """Tell the loop of a worker's end, as its relay has."""
+        """Tell the loop that a worker has ended, as its relay reported."""
         process = relay.processes.pop(number)
         relay.recalling.discard(number)
         relay.killing.discard(number)
         process.pid = about["pid"]
         process.stderr += about["stderr"].encode()
-        # Calls that were still on their way come last.
+        # Calls that were still travelling are the last ones.
         calls = process.worker.calls
         on_the_way = cast(_RelayTransport, process.transport).calls - about["handed"]
         unstarted = [*about["unstarted"], *(task.number for task in calls[len(calls) - on_the_way :])]

@@ -1,22 +1,22 @@
-"""The node's side of `relay.executor_side`: holds the connection to the executor, and drives a `LocalLauncher` here.
+"""The node's side of `relay.executor_side`: holds the connection to the executor and drives a `LocalLauncher` here.
 
 One relay runs on every node of a Slurm allocation (`slurm.nodes`), or in the job of each worker of a block
-(`flux.workers`). It passes the executor's messages on to workers, which the node agent
-starts, and theirs to the executor, many at once where many come at once.
+(`flux.workers`). The node agent starts the workers, and the relay passes messages between them and the executor, many
+at once when many come at once.
 
-From the executor comes ``["do", [[worker number, header, number of frames], ...]]`` with the frames of all behind,
-where a header is a message for the worker or one of ``["start", {...}]``, ``["kill", signal]`` and ``["recall",
-count]``. The relay answers by ``["done", [...]]`` of the same form: messages of workers, ``["recalled", call numbers]``
-and ``["exit", {...}]``.
+The executor sends ``["do", [[worker number, header, number of frames], ...]]`` followed by all the frames. A header is
+a message for the worker or one of ``["start", {...}]``, ``["kill", signal]`` and ``["recall", count]``. The relay
+answers with ``["done", [...]]`` of the same form: messages of workers, ``["recalled", call numbers]`` and
+``["exit", {...}]``.
 
-Calls and results of workers that take call after call come in numbers and are not decoded here, so that they cost the
-relay something for each turn and not for each call: ``["stream", number of calls]`` with two frames, their permits and
-the bytes for the worker's connection, and from the worker what `messages.Undecoded` makes. Only large calls come as
-messages, because they need a memory file.
+Calls and results of workers that take call after call come in bulk and are not decoded here, so that they cost the
+relay something for each turn and not for each call: ``["stream", number of calls]`` with two frames, which are their
+permits and the bytes for the worker's connection, and from the worker what `messages.Undecoded` makes. Only large calls
+come as messages, because they need a memory file.
 
-Further ones are ``["hello", {...}]`` and ``["bye", reason]`` from the relay, ``["resume"]`` and ``["end"]`` to it.
+Other messages are ``["hello", {...}]`` and ``["bye", reason]`` from the relay, ``["resume"]`` and ``["end"]`` to it.
 
-The relay ends with its executor and takes all workers of its node along.
+The relay ends with its executor, and ends all workers of its node.
 """
 
 from __future__ import annotations
@@ -47,33 +47,33 @@ from executorlib.worker.remote import hello
 if TYPE_CHECKING:
     from executorlib.core.scheduler import Worker
 
-# What would have a node's own mpiexec start ranks as steps of the allocation. The latter are since Slurm 23.11.
+# These would make a node's own mpiexec start its ranks as steps of the allocation; the last ones since Slurm 23.11.
 _OF_SLURM = ("SLURM_", "HYDRA_BOOTSTRAP", "HYDRA_LAUNCHER_EXTRA_ARGS", "I_MPI_HYDRA_BOOTSTRAP")
-# What Slurm tells a program about the node that it runs on; all else it tells is about the step of the relays.
+# What Slurm tells a program about the node it runs on. Its other variables describe the step that the relays are.
 _KEPT = ("SLURMD_NODENAME", "SLURM_NODEID", "SLURM_TOPOLOGY_ADDR", "SLURM_TOPOLOGY_ADDR_PATTERN", "SLURM_JWT")
-# Where workers are handed several calls at a time they give many answers. These are sent together every so many
-# seconds, as each message costs both ends about as much as ten calls do, and workers have calls for longer than that.
+# Workers that are handed several calls at a time give many answers. These are gathered for this many seconds, because
+# a message costs both ends about as much as ten calls do, and the workers have calls for longer than that.
 _GATHER_SECONDS = 0.001
-# The end of a process that had said that nothing is left of it but to exit is no news, so it goes with what comes next
-# within so many seconds: a message costs as much as a tenth of a fresh call.
+# That a process has exited after saying that it had nothing else left to do is no news. So the report travels with the
+# next message within this many seconds: a message of its own costs as much as a tenth of a fresh call.
 _PLAIN_EXIT_SECONDS = 0.005
-# A worker holds fewer calls than this.
+# More than the number of calls that a worker ever holds.
 _MOST_PERMITS = 4096
 
 
 class _Call:
-    """What the launchers see of a call that is not over."""
+    """An unfinished call, as far as launchers need to see it."""
 
     over = False
 
 
 class _Worker:
-    """What the launchers see of a worker, and what the relay knows beside.
+    """A worker, as far as launchers need to see it, and what the relay knows about it.
 
     Attributes:
         number: The executor's number for it.
-        handed: How many calls it was handed, those that were taken back included.
-        answered: Of how many of them the answers were seen here, which those in a stream are not.
+        handed: Number of calls that it was handed, including those that were taken back.
+        answered: Number of their answers seen here, which does not include those in a stream.
         leaving: Whether it has said that it is about to exit.
         process: Its process.
         waiting: Messages that came before it could take any.
@@ -89,12 +89,12 @@ class _Worker:
 
     @property
     def calls(self) -> list[_Call]:
-        """What of `scheduler.Worker.calls` the launchers want to know."""
+        """What launchers need of `scheduler.Worker.calls`."""
         return [_Call()] * (self.handed - self.answered)
 
 
 class Relay(Poller):
-    """A loop as `launchers.contract.Events` describes it, between a connection and a launcher.
+    """A loop with the interface `launchers.contract.Events`, between a connection and a launcher.
 
     Args:
         dealer: The connection.
@@ -109,17 +109,17 @@ class Relay(Poller):
         self._workers: dict[int, _Worker] = {}
         self._parts: list[list[Any]] = []  # to be sent
         self._frames: list[Frame] = []
-        self._exits: list[list[Any]] = []  # to be sent with what comes next
+        self._exits: list[list[Any]] = []  # to be sent with the next message
         self._ended_by = ""
         self._many = False  # whether workers were handed several calls at a time
         for descriptor in dealer.descriptors:
-            self.watch(descriptor, lambda: None)  # `_take_messages` is called in every turn
+            self.watch(descriptor, lambda: None)  # every turn calls `_take_messages`
         self._wake_read, self._wake_write = socket.socketpair()
         self._wake_read.setblocking(False)
         self._wake_write.setblocking(False)
         signal.set_wakeup_fd(self._wake_write.fileno(), warn_on_full_buffer=False)
         signal.signal(signal.SIGTERM, self._on_signal)
-        # A terminal's Ctrl-C is for the user's process, which says what becomes of the calls.
+        # A Ctrl-C at the terminal is meant for the user's process, which decides what becomes of the calls.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         self.watch(self._wake_read, self._on_wake)
         self._launcher = LocalLauncher(self, hidden=_OF_SLURM, **launcher)
@@ -134,10 +134,10 @@ class Relay(Poller):
     # -- the loop -------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Work until the executor is gone, or the node is to be left."""
+        """Work until the executor is gone, or the node has to be left."""
         try:
             self._launcher.prepare()
-            # The first word, so that calls which come at once find the node agent on its way.
+            # Say hello only now, so that the node agent is already starting when the first calls arrive.
             _, about = hello()
             self._dealer.send(["hello", {**about, "node": os.environ.get("SLURMD_NODENAME", about["host"])}])
             while not self._ended_by:
@@ -153,7 +153,7 @@ class Relay(Poller):
             self._launcher.close()
             self._dealer.close()
             signal.set_wakeup_fd(-1)
-            # The interpreter would warn of open ones as it exits, which the user's program may see as errors.
+            # Open sockets would make the interpreter warn at exit, which the user's program may take for errors.
             self._wake_read.close()
             self._wake_write.close()
 
@@ -181,7 +181,7 @@ class Relay(Poller):
         self._frames += frames
 
     def _send(self) -> bool:
-        """Send what was put; whether there was anything."""
+        """Send what has been queued; returns whether there was anything."""
         if not self._parts:
             return False
         parts, frames = self._parts + self._exits, self._frames
@@ -196,7 +196,7 @@ class Relay(Poller):
     # -- the executor's messages ----------------------------------------------------------------------------------
 
     def _obey(self, number: int, header: list[Any], frames: list[Frame]) -> _Worker | None:
-        """Carry out an order; a worker that a message waits for is returned."""
+        """Carry out an order; returns the worker if a message now waits for it."""
         kind = header[0]
         if kind == "start":
             needs = header[1]
@@ -210,7 +210,7 @@ class Relay(Poller):
             return None
         known = self._workers.get(number)
         if known is None:
-            return None  # it has ended, which the executor learns, or has learnt
+            return None  # it has ended, which the executor knows or will learn
         if kind == "kill":
             self._launcher.kill(known.process, header[1])
         elif kind == "recall":
@@ -222,7 +222,7 @@ class Relay(Poller):
         return None
 
     def _pass_on(self, worker: _Worker) -> None:
-        """Give a worker what waits for it, once it takes messages."""
+        """Send a worker its waiting messages, once it can take any."""
         transport, permits = worker.process.transport, worker.process.permits
         if transport is None or not worker.waiting:
             return
@@ -239,13 +239,13 @@ class Relay(Poller):
                 if permits is not None and not header[3].get("now"):
                     permits[0].send(PERMIT.pack(header[1]))
             elif header[0] == "setup" and worker.process.resources.cores > 1:
-                # mpiexec was kept from seeing these.
+                # mpiexec was not allowed to see these.
                 header[1]["env"] = {**self._environ, **header[1].get("env", {})}
             transport.put(header, frames)
         transport.flush()
 
     def _take_back(self, worker: _Worker, count: int) -> list[int]:
-        """Numbers of calls that the worker will not start; see `worker.protocol.Permits`."""
+        """Numbers of calls that the worker will not start, by `worker.protocol.Permits`."""
         permits = worker.process.permits
         if permits is None or count < 1:
             return []
@@ -258,18 +258,18 @@ class Relay(Poller):
     # -- Events ---------------------------------------------------------------------------------------------------
 
     def call_soon(self, callback: Callable[[], None]) -> None:
-        """See `Events.call_soon`."""
+        """Call back in the next turn."""
         self.call_later(0.0, callback)
 
     def on_connected(self, process: Process) -> None:
-        """See `Events.on_connected`."""
+        """Send the worker the messages that came before it was connected."""
         worker = self._workers[process.worker.number]
         if process.permits is not None:
             cast(PipeTransport, process.transport).channel.pass_on()
         self._pass_on(worker)
 
     def on_message(self, process: Process, header: list[Any], frames: list[Frame]) -> None:
-        """See `Events.on_message`."""
+        """Pass a worker's message on to the executor."""
         worker = self._workers[process.worker.number]
         if header[0] in ("result", "error"):
             worker.answered += 1
@@ -277,13 +277,13 @@ class Relay(Poller):
         self._put(worker.number, header, frames)
 
     def on_recalled(self, process: Process, numbers: Sequence[int]) -> None:
-        """See `Events.on_recalled`; `LocalLauncher` gives back by permits."""
+        """Never called: `LocalLauncher` gives calls back by permits."""
 
     def on_node_lost(self, name: str) -> None:
-        """See `Events.on_node_lost`; there is one node here."""
+        """Never called: there is only one node here."""
 
     def on_exit(self, process: Process, end: Exit) -> None:
-        """See `Events.on_exit`."""
+        """Report the end of a worker, with the calls that it has not started."""
         worker = self._workers.pop(process.worker.number)
         error = process.verdict or end.error
         about = {
@@ -291,7 +291,7 @@ class Relay(Poller):
             "status": end.status,
             "text": end.text,
             "stderr": bytes(process.stderr).decode(errors="replace"),
-            # What it was not handed, it has not started, either.
+            # The executor adds those that have not been handed over.
             "handed": worker.handed,
             "unstarted": self._take_back(worker, _MOST_PERMITS),
         }

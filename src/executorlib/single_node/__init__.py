@@ -1,1 +1,1 @@
-"""`SingleNodeExecutor`: workers are processes of this machine."""
+"""`SingleNodeExecutor`, whose workers are processes on this machine."""

@@ -1,7 +1,7 @@
-"""The agent of this node, which forks workers (or has them exec a new interpreter).
+"""The executor's side of the node agent, which forks workers (or has them exec a new interpreter).
 
-It is started when the first worker is wanted and again should it die. A few forked children are kept in
-stock, so that a call does not wait for its fork.
+The agent is started when the first worker is wanted, and again if it dies. It keeps a few forked children in stock, so
+that a call need not wait for its fork.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from executorlib.serialize import Frame
 from executorlib.transports.messages import Channel, Message
 from executorlib.worker.protocol import THREAD_VARIABLES
 
-# How long an agent may take to end after its connection was closed, in seconds. It only kills and reaps; five
-# seconds is its own limit for that.
+# Seconds that an agent may take to end after its connection was closed. All it does is kill and reap, for which its own
+# limit is five seconds.
 _AGENT_END_SECONDS = 10.0
-# How long a worker whose connection has ended may take to exit, in seconds, before it counts as running on without.
+# Seconds that a worker may take to exit after its connection ended, before it counts as running on without one.
 _EXIT_SECONDS = 1.0
-# A pipe that is read when its writer has ended holds so many pieces at most (1 MiB, `/proc/sys/fs/pipe-max-size`);
-# other processes may still be writing.
+# Once its writer has ended, a pipe holds at most this many pieces (1 MiB, `/proc/sys/fs/pipe-max-size`). The number is
+# limited because other processes may still be writing.
 _LAST_PIECES = 17
 
 
 class Surroundings:
-    """Environment, import path and arguments of this process, against what an agent was started with.
+    """Environment, import path and arguments of this process, compared with those that an agent was started with.
 
     A worker sees the user's process as it is when its call starts, although it is forked from an older agent.
     """
@@ -54,7 +54,7 @@ class Surroundings:
 
     def changes(self) -> dict[str, Any]:
         """What a worker has to set up to see this process as it is now."""
-        # The encoded form of os.environ is compared where there is one: decoding all of it takes longer than a fork.
+        # Compare the encoded form of os.environ if it has one: decoding all of it takes longer than a fork.
         seen = dict(getattr(os.environ, "_data", os.environ))
         if seen != self._seen:
             now, before = os.environ.copy(), self._environ
@@ -81,7 +81,7 @@ def _working_directory() -> str | None:
 
 
 class PipeTransport:
-    """A stream to a worker of this node, driven by the loop's selector."""
+    """A stream to a worker on this node, driven by the loop's selector."""
 
     def __init__(self, channel: Channel, events: Events) -> None:
         self.channel = channel
@@ -89,15 +89,15 @@ class PipeTransport:
         self._waiting = False
 
     def put(self, header: Any, frames: Sequence[Frame] = ()) -> int:
-        """See `Transport.put`."""
+        """Append a message for the worker."""
         return self.channel.put(header, frames)
 
     def flush(self) -> None:
-        """See `Transport.flush`."""
+        """Send the appended messages, now or as soon as the socket accepts them."""
         try:
             done = self.channel.flush()
         except OSError:
-            done = True  # the worker is gone; its exit is reported by the agent
+            done = True  # the worker is gone; the agent reports its exit
         if not done or self._waiting:
             self._waiting = not done
             self._events.watch_writable(self.channel, self._waiting, self.flush)
@@ -122,11 +122,11 @@ class Agent:
         events: The loop.
         spawn: Whether workers are new interpreters instead of forks.
         pooled: Whether workers run call after call.
-        stock: Forked children to keep ready.
+        stock: Number of forked children to keep ready.
         preload: Modules that the agent imports before it forks.
-        threads: Value of the thread variables in the agent, where modules are preloaded that read them.
-        on_exit: Told of the ends of workers instead of the loop.
-        given: Settings that forked workers have by birth (see `session.settings`); by default this process's own.
+        threads: Value of the thread variables in the agent, for preloaded modules that read them.
+        on_exit: Called when a worker ends; by default the loop's `on_exit`.
+        given: Settings that forked workers start with (see `session.settings`); by default this process's own.
     """
 
     def __init__(
@@ -153,9 +153,9 @@ class Agent:
         self._channel: Channel | None = None
         self._stderr = bytearray()
         self._number = 0
-        self._wanted: dict[int, Process] = {}  # asked for, not started yet
-        self._unwanted: dict[Process, int] = {}  # of these, what they are to be sent once they are there
-        self._orders = 0  # of these and of those for the stock, how many are on their way for the stock
+        self._wanted: dict[int, Process] = {}  # requested, not started yet
+        self._unwanted: dict[Process, int] = {}  # those of them to be sent a signal once they have started
+        self._orders = 0  # number of requested children that are for the stock
         self._stock: deque[_Child] = deque()
         self._children: dict[int, _Child] = {}
         self._by_worker: dict[int, _Child] = {}
@@ -169,11 +169,11 @@ class Agent:
 
     @property
     def runs(self) -> bool:
-        """Whether there is an agent, as far as is known."""
+        """Whether an agent is running, as far as is known."""
         return self._popen is not None
 
     def start(self) -> None:
-        """Start the agent, if it does not run."""
+        """Start the agent unless it is running."""
         if self.runs:
             return
         self.surroundings = Surroundings()
@@ -217,7 +217,7 @@ class Agent:
         self._flush()
 
     def launch(self, process: Process) -> None:
-        """Give a worker a child from the stock, or ask for one."""
+        """Give a worker a child from the stock, or request one."""
         try:
             self.start()
         except OSError as error:
@@ -240,15 +240,17 @@ class Agent:
         forks: bool = False,
         folders: Sequence[str] = (),
     ) -> None:
-        """Have the agent run a program, such as `mpiexec`, as a worker that connects back on its own.
+        """Have the agent run a program, such as `mpiexec`, as a worker that connects back by itself.
 
         Args:
             process: The worker.
             argv: The program and its arguments.
             env: Its environment.
-            cwd: Its working directory, if another one.
-            forks: Whether it is at its end, and to be killed, when it has had no process of its own for a while.
-            folders: What the executor has for all such workers, and the agent removes if the executor is killed.
+            cwd: Its working directory, if not the agent's.
+            forks: Whether it has child processes as long as it works, so that it is killed once it has had none for a
+                while.
+            folders: Folders that all such workers of the executor share; the agent removes them if the executor is
+                killed.
         """
         try:
             self.start()
@@ -272,7 +274,7 @@ class Agent:
             self._unwanted[process] = signal_number
 
     def resume(self) -> None:
-        """Continue the agent, and its workers that run no call and so have nothing to do but to end."""
+        """Continue the agent, and those workers that run no call and so have nothing left to do but end."""
         self._continue()
         for child in self._by_worker.values():
             assert child.process is not None
@@ -281,12 +283,12 @@ class Agent:
         self._flush()
 
     def _continue(self) -> None:
-        """Have the agent go on if somebody has suspended it: nobody else can do what it is about to be asked for."""
+        """Continue the agent if it was suspended: nobody else can carry out what it is about to be asked."""
         if self._popen is not None:
             self._popen.send_signal(signal.SIGCONT)
 
     def wait(self, process: Process, seconds: float) -> bool:
-        """Wait for the end of a worker when the loop is through with all else; whether it came in time."""
+        """Block until a worker ends, when the loop has finished everything else; returns whether it did in time."""
         give_up = time.monotonic() + seconds
         silent = False
         while process.worker.number in self._by_worker or any(each is process for each in self._wanted.values()):
@@ -306,7 +308,7 @@ class Agent:
         return True
 
     def close(self) -> None:
-        """End the agent and with it all that it started."""
+        """End the agent, and everything that it started."""
         for child in list(self._children.values()):
             self._forget(child)
         self._stock.clear()
@@ -330,7 +332,7 @@ class Agent:
         if kind == "started" and message.error is None:
             self._on_started(number, rest[0], message.fds)
         elif kind == "started":
-            # Nobody can talk to it.
+            # Nobody can talk to this worker.
             self._put(["kill", number, signal.SIGKILL])
             self._flush()
             self._on_not_started(number, f"its connection cannot be taken here: {message.error}")
@@ -387,7 +389,7 @@ class Agent:
     def _on_channel(self, child: _Child) -> None:
         if not self._receive(child):
             return
-        # The end of the stream; from now on only the exit counts. It mostly follows at once.
+        # The stream has ended, so only the exit still counts, and it usually follows at once.
         assert child.channel is not None
         self._events.unwatch(child.channel)
         process = child.process
@@ -407,7 +409,7 @@ class Agent:
         self.kill(process, signal.SIGKILL)
 
     def _receive(self, child: _Child, everything: bool = False) -> bool:
-        """Deliver what a child sent; True at the end of the stream."""
+        """Deliver what a child has sent; True at the end of the stream."""
         assert child.channel is not None
         messages, closed = child.channel.receive(everything)
         process = child.process
@@ -427,7 +429,7 @@ class Agent:
             self._events.unwatch(child.stderr)
 
     def _on_child_exit(self, child: _Child, status: int | None, text: str) -> None:
-        # What it sent before it died is in the socket by now.
+        # Everything it sent before it died is in the socket by now.
         if child.channel is not None:
             self._receive(child, everything=True)
         process = child.process
@@ -473,7 +475,8 @@ class Agent:
         self._wanted.clear()
         self._unwanted.clear()
         for child in list(self._children.values()):
-            # They die with their agent where the system can do that; elsewhere, and with what they started:
+            # The system kills them with their agent if it can; this is for other systems, and for what the workers
+            # started.
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(child.pid, 9)
             self._on_child_exit(child, None, text)
@@ -481,7 +484,7 @@ class Agent:
             self._on_exit(process, Exit(None, text))
 
     def _disconnect(self) -> int:
-        """Close the connection, which ends the agent; return its wait status."""
+        """Close the connection, which ends the agent, and return its wait status."""
         if self._popen is None or self._channel is None:
             return 0
         self._events.unwatch(self._channel)
@@ -535,18 +538,18 @@ class Agent:
         try:
             done = channel.flush()
         except OSError:
-            return  # its end is read from the channel
+            return  # reading from the channel will tell
         self._events.watch_writable(channel, not done, self._flush)
 
 
 def _write_stderr(data: bytes) -> None:
-    """Write what the user's standard error takes without waiting; a full pipe or a stopped terminal gets no more."""
+    """Write what the user's standard error accepts without waiting; a full pipe or stopped terminal gets no more."""
     if not streams.is_users(2):
         return
     poll = select.poll()
     poll.register(2, select.POLLOUT)
     for start in range(0, len(data), select.PIPE_BUF):
-        # As much as a pipe is sure to take when it says that it can be written.
+        # A pipe that is writable is sure to accept this much.
         if not poll.poll(0):
             return
         with contextlib.suppress(OSError):
@@ -554,12 +557,12 @@ def _write_stderr(data: bytes) -> None:
 
 
 def _forward(fd: int, tail: bytearray, most: int = 1) -> bool:
-    """Pass on what a process wrote to standard error, keeping its end; False at the end of it.
+    """Pass on what a process writes to standard error, and keep its tail; False at the end of the stream.
 
     Args:
-        fd: Where to read it.
-        tail: The end of all so far.
-        most: Pieces to read, of up to 64 KB. Whoever writes without end must not keep the loop from all else.
+        fd: Where to read.
+        tail: The end of everything so far.
+        most: Most pieces to read, of up to 64 KB each, so that a process that writes endlessly cannot occupy the loop.
     """
     for _ in range(most):
         try:

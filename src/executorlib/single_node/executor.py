@@ -1,4 +1,4 @@
-"""The executor of this machine."""
+"""The executor for this machine."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import importlib.util
 import itertools
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from executorlib import machine
 from executorlib.core.ledger import Ledger, Node
 from executorlib.executor import BaseExecutor
 from executorlib.options import Common, refuse
-from executorlib.resources import Resources, whole_number
+from executorlib.resources import ResourceDict, Resources, whole_number
 from executorlib.single_node.launcher import LocalLauncher
 from executorlib.single_node.mpi import check_mpi
 
-# Where the next executor of this process begins to take CPUs, so that two small ones do not share one CPU.
+# Where the next executor of this process starts taking CPUs, so that two small ones do not share a CPU.
 _first_cpu = itertools.count()
 
 
@@ -25,39 +25,43 @@ class SingleNodeExecutor(BaseExecutor):
     """Runs calls on this machine: each in a fresh process of its own, or in a block of workers.
 
     Args:
-        max_workers: Calls at once; in block mode the number of workers. Given alone, cores are not counted. Each takes
-            up to four open files of this process, whose soft limit (``ulimit -n``) is raised where they do not fit.
-        cache_directory: Keep results here and look them up before running; the same as the key in ``resource_dict``.
-        max_cores: Cores in use at once, a call taking ``cores × threads_per_core``. With neither: the CPUs that this
-            process may use, by affinity and container limits.
+        max_workers: Most calls at once; in block mode the number of workers. If only this is given, cores are not
+            counted. Each worker takes up to four open files of this process; its soft limit (``ulimit -n``) is raised
+            if needed.
+        cache_directory: Keep results in this directory, and look calls up there before running them; the same as the
+            key in ``resource_dict``.
+        max_cores: Most cores in use at once, where a call takes ``cores × threads_per_core``. If neither limit is
+            given: the CPUs that this process may use, by affinity and container limits.
         resource_dict: Defaults for each call, see `executorlib.resources.Resources`; never changed.
-        hostname_localhost: Accepted for compatibility: nothing here connects by host name.
+        hostname_localhost: Accepted for compatibility; nothing here connects by host name.
         block_allocation: Start a fixed set of workers that run call after call.
         init_function: In block mode, runs once in each worker and returns a dict whose items fill parameters that later
             calls leave out.
         disable_dependencies: Make a future among the inputs an error.
-        refresh_rate: Seconds; accepted for compatibility: nothing here polls.
-        plot_dependency_graph: Run nothing, show the graph of the calls when the `with` block is left (in a notebook).
-        plot_dependency_graph_filename: Likewise, write it to this file: png, svg, pdf or dot by its ending.
-        export_workflow_filename: Likewise, write a Python Workflow Definition (JSON) to this file.
+        refresh_rate: Seconds; accepted for compatibility, as nothing here polls.
+        plot_dependency_graph: Run nothing, and show the graph of the calls when the `with` block is left (in a
+            notebook).
+        plot_dependency_graph_filename: Run nothing, and write the graph to this file: png, svg, pdf or dot by its
+            ending.
+        export_workflow_filename: Run nothing, and write a Python Workflow Definition (JSON) to this file.
         log_obj_size: Log the size of each message, logger ``executorlib``, level WARNING.
         wait: Whether leaving the `with` block waits for the calls.
         restart_limit: In block mode, how often each worker is replaced when it dies.
         openmpi_oversubscribe: Let Open MPI start more ranks than there are cores; MPICH always does.
-        cache_versions: Whether results in the cache that were made with other versions of libraries are used and told
-            once (``"warn"``), not found (``"key"``), or used (``"ignore"``).
-        log_records: Hand what calls log to this process's handlers, which see the call as ``executorlib_call`` and its
-            rank as ``executorlib_rank`` of each record. They run in the executor's thread, so they must not wait for
+        cache_versions: Cached results that were made with other versions of libraries are used with a single warning
+            (``"warn"``), not found (``"key"``), or used silently (``"ignore"``).
+        log_records: Pass what calls log to this process's handlers. Each record has the call as ``executorlib_call``
+            and its rank as ``executorlib_rank``. The handlers run in the executor's thread, so they must not wait for
             its futures.
-        preload: Modules that are imported once, before any worker is forked, so that calls need not import them; with
-            "spawn", every worker imports them as it starts.
+        preload: Modules to import once, before any worker is forked, so that calls need not import them; with "spawn",
+            every worker imports them when it starts.
         gpus: Number of GPUs, or their device names; None asks the machine.
         start_method: "fork" (default on Linux) forks workers from a small process that has none of this one's threads;
-            "spawn" (default elsewhere) starts a new interpreter for each, which is slower.
-        pin_cores: Pin each call to the cores that it holds. None does so where cores are counted and the system can.
+            "spawn" (default elsewhere) starts a new interpreter for each worker, which is slower.
+        pin_cores: Pin each call to the cores that it holds. None does so if cores are counted and the system can.
 
     Raises:
-        ValueError: An argument that cannot be honoured; the text says why and what to do.
+        ValueError: An argument cannot be honoured; the text says why and what to do.
     """
 
     def __init__(
@@ -65,7 +69,7 @@ class SingleNodeExecutor(BaseExecutor):
         max_workers: int | None = None,
         cache_directory: str | os.PathLike[str] | None = None,
         max_cores: int | None = None,
-        resource_dict: Mapping[str, Any] | None = None,
+        resource_dict: ResourceDict | None = None,
         hostname_localhost: bool | None = None,
         block_allocation: bool = False,
         init_function: Callable[[], dict[str, Any]] | None = None,
@@ -122,7 +126,7 @@ class SingleNodeExecutor(BaseExecutor):
             size = max_workers or max(1, cores // demand.cores)
         if count_cores:
             can_pin = hasattr(os, "sched_setaffinity") and cores <= len(cpus)
-            # Also other processes' executors should begin elsewhere, so that two small ones do not share a CPU.
+            # Executors of other processes should start elsewhere, too, so that two small ones do not share a CPU.
             first = (os.getpid() + next(_first_cpu)) * cores % len(cpus)
             ids = (cpus[first:] + cpus[:first])[:cores] if can_pin else list(range(cores))
         else:
@@ -135,11 +139,11 @@ class SingleNodeExecutor(BaseExecutor):
             )
         ledger = Ledger([Node("localhost", ids, devices)])
         if defaults.cache_directory is not None:
-            # Workers need it to write entries; imported once in the agent, it costs a call nothing.
+            # Workers need it to write entries. Imported once, in the agent, it costs the calls nothing.
             modules.append("executorlib.worker.entry")
         if log_records:
             modules.append("executorlib.worker.records")
-        # More than can run at once would only take memory.
+        # A larger stock than can run at once would only take memory.
         stock = min(size, len(cpus)) if defaults.cores == 1 else 0
         if common.graph is None and not block_allocation:
             _check_files(size, stock)
@@ -185,16 +189,16 @@ class SingleNodeExecutor(BaseExecutor):
         _check_files(size, 0)
 
 
-# Open files of this process: a worker's connection and its standard error; in a block, two for its permits beside.
+# Open files of this process: a worker's connection and standard error, and in a block two more for its permits.
 _FILES_PER_WORKER = 4
-# The loop's own, with those of the node agent.
+# Those of the loop itself, including those for the node agent.
 _FILES_PER_EXECUTOR = 8
 
 
 def _check_files(workers: int, stock: int) -> None:
-    """Raise ValueError where this process may not have enough files open.
+    """Raise ValueError if this process may not be able to open enough files.
 
-    A worker of one call takes half of what is counted here: the next may start while it is about to exit.
+    A worker of one call needs only half of what is counted here, but the next one may start while it is about to exit.
     """
     wanted = _FILES_PER_EXECUTOR + _FILES_PER_WORKER * workers + 2 * stock
     room = machine.room_for_files(wanted)
@@ -207,7 +211,7 @@ def _check_files(workers: int, stock: int) -> None:
 
 def _is_spawn(start_method: str | None) -> bool:
     if start_method is None:
-        # macOS can fork, but some of its own frameworks do not survive it; CPython spawns there for that reason too.
+        # macOS can fork, but some of its frameworks do not survive that; CPython spawns there for the same reason.
         return sys.platform != "linux"
     if start_method not in ("fork", "spawn"):
         raise ValueError(f"start_method is {start_method!r}, expected 'fork' or 'spawn'.")

@@ -1,4 +1,4 @@
-"""Starts workers on this node: forked by its agent, or as ranks by mpiexec."""
+"""Starts workers on this node: forked by its agent, or as MPI ranks by mpiexec."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from executorlib.single_node.mpi import MpiLauncher
 
 
 class LocalLauncher:
-    """Starts workers of one node: forked or spawned by an agent, or as ranks of an MPI world.
+    """Starts workers on one node: forked or spawned by an agent, or as ranks of an MPI world.
 
     Args:
         events: The loop.
         spawn: Whether workers are new interpreters instead of forks.
         pooled: Whether workers run call after call.
-        stock: Forked children to keep ready.
+        stock: Number of forked children to keep ready.
         preload: Modules that an agent imports before it forks.
         default_threads: `threads_per_core` of the executor, for the agent that is started first.
-        hidden: Beginnings of the names of variables that `mpiexec` must not see.
-        given: See `Agent`.
+        hidden: Prefixes of the names of variables that `mpiexec` must not see.
+        given: Settings that forked workers start with, as in `Agent`.
     """
 
     def __init__(
@@ -50,13 +50,13 @@ class LocalLauncher:
         self._hidden = hidden
 
     def prepare(self) -> None:
-        """See `Launcher.prepare`. A failure shows again, and is reported, with the first call."""
+        """Start the agent early. If that fails, it fails again with the first call, and is reported then."""
         with contextlib.suppress(OSError):
             self._agent(self._default_threads).start()
 
     def _agent(self, threads: int) -> Agent:
-        # Libraries read the thread variables when they are loaded; preloaded ones do so in the agent, so every
-        # number of threads has an agent of its own then.
+        # Libraries read the thread variables when they are loaded. Preloaded ones do so in the agent, so then every
+        # number of threads needs an agent of its own.
         key = threads if self._preload else 0
         agent = self._agents.get(key)
         if agent is None:
@@ -72,7 +72,7 @@ class LocalLauncher:
         return agent
 
     def launch(self, process: Process) -> None:
-        """See `Launcher.launch`."""
+        """Start a worker, or an MPI world if it has several ranks."""
         agent = self._agent(process.resources.threads_per_core)
         if process.resources.cores > 1:
             if self._mpi is None:
@@ -84,14 +84,14 @@ class LocalLauncher:
             agent.launch(process)
 
     def setup(self, process: Process) -> dict[str, Any]:
-        """See `Launcher.setup`."""
+        """What has changed in this process since the worker's agent was started."""
         setup = self._agent(process.resources.threads_per_core).surroundings.changes()
         if process.resources.cores > 1:
-            setup["argv"] = arguments()  # see `boot_command`
+            setup["argv"] = arguments()  # ranks do not get them on the command line, see `boot_command`
         return setup
 
     def kill(self, process: Process, signal_number: int) -> None:
-        """See `Launcher.kill`."""
+        """Signal a worker or world."""
         agent = self._agent(process.resources.threads_per_core)
         if self._mpi is not None and process.resources.cores > 1:
             self._mpi.kill(process, agent, signal_number)
@@ -99,21 +99,21 @@ class LocalLauncher:
             agent.kill(process, signal_number)
 
     def resume(self) -> None:
-        """See `Launcher.resume`."""
+        """Continue the agents, and their workers that have no call."""
         for agent in self._agents.values():
             agent.resume()
 
     @property
     def busy(self) -> bool:
-        """See `Launcher.busy`."""
+        """Always false: nothing is left to do once all calls are over."""
         return False
 
     def detach(self, on_taken: Callable[[], None]) -> None:
-        """See `Launcher.detach`; forked workers end with their executor, so there is nothing that could go on."""
+        """Nothing can go on: forked workers end with their executor."""
         on_taken()
 
     def close(self) -> None:
-        """See `Launcher.close`."""
+        """End the agents, and with them all workers."""
         for agent in self._agents.values():
             agent.close()
         if self._mpi is not None:

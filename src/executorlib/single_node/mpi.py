@@ -1,7 +1,7 @@
 """MPI worlds on one node: `mpiexec` starts the ranks, and rank 0 connects back.
 
-`mpiexec` is run by the node agent, so a world is watched, and ended, like any other worker. Open MPI and MPICH are told
-apart by asking `mpiexec --version`.
+The node agent runs `mpiexec`, so a world is watched and ended like any other worker. `mpiexec --version` tells whether
+it is Open MPI or MPICH.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ _INSTALL = (
     'Install both with `pip install "executorlib[mpi]"`, or load your cluster\'s MPI module and '
     "`pip install mpi4py` for it."
 )
-# Between asking a world to end, so that mpiexec can tidy up, and killing it, in seconds.
+# Seconds from asking a world to end, so that mpiexec can tidy up, to killing it.
 _GRACE_SECONDS = 2.0
-# How long to wait until the kernel has taken down the memory of ranks that are gone, in seconds. It takes milliseconds,
-# but files of other worlds, which stay in use, look the same; and the loop waits.
+# Seconds to wait for the kernel to release the memory of ranks that are gone. That takes milliseconds, but files of
+# other worlds, which stay in use, look the same; and the loop is waiting.
 _RELEASE_SECONDS = 0.5
-# Where Open MPI puts the session directories of its worlds, from version 5 on and before; they stay when it is killed.
+# Where Open MPI keeps its worlds' session directories, from version 5 on and before. They remain if it is killed.
 _SESSION_VARIABLES = ("PRTE_MCA_prte_tmpdir_base", "OMPI_MCA_orte_tmpdir_base")
-# Where it puts the memory that ranks share, from version 5 on and before; likewise.
+# Where it keeps the memory that ranks share, from version 5 on and before. That remains, too.
 _SHARED_VARIABLES = ("OMPI_MCA_btl_sm_backing_directory", "OMPI_MCA_btl_vader_backing_directory")
 _MEMORY = "/dev/shm"
-# In the environment of all ranks of an executor, by which those are found that have outlived all else.
+# In the environment of all ranks of an executor, to find those that have outlived everything else.
 _MARK_VARIABLE = "EXECUTORLIB_RANKS_OF"
-# Left behind by a launcher that started the user's process itself; a new world must not join that one.
+# Variables set by a launcher that started the user's process itself; a new world must not join that world.
 FOREIGN_PREFIXES = ("PMI_", "PMIX_", "OMPI_COMM_WORLD_", "HYDI_")
 
 
@@ -53,8 +53,8 @@ class Mpiexec:
 
     Attributes:
         path: The program.
-        is_open_mpi: Whether it is Open MPI's; otherwise it is taken for MPICH's or one that behaves like it.
-        version: First line of what it says of itself.
+        is_open_mpi: Whether it is Open MPI's; otherwise it is treated as MPICH's, or as one that behaves like it.
+        version: First line of the answer to `--version`.
     """
 
     path: str
@@ -62,30 +62,30 @@ class Mpiexec:
     version: str
 
     def command(self, ranks: int, program: list[str], oversubscribe: bool) -> list[str]:
-        """The command that runs a program on so many ranks."""
+        """The command that runs a program on this many ranks."""
         options: list[str] = []
         if self.is_open_mpi:
-            # Cores are given out by the ledger; a binding of mpiexec's own would put all worlds on the same ones.
+            # The ledger assigns cores; if mpiexec bound ranks itself, it would put all worlds on the same cores.
             options += ["--bind-to", "none"]
             if oversubscribe:
                 options.append("--oversubscribe")
         return [self.path, "-n", str(ranks), *options, *program]
 
     def command_on(self, hosts: list[str], ranks: int, program: list[str], oversubscribe: bool) -> list[str]:
-        """The same over several nodes, each given as ``name:ranks``."""
+        """The command that runs ranks on several nodes, each given as ``name:ranks``."""
         command = self.command(ranks, program, oversubscribe)
         return [command[0], "--host" if self.is_open_mpi else "-hosts", ",".join(hosts), *command[1:]]
 
     def environment(self) -> dict[str, str]:
-        """Variables that it needs."""
+        """Environment variables that it needs."""
         if self.is_open_mpi and os.geteuid() == 0:
-            # Open MPI refuses to run as root unless told twice; in containers there often is nobody else.
+            # Open MPI refuses to run as root unless told twice, and in containers root is often the only user.
             return {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
         return {}
 
 
 def find_mpiexec() -> Mpiexec:
-    """Find `mpiexec`: beside this interpreter (where PyPI's wheels put it), then on PATH.
+    """Find `mpiexec`: next to this interpreter (where PyPI's wheels put it), then on PATH.
 
     Raises:
         FileNotFoundError: There is none.
@@ -103,7 +103,7 @@ def find_mpiexec() -> Mpiexec:
 
 @functools.lru_cache
 def _ask(path: str) -> Mpiexec | str:
-    """What a program says of itself, or why it does not: also that is kept, as it may take long to find out."""
+    """What a program answers to `--version`, or why it does not. Failures are kept, too, as finding out may be slow."""
     environ = {**os.environ, "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     try:
         answer = subprocess.run(
@@ -122,7 +122,7 @@ def _ask(path: str) -> Mpiexec | str:
 
 
 def check_mpi() -> BaseException | None:
-    """Why MPI calls cannot run here, or None. Asks the launcher once, which may take a tenth of a second."""
+    """The reason why MPI calls cannot run here, or None. Asks mpiexec once, which may take a tenth of a second."""
     try:
         find_mpiexec()
     except (OSError, RuntimeError) as error:
@@ -134,12 +134,12 @@ def check_mpi() -> BaseException | None:
 
 @dataclass(frozen=True)
 class _World:
-    """A world that was started.
+    """A running world.
 
     Attributes:
-        worker: The worker that it is.
-        agent: Runs its `mpiexec`.
-        mark: Variable and value by which its processes are known from all others.
+        worker: The worker that it is for the loop.
+        agent: The agent that runs its `mpiexec`.
+        mark: Environment variable and value that only its processes have.
         since: When it was started.
     """
 
@@ -154,7 +154,7 @@ class MpiLauncher:
 
     Args:
         events: The loop.
-        hidden: Beginnings of the names of further variables that `mpiexec` must not see.
+        hidden: Prefixes of the names of further variables that `mpiexec` must not see.
     """
 
     def __init__(self, events: Events, hidden: tuple[str, ...] = ()) -> None:
@@ -163,14 +163,14 @@ class MpiLauncher:
         self._router: Router | None = None
         self._worlds: dict[str, _World] = {}  # by identity
         self._since: float | None = None  # when the first one was started
-        self._agents: dict[Agent, int] = {}  # that run some, with how often each had been killed before
-        self._folders: list[str] = []  # for the socket, and for what Open MPI keeps in files, by world
+        self._agents: dict[Agent, int] = {}  # agents that run worlds, with how often each was killed before
+        self._folders: list[str] = []  # the socket's, and one in memory; Open MPI's files are in both, by world
 
     def launch(self, process: Process, agent: Agent, program: list[str]) -> None:
         """Start the ranks of a world.
 
         Args:
-            process: The worker that the world is.
+            process: The worker that the world is for the loop.
             agent: Runs `mpiexec`.
             program: Program and arguments of each rank.
         """
@@ -225,14 +225,14 @@ class MpiLauncher:
             world.worker.on_message(peer, header, frames)
 
     def kill(self, process: Process, agent: Agent, signal_number: int) -> None:
-        """Signal a world; see `Launcher.kill`."""
+        """Signal a world; SIGKILL ends it gently first, so that mpiexec can tidy up."""
         if signal_number == signal.SIGKILL:
             self.end(process, agent)
         else:
             self._signal(process, agent, signal_number)
 
     def end(self, process: Process, agent: Agent) -> None:
-        """End a world: gently, then, after a grace, by force."""
+        """End a world: gently at first, by force after a grace period."""
         self._signal(process, agent, signal.SIGTERM)
         identity = str(process.worker.number)
         self._events.call_later(_GRACE_SECONDS, lambda: self._kill_if_alive(identity))
@@ -240,7 +240,7 @@ class MpiLauncher:
     def _signal(self, process: Process, agent: Agent, signal_number: int) -> None:
         world = self._worlds.get(str(process.worker.number))
         if world is not None and world.worker.peer is None and signal_number in (signal.SIGTERM, signal.SIGINT):
-            # Nothing of the user's runs in it. Only the agent can tidy up after ranks that have not found each other.
+            # No user code runs in it yet, and only the agent can tidy up after ranks that have not found each other.
             signal_number = signal.SIGKILL
         agent.kill(process, signal_number)
 
@@ -252,29 +252,29 @@ class MpiLauncher:
     def _forget(self, identity: str) -> None:
         world = self._worlds.pop(identity, None)
         if world is not None and not world.agent.runs:
-            # The agent was killed and could not do it. Ranks have lost all of their ancestors then, or are about to.
+            # The agent was killed and could not tidy up. The ranks have lost all their ancestors, or are about to.
             _end_and_tidy_up(world.mark, world.since)
         for folder in self._folders:
             shutil.rmtree(os.path.join(folder, identity), ignore_errors=True)
 
     def close(self) -> None:
-        """Close the connections; the worlds and their agents are gone."""
+        """Close the connections, once the worlds and their agents are gone."""
         for identity in list(self._worlds):
             self._forget(identity)
         if self._router is not None:
             self._router.close()
             if self._since is not None and any(agent.killed > before for agent, before in self._agents.items()):
-                # Ranks may have outlived a world that was gone when its agent still ran, and then that.
+                # A world may have ended before its agent was killed, and some of its ranks may have outlived both.
                 _end_and_tidy_up(f"{_MARK_VARIABLE}={self._router.directory}", self._since)
         for folder in self._folders:
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def _end_and_tidy_up(mark: str, since: float) -> None:
-    """Kill ranks that have no agent any more, and remove what they leave in memory.
+    """Kill ranks that no longer have an agent, and remove what they leave in memory.
 
     Args:
-        mark: Variable and value by which they are known.
+        mark: Environment variable and value that identify them.
         since: When the first of them was started.
     """
     from executorlib.worker.family import end_marked

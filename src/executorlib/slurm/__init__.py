@@ -1,1 +1,1 @@
-"""Slurm: jobs by its commands, and all nodes of an allocation."""
+"""Slurm: jobs through its commands, and workers on all nodes of an allocation."""

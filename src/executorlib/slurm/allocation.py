@@ -1,6 +1,6 @@
-"""What a Slurm job has: its nodes and, on each, the CPUs and GPUs that are its own.
+"""Finds out what a Slurm job has: its nodes and, on each, the CPUs and GPUs that belong to the job.
 
-The parsers are pure; `slurm_allocation` alone runs a command, once.
+The parsers are pure; only `slurm_allocation` runs a command, once.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from collections.abc import Mapping
 from executorlib.launchers.hostlist import expand_hosts, expand_ranges, expand_repeated
 from executorlib.machine import NodeShape
 
-# A controller under load may take long to answer; Slurm's own commands give up after MessageTimeout, 10 s by default.
+# A controller under load may be slow to answer; Slurm's own commands give up after MessageTimeout, 10 s by default.
 _SECONDS = 60
 
 
 def slurm_allocation(environ: Mapping[str, str]) -> list[NodeShape]:
-    """Find out what the Slurm job has in which this process runs.
+    """Find out what the Slurm job that this process runs in has.
 
-    `scontrol` is asked, which knows the shape of each node. Where it cannot be run or reach the controller, the
-    environment has to do, and GPUs are taken to be the same on all nodes. Of a heterogeneous job
-    (`salloc … : …`) it is the component that ``SLURM_JOB_ID`` names.
+    `scontrol` is asked, because it knows the shape of each node. If it cannot be run or cannot reach the controller,
+    the environment has to do, and GPUs are assumed to be the same on all nodes. Of a heterogeneous job (`salloc … : …`)
+    this is the component named by ``SLURM_JOB_ID``.
 
     Args:
         environ: The environment, such as ``os.environ``.
@@ -66,14 +66,14 @@ def shapes_from_scontrol(text: str, job: str) -> list[NodeShape]:
     """Read the nodes of a job from the output of ``scontrol show job -d``.
 
     Args:
-        text: The output; a heterogeneous job's has a paragraph for each component.
+        text: The output; for a heterogeneous job it has a paragraph for each component.
         job: Number of the job.
     """
     shapes = []
     for paragraph in re.split(r"^(?=JobId=)", text, flags=re.MULTILINE):
         if not re.match(rf"JobId={re.escape(job)}\b", paragraph):
             continue
-        # GRES_IDX= is how Slurm before 20.02 called it.
+        # Slurm before 20.02 called it GRES_IDX=.
         for match in re.finditer(
             r"^ +Nodes=(\S+) CPU_IDs=(\S+) Mem=\S+(?: GRES(?:_IDX)?=(\S*))?", paragraph, re.MULTILINE
         ):
@@ -107,6 +107,6 @@ def shapes_from_environment(environ: Mapping[str, str]) -> list[NodeShape]:
 
 
 def _gpu_indices(gres: str) -> list[str]:
-    """GPUs of a GRES such as ``gpu:a100:2(IDX:0-1),gpu:v100:1(IDX:4),nvme:1(CNT:1)``."""
+    """The GPUs in a GRES such as ``gpu:a100:2(IDX:0-1),gpu:v100:1(IDX:4),nvme:1(CNT:1)``."""
     found = re.findall(r"(?:^|,)gpu(?::[^,(]*)?\(IDX:([\d,-]+)\)", gres)
     return [str(index) for index in sorted({index for ranges in found for index in expand_ranges(ranges)})]

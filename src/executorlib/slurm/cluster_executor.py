@@ -21,14 +21,14 @@ from executorlib.single_node.mpi import find_mpiexec
 
 
 class SlurmClusterExecutor(QueueExecutor):
-    """Submits each call to Slurm as a job, by `sbatch`; calls with the same needs that come together as one job array.
+    """Submits each call to Slurm as a job, by `sbatch`. Calls with the same needs that come together are one job array.
 
     Other arguments are those of `ClusterExecutor`.
 
     Args:
-        pysqa_config_directory: A pysqa configuration (``queue.yaml`` and templates) to choose the script from, by
-            ``resource_dict["queue"]``. It may name another queuing system instead of Slurm, such as PBS
-            Professional or Grid Engine.
+        pysqa_config_directory: A pysqa configuration (``queue.yaml`` and templates); ``resource_dict["queue"]`` chooses
+            the script from it. It may be for another queuing system instead of Slurm, such as PBS Professional or Grid
+            Engine.
         pmi_mode: How `srun` and the MPI library of a call with several ranks find each other, such as ``"pmix"`` or
             ``"pmi2"``; None starts the ranks with the MPI library's own `mpiexec`.
 
@@ -61,8 +61,8 @@ class SlurmClusterExecutor(QueueExecutor):
 
     def _checked_demand(self, resources: Resources, subject: str) -> Demand:
         if resources.cores > 1 and self._pmi_mode is None:
-            with contextlib.suppress(OSError, RuntimeError):  # maybe it is where the job runs
-                find_mpiexec()  # asks it here, once, and not in the loop
+            with contextlib.suppress(OSError, RuntimeError):  # it may exist where the job runs
+                find_mpiexec()  # asks it once, here and not in the loop
         return super()._checked_demand(resources, subject)
 
     def _job_launcher(
@@ -82,7 +82,7 @@ class SlurmClusterExecutor(QueueExecutor):
 
 
 def check_queue(configuration: str | None) -> Templates:
-    """Make sure that jobs can be submitted from here; returns where their scripts come from.
+    """Make sure that jobs can be submitted from here; returns the templates of their scripts.
 
     Raises:
         RuntimeError: The queuing system's commands are not on this machine.
@@ -91,8 +91,8 @@ def check_queue(configuration: str | None) -> Templates:
     """
     templates = open_templates(configuration)
     if configuration is None:
-        # A user's template is rendered by pysqa, which takes half a second to load, so the loop's thread does it.
-        # The program may be about to end by then, when the threads that pysqa's dependencies use cannot be loaded.
+        # pysqa renders a user's template. It takes half a second to load, so the loop's thread does that. By then the
+        # program may be about to end, when it is too late to load the threads that pysqa's dependencies use.
         import concurrent.futures.thread  # noqa: F401
 
         if importlib.util.find_spec("pysqa") is None:
@@ -107,7 +107,7 @@ def check_queue(configuration: str | None) -> Templates:
 
 
 def job_command(spoken: type[Queue], pmi_mode: str | None, resources: Resources, program: list[str]) -> list[str]:
-    """The command, in a job, that runs a call's program, on all of its ranks."""
+    """The command, run in a job, that runs a call's program on all of its ranks."""
     if resources.cores == 1 or pmi_mode is not None:
         return spoken.rank_command(resources, pmi_mode, program)
     try:

@@ -1,9 +1,9 @@
-"""The executor for programs that run inside a Slurm allocation and spread their calls over its nodes."""
+"""The executor for programs that run inside a Slurm allocation and distribute their calls over its nodes."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from executorlib.core.ledger import Ledger, Node, spread_over
@@ -11,32 +11,34 @@ from executorlib.executor import BaseExecutor
 from executorlib.launchers.contract import Events, Launcher
 from executorlib.machine import NodeShape
 from executorlib.options import Common, refuse
-from executorlib.resources import Demand, Resources
+from executorlib.resources import Demand, ResourceDict, Resources
 from executorlib.single_node.mpi import check_mpi
 from executorlib.slurm.allocation import slurm_allocation
 from executorlib.slurm.nodes import NodesLauncher
 
 
 class SlurmJobExecutor(BaseExecutor):
-    """Runs calls on the nodes of the Slurm job that this program is in, each in a fresh process or a block.
+    """Runs calls on the nodes of the Slurm job that this program is in, each in a fresh process or in a block.
 
-    Other arguments are those of `SingleNodeExecutor`. One `srun` starts an agent on every node; calls themselves ask
-    nothing of Slurm, except those with ranks on several nodes, ``pmi_mode`` or ``slurm_cmd_args``, which are steps.
+    Other arguments are those of `SingleNodeExecutor`. One `srun` starts an agent on every node. Calls then need nothing
+    from Slurm, except those with ranks on several nodes, ``pmi_mode`` or ``slurm_cmd_args``, which are steps.
 
     Args:
-        max_workers: Calls at once; in block mode the number of workers. By default what the allocation holds.
-        cache_directory: Keep results here, seen by all nodes; the same as the key in ``resource_dict``.
-        max_cores: Cores in use at once, a call taking ``cores × threads_per_core``, of the first nodes that have as
-            many. By default all of the allocation.
+        max_workers: Most calls at once; in block mode the number of workers. By default as many as the allocation
+            holds.
+        cache_directory: Keep results in this directory, which all nodes must see; the same as the key in
+            ``resource_dict``.
+        max_cores: Most cores in use at once, where a call takes ``cores × threads_per_core``. They are those of the
+            first nodes that together have as many; by default all of the allocation.
         pmi_mode: How `srun` and the MPI library of a call with several ranks find each other, such as ``"pmix"`` or
             ``"pmi2"``; None starts the ranks with the MPI library's own `mpiexec`.
-        hostname_localhost: Listen on the loopback interface only: for an allocation of this one machine.
-        restart_limit: How often a call is run again when a node is lost that it ran on; a process that dies by itself
-            fails its call. In block mode, how often each worker is replaced when it dies.
+        hostname_localhost: Listen on the loopback interface only, for an allocation of just this machine.
+        restart_limit: How often a call is run again when a node that it runs on is lost; if only its process dies, the
+            call fails. In block mode, how often each worker is replaced when it dies.
 
     Raises:
         RuntimeError: This program is not inside a Slurm job.
-        ValueError: An argument that cannot be honoured; the text says why and what to do.
+        ValueError: An argument cannot be honoured; the text says why and what to do.
     """
 
     def __init__(
@@ -44,7 +46,7 @@ class SlurmJobExecutor(BaseExecutor):
         max_workers: int | None = None,
         cache_directory: str | os.PathLike[str] | None = None,
         max_cores: int | None = None,
-        resource_dict: Mapping[str, Any] | None = None,
+        resource_dict: ResourceDict | None = None,
         pmi_mode: str | None = None,
         hostname_localhost: bool | None = None,
         block_allocation: bool = False,
@@ -91,7 +93,7 @@ class SlurmJobExecutor(BaseExecutor):
         ledger = Ledger(nodes)
         self._ledger = ledger
         demand = ledger.spread(defaults)
-        # One that never fits is an error below.
+        # A demand that never fits is an error below.
         fitting = 0 if demand is None else ledger.room_for(demand)
         modules = ["executorlib.worker.entry"] if defaults.cache_directory is not None else []
         if log_records:
@@ -112,7 +114,7 @@ class SlurmJobExecutor(BaseExecutor):
             common,
             make_launcher=make_launcher,
             ledger=ledger,
-            # All that there was: calls that fit only on nodes that are lost fail by their futures.
+            # All original nodes: calls that fit only on nodes lost since then fail by their futures, not at submit.
             capacity=None if common.graph is not None else Ledger([Node.of(shape) for shape in shapes]),
             count_cores=True,
             max_workers=common.max_workers or max(1, fitting),
@@ -123,7 +125,7 @@ class SlurmJobExecutor(BaseExecutor):
 
     @property
     def info(self) -> dict[str, Any] | None:
-        """The executor's settings, and under ``nodes`` what is there and what is free now; None after shutdown."""
+        """The executor's settings; ``nodes`` has what is on each node and what of it is free. None after shutdown."""
         info = super().info
         if info is None:
             return None
@@ -163,10 +165,10 @@ class SlurmJobExecutor(BaseExecutor):
 
 
 def allocated_nodes(max_cores: int | None) -> list[NodeShape]:
-    """The nodes of the job that this process is in, up to so many cores.
+    """The nodes of the job that this process is in, up to this many cores.
 
     Raises:
-        RuntimeError: It is in none.
+        RuntimeError: This process is not in a job.
     """
     try:
         shapes = slurm_allocation(os.environ)

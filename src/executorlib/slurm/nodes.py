@@ -1,9 +1,9 @@
-"""Workers on the nodes of a Slurm allocation: one `srun` brings up an agent on each, which then starts all workers.
+"""Workers on the nodes of a Slurm allocation: one `srun` starts an agent on each node, which then starts all workers.
 
 So the number of requests to Slurm's controller does not depend on the number of calls. The agent of a node is a
-`relay.node_side`, which holds one encrypted connection and drives what `SingleNodeExecutor` has, with mpiexec for ranks
-on one node. What needs Slurm itself (ranks on several nodes, ``pmi_mode``, ``slurm_cmd_args``) is a step of its own,
-beside the agents and on the very nodes that the ledger has given it.
+`relay.node_side`, which holds one encrypted connection and uses the code of `SingleNodeExecutor`, with mpiexec for
+ranks on one node. Workers that need Slurm itself (ranks on several nodes, ``pmi_mode``, ``slurm_cmd_args``) are steps
+of their own, beside the agents and on exactly the nodes that the ledger chose.
 
 A node whose agent is gone is lost: nobody can tell what became of its workers.
 """
@@ -43,32 +43,32 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("executorlib")
 
-# Identity of the agents' connections; those of steps are numbers of workers.
+# Identity of the agents' connections. Those of steps are the numbers of their workers.
 _RELAYS = "relays"
-# An agent that has not connected within this time, in seconds, does not come: slow file systems and prologs are
-# counted in tens of seconds.
+# An agent that has not connected within this time, in seconds, will not come: slow file systems and prologs take some
+# tens of seconds.
 _START_SECONDS = 180.0
-# After the loss of a connection srun may take this long, in seconds, to say what it knows of it.
+# Seconds that srun may take after the loss of a connection to say what it knows about it.
 _WORDS_SECONDS = 0.5
-# When a node fails, Slurm kills all at once there, and its agent may have told of the end of a worker by then. So the
-# news of one that was killed waits this long, in seconds, for worse.
+# When a node fails, Slurm kills everything there at once, and the agent may report a worker's end before its own. So
+# the report of a killed worker is held back this long, in seconds, in case the whole node is gone.
 _KILLED_SECONDS = 0.25
-# In the end, for the agents to end their workers, and for srun to pass on what these have printed, in seconds.
+# Seconds for the agents to end their workers during shutdown, and for srun to pass on the workers' last output.
 _END_SECONDS = 10.0
-# Meanwhile, how often new connections are looked for, in seconds.
+# Seconds between looks for new connections during that time.
 _CLOSE_SECONDS = 0.02
-# Between asking a step to end and killing its srun, in seconds.
+# Seconds from asking a step to end to killing its srun.
 _GRACE_SECONDS = 5.0
-# How long before the time limit of the job the user is told, in seconds.
+# How long before the job's time limit the user is warned, in seconds.
 _WARN_SECONDS = 300.0
 
 
 class _Relay(RelayEnd):
-    """A node, as seen from the executor.
+    """A node, as the executor sees it.
 
     Attributes:
         node: The ledger's record of it.
-        waiting: Workers that are to be started once it is connected.
+        waiting: Workers that are to be started once its agent is connected.
     """
 
     def __init__(self, node: Node) -> None:
@@ -111,20 +111,20 @@ class NodesLauncher:
         self._by_peer: dict[bytes, _Relay] = {}
         self._router = Router(events, self._on_message, self._on_lost, tcp=True, hostname_localhost=hostname_localhost)
         self._ways = Relays(events, self._router, pooled, self._on_worker_exit)
-        # Runs srun, so that it is watched, and ends with us.
+        # It runs srun, which is thereby watched, and ends with us.
         self._agent = Agent(
             events, spawn=False, pooled=False, stock=0, preload=[], threads=threads, on_exit=self._on_step_exit
         )
         self._step: Process | None = None  # of the relays
         self._steps: dict[str, ConnectingWorker] = {}  # of ranks, by identity
-        self._folder = ""  # of files that say where the ranks of steps are to be
+        self._folder = ""  # of files that name the node of each rank of a step
         self._commands = Commands(events)
         self._closing = False
 
     # -- Launcher -------------------------------------------------------------------------------------------------
 
     def prepare(self) -> None:
-        """See `Launcher.prepare`."""
+        """Start the relays on all nodes with one srun."""
         if self._step is not None:
             return
         given = settings()
@@ -145,7 +145,7 @@ class NodesLauncher:
         self._ask_time_left()
 
     def launch(self, process: Process) -> None:
-        """See `Launcher.launch`."""
+        """Start a worker by the relay of its node, or as a step."""
         self.prepare()
         relay = self._relays[process.worker.allocation.node.name]
         if relay.lost:
@@ -158,10 +158,10 @@ class NodesLauncher:
             self._start(relay, process)
 
     def setup(self, process: Process) -> dict[str, Any]:
-        """See `Launcher.setup`."""
+        """What has changed in this process since the agents started, and what the worker has on each of its nodes."""
         setup = self._agent.surroundings.changes()
         if process.resources.cores > 1:
-            setup["argv"] = arguments()  # see `boot_command`
+            setup["argv"] = arguments()  # ranks do not get them on the command line, see `boot_command`
         if self._is_step(process):
             setup["shares"] = {
                 share.node.name: {"node": self._relays[share.node.name].size, "cores": share.cores, "gpus": share.gpus}
@@ -172,7 +172,7 @@ class NodesLauncher:
         return setup
 
     def kill(self, process: Process, signal_number: int) -> None:
-        """See `Launcher.kill`."""
+        """Signal a worker, or end its step."""
         number = process.worker.number
         relay = self._relays[process.worker.allocation.node.name]
         if number in relay.waiting:
@@ -184,27 +184,27 @@ class NodesLauncher:
             self._end_step(process)
 
     def resume(self) -> None:
-        """See `Launcher.resume`."""
+        """Continue srun and all agents."""
         self._agent.resume()
         for peer in self._by_peer:
             self._router.send(peer, ["resume"], [])
 
     @property
     def busy(self) -> bool:
-        """See `Launcher.busy`."""
+        """Always false: nothing is left to do once all calls are over."""
         return False
 
     def detach(self, on_taken: Callable[[], None]) -> None:
-        """See `Launcher.detach`; workers end with their executor."""
+        """Nothing can go on: workers end with their executor."""
         on_taken()
 
     def close(self) -> None:
-        """See `Launcher.close`."""
+        """End the agents with their workers, and wait for srun, which passes on their last output."""
         self._closing = True
         for peer in self._by_peer:
             self._router.send(peer, ["end"], [])
         give_up = time.monotonic() + _END_SECONDS
-        # Agents that are still on their way are told when they come.
+        # Agents that connect only now are told to end when they say hello.
         while self._step is not None and not self._agent.wait(self._step, _CLOSE_SECONDS):
             self._router.read()
             if time.monotonic() > give_up:
@@ -253,13 +253,13 @@ class NodesLauncher:
 
     def _on_worker_exit(self, relay: RelayEnd, number: int, about: dict[str, Any], error: BaseException | None) -> None:
         if about["status"] == signal.SIGKILL and number not in relay.killing:
-            # Its node may be about to be lost, which is more to tell.
+            # Its node may be about to be lost, which would be the better explanation.
             self._events.call_later(_KILLED_SECONDS, lambda: self._tell_exit(relay, number, about, error))
         else:
             self._tell_exit(relay, number, about, error)
 
     def _tell_exit(self, relay: RelayEnd, number: int, about: dict[str, Any], error: BaseException | None) -> None:
-        if not relay.lost:  # else `_end_workers` tells of its end, or has told
+        if not relay.lost:  # otherwise `_end_workers` reports it
             self._ways.conclude(relay, number, about, error)
 
     # -- nodes that are lost --------------------------------------------------------------------------------------
@@ -324,10 +324,11 @@ class NodesLauncher:
                 self._events.on_exit(process, Exit(None, str(error), error))
                 return
             counts = {share.node.name: count for share, count in zip(shares, ranks, strict=True)}
-            # In Slurm's order: the agents of MPICH's mpiexec, which srun starts, take their parts in that.
+            # In Slurm's order, because srun starts the agents of MPICH's mpiexec, and they take their parts in that
+            # order.
             placed = [f"{name}:{counts[name]}" for name in self._relays if name in counts]
             argv = mpiexec.command_on(placed, len(hosts), program, resources.openmpi_oversubscribe)
-            # It has srun start its own agents.
+            # mpiexec has srun start its agents, which must be allowed beside the relays.
             env = {**mpiexec.environment(), **env, "SLURM_OVERLAP": "1"}
         else:
             argv = ranks_command(resources, hosts, self._pmi_mode, program)
@@ -349,7 +350,7 @@ class NodesLauncher:
         self._agent.run(process, argv, env, resources.cwd, folders=[self._folder] if self._folder else [])
 
     def _end_step(self, process: Process) -> None:
-        """End a step: srun kills its tasks when it is told to end."""
+        """End a step. When srun is told to end, it kills its tasks."""
         identity = str(process.worker.number)
 
         def kill() -> None:
@@ -368,10 +369,10 @@ class NodesLauncher:
                 os.unlink(os.path.join(self._folder, identity))
 
     def _on_step_exit(self, process: Process, end: Exit) -> None:
-        """A step is over, that of the relays or of ranks."""
+        """A step is over: that of the relays, or one of ranks."""
         if process is not self._step:
             if b"ode failure" in process.stderr and not self._closing:
-                # srun has seen it first; what it means for the node is known in a moment.
+                # srun noticed first; what it means for the node will be known in a moment.
                 self._events.call_later(_WORDS_SECONDS, lambda: self._on_ranks_exit(process, end))
             else:
                 self._on_ranks_exit(process, end)
@@ -395,7 +396,7 @@ class NodesLauncher:
         if left is None:
             return
         if left > _WARN_SECONDS:
-            # Asked again then, as the limit may have been raised meanwhile.
+            # Ask again then, because the limit may have been raised meanwhile.
             self._events.call_later(left - _WARN_SECONDS + 1, self._ask_time_left)
         else:
             logger.warning(
@@ -406,14 +407,14 @@ class NodesLauncher:
 
 
 def _ranks_on(process: Process) -> list[int]:
-    """How many ranks are on each node of a worker's allocation."""
+    """The number of ranks on each node of a worker's allocation."""
     resources = process.resources
     shares = resources.demand_over(len(process.worker.allocation.shares)).shares()
     return [cores // resources.threads_per_core for cores, _ in shares]
 
 
 class _NoWorker:
-    """Stands for a worker where a step is none; workers are counted from 1."""
+    """Stands in for a worker in the relays' step, which has none; real workers are counted from 1."""
 
     number = 0
     calls = ()

@@ -1,7 +1,7 @@
-"""Slurm's language: scripts and commands for it, and what its answers mean. Nothing is run here.
+"""Slurm's language: its scripts and commands, and the meaning of its answers. Nothing is run here.
 
-Written for Slurm 20.11 and later, tried with 22.05, 24.11 and 26.05. Sources of the words: the manual pages of sbatch,
-squeue, sacct, scontrol and scancel, and what a real Slurm printed, which tests/unit/test_slurm.py keeps.
+Written for Slurm 20.11 and later, tried with 22.05, 24.11 and 26.05. The words come from the manual pages of sbatch,
+squeue, sacct, scontrol and scancel, and from what a real Slurm printed, which tests/unit/test_slurm.py keeps.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from executorlib.jobs.templates import Templates
 if TYPE_CHECKING:
     from executorlib.resources import Resources
 
-# What has to hold whatever a template says is not here but on sbatch's command line, which counts for more.
+# Options that must hold whatever a template says are not here but on sbatch's command line, which takes precedence.
 #
-# - GPUs: --gres is what every Slurm takes, but counts by node; ranks may be spread, so theirs are counted by task.
-# - priority: only operators may raise a job's; sbatch refuses a negative nice value of others. Of root alone it is
-#   known here that it is one.
+# - GPUs: every Slurm accepts --gres, but it counts by node. Ranks may be on several nodes, so theirs count by task.
+# - priority: only operators may raise a job's priority; sbatch refuses negative nice values from others. The only
+#   user known here to be an operator is root.
 # - A job that lost its node, or was preempted, ends in an error instead of running again unasked; `--requeue` in
-#   slurm_cmd_args, or a template without this line, lets it.
+#   slurm_cmd_args, or a template without this line, allows that.
 DEFAULT_TEMPLATE = """\
 {%- macro quoted(text) -%}
 "{{ text | string | replace("\\\\", "\\\\\\\\") | replace('"', '\\\\"') | replace("\\n", " ") }}"
@@ -64,7 +64,7 @@ DEFAULT_TEMPLATE = """\
 {{ command }}
 """
 
-# States of `man squeue`, with those that later versions added; all others count as running.
+# States in `man squeue`, and those that later versions added; all others count as running.
 _WAITING = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT"}
 _ENDED = {
     "BOOT_FAIL",
@@ -80,7 +80,7 @@ _ENDED = {
     "REVOKED",
     "TIMEOUT",
 }
-# What ended a job that did not end by itself. Its exit code is often 0 then.
+# What ended a job that did not end by itself. Its exit code is often 0 in that case.
 _CAUSES = {
     "BOOT_FAIL": Cause.NODE_FAILED,
     "CANCELLED": Cause.CANCELLED,
@@ -93,23 +93,23 @@ _CAUSES = {
     "REVOKED": Cause.CANCELLED,
     "TIMEOUT": Cause.TIME_LIMIT,
 }
-# Written into the output where Slurm itself watches over the memory; the job's state is FAILED then.
+# Written into the output if Slurm itself watches the memory; the job's state is FAILED then.
 _MEMORY = re.compile(
     r"(slurmstepd|\[\d{4}-\d\d-\d\dT[\d:.]+\] error: ).*exceeded (job )?memory limit",  # the latter since 26.05
     re.IGNORECASE,
 )
-# Reasons for which a job waits until somebody changes it, or the limits. A job that somebody holds is not among them:
-# they mean it to wait. Where that is its user, they know.
+# Reasons for which a job waits until somebody changes the job or the limits. Holding a job is not among them: whoever
+# holds it wants it to wait, and if that is its user, they know.
 _HOPELESS = re.compile(
     r"BadConstraints|DependencyNeverSatisfied|InvalidAccount|InvalidQOS|AccountNotAllowed|QOSNotAllowed"
     r"|Partition(Config|NodeLimit|TimeLimit)|launch.failed.requeued.held|\w+PerJob(Limit)?"
     r"|Job's (account|QOS|group) not .*"
 )
-# What goes into an error text: a reason for waiting says nothing of a job that was cancelled meanwhile.
+# Reasons that belong in the error of a cancelled job; any other is only why it was waiting before.
 _CANCEL_REASONS = {"DependencyNeverSatisfied"}
-# Options of sbatch that are ours.
+# Options of sbatch that only we may set.
 _RESERVED = re.compile(
-    # Also as Slurm takes them, abbreviated. Of jobs on another cluster nothing would be seen.
+    # Also in the abbreviations that Slurm accepts. Jobs on another cluster could not be seen from here.
     r"(-[aoeDWM].*|--(arra?y?|outp?u?t?|erro?r?|chdi?r?|open-mode|parsable|wait|wrap|test-only|kill-[a-z-]*)(=.*)?|--clusters?(=.*)?)$"
 )
 _TRANSIENT = re.compile(
@@ -118,8 +118,8 @@ _TRANSIENT = re.compile(
     r"|network is unreachable|munge|protocol authentication|broken pipe|database.*(down|connection)",
     re.IGNORECASE,
 )
-# How many jobs there may be: words such as AssocMaxSubmitJobLimit, QOSGrpSubmitJobsLimit, MaxSubmitJobsPerAccount, and
-# what sbatch says of the controller's own limit (MaxJobCount) before it tries again for minutes.
+# A limit on the number of jobs: words such as AssocMaxSubmitJobLimit, QOSGrpSubmitJobsLimit, MaxSubmitJobsPerAccount,
+# and what sbatch says at the controller's own limit (MaxJobCount) before it retries for minutes.
 _LIMIT = re.compile(r"\w*(Max|Grp)Submit\w*|temporarily unable to accept job")
 _LIMIT_OF_ALL = re.compile(r"GrpSubmit|PerAccount|temporarily")
 _SQUEUE_FIELDS = ("ArrayJobID", "ArrayTaskID", "State", "exit_code", "NodeList", "Reason")
@@ -127,15 +127,15 @@ _SQUEUE_FIELDS = ("ArrayJobID", "ArrayTaskID", "State", "exit_code", "NodeList",
 
 @dataclass(frozen=True)
 class Settings:
-    """What a cluster is set to.
+    """The settings of a cluster.
 
     Attributes:
-        array_limit: Most elements of a job array; 1 where there are none.
+        array_limit: Most elements of a job array; 1 if there are no job arrays.
         accounting: Whether there is a database that `sacct` can ask.
-        cluster: Its name; empty where that is not known.
+        cluster: Its name; empty if it is not known.
     """
 
-    array_limit: int = 1001  # MaxArraySize, where slurm.conf does not say
+    array_limit: int = 1001  # MaxArraySize, if slurm.conf does not set it
     accounting: bool = False
     cluster: str = ""
 
@@ -144,11 +144,11 @@ SETTINGS_COMMAND = ["scontrol", "show", "config"]
 
 
 def parse_settings(output: str) -> Settings:
-    """Read what `SETTINGS_COMMAND` printed; what is missing there is left at Slurm's own default."""
+    """Read the output of `SETTINGS_COMMAND`; settings that are missing there are left at Slurm's defaults."""
     found = dict(re.findall(r"^(\w+)\s*=\s*(.*?)\s*$", output, re.MULTILINE))
     settings = Settings()
     limit = int(found.get("MaxArraySize", settings.array_limit))
-    # Of all users, ended ones of the last minutes included. What does not fit is refused as a whole.
+    # MaxJobCount counts all users' jobs, also recently ended ones. An array that does not fit is refused as a whole.
     limit = min(limit, int(found.get("MaxJobCount", 2 * limit)) // 2)
     most = re.search(r"\bmax_array_tasks=(\d+)", found.get("SchedulerParameters", ""))
     if most is not None and int(most[1]):
@@ -164,9 +164,10 @@ def parse_settings(output: str) -> Settings:
 def command_environment(environ: Mapping[str, str]) -> dict[str, str]:
     """The environment for Slurm's commands.
 
-    Inside a job Slurm leaves variables that would become options of the next one submitted (``SLURM_MEM_PER_CPU``
-    beside ``--mem`` is an error), and ``SQUEUE_`` and ``SACCT_`` ones change what is printed. Left are the ones that
-    say which cluster to talk to, and sbatch's own, ``SBATCH_``, by which users set their defaults.
+    Inside a job Slurm sets variables that would become options of the next job submitted (``SLURM_MEM_PER_CPU``
+    together with ``--mem`` is an error), and ``SQUEUE_`` and ``SACCT_`` variables change what is printed. Of all
+    these, only those are kept that say which cluster to talk to, and sbatch's own, ``SBATCH_``, by which users set
+    their defaults.
 
     Args:
         environ: The environment of this process.
@@ -174,7 +175,7 @@ def command_environment(environ: Mapping[str, str]) -> dict[str, str]:
     kept = {"SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT"}
     dropped = ("SLURM_", "SQUEUE_", "SACCT_", "SCANCEL_", "SBATCH_ARRAY_INX", "SBATCH_WAIT")
     cleaned = {key: value for key, value in environ.items() if key in kept or not key.startswith(dropped)}
-    # All of a job array's indices are printed, not the first 64 characters of them.
+    # Have all indices of a job array printed, and not just the first 64 characters.
     cleaned["SLURM_BITSTR_LEN"] = "0"
     return cleaned
 
@@ -182,10 +183,10 @@ def command_environment(environ: Mapping[str, str]) -> dict[str, str]:
 def rank_command(
     resources: Resources, pmi_mode: str | None, program: Sequence[str], mpiexec: str = "mpiexec"
 ) -> list[str]:
-    """The command, in a job, that runs a program on all ranks of a call.
+    """The command, run in a job, that runs a program on all ranks of a call.
 
-    With `srun` each rank sees only its own GPUs. With ``mpiexec`` it sees all that the job has on its node, and has to
-    choose by its number among the ranks there.
+    With `srun` each rank sees only its own GPUs. With ``mpiexec`` it sees all GPUs that the job has on its node, and
+    has to choose by its rank number there.
 
     Args:
         resources: What the call needs.
@@ -197,9 +198,9 @@ def rank_command(
         return list(program)
     if pmi_mode is None:
         return mpiexec_command(resources, program, mpiexec, _mpiexec_environment(resources))
-    # Since Slurm 22.05 srun no longer takes the threads from the job.
+    # Since Slurm 22.05 srun no longer inherits the number of threads from the job.
     options = ["-n", str(resources.cores), f"--cpus-per-task={resources.threads_per_core}", f"--mpi={pmi_mode}"]
-    # When one rank dies the others would wait for it until the time limit.
+    # When one rank dies, the others would otherwise wait for it until the time limit.
     options.append("--kill-on-bad-exit=1")
     if resources.openmpi_oversubscribe:
         options.append("--overcommit")
@@ -207,21 +208,21 @@ def rank_command(
 
 
 def _mpiexec_environment(resources: Resources) -> list[str]:
-    """What `env` is told before it runs ``mpiexec``."""
+    """Arguments of `env`, which runs ``mpiexec``."""
     if not resources.gpus_per_core:
         return []
-    # mpiexec has Slurm start one task on each node; counted by task, that one would get a single rank's GPUs.
+    # mpiexec has Slurm start one task on each node. With GPUs counted by task it would get only a single rank's.
     gpus = resources.cores * resources.gpus_per_core
     return ["-u", "SLURM_GPUS_PER_TASK", "-u", "SLURM_TRES_PER_TASK", f"SLURM_GPUS={gpus}"]
 
 
 class SlurmQueue:
-    """Slurm, as `queue.Queue` describes it.
+    """Slurm, with the interface `queue.Queue`.
 
     Args:
-        settings: What the cluster is set to.
-        templates: Where job scripts come from; by default `DEFAULT_TEMPLATE`, and a call's own.
-        user: The user's number, whose jobs are asked for; None is the user of this process.
+        settings: The settings of the cluster.
+        templates: The templates of job scripts; by default `DEFAULT_TEMPLATE`, and a call's own.
+        user: Number of the user whose jobs are queried; None is the user of this process.
     """
 
     title: ClassVar[str] = "Slurm"
@@ -273,7 +274,7 @@ class SlurmQueue:
 
     @property
     def name(self) -> str:
-        """See `queue.Queue.name`; a job's number means nothing on another cluster."""
+        """The cluster: a job's number means nothing on another one."""
         return f"Slurm cluster {self._settings.cluster}" if self._settings.cluster else "Slurm"
 
     @property
@@ -282,18 +283,18 @@ class SlurmQueue:
         return self._settings.array_limit
 
     def script(self, batch: Batch) -> str:
-        """See `queue.Queue.script`."""
+        """Render the script of a batch."""
         return self._templates.render(batch, operator=self._user == 0)
 
     def unused(self, batch: Batch) -> list[str]:
-        """See `queue.Queue.unused`."""
+        """Keys that the script does not use, and ``priority`` if this user may not raise it."""
         unused = self._templates.unused(batch)
         if batch.resources.priority > 0 and self._user != 0 and self._templates.is_default(batch):
             unused.append("priority")
         return unused
 
     def submit_command(self, batch: Batch, script_path: str) -> list[str]:
-        """See `queue.Queue.submit_command`."""
+        """The sbatch command for a batch; raises ValueError if the user sets one of our options."""
         options = batch.resources.slurm_cmd_args
         for option in options:
             if _RESERVED.match(option) or (batch.dependencies and re.match(r"-d|--dependency", option)):
@@ -301,7 +302,7 @@ class SlurmQueue:
                     f"resource_dict['slurm_cmd_args'] has {option!r}, an option of sbatch that is set for every call "
                     "by what the call needs; leave it out."
                 )
-        # In the names of Slurm's output files a % begins a placeholder.
+        # Slurm takes a % in the names of output files for the start of a placeholder.
         directory = batch.directory.replace("%", "%%")
         is_array = batch.count > 1 or batch.first > 0
         output = f"{directory}/output.{'%a' if is_array else '0'}"
@@ -310,44 +311,44 @@ class SlurmQueue:
         if is_array:
             command.append(f"--array={batch.first}-{batch.first + batch.count - 1}")
         if batch.dependencies:
-            # Without the second option a job whose input has failed would stay in the queue for ever.
+            # Without the second option, a job whose input has failed would stay in the queue forever.
             command += [f"--dependency={_dependencies(batch.dependencies)}", "--kill-on-invalid-dep=yes"]
         return [*command, script_path]
 
     def parse_job_id(self, output: str) -> str:
-        """See `queue.Queue.parse_job_id`."""
-        # A number, on some clusters with ";cluster"; sites may print lines of their own before.
+        """Read the id of the new job from sbatch's output."""
+        # A number, on some clusters followed by ";cluster"; sites may print lines of their own before it.
         found = re.findall(r"^(?:Submitted batch job )?(\d+)(?:;\S*)?\s*$", output, re.MULTILINE)
         if not found:
             raise ValueError(f"sbatch printed no job id but {output.strip()!r}.")
         return str(found[-1])
 
     def is_transient(self, error_text: str) -> bool:
-        """See `queue.Queue.is_transient`."""
+        """Whether the controller may accept the command later."""
         return _TRANSIENT.search(error_text) is not None
 
     def limit_in(self, error_text: str) -> Limit:
-        """See `queue.Queue.limit_in`."""
+        """The limit on the number of jobs that sbatch was refused for, and whether others share it."""
         found = _LIMIT.search(error_text)
         if found is None:
             return Limit.NONE
         return Limit.SHARED if _LIMIT_OF_ALL.search(found[0]) else Limit.OWN
 
     def status_command(self, job_ids: Sequence[str]) -> list[str]:
-        """See `queue.Queue.status_command`.
+        """The squeue command for all jobs of the user.
 
-        The controller is asked for the user's jobs: for a list of ids squeue would fetch those of all users, and the
-        list has no limit. Elements of an array that wait share a line.
+        For a list of ids, squeue would fetch the jobs of all users, and the list could be of any length. Waiting
+        elements of an array share a line.
         """
         fields = ",".join(f"{field}:|" for field in _SQUEUE_FIELDS)
-        # As SLURM_BITSTR_LEN in command_environment, for callers without it: incomplete indices are of no use.
+        # As in command_environment, for callers that do not use it: incomplete indices are of no use.
         return [
             *("env", "SLURM_BITSTR_LEN=0", "squeue", "--noheader", "--all", "--states=all"),
             *(f"--user={self._user}", f"--Format={fields}"),
         ]
 
     def parse_status(self, output: str, job_ids: Sequence[str]) -> dict[tuple[str, int | None], JobState]:
-        """See `queue.Queue.parse_status`."""
+        """Read the states of jobs from squeue's output."""
         states: dict[tuple[str, int | None], JobState] = {}
         asked = frozenset(job_ids)
         for line in output.splitlines():
@@ -359,7 +360,7 @@ class SlurmQueue:
             job_id, indices, word, exit_code, node, reason = (part.strip() for part in parts)
             state = _state(word, reason.rstrip("|"), exit_code, node)
             if job_id not in asked:
-                # Not ours: an array of somebody's can have millions of elements. One that has not ended says most.
+                # Not a job of ours, but maybe an array of millions of elements. One that has not ended says enough.
                 if state.phase is not Phase.ENDED or (job_id, None) not in states:
                     states[job_id, None] = state
                 continue
@@ -368,7 +369,7 @@ class SlurmQueue:
         return states
 
     def detail_command(self, job_id: str, index: int | None) -> list[str]:
-        """See `queue.Queue.detail_command`."""
+        """The command that tells how a job ended: sacct if there is accounting, otherwise scontrol."""
         job = job_id if index is None else f"{job_id}_{index}"
         if self._settings.accounting:
             fields = "JobID,State,ExitCode,NodeList"
@@ -376,15 +377,15 @@ class SlurmQueue:
         return ["scontrol", "show", "job", job]
 
     def parse_detail(self, output: str) -> JobState | None:
-        """See `queue.Queue.parse_detail`."""
+        """Read the answer to `detail_command`; None if it does not have the job."""
         return _parse_scontrol(output) if "JobState=" in output else _parse_sacct(output)
 
     def cause_in(self, output: str) -> Cause:
-        """See `queue.Queue.cause_in`."""
+        """Out of memory, if Slurm has written that into the output."""
         return Cause.OUT_OF_MEMORY if _MEMORY.search(output) else Cause.NONE
 
     def cancel_command(self, jobs: Sequence[tuple[str, int | None]]) -> list[str]:
-        """See `queue.Queue.cancel_command`."""
+        """The scancel command for jobs and array elements."""
         elements: dict[str, set[int] | None] = {}
         for job_id, index in jobs:
             known = elements.setdefault(job_id, set())
@@ -399,7 +400,7 @@ class SlurmQueue:
 
 
 def _dependencies(dependencies: Iterable[Dependency]) -> str:
-    """What --dependency takes: all must succeed."""
+    """The value of --dependency: all of them must succeed."""
     corresponding = [each.job_id for each in dependencies if each.corresponding]
     others = [
         each.job_id if each.index is None else f"{each.job_id}_{each.index}"
@@ -411,11 +412,11 @@ def _dependencies(dependencies: Iterable[Dependency]) -> str:
 
 
 def _state(word: str, reason: str, exit_code: str, node: str) -> JobState:
-    """Put together what Slurm says of a job.
+    """Combine what Slurm says about a job.
 
     Args:
-        word: Its state, maybe with more behind it, as in ``CANCELLED by 0`` or ``CANCELLED+``.
-        reason: Why.
+        word: Its state, possibly with an addition, as in ``CANCELLED by 0`` or ``CANCELLED+``.
+        reason: Why it is in that state.
         exit_code: ``code:signal``, or the wait status as a number.
         node: Names of nodes.
     """
@@ -435,49 +436,49 @@ def _state(word: str, reason: str, exit_code: str, node: str) -> JobState:
     cause = Cause.NODE_FAILED if hopeless and reason.startswith("launch") else _CAUSES.get(state, Cause.NONE)
     held = phase is Phase.PENDING and reason == "JobHeldAdmin"
     if cause is not Cause.NONE and exit_code == "0:1":
-        exit_code = ""  # made up by newer ones; it would be said to have died of SIGHUP
+        exit_code = ""  # newer versions make it up; it would look like a death by SIGHUP
     return JobState(phase, state, reason, exit_code, node, hopeless, cause, held)
 
 
 def _parse_sacct(output: str) -> JobState | None:
-    """The first job of sacct's output, a line for the job and one for each of its steps."""
+    """The first job in sacct's output, which has a line for the job and one for each of its steps."""
     found: JobState | None = None
     for line in output.splitlines():
         job, *rest = line.split("|")
         if len(rest) != 3:
             continue
-        # Its reasons are not asked for: they are those for which the job last waited.
+        # sacct is not asked for reasons, because it has only those for which the job was last waiting.
         state = _state(rest[0], "", rest[1], rest[2])
         if "." not in job:
             if found is not None:
                 break
             found = state
         elif found is not None and found.state == "FAILED" and state.state == "OUT_OF_MEMORY":
-            # Where srun started what took the memory, only that step is said to have done so.
+            # If srun started what ran out of memory, only its step has this state.
             return state
     return found
 
 
 def _parse_scontrol(output: str) -> JobState | None:
-    """The first job of scontrol's output."""
-    # Only line beginnings are trusted: the first line ends in the job's name, which may be anything.
+    """The first job in scontrol's output."""
+    # Only line beginnings can be trusted: the first line ends in the job's name, which may be anything.
     state = re.search(r"^ +JobState=(\S+) Reason=(.*?)(?: Dependency=.*)?$", output, re.MULTILINE)
     if state is None:
         return None
     output = output[state.end() :].partition("\n\n")[0]
     exit_code = re.search(r"^ +Requeue=.* ExitCode=(\S+)", output, re.MULTILINE)
     node = re.search(r"^ +NodeList=(\S*)", output, re.MULTILINE)
-    # Where squeue writes spaces, scontrol writes underscores.
+    # scontrol writes underscores where squeue writes spaces.
     reason = state[2].replace("_", " ")
     return _state(state[1], reason, exit_code[1] if exit_code else "", node[1] if node else "")
 
 
-# No cluster can be set to more (MaxArraySize).
+# No cluster allows more (MaxArraySize).
 _MOST_ELEMENTS = 4_000_001
 
 
 def _expand(indices: str) -> Iterator[int]:
-    """The numbers of an array's index expression, such as ``0,3-9,20-30:2%5``; 0 for a plain job."""
+    """The numbers in an array's index expression, such as ``0,3-9,20-30:2%5``; 0 for a plain job."""
     if indices in ("N/A", ""):
         yield 0
         return
@@ -492,7 +493,7 @@ def _expand(indices: str) -> Iterator[int]:
 
 
 def _ranges(indices: Iterable[int]) -> str:
-    """The shortest index expression of numbers: the reverse of `_expand`, without steps."""
+    """The shortest index expression for these numbers: the reverse of `_expand`, without steps."""
     runs: list[list[int]] = []
     for index in sorted(indices):
         if runs and index == runs[-1][1] + 1:

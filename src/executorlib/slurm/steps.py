@@ -1,6 +1,6 @@
-"""Slurm's language for what runs inside an allocation: commands for its steps, and the time that is left.
+"""Slurm's language inside an allocation: commands for steps, and the time that is left.
 
-As `slurm.queue`, which speaks of jobs, it runs nothing.
+Like `slurm.queue`, which does the same for jobs, it runs nothing.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from executorlib.resources import Resources
 from executorlib.single_node.mpi import FOREIGN_PREFIXES
 
-# Variables by which Slurm tells of an allocation; others would be taken by srun for options of the step.
+# Variables that describe the allocation; srun would take others for options of the step.
 _ALLOCATION = (
     "SLURM_CONF",
     "SLURM_CLUSTER_NAME",
@@ -29,7 +29,7 @@ _ALLOCATION = (
 
 
 def step_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment for `srun` inside an allocation: what the job was asked for is not what a step is.
+    """The environment for `srun` inside an allocation: what the job has asked for is not what a step needs.
 
     Args:
         environ: The environment of this process.
@@ -39,7 +39,7 @@ def step_environment(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def relays_command(nodes: Sequence[str], program: Sequence[str]) -> list[str]:
-    """The command that runs a program once on each node, with all that the allocation has there.
+    """The command that runs a program once on each node, with everything that the allocation has there.
 
     Args:
         nodes: Names of nodes.
@@ -47,10 +47,10 @@ def relays_command(nodes: Sequence[str], program: Sequence[str]) -> list[str]:
     """
     return [
         "srun",
-        # Beside all other steps; without --exact, a step has all of the job's CPUs and GPUs on its nodes.
+        # Beside all other steps. Without --exact, a step has all of the job's CPUs and GPUs on its nodes.
         *("--overlap", f"--nodes={len(nodes)}", f"--ntasks={len(nodes)}", "--ntasks-per-node=1", "--cpus-per-task=1"),
         *(f"--nodelist={','.join(nodes)}", "--mem=0", "--cpu-bind=none", "--mpi=none", "--export=ALL", "--input=none"),
-        # A node that is lost takes no other along.
+        # The loss of one node must not end the others.
         *("--no-kill", "--kill-on-bad-exit=0", "--wait=0", "--unbuffered", "--quiet"),
         *program,
     ]
@@ -59,11 +59,10 @@ def relays_command(nodes: Sequence[str], program: Sequence[str]) -> list[str]:
 def ranks_command(
     resources: Resources, hosts: Sequence[str], pmi_mode: str | None, program: Sequence[str]
 ) -> list[str]:
-    """The command that runs a program on all ranks of a call, on nodes that were chosen for it.
+    """The command that runs a program on all ranks of a call, on the nodes chosen for it.
 
-    The ranks are pinned by themselves, to the cores that the ledger has given them: by Slurm's own choice all steps
-    that overlap would get the same ones. Where there are several nodes, ``SLURM_HOSTFILE`` has to name a file with the
-    node of each rank.
+    The ranks pin themselves to the cores that the ledger has given them, since Slurm would choose the same cores for
+    all steps that overlap. If there are several nodes, ``SLURM_HOSTFILE`` must name a file with the node of each rank.
 
     Args:
         resources: What the call needs.
@@ -72,13 +71,13 @@ def ranks_command(
         program: Program and arguments.
     """
     nodes = list(dict.fromkeys(hosts))
-    # Newer ones than Slurm 24.11 refuse --nodes beside the file that names the nodes.
+    # Versions after Slurm 24.11 refuse --nodes together with the file that names the nodes.
     where = ["--distribution=arbitrary"] if len(nodes) > 1 else ["--nodes=1", f"--nodelist={nodes[0]}"]
     return [
         "srun",
         *("--overlap", *where, f"--ntasks={len(hosts)}"),
         *(f"--cpus-per-task={resources.threads_per_core}", "--mem=0", "--cpu-bind=none", "--export=ALL"),
-        # When one rank dies the others would wait for it until the time limit.
+        # When one rank dies, the others would otherwise wait for it until the time limit.
         *("--input=none", "--kill-on-bad-exit=1", "--unbuffered", "--quiet"),
         *([f"--mpi={pmi_mode}"] if pmi_mode is not None else []),
         *(["--overcommit"] if resources.openmpi_oversubscribe else []),
@@ -88,7 +87,7 @@ def ranks_command(
 
 
 def parse_time_left(output: str) -> float | None:
-    """Seconds in what `squeue` prints for ``%L``, such as ``1-02:03:04``; None where it is no time."""
+    """Seconds in what `squeue` prints for ``%L``, such as ``1-02:03:04``; None if it is not a time."""
     found = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", output.strip())
     if found is None:
         return None

@@ -1,4 +1,4 @@
 """How calls and results travel between the executor and its workers."""
 
-# Name of the environment variable through which a worker learns how to connect. Here, where nothing is loaded with it.
+# The environment variable that tells a worker how to connect. It is here because this module loads nothing else.
 CONNECTION_VARIABLE = "EXECUTORLIB_CONNECTION"

@@ -1,7 +1,7 @@
-"""Where this machine can be reached by others, and where others can be.
+"""Finds out where others can reach this machine, and where others can be reached.
 
-A machine of a cluster has several networks, and it is not known here which of them the other one shares. So all that
-may be right is offered, and whoever connects finds out (`transports.router.Dealer`).
+A machine of a cluster has several networks, and nobody here knows which of them the other machine shares. So every
+address that may work is offered, and whoever connects finds out (`transports.dealer.Dealer`).
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from collections.abc import Iterator, Sequence
 
 LOOPBACK = "127.0.0.1"
 
-# The kernel's limit for the path of a Unix socket (sun_path, which also holds a zero byte); TMPDIR may be longer.
+# The kernel's limit for the path of a Unix socket (sun_path, which also holds a zero byte). TMPDIR may be longer.
 _MOST_PATH_BYTES = 107 if sys.platform.startswith("linux") else 103
-# Where a short path can be had.
+# Directories with short paths.
 _SHORT_DIRECTORIES = ("/tmp", "/var/tmp", "/dev/shm")
 
 # net/if.h, the same on Linux, macOS and the BSDs.
 _IFF_UP = 0x1
 _IFF_LOOPBACK = 0x8
 
-# Set aside for documentation (RFC 5737, RFC 3849): nobody is there. UDP only looks up the route there, to connect.
+# Reserved for documentation (RFC 5737, RFC 3849), so nobody is there. Connecting by UDP only looks up the route.
 _ELSEWHERE = ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1"))
 
-# Asking for the fully qualified name may ask a name server, which may not answer.
+# Finding the fully qualified name may involve a name server that does not answer.
 _NAME_SECONDS = 1.0
 
 
@@ -52,28 +52,28 @@ _Interface._fields_ = [
 
 
 def addresses() -> list[str]:
-    """Addresses of this machine by which others may reach it.
+    """Return the addresses at which others may reach this machine.
 
     Returns:
-        IPv4 addresses, then IPv6 addresses, as numbers; of each, the one of the default route first. Addresses of the
-        loopback interface, and those that are valid on one link only, are left out.
+        IPv4 addresses, then IPv6 addresses, as numbers, of each kind that of the default route first. Addresses of
+        the loopback interface, and those that are valid on one link only, are left out.
     """
     found = _preferred()
-    with contextlib.suppress(OSError, AttributeError):  # a C library without getifaddrs
+    with contextlib.suppress(OSError, AttributeError):  # the C library has no getifaddrs
         found += _of_interfaces()
     unique = [each for each in dict.fromkeys(found) if not (each.is_loopback or each.is_link_local)]
     return [str(each) for each in sorted(unique, key=lambda each: each.version)]
 
 
 def socket_directory(name: str) -> str:
-    """Make a directory for a Unix socket, accessible to this user alone, where the path is not too long for one.
+    """Make a directory for a Unix socket that only this user can access and whose path is short enough.
 
     Args:
-        name: Of the socket.
+        name: The name of the socket.
 
     Returns:
-        A directory among those for temporary files if its path is short enough, else one elsewhere. The caller removes
-        it.
+        A directory among those for temporary files if that path is short enough, otherwise one elsewhere. The caller
+        removes it.
 
     Raises:
         OSError: There is no such place.
@@ -106,7 +106,7 @@ def _preferred() -> list[_IPAddress]:
             with socket.socket(family, socket.SOCK_DGRAM) as probe:
                 probe.connect((elsewhere, 9))
                 found.append(ipaddress.ip_address(probe.getsockname()[0]))
-        except OSError:  # no such network, or no route
+        except OSError:  # there is no such network, or no route
             continue
     return found
 
@@ -130,7 +130,7 @@ def _of_interfaces() -> list[_IPAddress]:
 
 
 def _in_socket_address(location: int) -> Iterator[_IPAddress]:
-    # The BSDs, with macOS, have a byte of length before a family of one byte; Linux has a family of two bytes.
+    # The BSDs and macOS have one byte of length and one of family; Linux has two bytes of family.
     head = ctypes.string_at(location, 2)
     family = int.from_bytes(head, sys.byteorder) if sys.platform.startswith("linux") else head[1]
     if family == socket.AF_INET:
@@ -141,9 +141,9 @@ def _in_socket_address(location: int) -> Iterator[_IPAddress]:
 
 @functools.lru_cache
 def names() -> tuple[str, ...]:
-    """This machine's host name and its fully qualified name, where they say more than ``localhost``.
+    """Return this machine's host name and fully qualified name, unless they only say ``localhost``.
 
-    Waits for a name server, but not longer than a second; the answer is kept.
+    This may wait for a name server, but no longer than a second. The answer is kept.
     """
     found = [socket.gethostname()]
     asking = threading.Thread(target=lambda: found.append(socket.getfqdn()), daemon=True)
@@ -153,12 +153,12 @@ def names() -> tuple[str, ...]:
 
 
 def endpoints(port: int, hosts: Sequence[str] = ()) -> list[str]:
-    """ZeroMQ endpoints at which a port of this machine may be reached.
+    """Return the ZeroMQ endpoints at which a port of this machine may be reached.
 
     Args:
         port: The TCP port.
-        hosts: Addresses or names; by default all of this machine, addresses first, or that of the loopback interface
-            where it has no other.
+        hosts: Addresses or names. By default all of this machine, addresses first, or that of the loopback interface if
+            there are no others.
     """
     if not hosts:
         hosts = [*addresses(), *names()] or [LOOPBACK]
@@ -166,13 +166,13 @@ def endpoints(port: int, hosts: Sequence[str] = ()) -> list[str]:
 
 
 def split(endpoint: str) -> tuple[str, int]:
-    """Host and port of a TCP endpoint."""
+    """Split a TCP endpoint into host and port."""
     host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
     return host.strip("[]"), int(port)
 
 
 def is_numeric(host: str) -> bool:
-    """Whether it is an address and not a name."""
+    """Return True if this is an address and not a name."""
     try:
         ipaddress.ip_address(host)
     except ValueError:
@@ -181,7 +181,7 @@ def is_numeric(host: str) -> bool:
 
 
 def resolve(host: str) -> list[str]:
-    """Addresses of a host, as numbers.
+    """Return the addresses of a host, as numbers.
 
     Raises:
         OSError: The name cannot be resolved.

@@ -1,9 +1,9 @@
-"""Who may connect: the keys of all that talks by ZeroMQ, how they travel, and who is let in.
+"""Who may connect: the keys of everything that uses ZeroMQ, how they travel, and who is let in.
 
-Every listening socket has CURVE keys of its own (https://rfc.zeromq.org/spec/26/) and makes the one pair of keys by
-which its clients are known. All traffic is encrypted and both ends prove who they are: libzmq asks about each
-connection (ZAP, https://rfc.zeromq.org/spec/27/), and `Door` lets in that one key. What clients need travels by the
-environment or by a file that nobody else can read, never by a command line, which every user of a machine can see.
+Every listening socket has its own CURVE keys (https://rfc.zeromq.org/spec/26/) and makes the one pair of keys by which
+it knows its clients. All traffic is encrypted, and both ends prove who they are: libzmq asks about each connection
+(ZAP, https://rfc.zeromq.org/spec/27/), and `Door` admits only that key. Clients get what they need through the
+environment or a file that nobody else can read, and never on a command line, which every user of a machine can see.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from typing import Any, NamedTuple  # dataclasses take a tenth of the start of a worker that connects
+from typing import Any, NamedTuple  # dataclasses would take a tenth of the start-up time of a worker
 
 import zmq
 from zmq.utils import z85
@@ -20,7 +20,7 @@ from executorlib.transports import CONNECTION_VARIABLE as CONNECTION_VARIABLE
 
 _ZAP_ENDPOINT = "inproc://zeromq.zap.01"
 _DOMAIN = b"executorlib"
-# Of a key in Z85, see RFC 26 and https://rfc.zeromq.org/spec/32/.
+# The length of a key in Z85, see RFC 26 and https://rfc.zeromq.org/spec/32/.
 _KEY_CHARACTERS = 40
 
 
@@ -45,7 +45,7 @@ class ClientKeys(NamedTuple):
         """Read what `dumps` wrote.
 
         Raises:
-            ValueError: It is something else.
+            ValueError: The text is something else.
         """
         keys = text.encode().split()
         if len(keys) != 3 or any(len(key) != _KEY_CHARACTERS for key in keys):
@@ -53,11 +53,11 @@ class ClientKeys(NamedTuple):
         return cls(*keys)
 
     def dumps(self) -> str:
-        """The three keys as text, with spaces between."""
+        """Return the three keys as text, separated by spaces."""
         return b" ".join((self.server, self.public, self.secret)).decode()
 
     def use(self, sock: zmq.Socket[Any]) -> None:
-        """Have a socket use them in the connections that it makes from now on."""
+        """Let a socket use these keys in the connections that it makes from now on."""
         sock.setsockopt(zmq.CURVE_SERVERKEY, self.server)
         sock.setsockopt(zmq.CURVE_PUBLICKEY, self.public)
         sock.setsockopt(zmq.CURVE_SECRETKEY, self.secret)
@@ -68,8 +68,8 @@ class Credentials(NamedTuple):
 
     Attributes:
         endpoints: Where the executor may be reached; any of them will do.
-        identity: Names the worker; holds no dot.
-        keys: What it proves that it is ours with.
+        identity: The worker's name, without a dot.
+        keys: The keys with which it proves that it is ours.
     """
 
     endpoints: tuple[str, ...]
@@ -81,7 +81,7 @@ class Credentials(NamedTuple):
         """Read what `dumps` wrote.
 
         Raises:
-            ValueError: It is something else.
+            ValueError: The text is something else.
         """
         try:
             content = json.loads(text)
@@ -90,7 +90,7 @@ class Credentials(NamedTuple):
             raise ValueError(f"no credentials of executorlib: {type(error).__name__}: {error}") from None
 
     def dumps(self) -> str:
-        """The value of `CONNECTION_VARIABLE`, or content of a file."""
+        """Return the value for `CONNECTION_VARIABLE`, or the content of a file."""
         return json.dumps({"endpoints": self.endpoints, "identity": self.identity, "keys": self.keys.dumps()})
 
     @classmethod
@@ -99,22 +99,22 @@ class Credentials(NamedTuple):
 
         Raises:
             OSError: The file cannot be read.
-            PermissionError: Others than this user own it, or can read or write it.
-            ValueError: It holds something else.
+            PermissionError: The file belongs to another user, or others can read or write it.
+            ValueError: The file holds something else.
         """
         with open(path, encoding="utf-8") as file:
             _check_private(path, file.fileno())
             return cls.parse(file.read())
 
     def write(self, path: str) -> None:
-        """Make a file that only this user can read (mode 0600).
+        """Write a file that only this user can read (mode 0600).
 
         Raises:
-            FileExistsError: There is a file of that name.
-            PermissionError: The file system does not keep others from reading it.
-            OSError: It cannot be written.
+            FileExistsError: There is a file with that name.
+            PermissionError: The file system does not keep others from reading the file.
+            OSError: The file cannot be written.
         """
-        # Exclusive, so that nobody has it open, or has laid a link for us. The mode is there before the keys are.
+        # Exclusive, so that nobody has it open or has put a link there. The mode is set before the keys are written.
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             with open(descriptor, "w", encoding="utf-8") as file:
@@ -139,11 +139,11 @@ def _check_private(path: str, descriptor: int) -> None:
 class Door:
     """Keeps strangers out of one listening socket.
 
-    libzmq asks about every connection on `socket`, and `answer` answers; who has to wait for that is not let in
-    meanwhile. Close it after the socket that it guards: as long as that one listens, there must be someone to ask.
+    libzmq asks about every connection on `socket`, and `answer` answers. A client is not let in while it waits for
+    that. Close the door after the socket that it guards: while that one listens, somebody must be there to ask.
 
     Args:
-        context: Of the listening socket; only one door fits in a context.
+        context: The context of the listening socket. A context has room for one door.
 
     Attributes:
         keys: What a client needs to be let in.
@@ -158,20 +158,20 @@ class Door:
         self.socket.bind(_ZAP_ENDPOINT)
 
     def guard(self, sock: zmq.Socket[Any]) -> None:
-        """Let only clients with `keys` connect to a socket. Call it before the socket is bound."""
+        """Let only clients with `keys` connect to a socket. Call this before the socket is bound."""
         sock.setsockopt(zmq.CURVE_SERVER, 1)
         sock.setsockopt(zmq.CURVE_SECRETKEY, self._secret)
         sock.setsockopt(zmq.ZAP_DOMAIN, _DOMAIN)
-        # Otherwise everyone is let in when there is nobody to ask.
+        # Without this, everybody is let in when there is nobody to ask.
         sock.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
 
     def answer(self) -> None:
-        """Answer a question; wait for one if there is none."""
+        """Answer a question, or wait for one."""
         version, request, domain, _, _, mechanism, *credentials = self.socket.recv_multipart()
         known = mechanism == b"CURVE" and domain == _DOMAIN and credentials == [self._admitted]
         status, reason = (b"200", b"OK") if known else (b"400", b"unknown key")
         self.socket.send_multipart([version, request, status, reason, b"", b""])
 
     def close(self) -> None:
-        """Answer no more; what asks from now on is refused."""
+        """Stop answering. Whoever asks from now on is refused."""
         self.socket.close(linger=0)

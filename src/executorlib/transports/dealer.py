@@ -1,8 +1,8 @@
-"""A worker's end of messages over ZeroMQ: it finds the executor, and it notices when that is gone.
+"""A worker's end of messages over ZeroMQ. It finds the executor, and notices when the executor is gone.
 
-The executor's machine may have several addresses, and not all can be reached from here. The first is tried, after a
-moment all others, too, and the first connection by which the executor lets us in is kept: its key is the proof that it
-is ours, whoever else listens at such an address and port.
+The executor's machine may have several addresses, and some of them may be out of reach from here. The first is tried,
+after a moment all others as well, and the first connection on which the executor lets us in is kept. The executor's key
+proves that it is ours, whoever else may listen at such an address and port.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ from executorlib.transports.zeromq import (
     unpack,
 )
 
-# Of an attempt to reach one address, and from its failure to the next attempt there, in seconds.
+# The time limit of an attempt to reach an address, and the pause after it has failed, in seconds.
 _ATTEMPT_SECONDS = 10.0
 _PAUSE_SECONDS = 1.0
-# How long the first address is tried alone, in seconds. It is that of the default route, and nearly always the right
-# one; each further one costs both ends an attempt, and a name a thread.
+# How long the first address is tried alone, in seconds. It belongs to the default route and is nearly always the right
+# one. Each further address costs both ends an attempt, and each name costs a thread.
 _HEAD_START_SECONDS = 0.05
-# How often names that are still being resolved are looked after, in seconds.
+# How often to check for names that have been resolved, in seconds.
 _RESOLVE_SECONDS = 0.05
-# How long a worker that leaves waits for its last message to be taken, in seconds.
+# How long a worker that leaves waits for its last message to be accepted, in seconds.
 _LINGER_SECONDS = 30.0
 
 _NO_ANSWER = "no answer"
 _NOBODY = "nobody listens there, or it cannot be reached"
-# When every address has refused connections for so many seconds, the executor has ended, as it listens until then.
+# If every address has refused connections for this many seconds, the executor has ended, because it listens until then.
 _REFUSED_SECONDS = 3.0
 _REFUSED = "it refuses this worker's key"
 
@@ -62,12 +62,12 @@ _ATTEMPT_EVENTS = (
 
 
 class Dealer:
-    """A worker's end; it blocks.
+    """A worker's end, which blocks.
 
     Args:
         credentials: Where the executor is, and the keys.
-        name: The worker's identity; what follows a dot tells ranks of one world apart.
-        on_lost: Called in a thread of its own when the connection was lost, whatever the worker is doing then.
+        name: The worker's identity. What follows a dot distinguishes ranks of one world.
+        on_lost: Called in a thread of its own when the connection is lost, whatever the worker is doing then.
         seconds: How long to try to connect.
 
     Raises:
@@ -92,12 +92,12 @@ class Dealer:
         self._monitor = attempt.monitor
         self.endpoint = attempt.endpoint
         self._lost = threading.Event()
-        self._lost_read, self._lost_write = os.pipe()  # becomes readable with it
+        self._lost_read, self._lost_write = os.pipe()  # becomes readable when it is set
         self._watcher = threading.Thread(target=self._watch, name="executorlib connection", daemon=True)
         self._watcher.start()
 
     def _watch(self) -> None:
-        """Wait for the end of the connection; all other events are over, or are of no interest."""
+        """Wait for the end of the connection. No other event matters any more."""
         while True:
             event, _ = read_event(self._monitor)
             if event == zmq.EVENT_MONITOR_STOPPED:
@@ -123,14 +123,14 @@ class Dealer:
     def send(self, header: Any, frames: Sequence[Frame] = ()) -> None:
         """Send a message.
 
-        Frames may be read until they have arrived, so they must not be written to until the executor has answered.
+        Frames may be read until they have arrived, so nobody may write to them before the executor has answered.
 
         Raises:
             EOFError: The connection was lost.
         """
         while not self._lost.is_set():
             self._wait(zmq.POLLOUT)
-            # Without the connection, which may end here, it would wait for ever.
+            # The connection may end at this point, and a blocking call would then wait for ever.
             with contextlib.suppress(zmq.Again):
                 self._socket.send_multipart(pack(header, frames), zmq.NOBLOCK, copy=False)
                 return
@@ -149,9 +149,9 @@ class Dealer:
                 return Message(*unpack(parts), [])
 
     def take(self) -> Message | None:
-        """The next message; None where there is none yet, and then one of `descriptors` becomes readable before it is.
+        """Return the next message, or None if there is none yet. One of `descriptors` announces the next one.
 
-        Sending may hide that, so it has to be followed by this.
+        Sending may hide that event, so call this after sending.
 
         Raises:
             EOFError: The connection was lost.
@@ -166,11 +166,11 @@ class Dealer:
 
     @property
     def descriptors(self) -> tuple[int, int]:
-        """For who waits for other things beside; to be read by nobody else."""
+        """Descriptors to wait for, for callers that also wait for other things. Nobody else may read from them."""
         return int(self._socket.getsockopt(zmq.FD)), self._lost_read
 
     def close(self) -> None:
-        """Send what is left, if the executor takes it in time, then close."""
+        """Send what is left, if the executor accepts it in time, and close."""
         self._socket.disable_monitor()
         self._watcher.join()
         self._monitor.close()
@@ -181,18 +181,18 @@ class Dealer:
 
 
 class _Attempt:
-    """To connect to one address, again and again.
+    """Tries to connect to one address, again and again.
 
     Args:
-        context: The worker's.
-        keys: Its keys.
+        context: The worker's context.
+        keys: The worker's keys.
         peer: The identity of this connection.
-        endpoint: Where to.
+        endpoint: The address.
 
     Attributes:
-        outcome: What came of it so far.
-        failing: Since when no connection was made, on the monotonic clock; None where the last attempt may be one.
-        again: When to try again, on the monotonic clock; 0 while it goes on.
+        outcome: What has come of it so far.
+        failing: Since when no connection has been made, on the monotonic clock; None if the last attempt may make one.
+        again: When to try again, on the monotonic clock; 0 during an attempt.
     """
 
     def __init__(self, context: zmq.Context[Any], keys: ClientKeys, peer: str, endpoint: str) -> None:
@@ -226,11 +226,11 @@ class _Attempt:
         self.socket.close()
 
     def succeeded(self) -> bool:
-        """Take in an event; return whether the executor has let us in."""
+        """Process an event, and return True if the executor has let us in."""
         event, _ = read_event(self.monitor)
         if event == zmq.EVENT_CONNECTED:
             self.failing = None
-            if self.outcome in (_NO_ANSWER, _NOBODY):  # what an earlier connection came to says more
+            if self.outcome in (_NO_ANSWER, _NOBODY):  # the outcome of an earlier connection says more
                 self.outcome = "connected, but it does not answer"
         elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
             self.outcome = _REFUSED
@@ -246,9 +246,9 @@ class _Attempt:
         return bool(event == zmq.EVENT_HANDSHAKE_SUCCEEDED)
 
     def is_refused(self) -> bool:
-        """Whether the machine at this address answers that nobody listens there; others may not be reached at all."""
+        """Return True if the machine at this address answers that nobody listens there. Others may be out of reach."""
         try:
-            # What is no TCP address is no matter of networks: nobody there means nobody.
+            # An address that is not TCP involves no network, so a failure always means that nobody is there.
             if not self.endpoint.startswith("tcp:"):
                 return True
             socket.create_connection(address.split(self.endpoint), _ATTEMPT_SECONDS).close()
@@ -256,7 +256,7 @@ class _Attempt:
             return True
         except OSError:
             pass
-        self.failing = None  # look again after as long
+        self.failing = None  # look again after the same time
         return False
 
     def _pause(self) -> None:
@@ -265,10 +265,10 @@ class _Attempt:
 
 
 class _Search:
-    """Tries all endpoints: the first, and all others at once where that takes longer than a moment.
+    """Tries the first endpoint, and after a moment all others at once.
 
     Args:
-        context: The worker's.
+        context: The worker's context.
         credentials: Where the executor may be, and the keys.
         name: The worker's identity.
         seconds: How long to try.
@@ -277,12 +277,12 @@ class _Search:
     def __init__(self, context: zmq.Context[Any], credentials: Credentials, name: str, seconds: float) -> None:
         self._context = context
         self._keys = credentials.keys
-        # The executor knows connections by these, so each is another one, also of a worker that is started again.
+        # The executor identifies connections by these, so each must be new, even if a worker is started again.
         self._peers = f"{name}.{os.urandom(6).hex()}"
         self._seconds = seconds
         self._give_up = time.monotonic() + seconds
         self._attempts: dict[str, _Attempt] = {}
-        self._unresolved: dict[str, str] = {}  # endpoints, and why they are not tried
+        self._unresolved: dict[str, str] = {}  # endpoints, each with the reason why it is not tried
         self._resolved: queue.SimpleQueue[tuple[str, list[str] | OSError]] = queue.SimpleQueue()
         self._resolving = 0
         self._further = list(credentials.endpoints[1:])
@@ -297,7 +297,7 @@ class _Search:
                 self._attempt(endpoint)
 
     def _try_further(self) -> float:
-        """Try the others once it is time for that; in how many seconds that is."""
+        """Try the other endpoints once their time has come. Return the seconds until then."""
         left = self._further_at - time.monotonic()
         if not self._further or left > 0:
             return left if self._further else float("inf")
@@ -311,7 +311,7 @@ class _Search:
             self._attempts[endpoint] = _Attempt(self._context, self._keys, peer, endpoint)
 
     def _resolve(self, endpoint: str) -> None:
-        """Have a thread find the addresses of a name, which may take long; libzmq would do nothing else meanwhile."""
+        """Resolve a name in a thread, because it may take long and libzmq would do nothing else meanwhile."""
 
         def resolve() -> None:
             try:
@@ -335,7 +335,7 @@ class _Search:
                 self._attempt(each)
 
     def run(self) -> _Attempt:
-        """Return the attempt that succeeded; see `Dealer` for what is raised."""
+        """Return the attempt that succeeded, or raise what `Dealer` says."""
         while (left := self._give_up - time.monotonic()) > 0:
             self._take_resolved()
             winner = self._wait(min(left, self._try_further()))
@@ -355,7 +355,7 @@ class _Search:
         )
 
     def _is_refused(self) -> bool:
-        """Whether all addresses answer, and nobody listens at any of them any more."""
+        """Return True if all addresses answer and nobody listens at any of them any more."""
         if self._resolving or self._further:
             return False
         now = time.monotonic()
@@ -364,7 +364,7 @@ class _Search:
         return max(since, default=now) <= now - _REFUSED_SECONDS and all(each.is_refused() for each in attempts)
 
     def _wait(self, left: float) -> _Attempt | None:
-        """Wait for one event or pause to be over; return the attempt that has succeeded, if any."""
+        """Wait for an event or the end of a pause. Return the attempt that succeeded, if there is one."""
         if self._resolving:
             left = min(left, _RESOLVE_SECONDS)
         now = time.monotonic()

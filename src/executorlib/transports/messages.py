@@ -5,13 +5,13 @@ A message is a control header of plain data (JSON) and opaque frames (pickled us
     u32 header length, u32 number of frames, u16 number of descriptors,
     u64 length of each frame, header, frames
 
-Descriptors travel beside the bytes (SCM_RIGHTS) and are matched to messages by order. When the frames are large and
-the system has memory files (Linux), they are put into one memory file and its descriptor is sent instead: one copy
-in, and the receiver maps the pages, privately and writable, without another. Such a message has its last descriptor
-marked by the high bit of the descriptor count.
+Descriptors travel beside the bytes (SCM_RIGHTS) and are matched to messages by order. If the frames are large and the
+system has memory files (Linux), they are put into one memory file, and its descriptor is sent instead. That takes one
+copy in; the receiver maps the pages, privately and writable, without another. In such a message, the high bit of the
+descriptor count marks the last descriptor as that of the file.
 
 Both ends are here: `Channel` never blocks and is for the executor's loop; `Connection` blocks and is for workers. A
-node's relay passes streams on without looking into them (`Channel.pass_on`); memory files end there.
+node's relay passes streams on without looking into them (`Channel.pass_on`), except that memory files end there.
 """
 
 from __future__ import annotations
@@ -42,28 +42,28 @@ _LENGTH = struct.Struct("<Q")
 _PREFIX_OF_ONE = struct.Struct("<IIHQ")
 _MAPPED = 0x8000
 
-# Below this, copying through the socket is cheaper than a memory file with its system calls and page faults
-# (measured with numpy arrays between two processes: equal near 200 kB).
+# Below this, copying through the socket is cheaper than a memory file with its system calls and page faults (measured
+# with numpy arrays between two processes: equal near 200 kB).
 MAPPED_BYTES = 192 * 1024
-# Arrays want their data aligned; 64 bytes is a cache line and the widest vector register.
+# Arrays need aligned data. 64 bytes is a cache line and the widest vector register.
 _ALIGNMENT = 64
-# Just below malloc's default threshold for mmap, so that a receive does not map and fault fresh pages.
+# Just below malloc's default threshold for mmap, so that receiving does not map and fault in new pages.
 _RECEIVE_BYTES = 120 * 1024
-# What a worker receives at once where its calls have left no memory for that; most messages are shorter.
+# What a worker receives at a time if its calls have left no memory for more. Most messages are shorter.
 _LITTLE_BYTES = 4 * 1024
-# Headers hold an environment at most. What claims to be longer is no message.
+# The largest thing in a header is an environment. A longer header is not a message.
 _MOST_HEADER_BYTES = 16 * 1024 * 1024
-# The kernel takes at most SCM_MAX_FD = 253 descriptors with one message.
+# The kernel accepts at most SCM_MAX_FD = 253 descriptors with one message.
 _MOST_DESCRIPTORS = 253
 _ANCILLARY_BYTES = socket.CMSG_SPACE(_MOST_DESCRIPTORS * 4)
-# Stands for descriptors that the kernel could not give us.
+# Takes the place of descriptors that the kernel could not give us.
 _LOST = -1
 _TOO_MANY_FILES = "too many open files in this process; raise its limit (`ulimit -n`), or close some"
 
-# Below this, one copy into one piece is cheaper than a longer list of pieces for the kernel.
+# Below this, copying everything into one piece is cheaper than giving the kernel a longer list of pieces.
 _JOINED_BYTES = 8192
 
-# Made once: the functions of the json module set up an encoder for each call that wants other separators.
+# Made once, because the functions of the json module make a new encoder for each call with other separators.
 _to_json = json.JSONEncoder(separators=(",", ":")).encode
 _from_json = json.JSONDecoder().decode
 
@@ -76,8 +76,8 @@ class Message:
     Attributes:
         header: Control data.
         frames: Opaque payload.
-        fds: Open descriptors that came with it; the receiver owns them.
-        error: Why there are neither frames nor descriptors although it was sent with some, where that is so.
+        fds: Open descriptors that came with it. The receiver owns them.
+        error: The reason if frames and descriptors were sent but are missing here; otherwise None.
     """
 
     __slots__ = ("error", "fds", "frames", "header")
@@ -90,7 +90,7 @@ class Message:
 
 
 def encode(header: Any, frames: Sequence[Frame], fds: Sequence[int] = ()) -> tuple[list[Frame], list[int], list[int]]:
-    """Put a message into the form of the wire.
+    """Encode a message for the wire.
 
     Returns:
         The pieces of bytes in order, the descriptors to send, and those of them to close once they are sent.
@@ -98,13 +98,13 @@ def encode(header: Any, frames: Sequence[Frame], fds: Sequence[int] = ()) -> tup
     text = _to_json(header).encode()
     count = len(fds)
     if len(frames) == 1 and type(frames[0]) is bytes and len(frames[0]) < min(_JOINED_BYTES, MAPPED_BYTES):
-        # A small call or result, which is most of what travels.
+        # A small call or result, like most of the traffic.
         (frame,) = frames
         return [_PREFIX_OF_ONE.pack(len(text), 1, count, len(frame)) + text + frame], list(fds), []
     lengths = [nbytes(frame) for frame in frames]
     total = sum(lengths)
     if HAS_MEMORY_FILES and total >= MAPPED_BYTES:
-        # Where that fails (a limit on the size of files counts here, too), the frames go through the socket.
+        # If that fails (a limit on the size of files applies here, too), the frames go through the socket.
         with contextlib.suppress(OSError):
             mapped = _store(frames, lengths)
             head = _PREFIX.pack(len(text), len(frames), (count + 1) | _MAPPED)
@@ -142,8 +142,8 @@ def _load(memory: int | memoryview, lengths: Sequence[int]) -> list[Frame]:
     for length in lengths:
         starts.append(total)
         total = _aligned(total + length)
-    # Private and writable: the receiver may change its arrays, and nobody sees it. Not populated: on a private writable
-    # mapping that copies every page (measured: 5 ms for 10 MB, where reading it costs 1.5 ms of page faults).
+    # Private and writable, so the receiver may change its arrays unseen by others. Not populated, because on a private
+    # writable mapping that copies every page (measured: 5 ms for 10 MB, where reading it takes 1.5 ms of page faults).
     view = _map(memory, total) if isinstance(memory, int) else memory
     if view.nbytes < total:
         raise ValueError("less memory was passed on than its message says")
@@ -153,12 +153,12 @@ def _load(memory: int | memoryview, lengths: Sequence[int]) -> list[Frame]:
 def _map(fd: int, length: int) -> memoryview:
     """Map a file, privately and writable, for as long as anything refers to the memory."""
     if os.fstat(fd).st_size < length:
-        raise ValueError("a memory file is shorter than its message says")  # reading behind its end is a bus error
+        raise ValueError("a memory file is shorter than its message says")  # reading beyond its end is a bus error
     if sys.version_info >= (3, 13):
         return memoryview(
             mmap.mmap(fd, length, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE, trackfd=False)
         )
-    # Before, an mmap object kept a descriptor open for as long as it lived: a thousand results, a thousand open files.
+    # Before 3.13, an mmap object kept a descriptor open for all its life: a thousand results, a thousand open files.
     import ctypes
 
     libc = ctypes.CDLL(None, use_errno=True)
@@ -174,7 +174,7 @@ def _map(fd: int, length: int) -> memoryview:
 
 
 def _descriptors(ancillary: list[tuple[int, int, bytes]], flags: int) -> list[int]:
-    """The descriptors in what `socket.recvmsg` returned."""
+    """Return the descriptors in what `socket.recvmsg` returned."""
     fds: list[int] = []
     for level, kind, content in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
@@ -187,14 +187,14 @@ def _descriptors(ancillary: list[tuple[int, int, bytes]], flags: int) -> list[in
 
 
 class Undecoded:
-    """In place of a `Decoder`: passes a stream on, in pieces as they come, to where it is decoded.
+    """Takes the place of a `Decoder` to pass a stream on, in pieces as they come, to where it is decoded.
 
-    A piece is a message ``["stream", [error text or "", ...]]`` with the bytes and, for each descriptor, what is in
-    its memory file: nothing where there is an error.
+    A piece is a message ``["stream", [error text or "", ...]]`` with the bytes and, for each descriptor, the content of
+    its memory file, or nothing if there is an error.
     """
 
     def feed(self, data: bytes, ancillary: list[tuple[int, int, bytes]], flags: int = 0) -> list[Message]:
-        """Take what `socket.recvmsg` returned; return it as a message."""
+        """Take what `socket.recvmsg` returned, and return it as a message."""
         errors: list[str] = []
         frames: list[Frame] = [data]
         for fd in _descriptors(ancillary, flags) if ancillary or flags else ():
@@ -213,7 +213,7 @@ class Undecoded:
         return [Message(["stream", errors], frames, [])]
 
     def close(self) -> None:
-        """See `Decoder.close`; nothing is held."""
+        """Do nothing, because nothing is held."""
 
 
 class Decoder:
@@ -221,17 +221,17 @@ class Decoder:
 
     def __init__(self) -> None:
         self._buffer = bytearray()
-        # Descriptors or, of a stream that was passed on, what was in their files, or why that is not known.
+        # Descriptors, or for a stream that was passed on, the contents of their files or the error text instead.
         self._beside: deque[int | memoryview | str] = deque()
 
     def feed(self, data: bytes, ancillary: list[tuple[int, int, bytes]], flags: int = 0) -> list[Message]:
-        """Take what `socket.recvmsg` returned; return the messages that are complete."""
+        """Take what `socket.recvmsg` returned, and return the messages that are complete."""
         if ancillary or flags:
             self._beside += _descriptors(ancillary, flags)
         return self._cut(data)
 
     def feed_passed(self, errors: Sequence[str], frames: Sequence[Frame]) -> list[Message]:
-        """Take a piece of a stream that was passed on; see `Undecoded`."""
+        """Take a piece of a stream that was passed on by `Undecoded`, and return the messages that are complete."""
         for error, contents in zip(errors, frames[1:], strict=True):
             self._beside.append(error or memoryview(contents))
         return self._cut(frames[0])
@@ -270,7 +270,7 @@ class Decoder:
                         os.close(memory)
             elif not mapped:
                 for length in lengths:
-                    # A bytearray: arrays rebuilt on it are writable, as the originals were.
+                    # A bytearray, so that arrays rebuilt on it are writable, as the originals were.
                     frames.append(buffer[cursor : cursor + length])
                     cursor += length
             messages.append(Message(header, frames, [each for each in taken if isinstance(each, int)], error))
@@ -280,7 +280,7 @@ class Decoder:
         return messages
 
     def _take(self, count: int) -> tuple[list[int | memoryview], OSError | None]:
-        """What came beside the bytes of the next message, or why it is not there."""
+        """Return what came beside the bytes of the next message, or the reason why it is missing."""
         taken: list[int | memoryview] = []
         for _ in range(count):
             each = self._beside.popleft()
@@ -291,7 +291,7 @@ class Decoder:
         return taken, None
 
     def close(self) -> None:
-        """Close descriptors of messages that never became complete."""
+        """Close the descriptors of messages that never became complete."""
         _close(self._beside)
         self._beside.clear()
 
@@ -303,10 +303,10 @@ def _close(beside: Iterable[int | memoryview | str]) -> None:
 
 
 class Channel:
-    """The executor's end of a stream to a process on this machine; it never blocks.
+    """The executor's end of a stream to a process on this machine. It never blocks.
 
     Args:
-        sock: A connected stream socket, owned by the channel from now on.
+        sock: A connected stream socket. The channel owns it from now on.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -318,14 +318,14 @@ class Channel:
         self._close_after: list[int] = []
 
     def fileno(self) -> int:
-        """Descriptor for a selector."""
+        """Return the descriptor for a selector."""
         return self._sock.fileno()
 
     def put(self, header: Any, frames: Sequence[Frame] = ()) -> int:
         """Append a message to what `flush` sends.
 
         Returns:
-            Bytes of payload.
+            The bytes of its payload.
         """
         pieces, fds, close = encode(header, frames)
         self._out.extend(memoryview(piece).cast("B") for piece in pieces if nbytes(piece))
@@ -334,26 +334,26 @@ class Channel:
         return sum(map(nbytes, frames))
 
     def put_encoded(self, data: Frame) -> None:
-        """Append messages that were encoded elsewhere, without descriptors."""
+        """Append messages that were encoded elsewhere and have no descriptors."""
         self._out.append(memoryview(data).cast("B"))
 
     def pass_on(self) -> None:
-        """Leave what is received undecoded, from the beginning on; see `Undecoded`."""
+        """Stop decoding what is received and pass it on, from the beginning of the stream; see `Undecoded`."""
         self._decoder = Undecoded()
 
     def flush(self) -> bool:
-        """Send as much as the system takes now.
+        """Send as much as the system accepts now.
 
         Returns:
-            Whether all is sent.
+            True if everything has been sent.
 
         Raises:
             OSError: The other end is gone.
         """
         out = self._out
         while out:
-            # One descriptor at a time: the other end, if it cannot have any more open files, does not learn how many of
-            # those that came together it has lost. A message with one is a single piece, so none is left over.
+            # One descriptor at a time: if the other end cannot open any more files, it does not learn how many of those
+            # that came together were lost. A message with a descriptor is a single piece, so none is left over.
             fds = self._out_fds[:1]
             batch = [out[index] for index in range(1 if len(self._out_fds) > 1 else min(len(out), 64))]
             ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
@@ -372,14 +372,14 @@ class Channel:
         return True
 
     def receive(self, everything: bool = False) -> tuple[list[Message], bool]:
-        """Read what is there.
+        """Read what has arrived.
 
         Args:
-            everything: Whether to read to the end, at the price of one more system call; otherwise some may be left,
-                for which the descriptor stays readable.
+            everything: If true, read to the end, for the price of one more system call. If not, something may be left,
+                and then the descriptor stays readable.
 
         Returns:
-            The complete messages, and whether the stream has ended: closed by the other end, or not fit to be read.
+            The complete messages, and True if the stream has ended: closed by the other end, or unreadable.
         """
         messages: list[Message] = []
         while True:
@@ -396,7 +396,7 @@ class Channel:
             try:
                 messages += self._decoder.feed(data, ancillary, flags)
             except (ValueError, IndexError, OSError):
-                # Somebody else wrote into the worker's descriptor. What follows cannot be told apart any more.
+                # Somebody else wrote to the worker's descriptor, so the rest cannot be cut into messages.
                 return messages, True
             if len(data) < _RECEIVE_BYTES and not everything:
                 return messages, False
@@ -407,7 +407,7 @@ class Channel:
         self._close_after.clear()
 
     def close(self) -> None:
-        """Close the stream; what was not sent is dropped."""
+        """Close the stream, and drop what was not sent."""
         self._sock.close()
         self._decoder.close()
         self._close_sent()
@@ -415,10 +415,10 @@ class Channel:
 
 
 class Connection:
-    """A worker's end of a stream; it blocks.
+    """A worker's end of a stream. It blocks.
 
     Args:
-        sock: A connected stream socket, owned by the connection from now on.
+        sock: A connected stream socket. The connection owns it from now on.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -428,7 +428,7 @@ class Connection:
         self._messages: deque[Message] = deque()
 
     def fileno(self) -> int:
-        """Descriptor for a selector."""
+        """Return the descriptor for a selector."""
         return self._sock.fileno()
 
     def send(self, header: Any, frames: Sequence[Frame] = (), fds: Sequence[int] = ()) -> None:
@@ -453,7 +453,7 @@ class Connection:
                 os.close(fd)
 
     def pending(self) -> bool:
-        """Whether a message was read already, so that `receive` returns it at once."""
+        """Return True if a message has been read already, so that `receive` returns it at once."""
         return bool(self._messages)
 
     def receive(self) -> Message:
@@ -461,12 +461,12 @@ class Connection:
 
         Raises:
             EOFError: The other end is closed.
-            OSError: There were too many open files, or too little memory, to take it.
+            OSError: Too many files were open, or there was too little memory, to receive it.
         """
         while not self._messages:
             try:
                 data, ancillary, flags = self._read(_RECEIVE_BYTES)
-            except MemoryError:  # for what is read, so that nothing was
+            except MemoryError:  # raised for the receive buffer, so nothing has been read
                 data, ancillary, flags = self._read(_LITTLE_BYTES)
             if not data:
                 raise EOFError("the executor closed the connection")

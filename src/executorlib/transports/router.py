@@ -1,11 +1,11 @@
 """The executor's end of messages over ZeroMQ: one socket for all workers that connect on their own.
 
-These are the ranks of MPI worlds, and workers on other nodes; their end is `transports.dealer`. On one node they meet
-at a Unix socket in a directory of mode 0700, between nodes at a TCP port that the system chose.
+These workers are ranks of MPI worlds and workers on other nodes; their end is `transports.dealer`. On one node they
+meet at a Unix socket in a directory of mode 0700, between nodes at a TCP port chosen by the system.
 
-libzmq tells of the end of a connection by its descriptor only, which a message knows, too: so a peer's first message
-tells which one is its. But its connection may have ended before that message was read, and the descriptor may be that
-of another connection by then. So it is asked after a little later, by sending it nothing, which fails if it is gone.
+libzmq reports the end of a connection only by its descriptor. Messages carry the descriptor as well, so a peer's first
+message shows which one is its own. But the connection may have ended before that message was read, and the descriptor
+may belong to another connection by then. So a little later the peer is sent nothing, which fails if it is gone.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ from executorlib.transports.zeromq import (
 if TYPE_CHECKING:
     from executorlib.poller import Waiting
 
-# Name of the Unix socket in its directory.
+# The name of the Unix socket in its directory.
 _SOCKET = "router"
-# Connections of workers that come at the same moment wait in this queue; the system's own limit applies, too.
+# The queue for connections of workers that come at the same moment. The system's own limit applies as well.
 _BACKLOG = 4096
-# Read in one turn of the loop; and the pause then, in seconds, in which it gets to the rest.
+# The most messages to read in one turn of the loop, and the pause after them, in seconds, for the loop's other work.
 _MESSAGES_A_TURN = 100
 _REST_SECONDS = 0.001
-# When a new peer is asked after, in seconds. libzmq's thread has long told its socket by then.
+# When to check if a new peer is still there, in seconds. By then libzmq's thread has long told the socket.
 _CHECK_SECONDS = 1.0
 
 
 def worker_of(peer: bytes) -> str:
-    """The identity that a peer's credentials had."""
+    """Return the identity in a peer's credentials."""
     return peer.partition(b".")[0].decode()
 
 
@@ -56,17 +56,18 @@ class Router:
 
     Args:
         events: The loop.
-        on_message: Called with a peer, header and frames. The peer is a connection: a worker that is started again
-            with the same credentials is another one; `worker_of` tells whose it is.
-        on_lost: Called with a peer that has sent messages and whose connection has ended: it left, died or went silent.
-            All that it sent was delivered before.
-        tcp: Whether workers of other nodes connect; otherwise only those of this one can.
+        on_message: Called with a peer, header and frames. A peer is a connection: a worker that is started again with
+            the same credentials is another peer, and `worker_of` tells whose it is.
+        on_lost: Called with a peer that has sent messages and whose connection has ended because the peer left, died or
+            went silent. Everything that it sent has been delivered before.
+        tcp: Whether workers on other nodes can connect. If not, only those on this node can.
         interfaces: Addresses of this machine to listen at; by default all.
         hostname_localhost: Whether to listen on the loopback interface only.
 
     Attributes:
         endpoints: Where it may be reached.
-        directory: Where its Unix socket is, this user's alone and removed in the end; empty where it has none.
+        directory: The directory of its Unix socket, which is private to this user and removed at the end; empty if
+            there is none.
 
     Raises:
         OSError: It cannot listen there.
@@ -86,7 +87,7 @@ class Router:
         self._on_message = on_message
         self._on_lost = on_lost
         self._descriptors: dict[bytes, int] = {}
-        # The other way round. All but one of several are gone, and will be found out.
+        # The reverse. If a descriptor has several peers, all but one are gone, and checks will reveal it.
         self._peers: dict[int, set[bytes]] = {}
         self._lost: deque[bytes] = deque()
         self._resting = False
@@ -95,7 +96,7 @@ class Router:
         self._door = Door(self._context)
         self._socket = self._context.socket(zmq.ROUTER)
         self._door.guard(self._socket)
-        # A message for a peer that is gone is an error, not dropped in silence.
+        # A message for a peer that is gone raises an error instead of being dropped silently.
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.setsockopt(zmq.BACKLOG, _BACKLOG)
         self._socket.copy_threshold = UNCOPIED_BYTES
@@ -115,8 +116,8 @@ class Router:
             events.watch(sock, self._on_readable)
 
     def _listen(self, hosts: Sequence[str]) -> list[str]:
-        self._socket.setsockopt(zmq.IPV6, 1)  # both; where there is no IPv6, libzmq takes IPv4
-        # A stranger that says nothing is let go; a worker waits that long for a busy loop to let it in.
+        self._socket.setsockopt(zmq.IPV6, 1)  # both; without IPv6, libzmq uses IPv4
+        # A stranger that says nothing is dropped after this time, and a worker waits that long for a busy loop.
         self._socket.setsockopt(zmq.HANDSHAKE_IVL, milliseconds(CONNECT_SECONDS))
         beat(self._socket)
         if not hosts:
@@ -133,7 +134,7 @@ class Router:
         return address.split(self._socket.getsockopt_string(zmq.LAST_ENDPOINT))[1]
 
     def credentials(self, identity: str) -> Credentials:
-        """What a worker needs in order to connect.
+        """Return what a worker needs in order to connect.
 
         Args:
             identity: The worker's name, without a dot.
@@ -141,9 +142,9 @@ class Router:
         return Credentials(tuple(self.endpoints), identity, self._door.keys)
 
     def send(self, peer: bytes, header: Any, frames: Sequence[Frame]) -> None:
-        """Send a message; one to a peer that is gone is dropped, its end is an event of its own.
+        """Send a message. One to a peer that is gone is dropped, because the peer's end is reported anyway.
 
-        Frames may be read until they have arrived, so they must not be written to.
+        Frames may be read until they have arrived, so nobody may write to them.
         """
         self._send([peer, *pack(header, frames)])
 
@@ -151,16 +152,16 @@ class Router:
         try:
             self._socket.send_multipart(parts, zmq.NOBLOCK, copy=False)
         except zmq.ZMQError as error:
-            # EHOSTUNREACH: it is gone. EAGAIN: a thousand messages wait for it (SNDHWM), so it will never answer.
+            # EHOSTUNREACH: the peer is gone. EAGAIN: a thousand messages wait for it (SNDHWM), so it will never answer.
             if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
                 raise
             self._lose(bytes(parts[0]))
-        # Sending may swallow the edge that would have told of a message to read.
+        # Sending may swallow the edge that would have announced a message to read.
         self._events.call_later(0.0, self._on_readable)
 
     def _on_readable(self) -> None:
-        # The descriptor of a ZeroMQ socket only says that something may have changed, once: read until nothing is left,
-        # or come back, as the loop has more to do.
+        # The descriptor of a ZeroMQ socket only says, once, that something may have changed. So read until nothing is
+        # left, or come back later, because the loop has other work.
         if self._resting:
             return
         for _ in range(_MESSAGES_A_TURN):
@@ -171,7 +172,7 @@ class Router:
                 self._door.answer()
             elif int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
                 peer, *parts = self._socket.recv_multipart(copy=False)
-                # What ended before this message came ended before its connection took over the descriptor.
+                # Connections that ended before this message came also ended before its own took over their descriptor.
                 self._note_losses()
                 self._meet(peer.bytes, int(parts[0].get(zmq.SRCFD)))
                 header, frames = unpack(parts)
@@ -221,12 +222,12 @@ class Router:
             self._lost.append(peer)
 
     def read(self) -> None:
-        """Take in what is there, as the loop does by itself until it ends."""
+        """Process what has arrived, as the loop does by itself until it ends."""
         self._resting = False
         self._on_readable()
 
     def close(self) -> None:
-        """Close the sockets, drop what was not sent, remove the directory."""
+        """Close the sockets, drop what was not sent, and remove the directory."""
         if self._context.closed:
             return
         for sock in (self._socket, self._monitor, self._door.socket):
@@ -251,9 +252,9 @@ class RouterTransport:
         self._peer = peer
 
     def put(self, header: Any, frames: Sequence[Frame] = ()) -> int:
-        """See `Transport.put`; it is on its way at once."""
+        """Send a message at once, and return the bytes of its payload."""
         self._router.send(self._peer, header, frames)
         return sum(map(nbytes, frames))
 
     def flush(self) -> None:
-        """See `Transport.flush`."""
+        """Do nothing, because `put` sends at once."""

@@ -1,12 +1,13 @@
-"""What both ends of a ZeroMQ connection have in common: the form of messages, and how a lost connection is noticed.
+"""What both ends of a ZeroMQ connection share: the form of messages, and how they notice that a connection is lost.
 
-On the wire a message is its header and the lengths of its frames as JSON, then the frames: small ones that follow each
-other as one, for every part of a message has its price, and large ones in pieces: a piece that arrives is a sign of
-life, and while one is encrypted or copied, only that much memory is taken. CURVE (`transports.curve`) encrypts it all.
+On the wire, a message is its header and the lengths of its frames as JSON, followed by the frames. Small frames in a
+row are sent as one part, because every part of a message has its price. Large ones are sent in pieces: each piece that
+arrives is a sign of life, and only that much memory is needed while one is encrypted or copied. CURVE
+(`transports.curve`) encrypts everything.
 
-A connection that was lost is not made again, as nobody knows what was lost with it. Both ends notice: by the end of the
-stream at once, and where the other machine went silent, over TCP, within `SILENCE_SECONDS` by heartbeats. libzmq's own
-threads exchange these, however busy the process is.
+A lost connection is not made again, because nobody knows what was lost with it. Both ends notice the end of the stream
+at once. Over TCP, if the other machine goes silent, heartbeats reveal it within `SILENCE_SECONDS`. libzmq's own threads
+exchange these, however busy the process is.
 """
 
 from __future__ import annotations
@@ -21,33 +22,33 @@ import zmq
 
 from executorlib.serialize import Frame
 
-# Sent this often, in seconds, over TCP ...
+# Heartbeats are sent this often, in seconds, over TCP ...
 _HEARTBEAT_SECONDS = 5.0
-# ... and answered by anything within this time, or the other end counts as dead.
+# ... and if nothing at all arrives within this time, the other end counts as dead.
 _ANSWER_SECONDS = 20.0
-# So a machine that went silent is noticed within this time, in seconds.
+# So a silent machine is noticed within this time, in seconds.
 SILENCE_SECONDS = _HEARTBEAT_SECONDS + _ANSWER_SECONDS
 
-# How long a worker tries to connect, in seconds. The executor's loop lets it in, and callbacks may keep that busy.
+# How long a worker tries to connect, in seconds. The executor's loop lets it in, and callbacks may keep the loop busy.
 CONNECT_SECONDS = 60.0
 
-# Over a slow network (1 MB/s) a piece must not take longer than an answer to a heartbeat may.
+# Even over a slow network (1 MB/s), a piece must not take longer than a heartbeat's answer may.
 _PIECE_BYTES = 8 * 1024 * 1024
-# Below this, copying a frame is cheaper than a part of its own.
+# Below this, copying a frame is cheaper than giving it a part of its own.
 _JOINED_BYTES = 8192
-# From here on pyzmq sends memory where it is, for which it keeps a thread of its own; below, a copy takes under 1 ms.
+# From this size on, pyzmq sends memory in place, for which it keeps a thread; below, a copy takes less than 1 ms.
 UNCOPIED_BYTES = 4 * 1024 * 1024
 
 _to_json = json.JSONEncoder(separators=(",", ":")).encode
 
 _EVENT = struct.Struct("=Hi")
 
-# What the executor sends to learn whether a peer is there; no message.
+# Sent by the executor to learn if a peer is still there. It is not a message.
 NOTHING = b""
 
 
 def pack(header: Any, frames: Sequence[Frame]) -> list[Frame]:
-    """Put a message into the form of the wire; of its frames only small ones are copied."""
+    """Encode a message for the wire. Only its small frames are copied."""
     views = [memoryview(frame).cast("B") if len(frame) else memoryview(b"") for frame in frames]
     parts: list[Frame] = [_to_json([header, [view.nbytes for view in views]]).encode()]
     small: list[memoryview] = []
@@ -65,14 +66,14 @@ def pack(header: Any, frames: Sequence[Frame]) -> list[Frame]:
 
 
 def unpack(parts: list[zmq.Frame]) -> tuple[Any, list[Frame]]:
-    """Header and frames of a message; what was received is taken out of ``parts``, so that no memory is held twice."""
+    """Return the header and the frames of a message. Parts are removed from ``parts``, so no memory is held twice."""
     header, lengths = json.loads(parts[0].bytes)
     pieces = deque(parts[1:])
     parts.clear()
     frames: list[Frame] = []
     piece = memoryview(b"")
     for length in lengths:
-        # A bytearray: arrays rebuilt on it are writable, as the originals were.
+        # A bytearray, so that arrays rebuilt on it are writable, as the originals were.
         frame = bytearray(length)
         start = 0
         while start < length:
@@ -87,23 +88,23 @@ def unpack(parts: list[zmq.Frame]) -> tuple[Any, list[Frame]]:
 
 
 def milliseconds(seconds: float) -> int:
-    """Seconds in the unit of ZeroMQ's options."""
+    """Convert seconds to the unit of ZeroMQ's options."""
     return round(seconds * 1000)
 
 
 def beat(sock: zmq.Socket[Any]) -> None:
-    """Notice when the other end of a connection over the network goes silent, and have it notice when we do."""
+    """Notice when the other end of a network connection goes silent, and let it notice when we do."""
     sock.setsockopt(zmq.HEARTBEAT_IVL, milliseconds(_HEARTBEAT_SECONDS))
     sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, milliseconds(_ANSWER_SECONDS))
     sock.setsockopt(zmq.HEARTBEAT_TTL, milliseconds(SILENCE_SECONDS))
 
 
 def monitor_of(sock: zmq.Socket[Any], events: int) -> zmq.Socket[Any]:
-    """A socket from which events of another one are read; to be closed after `disable_monitor` of that one."""
+    """Return a socket that delivers events of another one. Close it after `disable_monitor` of that one."""
     where = f"inproc://executorlib.monitor.{sock.underlying}"
     sock.monitor(where, events)
     monitor: zmq.Socket[Any] = sock.context.socket(zmq.PAIR)
-    # libzmq's thread would wait for room for an event, and we, to close the socket, for libzmq's thread.
+    # With a limit, libzmq's thread would wait for room for an event, and we for that thread when we close the socket.
     monitor.setsockopt(zmq.RCVHWM, 0)
     monitor.setsockopt(zmq.LINGER, 0)
     monitor.connect(where)
@@ -111,9 +112,9 @@ def monitor_of(sock: zmq.Socket[Any], events: int) -> zmq.Socket[Any]:
 
 
 def read_event(monitor: zmq.Socket[Any]) -> tuple[int, int]:
-    """Number and value of the next event from a socket that `monitor_of` made.
+    """Return the number and the value of the next event from a socket that `monitor_of` made.
 
-    `zmq.utils.monitor` does it, too, and loads asyncio, which takes longer than all else that a worker loads.
+    `zmq.utils.monitor` does the same, but loads asyncio, which takes longer than everything else that a worker loads.
     """
     event: tuple[int, int] = _EVENT.unpack(monitor.recv_multipart()[0])
     return event

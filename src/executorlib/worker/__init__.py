@@ -1,4 +1,4 @@
-"""What runs on the other side: the node agent, the processes that it forks, and the ranks of an MPI world.
+"""The other side: the node agent, the processes that it forks, and the ranks of an MPI world.
 
-Nothing of the executor's side is imported here, so that a worker starts with little loaded.
+Nothing from the executor's side is imported here, so that a worker starts with little loaded.
 """

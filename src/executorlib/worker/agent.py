@@ -1,13 +1,14 @@
 """The node agent: a small single-threaded process that starts workers, reports their ends, and outlives none of them.
 
-It is started once per executor by `exec`, so it has none of the user's threads, and forks a child for every worker:
-a fresh interpreter with serializer and worker code loaded, at the price of a fork. What a child needs to talk to the
-executor is made here and passed on, so no socket ever listens.
+It is started once per executor by `exec`, so it has none of the user's threads. It forks a child for every worker,
+which thus gets a fresh interpreter with serializer and worker code loaded for the price of a fork. The agent makes the
+channel over which a child talks to the executor and passes it to both, so no socket ever listens.
 
-From the executor: ``["start", number, options]``, ``["kill", number, signal]``. To it: ``["hello", pid]``,
-``["started", number, pid]`` with descriptors, ``["failed", number, text]`` and ``["exited", number, wait status]``.
+It receives ``["start", number, options]`` and ``["kill", number, signal]`` from the executor, and sends
+``["hello", pid]``, ``["started", number, pid]`` with descriptors, ``["failed", number, text]`` and
+``["exited", number, wait status]``.
 
-Ends with its executor, and takes along every process that descends from it.
+It ends with its executor, and takes every process that descends from it along.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-# Descriptors that an exec'ed worker finds its connection and its permits at.
+# The descriptors at which an exec'ed worker finds its connection and its permits.
 CONNECTION_FD = 3
 PERMITS_FD = 4
-# MPICH's mpiexec waits for ever if the process that it starts ranks with is killed at a bad moment. How long such a
-# program may be without a process of its own, in seconds, and how often to look for one.
+# MPICH's mpiexec waits for ever if the process that it uses to start ranks is killed at a bad moment. So such a program
+# may be without a process of its own for this long, in seconds; and how often to look.
 _ALONE_SECONDS, _LOOK_SECONDS = 10.0, 1.0
 
 
@@ -43,19 +44,19 @@ class Agent:
     """The agent's state: its connection and its children.
 
     Args:
-        connection: To the executor.
+        connection: The connection to the executor.
     """
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._children: dict[int, int] = {}  # pid → worker number
         self._pids: dict[int, int] = {}
-        self._programs: set[int] = set()  # pids of those that are no workers by themselves, such as mpiexec
-        self._busy: dict[int, float] = {}  # of these, who only waits for its own processes: when it last had one
+        self._programs: set[int] = set()  # pids of children that are not workers themselves, such as mpiexec
+        self._busy: dict[int, float] = {}  # programs that only wait for processes: when each last had one
         self._next_look = 0.0
-        self._folders: set[str] = set()  # of the executor, which cannot remove them where it was killed
-        self.is_left = False  # by the executor
-        self._since: float | None = None  # when the first of these was started
+        self._folders: set[str] = set()  # the executor's, for removal here if it was killed
+        self.is_left = False  # True once the executor is gone
+        self._since: float | None = None  # when the first program with its own channel was started
         self._pid = os.getpid()
         self._parent = os.getppid()
         self._wake_read, self._wake_write = socket.socketpair()
@@ -63,7 +64,7 @@ class Agent:
         self._wake_write.setblocking(False)
         signal.set_wakeup_fd(self._wake_write.fileno(), warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda number, frame: None)
-        # A terminal's Ctrl-C is for the user's process, which says what becomes of the calls.
+        # A terminal's Ctrl-C is meant for the user's process, which decides what becomes of the calls.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         family.adopt()
 
@@ -72,8 +73,8 @@ class Agent:
         poll = select.poll()
         poll.register(self._connection.fileno(), select.POLLIN)
         poll.register(self._wake_read.fileno(), select.POLLIN)
-        # The end of the connection tells of the executor's end, unless the user's process was forked and the
-        # copy holds its descriptors; then this does. Systems without it compare the parent's pid once a second.
+        # The end of the connection reveals the executor's end, unless the user's process was forked and the copy holds
+        # its descriptors; then a pidfd does. Systems without pidfds compare the parent's pid once a second.
         parent_fd = -1
         with contextlib.suppress(OSError, AttributeError):
             parent_fd = os.pidfd_open(self._parent)
@@ -103,7 +104,7 @@ class Agent:
                 self._load_the_rest()
 
     def _end_those_alone(self) -> None:
-        """End programs that have nobody left to wait for."""
+        """End programs that have no process left to wait for."""
         now = time.monotonic()
         if now < self._next_look:
             return
@@ -115,7 +116,7 @@ class Agent:
                 _kill_group(pid, signal.SIGKILL)
 
     def _load_the_rest(self) -> None:
-        """Load what most children need, once the first ones are on their way: they would wait longer for it."""
+        """Load what most children need. The first ones start without it, because loading it would delay them more."""
         if "cloudpickle" not in sys.modules:
             import cloudpickle  # noqa: F401
 
@@ -137,14 +138,14 @@ class Agent:
                 _kill_group(pid, signal_number)
 
     def _kill(self, pid: int) -> None:
-        """Kill a worker and all that descends from it: ranks are in groups of their own, and would outlive mpiexec."""
+        """Kill a worker and all its descendants. Ranks have process groups of their own and would outlive mpiexec."""
         left = family.descendants(pid)
         if pid in self._programs:
             from executorlib.worker import world
 
             for descendant in left:
                 family.kill(descendant, signal.SIGSTOP)
-                world.unlink_shared_files(descendant)  # ranks that are still on their way have not done it
+                world.unlink_shared_files(descendant)  # ranks that are still starting have not done it
         _kill_group(pid, signal.SIGKILL)
         for descendant in left:
             family.kill(descendant, signal.SIGKILL)
@@ -154,13 +155,13 @@ class Agent:
 
         Args:
             number: The executor's number for it.
-            options: ``pooled``: it runs many calls and needs permits; ``argv``: exec this instead of going on as a
-                fork, with ``env`` and ``cwd``; ``own_channel``: it connects back on its own and needs no connection;
-                ``forks``: it has processes for as long as it has something to do; ``folders``: what to remove in the
-                end if the executor is gone.
+            options: ``pooled``: it runs many calls and needs permits. ``argv``: exec this instead of going on as a
+                fork, with ``env`` and ``cwd``. ``own_channel``: it connects back on its own and needs no connection.
+                ``forks``: it has child processes for as long as it has something to do. ``folders``: what to remove
+                at the end if the executor is gone.
         """
-        theirs: list[socket.socket] = []  # for the executor
-        ours: list[socket.socket] = []  # for the child
+        theirs: list[socket.socket] = []  # the executor's ends
+        ours: list[socket.socket] = []  # the child's ends
         self._folders.update(options.get("folders", ()))
         error_read, error_write = os.pipe()
         if options.get("own_channel") and self._since is None:
@@ -174,14 +175,14 @@ class Agent:
             pid = os.fork()
             if pid == 0:
                 try:
-                    # The ends that belong to the executor: held here too, they would never be at their end.
+                    # If the child held the executor's ends too, these connections would never end.
                     os.close(error_read)
                     for sock in theirs:
                         sock.close()
                     self._become_child(error_write, ours, options)
                 finally:
                     os._exit(70)
-            # Also done by the child, so that it holds whoever comes first.
+            # The child does this as well, so that it is done whoever gets there first.
             with contextlib.suppress(OSError):
                 os.setpgid(pid, pid)
             self._children[pid] = number
@@ -201,11 +202,11 @@ class Agent:
             os.close(error_write)
 
     def _become_child(self, error_write: int, ours: list[socket.socket], options: dict[str, Any]) -> None:
-        """In the forked child: leave the agent behind, run as a worker or exec another program, never return."""
+        """Leave the agent behind in the forked child, and run as a worker or exec another program. Never returns."""
         try:
             family.prctl(family.PR_SET_PDEATHSIG, signal.SIGKILL)
             if os.getppid() != self._pid:
-                os._exit(0)  # the agent was gone before its death could be signalled
+                os._exit(0)  # the agent died before its death could be signalled
             os.setpgid(0, 0)
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -230,7 +231,7 @@ class Agent:
         call.leave(0)
 
     def _exec(self, ours: list[socket.socket], options: dict[str, Any]) -> None:
-        # Through high numbers first: the descriptors may lie on each other's targets.
+        # Through high numbers first, because each descriptor may have the number that the other is to get.
         high = [fcntl.fcntl(sock.fileno(), fcntl.F_DUPFD_CLOEXEC, 16) for sock in ours]
         for target, fd in zip((CONNECTION_FD, PERMITS_FD), high, strict=False):
             os.dup2(fd, target, inheritable=True)
@@ -245,7 +246,7 @@ class Agent:
             os._exit(127)
 
     def _reap(self) -> None:
-        """Report children that ended. What they left in their process group ends with them unless they ended well."""
+        """Report children that ended. After a bad end, kill what is left of their process group."""
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
@@ -258,10 +259,10 @@ class Agent:
             self._busy.pop(pid, None)
             number = self._children.pop(pid, None)
             if number is None:
-                self._tidy_up()  # a process that one of ours left behind, maybe a rank that has outlived mpiexec
+                self._tidy_up()  # left behind by one of our children, maybe a rank that outlived mpiexec
                 continue
             if status != 0:
-                # The group keeps the number from being used again as long as anybody is in it.
+                # The number cannot be reused as long as there is a process in the group.
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(pid, signal.SIGKILL)
                 if is_program:
@@ -276,8 +277,8 @@ class Agent:
             world.remove_unused_files(self._since)
 
     def end(self) -> None:
-        """Kill and reap all that descends from the agent."""
-        signal.set_wakeup_fd(-1)  # what is told of children's ends from here on is for nobody
+        """Kill and reap all descendants of the agent."""
+        signal.set_wakeup_fd(-1)  # nobody wants to hear of children's ends any more
         for pid in self._programs:
             self._kill(pid)
         for pid in self._children:
@@ -291,7 +292,7 @@ class Agent:
                 rmtree(folder, ignore_errors=True)
 
     def close(self) -> None:
-        """Close its sockets, of which the interpreter would warn as it exits."""
+        """Close the agent's sockets, because the interpreter would warn about them at exit."""
         self._wake_read.close()
         self._wake_write.close()
         self._connection.close()
@@ -300,27 +301,27 @@ class Agent:
 def _kill_group(pid: int, signal_number: int) -> None:
     try:
         os.killpg(pid, signal_number)
-    except (ProcessLookupError, PermissionError):  # no group yet, or only zombies in it (macOS)
+    except (ProcessLookupError, PermissionError):  # there is no group yet, or only zombies are in it (macOS)
         family.kill(pid, signal_number)
 
 
 def _freeze() -> None:
-    """Keep the collector's hands off what is there: children share these pages as long as nobody writes to them."""
+    """Keep the garbage collector off existing objects: children share these pages until somebody writes to them."""
     gc.collect()
     gc.freeze()
 
 
 def _reseed() -> None:
-    """Give the child random numbers of its own. Python's generator sees to itself; numpy's, if preloaded, does not."""
+    """Give the child its own random numbers. Python's generator does so by itself; numpy's, if preloaded, does not."""
     numpy_random = sys.modules.get("numpy.random")
     if numpy_random is not None:
         numpy_random.seed()
 
 
 def note_files(modules: list[str]) -> None:
-    """Note the files of modules that were loaded ahead, so that a later change of one is noticed with a key."""
+    """Record the files of preloaded modules, so that a later change of one shows in keys."""
     if "executorlib.keys.sources" in sys.modules or any(name.partition(".")[0] != "executorlib" for name in modules):
-        from executorlib.keys.sources import remember  # what most workers do without
+        from executorlib.keys.sources import remember  # not needed by most workers
 
         remember()
 
@@ -329,12 +330,12 @@ def main(fd: int, preload: list[str], given: dict[str, Any]) -> None:
     """Run as agent.
 
     Args:
-        fd: Descriptor of the socket to the executor.
+        fd: The descriptor of the socket to the executor.
         preload: Modules to import before any child is forked.
-        given: Settings that all children have by birth; see `worker.settings`.
+        given: Settings that all children inherit, see `worker.settings`.
     """
     family.unblock()
-    # Suspended, it would not see that its executor is gone. It makes no difference to one that is not.
+    # A suspended agent would not notice that its executor is gone. SIGCONT has no effect on one that is running.
     family.prctl(family.PR_SET_PDEATHSIG, signal.SIGCONT)
     call.tell_crashes()
     connection = Connection(socket.socket(fileno=fd))
@@ -349,8 +350,8 @@ def main(fd: int, preload: list[str], given: dict[str, Any]) -> None:
             rehearse()
         note_files(preload)
         call.flush()  # or every child would print it again
-        # Looks in vain through the whole import path, so that every child inherits the directory listings instead of
-        # reading them anew for its first import.
+        # This search fails after going through the whole import path, so that every child inherits the directory
+        # listings instead of reading them anew for its first import.
         importlib.util.find_spec("_executorlib_finds_no_such_module")
         connection.send(["hello", os.getpid()])
         gc.disable()
@@ -360,5 +361,5 @@ def main(fd: int, preload: list[str], given: dict[str, Any]) -> None:
         agent.is_left = True
     finally:
         agent.end()
-    # Not where an exception leaves: the executor reads its text once the connection has ended.
+    # Not after an exception: the executor reads its text once the connection has ended.
     agent.close()

@@ -1,13 +1,13 @@
 """A worker's work: take a call, run it, answer.
 
-The same for forked and for spawned workers, for one call and for many. Ranks of an MPI world use `run` from here too.
+This is the same for forked and spawned workers, and for one call or many. Ranks of an MPI world use `run`, too.
 
-Messages to a worker are ``["setup", {...}]``, once, ``["call", number, function number, options]``, ``["forget"]`` and
-``["stop"]``. What goes with call after call, the function's pickle and what is known of its sources, has a number; what
-the worker does not have yet comes first among a call's frames, and the option ``new`` has the numbers. Answers are
-``["ready"]``, ``["result", number, seconds, warning, more]`` and ``["error", number, seconds, traceback, more]``, where
-number 0 is the init function, and ``more`` may say ``leaving``: that nothing is left of the process but to exit, and
-``other``: that what ran is not what was looked up in the cache. `worker.records` sends what calls log beside.
+Messages to a worker are ``["setup", {...}]`` (once), ``["call", number, function number, options]``, ``["forget"]`` and
+``["stop"]``. What many calls have in common, the function's pickle and the sources of its key, has a number. If the
+worker does not have it yet, it comes first among a call's frames, and the option ``new`` lists its number. Answers are
+``["ready"]``, ``["result", number, seconds, warning, more]`` and ``["error", number, seconds, traceback, more]``. The
+number of the init function is 0. ``more`` may say ``leaving`` (the process has nothing left to do but exit) and
+``other`` (what ran is not what was looked up in the cache). `worker.records` also sends what calls log.
 """
 
 from __future__ import annotations
@@ -40,23 +40,23 @@ if TYPE_CHECKING:
     from executorlib.worker.records import Reporter
 
     class Beginning(Protocol):
-        """Is told of a call that was unpickled, before it runs; must not raise."""
+        """Is told of a call after it was unpickled and before it runs. It must not raise."""
 
         def begin(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            """Take it in."""
+            """Take note of the call."""
             ...
 
 
-# Characters of a text that travels in a message's header, where one takes twelve bytes at most: see `bounded`.
+# The most characters of a text in a message's header, where a character takes at most twelve bytes; see `bounded`.
 _MOST_TEXT = 1_000_000
 
 
 class OnlyHere:
-    """Around code of the user's: of a process that it forks, and that comes back from it as well, nothing remains.
+    """Wraps the user's code: if that forks a process which returns from it as well, the copy ends here.
 
-    Only the process that was given a call may answer it, keep its result, or go on as a worker. So the copy ends here,
-    by the code that a script would end with, and without a touch on what it shares with the worker: sockets, permits,
-    exit handlers, and what was printed and not yet written, which the worker writes.
+    Only the process that was given a call may answer it, keep its result, or go on as a worker. The copy ends with the
+    exit code that a script would have, and does not touch what it shares with the worker: sockets, permits, exit
+    handlers, and printed text that is not written yet, which the worker writes.
     """
 
     __slots__ = ("_process",)
@@ -76,7 +76,7 @@ class OnlyHere:
             elif isinstance(error, SystemExit) and (error.code is None or isinstance(error.code, int)):
                 code = error.code or 0
             else:
-                # Not by `sys.stderr`, which may hold what the worker has yet to write.
+                # Not `sys.stderr`, which may hold text that the worker has yet to write.
                 text = f"{error.code}\n" if isinstance(error, SystemExit) else traceback_text(error)
                 os.write(2, text.encode(errors="replace"))
         finally:
@@ -84,10 +84,10 @@ class OnlyHere:
 
 
 class Answer:
-    """How a call ended: ``frames`` hold the pickled result, or exception where ``traceback`` is not empty.
+    """How a call ended: ``frames`` hold the pickled result, or the exception if ``traceback`` is not empty.
 
-    Its function took so many ``seconds``. Without being ``loaded`` it did not begin, for what its surroundings lack: a
-    module, or a file of its inputs.
+    The function took ``seconds``. Unless ``loaded``, the call did not begin because its surroundings lack something,
+    such as a module or a file of its inputs.
     """
 
     __slots__ = ("frames", "loaded", "seconds", "traceback")
@@ -106,16 +106,16 @@ def run(
     options: dict[str, Any],
     entry: Beginning | None = None,
 ) -> Answer:
-    """Unpickle a call, run it and pickle its result; whatever goes wrong becomes the answer.
+    """Unpickle a call, run it and pickle its result. Whatever goes wrong becomes the answer.
 
     Args:
         function: The pickled function.
         arguments: Frames of the pickled pair of positional and keyword arguments.
         values: Defaults for parameters that the caller left out.
-        options: ``error_log_file`` and ``limit``, as the executor sent them. At its limit the call writes to standard
-            error where it is; it is for the executor to end it.
-        entry: Where the result is to be kept. The answer is one frame then, for whoever waits and for the entry: what
-            is pickled twice may have changed in between, by a thread that the function has left behind.
+        options: ``error_log_file`` and ``limit``, as the executor sent them. When the limit is reached, the call's
+            position is written to standard error; ending it is left to the executor.
+        entry: Where the result is to be kept. Then the answer is one frame, for the caller as for the entry, because a
+            thread that the function left behind may change the result before it is pickled a second time.
     """
     fn: Any = None
     args: tuple[Any, ...] = ()
@@ -124,8 +124,8 @@ def run(
     loaded = False
     if "limit" in options:
         seconds, end = options["limit"]
-        left = end - time.time()  # less, as it may have taken this process a while to start
-        with contextlib.suppress(Exception):  # too long a time, or no thread to be had
+        left = end - time.time()  # less than the limit, if this process took a while to start
+        with contextlib.suppress(Exception):  # the time is too long, or no thread can be started
             faulthandler.dump_traceback_later(left if 0 < left < seconds else seconds, file=2)
     try:
         with OnlyHere():
@@ -149,7 +149,7 @@ def run(
             name = getattr(fn, "__qualname__", type(fn).__qualname__) if fn is not None else "a function"
             if stage:
                 text = f"call of {name}: {stage}\n{text}"
-                if hasattr(error, "add_note"):  # from Python 3.11 on
+                if hasattr(error, "add_note"):  # Python 3.11 and later
                     error.add_note(f"call of {name}: {stage}")
             told = error if isinstance(error, Exception) else _contained(error, name, loaded, bool(stage))
             frames = dump_error(told)
@@ -162,10 +162,10 @@ def run(
 
 
 def _contained(error: BaseException, name: str, loaded: bool, pickling: bool) -> BaseException:
-    """What of an exception that ends programs goes to the user's program."""
+    """Return what reaches the user's program of an exception that would end a program."""
     from pickle import PicklingError
 
-    from executorlib.errors import contained  # takes a third of a worker's start
+    from executorlib.errors import contained  # takes a third of a worker's start-up time
 
     if not loaded:
         return contained(error, f"call of {name}: unpickling the arguments of the function")
@@ -175,16 +175,17 @@ def _contained(error: BaseException, name: str, loaded: bool, pickling: bool) ->
 
 
 def named_inputs(kwargs: dict[str, Any], ranks: int, init: str) -> dict[str, Any]:
-    """The keyword arguments of a call with what else makes its result another one: what its key is derived from.
+    """Return the keyword arguments from which a call's key is derived: its own, and whatever else changes its result.
 
-    The session that looks a call up and the process that runs it both ask here.
+    Both the session that looks a call up and the process that runs it use this function.
 
     Args:
         kwargs: The keyword arguments.
-        ranks: On how many ranks it runs: its result is a list of as many.
-        init: Name of the key of the init function, which fills parameters that the caller left out; empty without one.
+        ranks: The number of ranks that the call runs on. With several, its result is a list of theirs.
+        init: The name of the init function's key, as that function fills parameters that the caller left out; empty if
+            there is none.
     """
-    # Only keywords that were given as `**{"...": value}` are no identifiers; they are kept apart from what is added.
+    # Only keywords given as `**{"...": value}` are not identifiers. The prefix keeps them apart from what is added.
     inputs = {name if name.isidentifier() else f"keyword {name}": value for name, value in kwargs.items()}
     if ranks > 1:
         inputs["number of ranks"] = ranks
@@ -194,27 +195,27 @@ def named_inputs(kwargs: dict[str, Any], ranks: int, init: str) -> dict[str, Any
 
 
 class Defaults:
-    """What fills parameters that callers leave out.
+    """Values for parameters that callers leave out.
 
     Args:
         slot: The worker's number in its block.
 
     Attributes:
-        values: By the name of the parameter.
-        init: The key of the init function that gave them, where results are kept.
+        values: The values by parameter name.
+        init: The key of the init function that returned them, if results are kept.
     """
 
     def __init__(self, slot: int = 0) -> None:
         self.values: dict[str, Any] = {"executorlib_worker_id": slot}
         self.init: Key | None = None
-        self._problem = ""  # why nothing can be kept
+        self._problem = ""  # the reason why no result can be kept
 
     def initialize(self, frames: Sequence[Frame], key: list[Any] | None) -> None:
         """Run an init function and check what it returns.
 
         Args:
-            frames: The function; behind the sources of its key, where there is one.
-            key: The executor's key of it, less these, where results are kept and it has one.
+            frames: The function. If it has a key, the sources of the key come first.
+            key: The executor's key for it without these sources, if results are kept and there is one.
         """
         expected: Key | None = None
         if key is not None:
@@ -238,7 +239,7 @@ class Defaults:
 
     @staticmethod
     def _key_of(function: Callable[[], Any], key: Key | None) -> Key:
-        """The key of what runs here, as of every call; see `worker.entry`."""
+        """Derive the key of the function that runs here, as for every call; see `worker.entry`."""
         if key is None:
             raise ValueError("none could be derived as this worker was started")
         from executorlib.keys import fingerprint
@@ -248,13 +249,13 @@ class Defaults:
     def entry(
         self, function: Frame, options: dict[str, Any], kept: dict[int, bytes], whole: bool = True
     ) -> Entry | None:
-        """A call's entry in the cache; None where it has none.
+        """Return a call's entry in the cache, or None if it has none.
 
         Args:
             function: The pickled function.
             options: ``cache``, as the executor sent it, and ``sources``, the number of the sources of its key, if any.
-            kept: What this worker keeps, by its number.
-            whole: Whether it is written here.
+            kept: What this worker keeps, by number.
+            whole: True if the entry is written here.
         """
         if "cache" not in options:
             return None
@@ -267,7 +268,7 @@ class Defaults:
 
 
 def traceback_text(error: BaseException) -> str:
-    """The traceback as the interpreter would print it, without the frames of this module."""
+    """Return the traceback as the interpreter would print it, without the frames of this module."""
     import traceback
 
     trace = error.__traceback__
@@ -277,13 +278,13 @@ def traceback_text(error: BaseException) -> str:
 
 
 def bounded(text: str, most: int = _MOST_TEXT) -> str:
-    """The text without its middle where it is too long for a message's header, which is no place for data.
+    """Cut the middle out of a text that is too long for a message's header, which is not meant for data.
 
-    An exception itself, with all that it says, travels beside its text whatever its size.
+    The exception itself, with everything that it says, is sent in full beside the text.
 
     Args:
         text: The text.
-        most: Characters that are not too many.
+        most: The number of characters to keep.
     """
     if len(text) <= most:
         return text
@@ -292,7 +293,7 @@ def bounded(text: str, most: int = _MOST_TEXT) -> str:
 
 
 def dump_error(error: BaseException) -> list[Frame]:
-    """Pickle an exception; one that cannot be pickled and rebuilt is replaced by one that can."""
+    """Pickle an exception. If it cannot be pickled and rebuilt, a similar one takes its place."""
     try:
         frames = serialize.dumps(error)
         serialize.loads(frames)
@@ -302,7 +303,7 @@ def dump_error(error: BaseException) -> list[Frame]:
             data = serialize.dumps_exception(error)
             serialize.loads([data])
             return [data]
-        # Without the original: its traceback travels as text beside it.
+        # Not chained to the original, whose traceback is sent beside it as text.
         text = (
             f"{type(error).__name__}: {_safe_str(error)} (the exception itself cannot be pickled: "
             f"{type(reason).__name__}: {_safe_str(reason)})"
@@ -311,7 +312,7 @@ def dump_error(error: BaseException) -> list[Frame]:
 
 
 def dump_setup_error(error: BaseException) -> list[Frame]:
-    """The same for what was raised before the first call: by the init function, or by the system."""
+    """Do what `dump_error` does, for an error before the first call, raised by the init function or the system."""
     if not isinstance(error, Exception):
         from executorlib.errors import contained
 
@@ -327,7 +328,7 @@ def _safe_str(obj: object) -> str:
 
 
 def safe_repr(obj: object) -> str:
-    """What `repr` says, or else what it is."""
+    """Return an object's `repr`, or its type's name if that raises."""
     try:
         return repr(obj)
     except Exception:
@@ -335,7 +336,7 @@ def safe_repr(obj: object) -> str:
 
 
 def log_error(path: str, fn: object, args: object, kwargs: object, text: str) -> None:
-    """Append to the user's error log what the function raised, and on which inputs."""
+    """Append what the function raised, and its inputs, to the user's error log."""
     entry = f"function: {safe_repr(fn)}\nargs: {safe_repr(args)}\nkwargs: {safe_repr(kwargs)}\n{text}\n"
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
@@ -346,8 +347,8 @@ def log_error(path: str, fn: object, args: object, kwargs: object, text: str) ->
 
 
 def tell_crashes() -> None:
-    """Have this process write where it was, should it crash, to standard error, of which error texts have the end."""
-    if faulthandler.is_enabled():  # by the user's options, or before this process was forked
+    """Have this process write its position to standard error if it crashes. Error texts quote the end of that."""
+    if faulthandler.is_enabled():  # enabled by the user, or before this process was forked
         return
     if sys.version_info >= (3, 14):
         faulthandler.enable(2, all_threads=False, c_stack=False)
@@ -356,16 +357,15 @@ def tell_crashes() -> None:
 
 
 def set_up(setup: dict[str, Any]) -> None:
-    """Make the process what its call expects, before anything of the user is imported.
+    """Prepare the process for its call, before anything of the user's is imported.
 
     Args:
-        setup: Optional keys ``defaults`` (variables, which count where there is none of the name), ``env`` (changes;
-            None removes), ``path`` (`sys.path`), ``argv``, ``cwd``, ``threads``,
-            ``gpus`` (device names), ``cores`` (CPU numbers to pin to), ``node`` (a number of CPUs and a list of device
-            names: ``cores`` and ``gpus`` count among these, which may be called otherwise here), ``shown_gpus``
-            (whether what started the process has set one of the variables that name devices), ``settings`` (see
-            `worker.settings`). The caller sees to the others: ``records`` (whether the executor wants what is logged),
-            ``slot`` and ``init_key``.
+        setup: Optional keys are ``defaults`` (variables, set only where the process has none of the name), ``env``
+            (changes; None removes), ``path`` (`sys.path`), ``argv``, ``cwd``, ``threads``, ``gpus`` (device names),
+            ``cores`` (CPU numbers to pin to), ``node`` (a number of CPUs and a list of device names; ``cores`` and
+            ``gpus`` refer to these, which may have other names here), ``shown_gpus`` (whether what started the process
+            has set one of the variables that name devices) and ``settings`` (see `worker.settings`). The caller
+            handles the others: ``records`` (whether the executor wants log records), ``slot`` and ``init_key``.
     """
     tell_crashes()
     for name, value in setup.get("defaults", {}).items():
@@ -395,14 +395,14 @@ def set_up(setup: dict[str, Any]) -> None:
         sys.argv[:] = setup["argv"]
     cores = setup.get("cores")
     if cores and "node" in setup:
-        # Where the system lets this process use other CPUs than it was given, nobody knows which are its own.
+        # If the system lets this process use other CPUs than it was given, nobody knows which are its own.
         cores = _as_called_here(cores, range(setup["node"][0]), sorted(os.sched_getaffinity(0)), [])
     if cores and hasattr(os, "sched_setaffinity"):
-        # Pinning is a help, not a need: a control group may have taken CPUs away meanwhile.
+        # Pinning is optional: a control group may have taken CPUs away meanwhile.
         with contextlib.suppress(OSError):
             os.sched_setaffinity(0, cores)
     if "settings" in setup:
-        from executorlib.worker import settings  # which forked workers mostly have from their agent
+        from executorlib.worker import settings  # forked workers mostly inherit them from their agent
 
         settings.apply(setup["settings"])
     cwd = setup.get("cwd")
@@ -413,7 +413,7 @@ def set_up(setup: dict[str, Any]) -> None:
 def _as_called_here(
     names: list[Any], there: Sequence[Any], here: Sequence[Any], unknown: list[Any] | None = None
 ) -> list[Any]:
-    """Translate names from one list of all there are to another, or to ``unknown`` where these do not match."""
+    """Translate names from one complete list to another; return ``unknown`` if the lists do not match."""
     if len(there) != len(here):
         return names if unknown is None else unknown
     translated = dict(zip(there, here, strict=True))
@@ -424,12 +424,12 @@ def serve(connection: Connection | Reporter, permits: Permits | None) -> None:
     """Run calls until there are no more.
 
     Args:
-        connection: To the executor.
-        permits: Which calls to start, for a worker of a block; without, one call is run.
+        connection: The connection to the executor.
+        permits: Says which calls to start, for a worker of a block. Without it, one call is run.
     """
     setup_message = connection.receive()
     if setup_message.header[0] == "stop":
-        return  # nobody waits for this worker any more
+        return  # nobody needs this worker any more
     setup = setup_message.header[1]
     defaults = Defaults(setup.get("slot", 0))
     try:
@@ -458,19 +458,19 @@ def serve(connection: Connection | Reporter, permits: Permits | None) -> None:
         if options.get("now") or permits.allow(number):
             _run_one(connection, message, defaults, kept, last=False)
         else:
-            # Taken back; but the function that came with it may be used again.
+            # The call was taken back, but the function that came with it may be used again.
             keep(kept, options, message.frames)
-        # Not kept while waiting for the next: it may hold large arrays.
+        # Released before waiting for the next message, because it may hold large arrays.
         del message
 
 
 def keep(kept: dict[int, bytes], options: dict[str, Any], frames: list[Frame]) -> list[Frame]:
-    """Keep what came with a call for those that follow; the other frames, those of its arguments, are returned.
+    """Keep what came with a call for later calls, and return the other frames, those of the arguments.
 
     Args:
-        kept: What this worker keeps, by its number.
-        options: The call's; ``new`` has the numbers of what came.
-        frames: The call's.
+        kept: What this worker keeps, by number.
+        options: The call's options; ``new`` has the numbers of what came.
+        frames: The call's frames.
     """
     numbers = options.get("new", ())
     kept.update(zip(numbers, map(bytes, frames), strict=False))
@@ -480,7 +480,7 @@ def keep(kept: dict[int, bytes], options: dict[str, Any], frames: list[Frame]) -
 def _run_one(
     connection: Connection | Reporter, message: Message, defaults: Defaults, kept: dict[int, bytes], *, last: bool
 ) -> bool:
-    """Run a call and answer; return whether the process, if this was its last call, has nothing left to do."""
+    """Run a call and answer. Return True if this was the process's last call and nothing is left to do."""
     _, number, function_number, options = message.header
     arguments = keep(kept, options, message.frames)
     function = kept[function_number]
@@ -489,8 +489,8 @@ def _run_one(
     answer = run(function, arguments, defaults.values, options, entry)
     seconds = time.perf_counter() - started
     warning = "" if entry is None or answer.traceback else entry.store(answer.frames[0], answer.seconds)
-    flush()  # what the function printed comes before its result
-    # Threads and exit handlers of the function may take any time after its result.
+    flush()  # so that what the function printed arrives before its result
+    # Threads and exit handlers that the function left may run for any time after its result.
     leaving = last and threading.active_count() == 1 and atexit._ncallbacks() == 0
     more: dict[str, Any] = {"leaving": True} if leaving else {}
     if entry is not None and entry.is_other and not answer.traceback:
@@ -503,11 +503,11 @@ def _run_one(
 
 
 def flush() -> None:
-    """Write out what was printed, by Python and by C's stdio, of which `os._exit` would lose the rest."""
+    """Write out what Python and C's stdio have buffered, because `os._exit` would lose it."""
     try:
         sys.stdout.flush()
         sys.stderr.flush()
-    except Exception:  # closed or replaced by the user's function
+    except Exception:  # the user's function has closed or replaced them
         pass
     _c_flush()(None)
 
@@ -528,17 +528,17 @@ def load(modules: Sequence[str]) -> None:
 
 
 def leave(code: int, last: Callable[[], None] | None = None) -> None:
-    """End this process as the interpreter would: wait for threads, run exit handlers, flush; but nothing inherited.
+    """End this process like the interpreter (wait for threads, run exit handlers, flush), but run nothing inherited.
 
     Args:
-        code: Exit code.
+        code: The exit code.
         last: Called after all that.
     """
     try:
         with OnlyHere():
             try:
                 threading._shutdown()  # type: ignore[attr-defined]
-            except BaseException as error:  # a signal that comes while threads are waited for
+            except BaseException as error:  # a signal arrived while waiting for threads
                 sys.stderr.write(traceback_text(error))
             atexit._run_exitfuncs()
     finally:

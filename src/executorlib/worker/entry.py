@@ -1,11 +1,11 @@
-"""A call's entry in the cache, begun in the process that runs the call, before it runs.
+"""A call's entry in the cache, prepared before the call runs, in the process that runs it.
 
-The key by which a session has looked a call up is that of what the session held then. What runs is what was pickled
+The key under which a session looked a call up is that of what the session held at that time. What runs was pickled
 later, with modules that were imported later still, and any of it may have changed in between. So the key is derived
-here again, from exactly what was unpickled and is about to run, and the result is stored under that key and no other:
-what runs and what its key says are the same.
+here again, from exactly what was unpickled and is about to run, and the result is stored under that key and no other.
+Thus the key always stands for what ran.
 
-Loaded by workers of executors that keep results, and ahead of the calls where workers are forked.
+This module is loaded by workers of executors that keep results, and before the calls if workers are forked.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 sources.remember()
 
-# After so many calls of a function, all releases of Python have specialised its code.
+# After this many calls of a function, every release of Python has specialised its code.
 _REHEARSALS = 10
 
 
@@ -31,16 +31,16 @@ class Entry:
     """A call's entry, made before anything of the call is unpickled.
 
     Args:
-        wanted: What the executor has sent of it: ``path``, its file; ``key``, the `fingerprint.Key` by which it was
-            looked up, less its sources, or None where the user has named it; ``resources``.
+        wanted: What the executor sent about it: ``path``, its file; ``key``, the `fingerprint.Key` under which it was
+            looked up, without its sources, or None if the user named it; ``resources``.
         function: The pickled function.
         known: The sources of the key.
         init: The key of the init function that this worker has run, if any.
-        whole: Whether it is written here, and not only its key told.
+        whole: True if the entry is written here; False if only its key is needed.
 
     Attributes:
-        name: The key of what is about to run; empty where the user has named the entry.
-        problem: Why it cannot be kept; empty if it can.
+        name: The key of what is about to run; empty if the user named the entry.
+        problem: Why the entry cannot be kept; empty if it can.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Entry:
             fingerprint.prepare(self._key)
 
     def begin(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Take in what is about to run; its function may change its arguments, and itself."""
+        """Derive the key and pickle the inputs now, because the function may change its arguments and itself."""
         if self.problem:
             return
         try:
@@ -81,22 +81,22 @@ class Entry:
 
     @property
     def path(self) -> str:
-        """Its file."""
+        """The entry's file."""
         if self._key is None or self.name == self._key.name:
             return self._path
         return entries.beside(self._path, self._key.name, self.name)
 
     @property
     def is_other(self) -> bool:
-        """Whether something else ran than what was looked up."""
+        """True if something other than what was looked up ran."""
         return self._key is not None and not self.problem and self.name != self._key.name
 
     def store(self, result: Frame, seconds: float) -> str:
-        """Write it. It is not worth losing a result over: what goes wrong is only returned as text.
+        """Write the entry. No result may be lost over it, so a failure is only returned as text.
 
         Args:
-            result: The pickled result, the very bytes that are the call's answer: pickled again it might be another.
-            seconds: Time in the function.
+            result: The pickled result. These must be the bytes of the answer, because pickled again it may differ.
+            seconds: The time spent in the function.
         """
         if not self.problem:
             try:
@@ -119,10 +119,10 @@ class Entry:
 
 
 def rehearse() -> None:
-    """Do for a call what is done for each, in the agent that calls are forked from.
+    """Do in the agent, from which calls are forked, what is done for each call.
 
-    What Python makes of code that runs for the first few times, and all that is looked up only once, is there for the
-    calls then. They would each make it anew, in pages of memory of their own, which takes longer than all else here.
+    Python specialises code that has run a few times, and looks many things up only once. Calls find the outcome ready
+    instead of producing it anew in their own pages of memory, which takes longer than everything else here.
     """
     for _ in range(_REHEARSALS):
         function = eval("lambda x, y=1: x + y", {"__name__": "__main__"})

@@ -1,4 +1,4 @@
-"""The processes that descend from this one, so that none of them is left behind."""
+"""The processes that descend from this one, and how to leave none of them behind."""
 
 from __future__ import annotations
 
@@ -13,50 +13,51 @@ import time
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 
-# How long to look for processes that are left; SIGKILL takes effect in far less.
+# How long to look for processes that are left. SIGKILL works in far less.
 _REAP_SECONDS = 5.0
-# Between two looks.
+# The pause between two looks.
 _PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.0005, 0.05
 
 _libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
 
 def prctl(option: int, value: int) -> None:
-    """The system call; does nothing where there is none."""
+    """Make the system call, or do nothing on systems without it."""
     if _libc is not None:
         _libc.prctl(option, value, 0, 0, 0)
 
 
 def unblock() -> None:
-    """Let all signals in.
+    """Unblock all signals.
 
-    Some programs start others with signals blocked, and that is inherited: the agent would never hear of its children's
-    ends, and a worker could not be asked to end. What is ignored (by `nohup`, say) stays so, as in any other program.
+    Some programs start others with signals blocked, and these inherit that: the agent would never hear of its
+    children's ends, and a worker could not be asked to end. Signals that are ignored (due to `nohup`, say) stay
+    ignored, as in any other program.
     """
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
 def adopt() -> None:
-    """Become the parent of descendants that lose their own, so that they can be found."""
+    """Become the parent of descendants that lose theirs, so that they can be found."""
     prctl(PR_SET_CHILD_SUBREAPER, 1)
 
 
 def follow() -> None:
-    """End with the parent process, also where that is killed."""
+    """End with the parent process, even if that is killed."""
     parent = os.getppid()
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
-        os._exit(1)  # it was gone before its death could be signalled
+        os._exit(1)  # it died before its death could be signalled
 
 
 def lead() -> None:
-    """Lead a process group, so that what this process starts can be ended with it."""
+    """Lead a process group, so that everything this process starts can be ended with it."""
     if os.getpgrp() != os.getpid():
         os.setpgid(0, 0)
 
 
 def kill(pid: int, signal_number: int) -> bool:
-    """Signal a process; False where it is gone, or another user's (who started it by `sudo`) and so not ours to end."""
+    """Signal a process. Return False if it is gone, or is another user's (by `sudo`) and so not ours to end."""
     try:
         os.kill(pid, signal_number)
     except (ProcessLookupError, PermissionError):
@@ -65,15 +66,15 @@ def kill(pid: int, signal_number: int) -> bool:
 
 
 def end() -> None:
-    """Kill and reap all descendants, as far as the system tells of them."""
+    """Kill and reap all descendants that the system reports."""
     give_up = time.monotonic() + _REAP_SECONDS
     pause = _PAUSE_SECONDS
-    # Grandchildren become our children as their parents go (see `adopt`), so go on until there are none.
+    # Grandchildren become our children when their parents end (see `adopt`), so this goes on until there are none.
     while [pid for pid in children_of(os.getpid()) if kill(pid, signal.SIGKILL)] and time.monotonic() < give_up:
         if _reap():
             pause = _PAUSE_SECONDS
         else:
-            # Not waited for without limit: one that sleeps in the kernel, for a dead file server say, stays.
+            # There is a limit, because a process that sleeps in the kernel (for a dead file server, say) does not end.
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
@@ -81,7 +82,7 @@ def end() -> None:
 def end_marked(mark: bytes) -> None:
     """Kill all processes that were started with a certain variable, and wait for their ends.
 
-    For those whose ancestors are gone, by which they could be found.
+    This is for processes that cannot be found by their ancestors, because these are gone.
 
     Args:
         mark: The variable and its value, as ``name=value``.
@@ -96,7 +97,7 @@ def _marked(mark: bytes) -> list[int]:
     with contextlib.suppress(OSError):
         for name in os.listdir("/proc"):
             if name.isdigit():
-                # Another user's tells nothing; one that has ended and was not reaped has no environment any more.
+                # Other users' processes cannot be read, and one that ended without being reaped has no environment.
                 with contextlib.suppress(OSError), open(f"/proc/{name}/environ", "rb") as environ:
                     if mark in environ.read().split(b"\0"):
                         found.append(int(name))
@@ -104,7 +105,7 @@ def _marked(mark: bytes) -> list[int]:
 
 
 def _reap() -> bool:
-    """Reap children that have ended; whether there were any."""
+    """Reap children that have ended, and return whether there were any."""
     found = False
     with contextlib.suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG)[0]:
@@ -113,7 +114,7 @@ def _reap() -> bool:
 
 
 def children_of(pid: int) -> list[int]:
-    """Children of a process; none where the system does not tell (it is Linux's `/proc` that does)."""
+    """Return the children of a process; none if the system does not say (only Linux's `/proc` does)."""
     found = []
     with contextlib.suppress(OSError):
         for thread in os.listdir(f"/proc/{pid}/task"):
@@ -123,7 +124,7 @@ def children_of(pid: int) -> list[int]:
 
 
 def is_alone(child: int) -> bool:
-    """Whether a child of this process has none that runs; False where the system does not tell."""
+    """Return True if a child of this process has no running child; False if the system does not say."""
     if child not in children_of(os.getpid()):
         return False
     for each in children_of(child):
@@ -134,7 +135,7 @@ def is_alone(child: int) -> bool:
 
 
 def descendants(pid: int) -> list[int]:
-    """Children of a process, and theirs."""
+    """Return the children of a process, and theirs, and so on."""
     found = []
     for child in children_of(pid):
         found += [child, *descendants(child)]

@@ -13,20 +13,20 @@ if TYPE_CHECKING:
 
 
 class Function:
-    """A callable with what is known of its parameters."""
+    """A callable, with what is known about its parameters."""
 
     def __init__(self, fn: Callable[..., Any]) -> None:
         self.fn = fn
 
     def takes(self, names: Iterable[str]) -> list[str]:
-        """Those of ``names`` that can be given by name; none where the callable does not tell."""
+        """Return those of ``names`` that can be passed by name; none if the callable does not say."""
         fn = self.fn
         if type(fn) is FunctionType and not hasattr(fn, "__wrapped__"):
             code = fn.__code__
             known: Sequence[str] = code.co_varnames[code.co_posonlyargcount : code.co_argcount + code.co_kwonlyargcount]
             return [name for name in names if name in known]
         if type(fn) is BuiltinFunctionType:
-            # Parsing the signature of a built-in takes many times longer than calling it.
+            # Parsing the signature of a built-in takes much longer than calling it.
             text = getattr(fn, "__text_signature__", None) or ""
             names = [name for name in names if name in text]
             if not names:
@@ -39,7 +39,7 @@ class Function:
         return [name for name in names if name in known]
 
     def _signature(self) -> inspect.Signature | None:
-        import inspect  # costs a new worker milliseconds, and few calls need it
+        import inspect  # takes a new worker milliseconds, and few calls need it
 
         try:
             return inspect.signature(self.fn)
@@ -47,7 +47,7 @@ class Function:
             return None
 
     def left_out(self, args: tuple[Any, ...], kwargs: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-        """Those of ``values`` that are parameters which the caller did not give."""
+        """Return those of ``values`` whose parameters the caller left out."""
         wanted = {name: values[name] for name in self.takes(values) if name not in kwargs}
         if wanted and args:
             signature = self._signature()

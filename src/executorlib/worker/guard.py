@@ -1,17 +1,18 @@
-"""What keeps the processes of a Flux job together: all of them end when the worker does, or when Flux's part does.
+"""Keeps the processes of a Flux job together: all of them end when the worker does, or when Flux's part does.
 
     Flux's shell ─▶ front ─▶ keeper ─▶ worker ─▶ what its calls start, in whatever session
 
-Flux waits for whatever has a job's output open, and kills no more than the process that it has started. So a process
-that a call has left behind would hold the job, and a shell or broker that dies would leave a call running of which
-everybody is told that it can be submitted again. Therefore the worker has two ancestors:
+Flux waits until nobody has a job's output open, and kills only the process that it started. So a process that a call
+left behind would hold the job, and if a shell or broker died, a call would go on running although everybody is told
+that it can be submitted again. Therefore the worker has two ancestors:
 
-- The *keeper* becomes the parent of all that lose theirs. When the worker has ended, or the front, it kills the others.
-- The *front* is what Flux has started and signals. It passes signals on and ends as the worker does. The keeper is no
-  part of its process group, so that it outlives a SIGKILL by Flux.
+- The *keeper* becomes the parent of all processes that lose theirs. When the worker or the front has ended, it kills
+  the others.
+- The *front* is the process that Flux starts and signals. It passes signals on, and ends as the worker does. The keeper
+  is not in its process group, so that it outlives a SIGKILL by Flux.
 
-The front ends with Flux's shell. In an instance of the job's own, whose broker is not always the front's parent, the
-keeper has a connection to that, whose end tells of the broker's.
+The front ends with Flux's shell. In an instance of the job's own, the broker is not always the front's parent, so the
+keeper has a connection to the broker, which ends when the broker does.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import NoReturn
 
-# In the environment of a job whose worker is to be guarded.
+# An environment variable of jobs whose worker is to be guarded.
 VARIABLE = "EXECUTORLIB_GUARD"
 # <linux/prctl.h>
 _PR_SET_DUMPABLE = 4
 
 
 def begin() -> None:
-    """Go on as a guarded worker, if this process is to be one; to be called before it has threads."""
+    """Go on as a guarded worker if this process is to be one. Call this before the process has threads."""
     if not os.environ.pop(VARIABLE, "") or sys.platform != "linux":
         return
     broker = _connection_to_broker()
@@ -50,24 +51,24 @@ def begin() -> None:
     family.adopt()
     keeper = os.getpid()
     os.setpgid(0, 0)
-    # Which signal does not matter: whatever wakes it up, the keeper looks for its parent.
+    # It does not matter which signal: whatever wakes the keeper, it checks for its parent.
     family.prctl(family.PR_SET_PDEATHSIG, signal.SIGUSR1)
     worker = os.fork()
     if worker:
-        with contextlib.suppress(OSError):  # also done by the worker, so that it holds whoever comes first
+        with contextlib.suppress(OSError):  # the worker does this as well, so that it is done whoever is first
             os.setpgid(worker, worker)
         _Keeper(worker, front, broker).wait()
     if broker is not None:
         broker.close()
     family.prctl(family.PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != keeper:
-        os._exit(0)  # it was gone before its death could be signalled
+        os._exit(0)  # it died before its death could be signalled
     family.lead()
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _connection_to_broker() -> socket.socket | None:
-    """A connection that ends with the broker, where that is of an instance of the job's own."""
+    """Return a connection that ends with the broker, if the broker is that of an instance of the job's own."""
     uri = os.environ.get("FLUX_URI", "")
     if "FLUX_JOB_ID" in os.environ or not uri.startswith("local://"):
         return None
@@ -103,7 +104,7 @@ class _Ancestor:
         self._leave(signal.SIGKILL)
 
     def _reap(self) -> int | None:
-        """Reap what has ended; the child's wait status, if that has."""
+        """Reap all children that have ended. Return the wait status of the awaited child if it is among them."""
         found = None
         with contextlib.suppress(ChildProcessError):
             while True:
@@ -115,7 +116,7 @@ class _Ancestor:
         return found
 
     def _is_over(self) -> bool:
-        """Whether the child has to end."""
+        """Return True if the child has to end."""
         return False
 
     def _pass_on(self, number: int) -> None:
@@ -124,8 +125,8 @@ class _Ancestor:
     def _leave(self, status: int) -> NoReturn:
         if os.WIFSIGNALED(status):
             number = os.WTERMSIG(status)
-            family.prctl(_PR_SET_DUMPABLE, 0)  # the child has dumped its core
-            with contextlib.suppress(OSError):  # it cannot be handled
+            family.prctl(_PR_SET_DUMPABLE, 0)  # the child has dumped its core already
+            with contextlib.suppress(OSError):  # SIGKILL cannot be handled
                 signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
@@ -138,7 +139,7 @@ class _Keeper(_Ancestor):
     Args:
         worker: The worker.
         front: This process's parent.
-        broker: A connection that ends with the broker, if there is one to wait for.
+        broker: A connection that ends with the broker, or None if there is no broker to watch.
     """
 
     def __init__(self, worker: int, front: int, broker: socket.socket | None) -> None:
@@ -148,8 +149,8 @@ class _Keeper(_Ancestor):
         if broker is not None:
             self._broker = select.poll()
             self._broker.register(broker, select.POLLRDHUP)
-            self._held = broker  # until this process ends
-            # What happens on it is told by SIGIO.
+            self._held = broker  # kept open until this process ends
+            # SIGIO announces what happens on it.
             fcntl.fcntl(broker, fcntl.F_SETOWN, os.getpid())
             fcntl.fcntl(broker, fcntl.F_SETFL, os.O_ASYNC | os.O_NONBLOCK)
 
@@ -158,7 +159,7 @@ class _Keeper(_Ancestor):
 
     def _pass_on(self, number: int) -> None:
         if number != signal.SIGIO or self._broker is None:
-            with contextlib.suppress(ProcessLookupError, PermissionError):  # it has ended, or leads no group yet
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # it has ended, or does not lead a group yet
                 os.killpg(self._child, number)
 
     def _leave(self, status: int) -> NoReturn:

@@ -1,8 +1,8 @@
 """A job of a queuing system: run one call of a cache directory and leave its result there.
 
-The batch directory says which: its file ``entries`` has a line for each element of the job array, with its number.
-Between the submission and now, anything may have happened to the entry, so the job looks at it first: an entry that is
-done or was claimed by a later batch is left alone.
+The batch directory's file ``entries`` says which call: it has one line for each number in the job array. Anything may
+have happened to the entry since the submission, so the job looks at it first: an entry that is done, or was claimed by
+a later batch, is left alone.
 
 Exit codes are for the session that waits: `RESULT` and `RAISED` say that the entry is in place, whatever a slow file
 system shows.
@@ -30,15 +30,15 @@ if TYPE_CHECKING:
     from executorlib.serialize import Frame
 
 RESULT = 0
-RAISED = 83  # the entry holds what the function raised; hardly any program ends with this code by itself
-NOT_MINE = 84  # somebody else has claimed the call since
+RAISED = 83  # the entry holds what the function raised; programs hardly ever use this code themselves
+NOT_MINE = 84  # somebody else has claimed the call meanwhile
 FAILED = 70  # EX_SOFTWARE of sysexits.h
 
-# In the environment of a job of a system that writes what the job prints, and does so later: the file. The job writes
-# there itself, so that all is there when its entry is made.
+# An environment variable of jobs whose system writes what they print to a file, but late: that file. The job writes to
+# it directly, so that the output is complete when its entry is made.
 OUTPUT_VARIABLE = "EXECUTORLIB_OUTPUT"
 
-_PRINTED_BYTES = 1 << 20  # of what a job printed, so many are kept in its entry, the last ones
+_PRINTED_BYTES = 1 << 20  # how much of the end of what a job printed is kept in its entry
 
 
 def main(directory: str, part: str = "") -> None:
@@ -46,7 +46,7 @@ def main(directory: str, part: str = "") -> None:
 
     Args:
         directory: The batch directory.
-        part: The part of the batch that this job is of, as `cache.batch_directory.JobIds.file` takes it.
+        part: The part of the batch that this job runs, in the form that `cache.batch_directory.JobIds.file` takes.
     """
     family.unblock()
     guard.begin()
@@ -57,7 +57,7 @@ def main(directory: str, part: str = "") -> None:
         if "executorlib.worker.world" in sys.modules:
             from mpi4py import MPI
 
-            # Not by `run`: where a rank of another world has called that, it goes on to use MPI.
+            # Not in `run`, whose caller may be a rank of another world that goes on using MPI.
             MPI.Finalize()
     except BaseException as error:
         sys.stderr.write(call.traceback_text(error))
@@ -65,12 +65,12 @@ def main(directory: str, part: str = "") -> None:
 
 
 def run(directory: str, index: int | None, part: str = "") -> int:
-    """Run one call of a batch, on every rank where it has several.
+    """Run one call of a batch, on every rank if it has several.
 
     Args:
         directory: The batch directory.
-        index: Number of the call in the batch; None for what the queuing system says.
-        part: The part of the batch that this job is of, as `cache.batch_directory.JobIds.file` takes it.
+        index: The number of the call in the batch; None for the number that the queuing system tells this job.
+        part: The part of the batch that this job runs, in the form that `cache.batch_directory.JobIds.file` takes.
 
     Returns:
         The exit code.
@@ -95,7 +95,7 @@ def run(directory: str, index: int | None, part: str = "") -> int:
 
 
 def _print_to(output: str) -> None:
-    """Write what is printed from now on to a file itself; as before, where that is not to be had."""
+    """Write everything printed from now on to this file directly. If it cannot be opened, nothing changes."""
     with contextlib.suppress(OSError):
         descriptor = os.open(output, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW)
         call.flush()
@@ -105,16 +105,16 @@ def _print_to(output: str) -> None:
 
 
 def _claimed(directory: str, index: int, part: str, setup: dict[str, Any]) -> dict[str, Any] | int:
-    """What is to be run; the exit code where it is not ours (any more)."""
+    """Return the entry to run, or the exit code if it is done or not ours (any more)."""
     root = batch_directory.root_of(directory)
     job_id = _job_id(setup)
     noted = batch_directory.JobIds.read(directory, index).of(index)
     if noted is None:
-        # The session may have ended before it could note it, and who looks for this job needs it.
+        # The session may have ended before noting the id, and whoever looks for this job needs it.
         if job_id:
             batch_directory.write_text(directory, batch_directory.JobIds.file(part), job_id)
     elif noted[0].strip("[]").isdecimal() and job_id.strip("[]").isdecimal() and noted[0] != job_id:
-        # A controller that is too busy to answer may take a batch all the same; the session then submitted it again.
+        # A controller too busy to answer may have accepted this batch all the same, and the session submitted it again.
         return NOT_MINE
     path = batch_directory.entries_of(directory)[index]
     entry = entries.read_input(path, root)
@@ -140,27 +140,28 @@ def _claimed(directory: str, index: int, part: str, setup: dict[str, Any]) -> di
 
 
 def _job_id(setup: dict[str, Any]) -> str:
-    """What the queuing system calls this job; empty where it does not say.
+    """Return this job's id in the queuing system; empty if the system does not say.
 
-    Only its own variables count: this may be within a job of another system. Behind a dot is Torque's server.
+    Only that system's own variables count, because this may run within a job of another system. What follows a dot is
+    the name of Torque's server.
     """
     names = setup.get("id_variables", ())
     return next((os.environ[name].partition(".")[0] for name in names if os.environ.get(name)), "")
 
 
 class Claim:
-    """What a job is about to run, against what its entry is named by; made before anything of that is unpickled.
+    """Compares what a job is about to run with what its entry is named after. Made before any of that is unpickled.
 
-    The session has seen to it that both are the same. But an array may have changed, and changed back, while it was
-    pickled, and a module that the function comes from may have another file by now. Then the result is kept under the
-    key of what ran, and here is only for those who have submitted this very job.
+    The session made sure that both are the same. But an array may have changed, and changed back, while it was pickled,
+    and the function's module may have another file by now. Then the result is kept under the key of what ran, and the
+    one left in the entry is only for those who submitted this very job.
 
     Args:
         job: The entry, with the number of its ranks.
 
     Attributes:
-        ran: What is about to run, where that is something else.
-        versions: The distributions that it reaches, where they are known.
+        ran: The key of what is about to run, if that is something else.
+        versions: The distributions that it reaches, with their versions, if they are known.
     """
 
     def __init__(self, job: dict[str, Any]) -> None:
@@ -173,15 +174,15 @@ class Claim:
             fingerprint.prepare(fingerprint.Key(*job["key"]))
 
     def begin(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """See `call.run`."""
+        """Derive the key of a call that is about to run."""
         job = self._job
-        if job["key"] is None:  # the user has named it
+        if job["key"] is None:  # the user named the entry
             return
         from executorlib.keys import fingerprint
 
         named: dict[str, Any]
         try:
-            # Results of other entries were loaded by now, and count by their names.
+            # Results of other entries have been loaded by now. In the key they count by name.
             if entries.refers_to_results(job["input_args"]):
                 args = tuple(entries.load_with_names(job["input_args"]))
             named = kwargs
@@ -196,7 +197,7 @@ class Claim:
             self.versions = key.versions
 
     def kept_at(self) -> str | None:
-        """The output file of the key of what ran, where that is another one than the entry's, and known."""
+        """Return the output file for the key of what ran, if that key is known and not the entry's."""
         if not self.ran or self.versions is None:
             return None
         return entries.beside(entries.output_of(self._job["path"]), self._job["key"][0], self.ran)
@@ -204,9 +205,9 @@ class Claim:
 
 def _run(job: dict[str, Any], claim: Claim) -> tuple[call.Answer, float]:
     if job["run_time_max"] is not None:
-        # By the kernel, as the function may not let Python's threads run; SIGALRM is for nothing else by default.
+        # The kernel keeps the time, because the function may not let Python threads run. SIGALRM has no other use here.
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        faulthandler.register(signal.SIGALRM, file=2, chain=True)  # tells where the call is before it ends
+        faulthandler.register(signal.SIGALRM, file=2, chain=True)  # prints where the call is before it ends
         signal.setitimer(signal.ITIMER_REAL, job["run_time_max"])
     arguments = pickle.dumps((serialize.Pickled(job["input_args"]), serialize.Pickled(job["input_kwargs"])))
     options = {"error_log_file": job["error_log_file"]} if job["error_log_file"] else {}
@@ -221,7 +222,7 @@ def _run(job: dict[str, Any], claim: Claim) -> tuple[call.Answer, float]:
 
 @contextlib.contextmanager
 def _no_silent_exit() -> Iterator[None]:
-    """Let a function that ends this process by `os._exit` not seem to have left a result: dependents would start."""
+    """Make sure that `os._exit` in a function does not look as if there were a result, which would start dependents."""
     process, leave = os.getpid(), os._exit
 
     def leave_without_result(status: int) -> NoReturn:
@@ -238,7 +239,7 @@ def _no_silent_exit() -> Iterator[None]:
 
 
 def _store(job: dict[str, Any], answer: call.Answer, seconds: float, claim: Claim) -> int:
-    """Put the finished entry in place of the waiting one."""
+    """Replace the waiting entry with the finished one."""
     path = job["path"]
     output, root = entries.output_of(path), job["root"]
     plain: dict[str, Any] = {"traceback": answer.traceback, "runtime": seconds, "queue_id": job["queue_id"]}
@@ -255,7 +256,7 @@ def _store(job: dict[str, Any], answer: call.Answer, seconds: float, claim: Clai
         _keep(kept_at, pickles, root)
     unkept: dict[str, Any] = {}
     if not answer.loaded:
-        unkept = {entries.NOT_KEPT: True}  # the next one who submits the call may find what was missing
+        unkept = {entries.NOT_KEPT: True}  # what was missing may be there when the call is submitted again
     elif claim.ran:
         unkept = {entries.NOT_KEPT: True, entries.RAN: claim.ran, "batch": job["batch"]}
     pickles.update({name: serialize.dumps_in_band(value) for name, value in unkept.items()})
@@ -265,7 +266,7 @@ def _store(job: dict[str, Any], answer: call.Answer, seconds: float, claim: Clai
 
 
 def _keep(path: str, pickles: dict[str, bytes], root: str) -> None:
-    """Put an entry in place for later sessions. It is not worth losing the result over for those who wait for it."""
+    """Write an entry for later sessions. Those who wait for the result must not lose it if that fails."""
     try:
         there = entries.read_ending(path, root)
         if there is None or not there.kept:
@@ -275,10 +276,10 @@ def _keep(path: str, pickles: dict[str, bytes], root: str) -> None:
 
 
 def _printed(path: str, root: str) -> dict[str, bytes]:
-    """What this job has printed so far, for its entry: the batch directory does not last."""
+    """Return what this job has printed so far, for its entry, because the batch directory is removed later."""
     call.flush()
     try:
-        # A network file system may know less of the file than this process has written.
+        # A network file system may not show all that this process has written yet.
         data = trust.read(path, root, last=_PRINTED_BYTES)
         size = os.path.getsize(path)
     except OSError:
@@ -293,20 +294,20 @@ def _printed(path: str, root: str) -> dict[str, bytes]:
 
 
 def _one_piece(frames: list[Frame]) -> bytes:
-    """One pickle of an exception that has large buffers beside it; results have none, see `call.run`."""
+    """Return one pickle of an exception with large buffers beside it. Results never have any, see `call.run`."""
     return bytes(frames[0]) if len(frames) == 1 else serialize.dumps_in_band(serialize.loads(frames))
 
 
-# What MPI libraries call a rank's number among those of its node.
+# The variables in which MPI libraries give a rank's number among the ranks of its node.
 _LOCAL_RANK_VARIABLES = ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
 
 
 def _choose_gpus(each: int, names: Sequence[str]) -> None:
-    """Keep this rank's part of the node's GPUs, where what started the ranks shows all of them to every one.
+    """Keep this rank's part of the node's GPUs, if the program that started the ranks shows all GPUs to each.
 
     Args:
-        each: How many each rank has.
-        names: What the queuing system calls a rank's number on its node.
+        each: The number of GPUs of each rank.
+        names: The variables in which the queuing system gives a rank's number on its node.
     """
     local_rank = protocol.first_number([*_LOCAL_RANK_VARIABLES, *names])
     if not each or local_rank is None:
@@ -344,7 +345,7 @@ def _run_ranks(directory: str, index: int, part: str, setup: dict[str, Any], out
     if answer.traceback:
         answer.traceback = f"on rank {rank} of {size}:\n{answer.traceback}"
 
-    call.flush()  # the first rank reads what all have printed
+    call.flush()  # the first rank reads what all ranks printed
 
     def give_up() -> None:
         _store(job, answer, seconds, claim)

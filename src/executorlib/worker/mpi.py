@@ -1,11 +1,11 @@
 """A rank of an MPI world: rank 0 talks to the executor, all ranks run the call, rank 0 returns all results.
 
-A rank that fails and is not followed by the others, which may be waiting for it inside the function, tells the executor
-itself, over a connection of its own. The executor then ends the world. Where all ranks are through, rank 0 tells of the
-failure, which costs the world nothing.
+If a rank fails and the others do not follow, because they may be waiting for it inside the function, it tells the
+executor itself over a connection of its own, and the executor ends the world. If all ranks get through, rank 0 reports
+the failure, and the world goes on.
 
-Ranks start at once on cores that they may share, and the call waits for the last one. So what only one that connects
-needs is loaded when it does.
+Ranks start at the same time on cores that they may share, and the call waits for the last one. So what only a rank with
+a connection needs is loaded when it connects.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ def main(
     """Run as one rank.
 
     Args:
-        single: Whether the world runs one call, which it need not announce that it is ready for.
-        path: File with the credentials; by default they are in the environment.
-        identity: The world's name, where the credentials are for several; by default the one in them.
-        numbered_by: The variables that tell the job's number in its array, which is appended to the name then; None
-            for a name that is whole.
-        local: Whether `mpiexec` started it below a node agent, so that nobody ends it if both are killed.
+        single: True if the world runs one call, for which it need not announce that it is ready.
+        path: The file with the credentials. By default they are in the environment.
+        identity: The world's name, if the credentials are for several. By default it is part of them.
+        numbered_by: The variables that may hold the job's number in its array, which is appended to the name. None
+            appends nothing.
+        local: True if `mpiexec` started it below a node agent. Then nobody else would end it if both are killed.
     """
     family.unblock()
     if local:
@@ -80,10 +80,10 @@ def main(
 
 
 class Rank:
-    """One rank's state.
+    """The state of one rank.
 
     Args:
-        world: Communicator of all ranks, used by nobody else.
+        world: A communicator of all ranks, used by nobody else.
         connect: Makes a connection to the executor, given the number of the rank.
         library: The MPI library's name and version.
     """
@@ -106,7 +106,7 @@ class Rank:
         return self._dealer
 
     def _receive(self) -> tuple[list[Any], list[Frame]]:
-        """The executor's next message, on every rank."""
+        """Return the executor's next message, on every rank."""
         content = None
         if self._rank == 0:
             message = self._connection().receive()
@@ -115,10 +115,10 @@ class Rank:
         return received
 
     def serve(self, single: bool) -> None:
-        """Take calls until told to stop, which a world of one call is once its result was read; see `main`."""
+        """Take calls until told to stop. A world of one call is told so once its result has been read."""
         (kind, *rest), frames = self._receive()
         if kind == "stop":
-            return  # nobody waits for this world any more
+            return  # nobody needs this world any more
         setup = rest[0]
         defaults = call.Defaults(setup.get("slot", 0))
         try:
@@ -132,10 +132,10 @@ class Rank:
         except BaseException as error:
             text = call.bounded(call.traceback_text(error))
             self._connection().send(["error", 0, 0.0, text, {}], call.dump_setup_error(error))
-            self._world.Barrier()  # until the executor ends us
+            self._world.Barrier()  # wait until the executor ends this world
             raise
         if not single:
-            # Not before every rank is through: a failure that comes later would look like a call's.
+            # Not before every rank has got through: a later failure would look like a call's.
             self._world.Barrier()
             if self._rank == 0:
                 self._connection().send(["ready"])
@@ -149,7 +149,7 @@ class Rank:
             self._run(header, frames, defaults)
 
     def _share(self, setup: dict[str, Any]) -> dict[str, Any]:
-        """This rank's part of the cores and GPUs."""
+        """Return the setup with this rank's part of the cores and GPUs."""
         setup = dict(setup)
         size = self._world.Get_size()
         if "shares" in setup:
@@ -196,8 +196,8 @@ class Rank:
         if entry is not None:
             if any(other != ran for _, other, _ in gathered):
                 entry.problem = entry.problem or "its ranks did not all run the same: a module changed as they began"
-            # With an entry, what a rank returned is one frame, see `call.run`. It is not rebuilt here: that is the
-            # user's code, and may fail, or make something else of it.
+            # With an entry, each rank's result is one frame (see `call.run`). It is not rebuilt here, because that runs
+            # the user's code, which may fail or make something else of it.
             results = [serialize.Pickled(*rank_frames) for rank_frames in everything]
             warning = entry.store(serialize.dumps_in_band(results), answer.seconds)
             if entry.is_other:
@@ -206,7 +206,7 @@ class Rank:
         self._connection().send(["result", number, seconds, warning, more], frames)
 
     def close(self) -> None:
-        """Send what is left."""
+        """Send what is left and close the connection, if there is one."""
         if self._dealer is not None:
             self._dealer.close()
 

@@ -1,4 +1,4 @@
-"""What workers and those who start them agree on: permits, and variables of the environment."""
+"""The agreement between workers and those who start them: permits, and environment variables."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-# The libraries' own documentation names these: OpenMP, OpenBLAS, MKL, numexpr, Apple's Accelerate (vecLib).
+# As named in the libraries' own documentation: OpenMP, OpenBLAS, MKL, numexpr, Apple's Accelerate (vecLib).
 THREAD_VARIABLES = (
     "OMP_NUM_THREADS",
     "OPENBLAS_NUM_THREADS",
@@ -26,17 +26,17 @@ PERMIT = struct.Struct("<Q")
 class Permits:
     """Says which of the calls that a worker holds it may start.
 
-    A worker of a block may hold calls beyond the one that it runs, so that it need not wait for the next. Whether it
-    starts one of these or the executor takes it back is settled by who reads the call's number from this socket
-    first: both have a descriptor of its reading end. A number is sent before its call.
+    A worker of a block may hold more calls than the one that it runs, so that it need not wait for the next. A call's
+    number is sent through this socket before the call, and both the worker and the executor have a descriptor of its
+    reading end. Whoever reads the number first has the call: the worker to start it, the executor to take it back.
     """
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
-        self._next = 0  # read already, for a call that comes later
+        self._next = 0  # read already, for a call that is yet to come
 
     def allow(self, number: int) -> bool:
-        """Whether call ``number``, the first that the worker holds, may start; if not, it was taken back."""
+        """Return True if call ``number``, the first that the worker holds, may start; False if it was taken back."""
         if not self._next:
             try:
                 data = self._sock.recv(PERMIT.size, socket.MSG_DONTWAIT)
@@ -52,7 +52,7 @@ class Permits:
 
 
 def first_number(names: Sequence[str]) -> int | None:
-    """The first of these environment variables that holds a number."""
+    """Return the number in the first of these environment variables that holds one."""
     for name in names:
         value = os.environ.get(name, "")
         if value.isdigit():
@@ -61,15 +61,15 @@ def first_number(names: Sequence[str]) -> int | None:
 
 
 def element_number(names: Sequence[str]) -> int:
-    """This job's number in its job array; without one, it is the only job.
+    """Return this job's number in its job array, or 0 outside an array.
 
     Args:
-        names: What its queuing system calls the variable. Those of others count for nothing: the session may have been
-            in a job of theirs.
+        names: The variables in which the job's own queuing system gives the number. Variables of other systems do not
+            count, because the session may have been in a job of such a system.
     """
     return first_number(names) or 0
 
 
 def element_text(names: Sequence[str] | None) -> str:
-    """The same as text; empty where there is no array to ask for."""
+    """Return the same number as text, or an empty text if there is no array to ask about."""
     return "" if names is None else str(element_number(names))

@@ -1,7 +1,7 @@
-"""Sends what a worker logs to the executor, for the handlers of the user's program; only where that was asked for.
+"""Sends what a worker logs to the executor, for the handlers of the user's program, if that was requested.
 
-A record travels as a message ``["log", call number, rank, {...}]`` of plain data, at once, so that what was logged
-before a death arrives. `Loop.on_message` is the other end.
+A record travels as a message ``["log", call number, rank, {...}]`` of plain data. It is sent at once, so that what was
+logged before a death arrives. `Loop.on_message` receives it.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ if TYPE_CHECKING:
     from executorlib.serialize import Frame
     from executorlib.transports.messages import Message
 
-# Characters of the message, of a traceback and of a stack; of any other text; and attributes of the user's own. All of
-# them together fit into a message's header, where a character takes twelve bytes at most.
+# The most characters of a message, a traceback or a stack; of any other text; and the most attributes of the user's
+# own. All of them together fit into a message's header, where a character takes at most twelve bytes.
 _MOST_TEXT, _MOST_OTHER, _MOST_ATTRIBUTES = 100_000, 1000, 100
 
-# Records that wait for the end of a `Reporter.receive`.
+# The most messages that may wait for the end of a `Reporter.receive`.
 _MOST_WAITING = 1000
 
-# What becomes part of other attributes, or is for one handler only.
+# Attributes that become part of others, or are for one handler only.
 _NOT_SENT = frozenset(("args", "exc_info", "message", "asctime"))
 _TEXTS = frozenset(("msg", "exc_text", "stack_info"))
 
-# Signals whose handlers, of the user's, may raise an exception.
+# Signals for which the user may have set handlers that raise an exception.
 _INTERRUPTING = [
     signal.SIGALRM,
     signal.SIGVTALRM,
@@ -51,17 +51,17 @@ _to_text = logging.Formatter()
 
 
 class Reporter:
-    """A worker's connection by which its records travel, too. It takes the place of the one that it is made from.
+    """A worker's connection that also carries its log records. It replaces the connection that it is made from.
 
-    The user's threads log while this one sends results, and signal handlers log within a thread that is sending.
+    The user's threads may log while this one sends results, and signal handlers may log in a thread that is sending.
 
     Args:
-        made: The connection; None where it is made with the first record or answer.
-        connect: Makes it then.
-        rank: The rank that this is in an MPI world.
+        made: The connection, or None to make it for the first record or answer.
+        connect: Makes the connection in that case.
+        rank: The number of this rank in an MPI world.
 
     Attributes:
-        number: Of the call that runs; 0 before the first.
+        number: The number of the call that runs; 0 before the first one.
     """
 
     def __init__(self, made: Any, connect: Callable[[], Any] | None = None, rank: int = 0) -> None:
@@ -70,11 +70,11 @@ class Reporter:
         self._rank = rank
         self.number = 0
         self._lock = threading.RLock()  # a signal handler may take it again
-        self._in_use = False  # the connection: by the thread that this one has interrupted, or to receive
+        self._in_use = False  # True while the connection sends, perhaps in interrupted code, or receives
         self._receiving = False
         self._waiting: deque[tuple[list[Any], Sequence[Frame]]] = deque()
         self._ended = False
-        # In processes that a call forks all is as if records were not sent: this one alone may use its connection.
+        # Processes that a call forks log as if records were not sent, because only this one may use its connection.
         os.register_at_fork(after_in_child=settings.divert(_Handler(self)))
 
     def _connection(self) -> Any:
@@ -83,10 +83,10 @@ class Reporter:
         return self._made
 
     def send(self, header: list[Any], frames: Sequence[Frame] = ()) -> None:
-        """Send a message, after all records that were logged before."""
+        """Send a message after all records that were logged before."""
         with self._lock:
             if self._receiving and len(self._waiting) >= _MOST_WAITING:
-                return  # what threads log that earlier calls have left behind
+                return  # a record from threads that earlier calls left behind
             self._waiting.append((header, frames))
             self._send_waiting()
 
@@ -94,14 +94,14 @@ class Reporter:
         while self._waiting and not self._in_use:
             before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
             try:
-                # An exception that a signal handler raises would leave half a message behind.
+                # If a signal handler raised an exception here, half a message would be left behind.
                 signal.pthread_sigmask(signal.SIG_BLOCK, _INTERRUPTING)
                 self._in_use = True
                 header, frames = self._waiting.popleft()
                 try:
                     self._connection().send(header, frames)
                 except (OSError, EOFError):
-                    if header[0] != "log":  # else the next answer finds that the executor is gone
+                    if header[0] != "log":  # a lost record is no error: the next answer finds the executor gone
                         raise
             finally:
                 self._in_use = False
@@ -110,7 +110,7 @@ class Reporter:
     def receive(self) -> Message:
         """Wait for a message."""
         connection = self._connection()
-        if isinstance(connection, Connection):  # a socket, by which others may send meanwhile
+        if isinstance(connection, Connection):  # a socket, through which other threads may send meanwhile
             message: Message = connection.receive()
         else:
             with self._lock:
@@ -133,8 +133,8 @@ class Reporter:
             self.send(["log", self.number, self._rank, record])
 
     def _end(self) -> None:
-        """Send no more records where the connection is about to be closed."""
-        # A socket is closed by the end of the process, and takes them until then.
+        """Stop sending records if the connection is about to be closed."""
+        # A socket is only closed when the process ends, and takes records until then.
         if not isinstance(self._made, Connection):
             with self._lock:
                 self._ended = True
@@ -147,14 +147,14 @@ class Reporter:
 
 
 class _Handler(logging.Handler):
-    """Gives all records to a reporter."""
+    """Passes all records to a reporter."""
 
     def __init__(self, reporter: Reporter) -> None:
         super().__init__()
         self._reporter = reporter
 
     def emit(self, record: logging.LogRecord) -> None:
-        """See `logging.Handler.emit`."""
+        """Send a record."""
         try:
             values = _plain(record)
         except Exception:
@@ -164,7 +164,7 @@ class _Handler(logging.Handler):
 
 
 def _plain(record: logging.LogRecord) -> dict[str, Any]:
-    """A record as plain data: with texts in the place of objects, which may not be fit for travelling."""
+    """Convert a record to plain data, with texts in place of objects, which may be impossible to send."""
     values = {name: value for name, value in record.__dict__.items() if name not in _NOT_SENT}
     values["msg"] = record.getMessage()
     if record.exc_info and not record.exc_text:

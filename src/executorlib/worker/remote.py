@@ -1,7 +1,7 @@
 """A long-lived worker that connects to its executor over the network: ``python -m executorlib.worker.remote``.
 
-A scheduler's job runs it, on whatever node; one job is one worker. It says ``["hello", {...}]``, gets ``["setup",
-{...}]`` and runs calls as `worker.call` describes, one at a time, until ``["stop"]``.
+A scheduler's job runs it on any node, and one job is one worker. It sends ``["hello", {...}]``, gets ``["setup",
+{...}]``, and runs calls as `worker.call` describes, one at a time, until ``["stop"]``.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ if TYPE_CHECKING:
 
     from executorlib.transports.messages import Connection
 
-# Between the loss of the connection and the end by force, in seconds: an idle worker ends by itself.
+# Seconds from the loss of the connection to the end by force. An idle worker ends by itself before that.
 _GRACE_SECONDS = 3.0
 
 
 class _Granted(protocol.Permits):
-    """The executor sends one call at a time, so each may start."""
+    """Permits for a worker that gets one call at a time, so each may start."""
 
     def __init__(self) -> None:
-        """Needs no socket."""
+        """Take no arguments: there is no socket."""
 
     def allow(self, number: int) -> bool:
-        """See `Permits.allow`."""
+        """Return True."""
         return True
 
 
 def hello(size: int = 1, library: str = "") -> list[Any]:
-    """The first message of a worker that connects by itself.
+    """Make the first message of a worker that connects by itself.
 
     Args:
-        size: Ranks of the MPI world that it is.
-        library: Name and version of the MPI library.
+        size: The number of ranks, if it is an MPI world.
+        library: The name and version of the MPI library.
 
     Returns:
         The message's header: ``["hello", {"host", "pid", "size", "library", "version"}]``.
@@ -54,9 +54,9 @@ def hello(size: int = 1, library: str = "") -> list[Any]:
 
 
 def end_by_force() -> None:
-    """End this process, and what it started, although a call is running; nobody is there for its result."""
+    """End this process and what it started, although a call is running, because nobody is left to take its result."""
     time.sleep(_GRACE_SECONDS)
-    with contextlib.suppress(Exception):  # what reads this may have gone with the executor
+    with contextlib.suppress(Exception):  # the reader of this may be gone together with the executor
         sys.stderr.write(
             "executorlib: the connection to the executor was lost while a call was running; it is ended.\n"
         )
@@ -69,14 +69,14 @@ def end_by_force() -> None:
 def main(path: str = "", identity: str = "", numbered_by: Sequence[str] | None = None) -> None:
     """Connect, serve calls, then end the process.
 
-    Exit code 0: it was told to stop, or could not be set up, of which the executor was told. 1: it could not connect,
-    or the connection was lost, of which standard error tells.
+    The exit code is 0 if it was told to stop, or could not be set up and told the executor so. It is 1 if it could not
+    connect or lost the connection, with the reason on standard error.
 
     Args:
-        path: File with the credentials; by default they are in the environment.
-        identity: The worker's name, where the file is for several workers; by default the one in the file.
-        numbered_by: The variables that tell the job's number in its array, which is appended to the name then; None
-            for a name that is whole.
+        path: The file with the credentials. By default they are in the environment.
+        identity: The worker's name, if the file is for several workers. By default it is the one in the file.
+        numbered_by: The variables that may hold the job's number in its array, which is appended to the name. None
+            appends nothing.
     """
     family.unblock()
     guard.begin()
@@ -91,7 +91,7 @@ def main(path: str = "", identity: str = "", numbered_by: Sequence[str] | None =
         sys.exit(f"executorlib: this worker cannot connect: {error}")
     try:
         dealer.send(hello())
-        call.serve(cast("Connection", dealer), _Granted())  # it has the same send and receive
+        call.serve(cast("Connection", dealer), _Granted())  # a Dealer has the same send and receive
         dealer.close()
     except EOFError as error:
         sys.stderr.write(f"executorlib: this worker ends: {error}\n")

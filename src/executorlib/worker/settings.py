@@ -1,7 +1,7 @@
-"""Settings of the user's process, put in force in a worker; `launchers.session` describes them.
+"""Puts settings of the user's process in force in a worker. `launchers.session` describes them.
 
-Nothing is imported that is not wanted: a filter for warnings of a module that is not loaded here waits for it.
-Settings are a help to the calls, not a need: one that cannot be put in force here is left out.
+Nothing is imported that is not needed: a warning filter for a module that is not loaded here waits for the module.
+Settings help calls but are not essential, so one that cannot be put in force here is left out.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-# What was changed here before: by the agent, from which this process was forked.
+# Loggers that were changed here earlier, perhaps by the agent from which this process was forked, and their handlers.
 _loggers: dict[str, list[Any]] = {}
 
 
@@ -25,13 +25,13 @@ def apply(settings: dict[str, Any]) -> None:
     """Put settings in force.
 
     Args:
-        settings: Those that are to change.
+        settings: The settings that are to change.
     """
     if "recursion_limit" in settings:
-        with contextlib.suppress(Exception):  # lower than this very call is deep
+        with contextlib.suppress(Exception):  # this very call is deeper than that
             sys.setrecursionlimit(settings["recursion_limit"])
     if "int_digits" in settings:
-        with contextlib.suppress(Exception):  # of a Python that has no such limit
+        with contextlib.suppress(Exception):  # this Python has no such limit
             sys.set_int_max_str_digits(settings["int_digits"])
     if "umask" in settings:
         os.umask(settings["umask"])
@@ -44,10 +44,10 @@ def apply(settings: dict[str, Any]) -> None:
 
 
 def divert(handler: logging.Handler) -> Callable[[], None]:
-    """Have a handler get what the handlers of the user's session would get, in the place of those that stand for them.
+    """Let a handler get what the handlers of the user's session would get, instead of those that represent them here.
 
     Returns:
-        Undoes it.
+        A function that undoes this.
     """
     import logging
 
@@ -86,7 +86,7 @@ def _pattern(described: Any) -> Any:
 
 
 class _Pattern:
-    """Stands for a compiled pattern. Most are for warnings that never come, and compiling them takes a while."""
+    """Takes the place of a compiled pattern. Compiling is slow, and most filters are for warnings that never come."""
 
     def __init__(self, pattern: str, flags: int) -> None:
         self.pattern = pattern
@@ -94,7 +94,7 @@ class _Pattern:
         self._compiled: re.Pattern[str] | None = None
 
     def match(self, text: str) -> Any:
-        """See `re.Pattern.match`."""
+        """Match the start of a text, and compile the pattern first if needed."""
         if self._compiled is None:
             import re
 
@@ -103,7 +103,7 @@ class _Pattern:
 
 
 class _ByName(type):
-    """Class of classes that stand for another one, which is not loaded here yet, or is the program's own."""
+    """The class of classes that represent another one, which is not loaded here yet, or is the program's own."""
 
     def __subclasscheck__(cls, subclass: type) -> bool:
         return any(
@@ -132,7 +132,7 @@ def _set_up_logging(described: dict[str, Any]) -> None:
     _loggers.clear()
     logging.disable(described.get("disabled", logging.NOTSET))
     for name, (level, propagates, handlers) in described.get("loggers", {}).items():
-        with contextlib.suppress(Exception):  # of a class of the program's own
+        with contextlib.suppress(Exception):  # a logger of the program's own class may raise
             logger = logging.getLogger(name or None)
             _loggers[name] = []
             logger.setLevel(level)

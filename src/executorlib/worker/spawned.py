@@ -14,7 +14,7 @@ def main(pooled: bool, preload: list[str]) -> None:
     """Serve calls over the inherited descriptors, then end the process.
 
     Args:
-        pooled: Whether it runs many calls and so needs permits.
+        pooled: True if it runs many calls and so needs permits.
         preload: Modules to import first.
     """
     try:
