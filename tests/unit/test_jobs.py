@@ -6,6 +6,7 @@ import errno
 import gc
 import json
 import os
+import pickle
 import socket
 import time
 import weakref
@@ -23,7 +24,7 @@ from executorlib.core.scheduler import Worker
 from executorlib.core.task import LAUNCHING, READY, RUNNING, Task
 from executorlib.errors import ExecutorlibSocketError
 from executorlib.jobs.launcher import JobLauncher
-from executorlib.jobs.queue import Cause, JobState, Limit, Phase
+from executorlib.jobs.queue import Cause, Dependency, JobState, Limit, Phase
 from executorlib.jobs.submitter import Submitter
 from executorlib.jobs.system import Refused
 from executorlib.launchers.contract import Exit, Process
@@ -79,7 +80,7 @@ class System:
     busy = False
     answer: Any = None
 
-    def can_wait_for(self, job_id: str) -> bool:
+    def can_wait_for(self, dependency: Dependency) -> bool:
         return True
 
     def about(self) -> dict[str, str]:
@@ -579,6 +580,29 @@ def test_a_job_of_a_part_of_a_batch(
     assert batch_directory.JobIds.read(directory, 3).of(3) == ("102", 3)
 
 
+@pytest.mark.parametrize(("named", "index"), [(None, 1), (("TEST_TASK",), 2), ((), 0)])
+def test_a_job_finds_its_call(
+    impatient: Loop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: tuple[str, ...] | None, index: int
+) -> None:
+    """Its setup names the variable; one of an older version names none, and means Slurm's."""
+    system = Limited(3)
+    launcher = None
+    for number in range(1, 4):
+        launcher, _, _ = launched(impatient, system, tmp_path, f"a{number}", launcher, number)
+    while len(system.jobs) < 3:
+        impatient.run_timers()
+    directory = Path(system.taken[0].directory)
+    setup = pickle.loads((directory / batch_directory.SETUP_FILE).read_bytes())
+    del setup["element_variables"]
+    if named is not None:
+        setup["element_variables"] = named
+    (directory / batch_directory.SETUP_FILE).write_bytes(pickle.dumps(setup))
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
+    monkeypatch.setenv("TEST_TASK", "2")
+    assert job.run(str(directory), None) == job.RESULT
+    assert [path.name for path in tmp_path.glob("*_o.h5")] == [f"a{index + 1}_o.h5"]
+
+
 # Calls that wait for their inputs.
 
 
@@ -591,7 +615,7 @@ class Alone(System):
         self.submitted: list[str] = []
         self.answers: list[Callable[[Any], None]] = []
 
-    def can_wait_for(self, job_id: str) -> bool:
+    def can_wait_for(self, dependency: Dependency) -> bool:
         return False
 
     def submit(self, batch: Any, on_done: Callable[[Any], None]) -> None:

@@ -298,6 +298,14 @@ def test_a_job_in_a_job_of_another_system(queue_type: str, element: int, monkeyp
     assert protocol.element_number(()) == 0
 
 
+@pytest.mark.parametrize(("numbered", "text"), [(False, ""), (True, "5"), (("PBS_ARRAY_INDEX",), "3"), ((), "0")])
+def test_the_number_in_a_workers_name(numbered: Any, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs of older versions say only that there is one, which is Slurm's."""
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "5")
+    monkeypatch.setenv("PBS_ARRAY_INDEX", "3")
+    assert protocol.element_text(numbered) == text
+
+
 # Status: qstat(1B), pbs_job_attributes(7B).
 
 

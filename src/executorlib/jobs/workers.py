@@ -208,7 +208,7 @@ class JobWorkerLauncher:
             module = "executorlib.worker.mpi" if resources.cores > 1 else "executorlib.worker.remote"
             program = os.path.join(array.directory, "run.py")
             with open(program, "w", encoding="utf-8") as file:
-                arguments = f"{credentials!r}, numbered_by={self._system.element_variables!r}"
+                arguments = f"{credentials!r}, numbered={self._system.element_variables!r}"
                 arguments = f"(False, {arguments})" if resources.cores > 1 else f"({arguments})"
                 file.write(boot_file(module, arguments))
         except Exception as error:  # of the file system, mostly

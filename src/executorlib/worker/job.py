@@ -79,8 +79,10 @@ def run(directory: str, index: int | None, part: str = "") -> int:
         trust.read(os.path.join(directory, batch_directory.SETUP_FILE), batch_directory.root_of(directory))
     )
     output = os.environ.pop(OUTPUT_VARIABLE, "")
+    if "element_variables" not in setup:
+        setup = {**protocol.OLDER_SETUP, **setup}
     if index is None:
-        index = protocol.element_number(setup.get("element_variables", ()))
+        index = protocol.element_number(setup["element_variables"])
     call.set_up(setup)
     if setup.get("ranks", 1) > 1:
         return _run_ranks(directory, index, part, setup, output)

@@ -33,7 +33,7 @@ def main(
     single: bool,
     path: str = "",
     identity: str = "",
-    numbered_by: Sequence[str] | None = None,
+    numbered: Sequence[str] | bool = False,
     local: bool = False,
 ) -> None:
     """Run as one rank.
@@ -42,8 +42,8 @@ def main(
         single: True if the world runs one call, for which it need not announce that it is ready.
         path: The file with the credentials. By default they are in the environment.
         identity: The world's name, if the credentials are for several. By default it is part of them.
-        numbered_by: The variables that may hold the job's number in its array, which is appended to the name. None
-            appends nothing.
+        numbered: The variables that may hold the job's number in its array, which is appended to the name. False
+            appends nothing; sessions of older versions give True.
         local: True if `mpiexec` started it below a node agent. Then nobody else would end it if both are killed.
     """
     family.unblock()
@@ -58,7 +58,7 @@ def main(
         from executorlib.worker.remote import end_by_force
 
         credentials = Credentials.read(path) if path else Credentials.parse(given)
-        name = (identity or credentials.identity) + protocol.element_text(numbered_by)
+        name = (identity or credentials.identity) + protocol.element_text(numbered)
         return Dealer(credentials, f"{name}.{rank}", on_lost=end_by_force)
 
     from mpi4py import MPI

@@ -60,6 +60,11 @@ def first_number(names: Sequence[str]) -> int | None:
     return None
 
 
+# Jobs that were queued by versions without languages for queuing systems name no variables. Only Slurm had job arrays
+# then, and without its variable every job of an array would run the first call.
+OLDER_SETUP = {"element_variables": ("SLURM_ARRAY_TASK_ID",), "local_rank_variables": ("SLURM_LOCALID",)}
+
+
 def element_number(names: Sequence[str]) -> int:
     """Return this job's number in its job array, or 0 outside an array.
 
@@ -70,6 +75,12 @@ def element_number(names: Sequence[str]) -> int:
     return first_number(names) or 0
 
 
-def element_text(names: Sequence[str] | None) -> str:
-    """Return the same number as text, or an empty text if there is no array to ask about."""
-    return "" if names is None else str(element_number(names))
+def element_text(names: Sequence[str] | bool) -> str:
+    """Return the number to append to a worker's name, as text.
+
+    Args:
+        names: The variables, as for `element_number`. False appends nothing. True stands for those of `OLDER_SETUP`.
+    """
+    if names is False:
+        return ""
+    return str(element_number(OLDER_SETUP["element_variables"] if names is True else names))

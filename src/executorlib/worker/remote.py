@@ -66,7 +66,7 @@ def end_by_force() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def main(path: str = "", identity: str = "", numbered_by: Sequence[str] | None = None) -> None:
+def main(path: str = "", identity: str = "", numbered: Sequence[str] | bool = False) -> None:
     """Connect, serve calls, then end the process.
 
     The exit code is 0 if it was told to stop, or could not be set up and told the executor so. It is 1 if it could not
@@ -75,8 +75,8 @@ def main(path: str = "", identity: str = "", numbered_by: Sequence[str] | None =
     Args:
         path: The file with the credentials. By default they are in the environment.
         identity: The worker's name, if the file is for several workers. By default it is the one in the file.
-        numbered_by: The variables that may hold the job's number in its array, which is appended to the name. None
-            appends nothing.
+        numbered: The variables that may hold the job's number in its array, which is appended to the name. False
+            appends nothing; sessions of older versions give True.
     """
     family.unblock()
     guard.begin()
@@ -85,7 +85,7 @@ def main(path: str = "", identity: str = "", numbered_by: Sequence[str] | None =
     try:
         given = os.environ.pop(CONNECTION_VARIABLE, "")
         credentials = Credentials.read(path) if path else Credentials.parse(given)
-        name = (identity or credentials.identity) + protocol.element_text(numbered_by)
+        name = (identity or credentials.identity) + protocol.element_text(numbered)
         dealer = Dealer(credentials, name, on_lost=end_by_force)
     except (OSError, ValueError) as error:
         sys.exit(f"executorlib: this worker cannot connect: {error}")
