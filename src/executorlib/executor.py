@@ -38,13 +38,13 @@ if TYPE_CHECKING:
     from executorlib.resources import OneRank, ResourceDict
 
     _OneRank = OneRank | None
-    # What holds futures, and what may hold some; a Sequence of anything would be every str.
+    # Types that hold futures, and types that may hold some. A Sequence of anything would include every str.
     _Futures = Future[Any] | list[Future[Any]] | tuple[Future[Any], ...] | set[Future[Any]] | dict[Any, Future[Any]]
     _Sequences = list[Any] | tuple[Any, ...] | Collection[Future[Any]]
     _Mixed = _Sequences | set[Any] | frozenset[Any] | dict[Any, Any] | Mapping[Any, Future[Any]]
 
     class _WithTemplate(Protocol):
-        """An executor that hands keys which are not ours on."""
+        """An executor that passes unknown keys on to a template."""
 
         _has_template: Literal[True]
 
@@ -59,21 +59,21 @@ _executor_numbers = itertools.count()
 
 
 class BaseExecutor(Executor):
-    """What all executors have in common: the standard library's `Executor` interface with resources for each call.
+    """The base class of all executors: the standard library's `Executor` interface, with resources for each call.
 
     Subclasses that add behaviour call ``super().__init__(*args, **kwargs)`` and
     ``super().submit(fn, *args, **kwargs)``.
 
     Args:
-        common: What all rows take.
-        make_launcher: Makes what starts workers, given the loop.
-        ledger: What the executor may use.
-        capacity: What a call can have at most, against which its needs are checked; None where only the system knows.
+        common: The arguments that all rows take.
+        make_launcher: Makes the launcher of workers, given the loop.
+        ledger: The resources that the executor may use.
+        capacity: The most that a call can have, for checking its needs; None if only the system knows.
         count_cores: Whether the ledger counts cores; otherwise it counts calls.
-        max_workers: Calls at once, or workers of the block.
-        max_calls: Calls handed out at once in the default mode; None for all.
+        max_workers: Most calls at once, or the number of workers of the block.
+        max_calls: Most calls handed out at once in the default mode; None for all.
         pin: Whether workers are pinned to the cores that they hold.
-        settings: What `info` shows beside what all rows take.
+        settings: Further settings for `info`, besides those of all rows.
         jobs: Whether calls become jobs of a queuing system, which go on without the executor.
     """
 
@@ -141,18 +141,19 @@ class BaseExecutor(Executor):
             cache_versions=common.cache_versions,
             log_records=common.log_records,
         )
-        # An executor that is dropped without shutdown finishes its calls and ends. The loop knows nothing of it.
+        # An executor that is dropped without shutdown finishes its calls and ends. The loop has no reference to it.
         weakref.finalize(self, loop.shutdown, False).atexit = False
         try:
             loop.start()
-        except BaseException:  # a Ctrl-C: nobody will have this executor to shut it down
+        except BaseException:  # such as Ctrl-C: nobody will have this executor to shut it down
             loop.shutdown(True)
             raise
 
     # -- submitting -----------------------------------------------------------------------------------------------
 
-    # A ParamSpec alone would refuse what is right: futures in place of values, `resource_dict`, and leaving out what
-    # `init_function` fills. So plain positional arguments are checked, and the rest is not; what fits first counts.
+    # A ParamSpec alone would refuse valid calls: with futures in place of values, with `resource_dict`, or without the
+    # parameters that `init_function` fills. So only plain positional arguments are checked. The first overload that
+    # fits counts.
     @overload
     def submit(
         self, fn: Callable[..., T], a: _Futures, /, *args: Any, resource_dict: _OneRank = None, **kwargs: Any
@@ -229,14 +230,14 @@ class BaseExecutor(Executor):
         resource_dict: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> Future[Any]:
-        """Have ``fn(*args, **kwargs)`` run.
+        """Schedule the call ``fn(*args, **kwargs)``.
 
         Args:
             fn: Any callable.
-            *args: Positional arguments; futures among them, at any depth of lists, tuples, sets, dicts and
+            *args: Positional arguments. Futures among them, at any depth of lists, tuples, sets, dicts and
                 dataclasses, are waited for and replaced by their results.
-            resource_dict: What the call needs, where it differs from the executor's; see `Resources`.
-            **kwargs: Keyword arguments; futures likewise.
+            resource_dict: The resources of the call, as in `Resources`, if they differ from the executor's.
+            **kwargs: Keyword arguments, with futures as above.
 
         Returns:
             The call's future. With ``cores`` above 1 its result is the list of all ranks' results.
@@ -304,22 +305,22 @@ class BaseExecutor(Executor):
         chunksize: int = 1,
         buffersize: int | None = None,
     ) -> Iterator[T]:
-        """Like the built-in `map`, with the calls running at once; see `concurrent.futures.Executor.map`.
+        """Call a function for many arguments at once, as `concurrent.futures.Executor.map` does.
 
         Args:
             fn: A callable that takes as many arguments as there are iterables.
-            *iterables: The arguments, call by call. A future may stand for an iterable. As nobody knows how many calls
-                there are before it is done, `map` waits for it; to go on meanwhile, pass futures of single arguments.
+            *iterables: The arguments, call by call. A future may stand for an iterable. `map` waits for it, because the
+                number of calls is not known before; pass futures of single arguments to go on meanwhile.
             timeout: Seconds from now within which each result must be there; None for no limit.
-            chunksize: Calls that travel and run together as one, which saves time with very short ones.
-            buffersize: Calls submitted ahead of the result that is asked for; None submits all at once.
+            chunksize: Number of calls that travel and run together as one, which saves time with very short calls.
+            buffersize: Number of calls submitted ahead of the result that is asked for; None submits all at once.
 
         Returns:
             An iterator of the results, in order.
 
         Raises:
-            TimeoutError: From the iterator: a result was not there in time. From `map` itself: neither was the result
-                of a future that stands for an iterable.
+            TimeoutError: A result was not there in time (raised by the iterator), or the result of a future that stands
+                for an iterable was not (raised by `map` itself).
             ValueError: ``chunksize`` or ``buffersize`` is below 1.
         """
         whole_number(1)("map: chunksize", chunksize)
@@ -329,7 +330,7 @@ class BaseExecutor(Executor):
         calls: Iterator[tuple[Any, ...]] = zip(
             *[self._iterable(each, fn, deadline) for each in iterables], strict=False
         )
-        # A chunk's result on several ranks would be the ranks' lists, not the calls'; a graph shows every call.
+        # On several ranks, a chunk's result would be the list of ranks, not of calls. A graph shows every call.
         chunked = chunksize > 1 and self._graph is None and self._resources.cores == 1
         if chunked:
             chunks = iter(lambda: list(itertools.islice(calls, chunksize)), [])
@@ -344,7 +345,7 @@ class BaseExecutor(Executor):
     def _iterable(
         self, iterable: Iterable[Any] | Future[Any], fn: Callable[..., Any], deadline: float | None
     ) -> Iterable[Any]:
-        """One of the iterables of `map`."""
+        """Wait for an iterable of `map`, if a future stands for it."""
         if not isinstance(iterable, Future):
             return iterable
         subject = f"map of {function_name(fn)}"
@@ -367,7 +368,7 @@ class BaseExecutor(Executor):
     @overload
     def batched(self, iterable: Iterable[Any], n: int) -> list[Future[list[Any]]]: ...
     def batched(self, iterable: Iterable[Any], n: int) -> list[Future[list[Any]]]:
-        """Group futures by ``n`` in the order in which they finish; see `executorlib.futures.derived.batched`."""
+        """Group futures by ``n`` in the order in which they finish, as `executorlib.futures.derived.batched` does."""
         if self._graph is not None:
             sources = list(iterable)
             whole_number(1)("batched: n", n)
@@ -377,12 +378,12 @@ class BaseExecutor(Executor):
     # -- ending ---------------------------------------------------------------------------------------------------
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Take no more calls and free everything once those at hand are over.
+        """Take no more calls, and release all resources once the present ones are over.
 
         Args:
-            wait: Whether to return only then. Executors whose calls are jobs of a queuing system leave without it: the
-                jobs go on, and the futures at hand become cancelled.
-            cancel_futures: Whether calls that have not started are cancelled.
+            wait: Whether to return only then. If false, executors whose calls are jobs of a queuing system leave: the
+                jobs go on, and the present futures become cancelled.
+            cancel_futures: Whether to cancel calls that have not started.
         """
         self._is_shut_down = True
         if self._loop is not None:
@@ -408,7 +409,7 @@ class BaseExecutor(Executor):
 
     def __exit__(self, exc_type: type[BaseException] | None, exc_val: Any, exc_tb: Any) -> None:
         if self._loop is not None and exc_type is not None and issubclass(exc_type, KeyboardInterrupt):
-            # Who presses Ctrl-C wants the calls to end, not to wait for them.
+            # A user who presses Ctrl-C wants the calls to end, and does not want to wait for them.
             self.shutdown(wait=False, cancel_futures=True)
             self._loop.end_workers(signal.SIGINT)
         self.shutdown(wait=self._wait)
@@ -418,10 +419,10 @@ class BaseExecutor(Executor):
     def __reduce__(self) -> NoReturn:
         raise TypeError(f"a {type(self).__name__} cannot be pickled: {EXECUTOR_ADVICE}")
 
-    # -- looking --------------------------------------------------------------------------------------------------
+    # -- properties -----------------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
-        """Calls that have not started."""
+        """The number of calls that have not started."""
         return self._loop.waiting if self._loop is not None else 0
 
     def __bool__(self) -> bool:
@@ -437,9 +438,9 @@ class BaseExecutor(Executor):
 
     @property
     def max_workers(self) -> int | None:
-        """Calls at once, or the number of workers of a block; None after shutdown.
+        """Most calls at once, or the number of workers of a block; None after shutdown.
 
-        Setting it grows or shrinks a block: new workers start at once, surplus ones end after their calls.
+        Setting it grows or shrinks a block: new workers start at once, and surplus ones end after their calls.
 
         Raises:
             NotImplementedError: Set without ``block_allocation=True``; it is a ValueError, too.
@@ -477,10 +478,10 @@ class BaseExecutor(Executor):
             raise RuntimeError("cannot schedule new futures after shutdown")
 
     def _checked_demand(self, resources: Resources, subject: str) -> Demand:
-        """What the ledger has to provide, after making sure that it ever can.
+        """The resources that the ledger has to provide, after a check that it can ever do so.
 
         Raises:
-            ValueError: It cannot.
+            ValueError: It can never provide them.
         """
         self._check(resources, subject)
         demand = resources.demand
@@ -507,7 +508,7 @@ class BaseExecutor(Executor):
         return demand
 
     def _prepare_ranks(self) -> None:
-        """Find out what starts the ranks of a call, so that the loop need not wait for it."""
+        """Find the program that starts the ranks of a call, so that the loop need not wait for that."""
 
     def _make_directories(self, resources: Resources, subject: str) -> None:
         from executorlib.cache import trust
@@ -542,7 +543,7 @@ class BaseExecutor(Executor):
             )
 
     def _room(self) -> int | None:
-        """How many workers of a block there can be; None where only the system knows."""
+        """The largest possible number of workers of a block; None if only the system knows."""
         if self._capacity is None:
             return None
         demand = self._demand if self._count_cores else self._demand._replace(cores=0)
@@ -550,25 +551,25 @@ class BaseExecutor(Executor):
 
 
 class _NotInThisModeError(NotImplementedError, ValueError):
-    """Only blocks of workers can do it: to executorlib 1.x that is not implemented, here it is a wrong value."""
+    """Only blocks of workers can do it. In executorlib 1.x that is not implemented, and here it is a wrong value."""
 
 
 class CallQueue:
-    """A view of the calls that have not started, in the manner of `queue.Queue`.
+    """A view of the calls that have not started, with methods of `queue.Queue`.
 
     Args:
-        executor: Whose calls.
+        executor: The executor that has the calls.
     """
 
     def __init__(self, executor: BaseExecutor) -> None:
         self._executor = executor
 
     def qsize(self) -> int:
-        """Number of calls."""
+        """The number of calls."""
         return len(self._executor)
 
     def empty(self) -> bool:
-        """Whether there are none."""
+        """Whether there are no calls."""
         return self.qsize() == 0
 
 
@@ -577,11 +578,11 @@ def _run_chunk(fn: Callable[..., Any], chunk: Iterable[tuple[Any, ...]]) -> list
 
 
 def _results(futures: deque[Future[Any]], submitted: Iterator[Future[Any]], deadline: float | None) -> Iterator[Any]:
-    """Yield results in order, submitting one more for each; cancel what is left when the caller stops."""
+    """Yield results in order, and submit one more call for each; cancel the rest when the caller stops."""
     try:
         while futures:
             futures.extend(itertools.islice(submitted, 1))
-            # Without a name for either: a generator that waits must not hold on to a future or its result.
+            # Neither has a name, because a generator that waits must not keep a future or its result alive.
             yield _result_or_cancel(futures.popleft(), deadline)
     finally:
         for future in futures:
@@ -601,7 +602,7 @@ def _result_or_cancel(future: Future[Any], deadline: float | None) -> Any:
 
 def _finish_at_exit() -> None:
     """Finish all calls before the interpreter ends, as `ProcessPoolExecutor` does; after Ctrl-C, end them."""
-    # Not in an interactive session, where the last exception may be an old one.
+    # In an interactive session, the last exception may be an old one.
     interrupted = getattr(sys, "last_type", None) is KeyboardInterrupt and not hasattr(sys, "ps1")
     loops = running_loops()
     for loop in loops:
@@ -620,7 +621,7 @@ def _forget_after_fork() -> None:
         loop.after_fork()
 
 
-# Before the interpreter waits for threads, of which each loop is one; plain atexit handlers come too late. The
-# standard library's own executors use the same hook.
+# This hook runs before the interpreter waits for threads, such as the loops; plain atexit handlers come too late. The
+# standard library's own executors use it, too.
 threading._register_atexit(_finish_at_exit)  # type: ignore[attr-defined]
 os.register_at_fork(after_in_child=_forget_after_fork)

@@ -1,4 +1,4 @@
-"""What the constructors of all executors take alike."""
+"""The arguments that the constructors of all executors take."""
 
 from __future__ import annotations
 
@@ -15,39 +15,39 @@ _CACHE_VERSIONS = ("warn", "key", "ignore")
 
 
 class Common:
-    """What the constructors of all rows take alike: checked, and put into the form in which it is used.
+    """The arguments that all rows take, checked and converted. The rows' own docstrings say more about each.
 
     Args:
         name: The class, for error texts.
-        max_workers: See `SingleNodeExecutor`, as all others.
-        cache_directory: Likewise.
-        max_cores: Likewise.
-        resource_dict: Likewise.
-        hostname_localhost: Likewise.
-        block_allocation: Likewise.
-        init_function: Likewise.
-        disable_dependencies: Likewise.
-        refresh_rate: Likewise.
-        plot_dependency_graph: Likewise.
-        plot_dependency_graph_filename: Likewise.
-        export_workflow_filename: Likewise.
-        log_obj_size: Likewise.
-        wait: Likewise.
-        openmpi_oversubscribe: Likewise.
-        cache_versions: What becomes of a result in the cache that was made with other versions of the distributions
-            that its call reaches than those installed: ``"warn"``, used and told once; ``"ignore"``, used;
-            ``"key"``, not found, as the versions are part of the key.
-        log_records: See `SingleNodeExecutor`.
-        restart_limit: Likewise.
+        max_workers: Most calls at once, or the number of workers of a block.
+        cache_directory: The directory of cached results.
+        max_cores: Most cores in use at once.
+        resource_dict: Defaults for each call.
+        hostname_localhost: Whether workers connect to ``localhost``.
+        block_allocation: Whether a fixed set of workers runs the calls.
+        init_function: Runs once in each worker of a block.
+        disable_dependencies: Whether a future among the inputs is an error.
+        refresh_rate: Accepted for compatibility.
+        plot_dependency_graph: Whether to show a graph of the calls instead of running them.
+        plot_dependency_graph_filename: The file of such a graph.
+        export_workflow_filename: The file of a workflow definition, written instead of running the calls.
+        log_obj_size: Whether to log the size of calls and results.
+        wait: Whether leaving the `with` block waits for the calls.
+        openmpi_oversubscribe: Whether Open MPI may start more ranks than there are cores.
+        cache_versions: The treatment of a cached result whose call reaches distributions that are now installed in
+            other versions: it is used with a single warning (``"warn"``), used silently (``"ignore"``), or not found
+            (``"key"``), because the versions are part of the key.
+        log_records: Whether this process's handlers get the log records of calls.
+        restart_limit: How often each worker is replaced when it dies.
         restarts_calls: Whether `restart_limit` means something without a block.
         has_template: Whether unknown keys of ``resource_dict`` go to a submission template.
-        default_directory: Cache directory where none is named.
+        default_directory: The cache directory if none is named.
 
     Attributes:
-        resources: Defaults for every call.
-        graph: Records calls instead of running them, where a graph was asked for.
-        finish_graph: Shows or writes it.
-        settings: What `BaseExecutor.info` shows.
+        resources: Defaults for each call.
+        graph: Records calls instead of running them, if a graph was requested.
+        finish_graph: Shows or writes the graph.
+        settings: The settings for `BaseExecutor.info`.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class Common:
 
 
 def _check_init_function(init_function: object, block_allocation: bool) -> None:
-    """Raise an error where the two arguments do not go together."""
+    """Raise an error if the two arguments do not go together."""
     if init_function is not None and not block_allocation:
         raise ValueError(
             "init_function needs block_allocation=True: without it every call has a process of its own, and "
@@ -129,16 +129,16 @@ def _check_init_function(init_function: object, block_allocation: bool) -> None:
 
 
 def refuse(resources: Resources, subject: str, where: str, reasons: Mapping[str, str]) -> None:
-    """Make sure that a call asks for nothing that a row has no use for.
+    """Make sure that a call requests nothing that a row cannot honour.
 
     Args:
-        resources: What the call asks for.
-        subject: Whose that is, for the error text.
-        where: What cannot honour it, likewise.
-        reasons: Why not, by key of ``resource_dict``.
+        resources: The resources that the call requests.
+        subject: The owner of the resources, for the error text.
+        where: The place that cannot honour them, for the error text.
+        reasons: The reasons, by key of ``resource_dict``.
 
     Raises:
-        ValueError: It does.
+        ValueError: The call sets one of these keys.
     """
     for key, why in reasons.items():
         if getattr(resources, key):
@@ -146,7 +146,7 @@ def refuse(resources: Resources, subject: str, where: str, reasons: Mapping[str,
 
 
 def positive(name: str, value: int | None) -> int | None:
-    """Check an optional count, which has to be above 0."""
+    """Check an optional count, which must be above 0."""
     if value is None:
         return None
     try:
@@ -158,7 +158,7 @@ def positive(name: str, value: int | None) -> int | None:
 def _graph_mode(
     plot: bool, plot_filename: str | None, export_filename: str | None, disable_dependencies: bool
 ) -> tuple[Graph | None, Callable[[Graph], None] | None]:
-    """The recorder and what to do with it in the end, where the constructor's arguments ask for a graph."""
+    """Make the recorder of a graph and the step that finishes it, if the constructor's arguments request a graph."""
     if not (plot or plot_filename or export_filename):
         return None, None
     if disable_dependencies:

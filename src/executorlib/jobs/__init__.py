@@ -1,1 +1,1 @@
-"""Calls, or workers, as jobs of a queuing system, whichever that is."""
+"""Calls and workers as jobs of any queuing system."""

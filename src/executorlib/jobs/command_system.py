@@ -1,4 +1,4 @@
-"""A queuing system that is driven by its commands."""
+"""Drives a queuing system by its commands."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("executorlib")
 
-# How long a system may not answer before the user is told, in seconds. Controllers are restarted now and then.
+# Seconds without an answer before the user is told. Controllers are restarted now and then.
 _SILENT_SECONDS = 30.0
-# Seconds between two questions to a history that does not know of a job's end yet.
+# Seconds between two queries of a history that does not have the end of a job yet.
 _HISTORY_SECONDS = 2.0
 
 
 class Silence:
-    """Tells the user, once, that a system does not answer, and once that it does again.
+    """Warns the user once when a system stops answering, and once when it answers again.
 
     Args:
-        name: The system.
+        name: The name of the system.
     """
 
     def __init__(self, name: str) -> None:
@@ -41,12 +41,12 @@ class Silence:
         self._told = False
 
     def failed(self, asked: float, now: float, said: str) -> None:
-        """A query was not answered.
+        """Note that a query was not answered.
 
         Args:
-            asked: When it was asked.
-            now: When that was known.
-            said: What came instead of an answer.
+            asked: The time of the query.
+            now: The time when it failed.
+            said: The text that came instead of an answer.
         """
         if self._since is None:
             self._since = asked
@@ -61,24 +61,24 @@ class Silence:
             )
 
     def answered(self) -> None:
-        """A query was answered."""
+        """Note that a query was answered."""
         if self._told:
             logger.warning("%s answers again", self._name)
         self._since, self._told = None, False
 
 
 class CommandSystem:
-    """A batch queue that is driven by its commands.
+    """A batch queue with the interface `jobs.system.JobSystem`, driven by its commands.
 
     Args:
         events: The loop.
-        name: What it is called until its queue is known, which has a name.
-        make_queue: Makes the queue's language, given what `settings_command` said.
-        settings_command: Asks once what there is to know of the system; empty for nothing.
-        environment: Makes the environment of the commands from this process's.
+        name: The system's name until its queue is known, which has a more exact one.
+        make_queue: Makes the queue's language from the output of `settings_command`.
+        settings_command: The command that asks the system, once, for its settings; empty if there is none.
+        environment: Makes the environment of the commands from that of this process.
     """
 
-    # Results need no query, and errors are to be known within 15 s.
+    # Results need no query, and errors have to be known within 15 s.
     first_query = 2.0
     last_query = 10.0
 
@@ -109,42 +109,42 @@ class CommandSystem:
 
     @property
     def array_limit(self) -> int:
-        """See `JobSystem`; known from the first answer on."""
+        """Most calls in one batch; known from the first answer on."""
         return self._queue.array_limit if self._queue is not None else 1
 
     @property
     def element_variables(self) -> tuple[str, ...]:
-        """See `JobSystem`; known from the first answer on."""
+        """The variables that hold a job's index in its array; known from the first answer on."""
         return self._queue.element_variables if self._queue is not None else ()
 
     def can_wait_for(self, dependency: Dependency) -> bool:
-        """See `JobSystem.can_wait_for`."""
+        """Whether the queue has dependencies, on elements of arrays if this one names elements."""
         if self._queue is None or not self._queue.has_dependencies:
             return False
         is_whole = dependency.index is None and not dependency.corresponding
         return is_whole or self._queue.waits_for_elements
 
     def resume(self) -> None:
-        """See `JobSystem.resume`; the system is none of ours."""
+        """Does nothing: the system is not our process."""
 
     @property
     def busy(self) -> bool:
-        """See `JobSystem.busy`."""
+        """Whether any command is running."""
         return self._commands.busy
 
     def about(self) -> dict[str, str]:
-        """See `JobSystem.about`."""
+        """Nothing, because `is_gone` needs nothing."""
         return {}
 
     def is_gone(self, owner: Mapping[str, Any]) -> bool:
-        """See `JobSystem.is_gone`; clusters stay."""
+        """Always false: clusters stay."""
         return False
 
     def listen(self, on_change: Callable[[], None]) -> None:
-        """See `JobSystem.listen`; queues tell nothing by themselves."""
+        """Does nothing: queues report only when asked."""
 
     def prepare(self, on_ready: Callable[[], None]) -> None:
-        """Ask for the settings; `on_ready` is called once `array_limit` is known."""
+        """Ask for the settings, and call `on_ready` once `array_limit` is known."""
         if self._queue is not None:
             on_ready()
             return
@@ -153,10 +153,10 @@ class CommandSystem:
             return
 
         def know(answer: Answer) -> None:
-            # Without an answer the system's defaults are assumed; the submission will say what is wrong.
+            # Without an answer, the system's defaults are assumed. The submission will say what is wrong.
             try:
                 self._use(self._make_queue(answer.output if answer.ok else ""))
-            except Exception as error:  # pysqa's, or of what it loads
+            except Exception as error:  # raised by pysqa or by a package that it loads
                 self._problem = f"{type(error).__name__}: {error}"
             waiting, self._waiting = self._waiting, []
             for callback in waiting:
@@ -165,7 +165,7 @@ class CommandSystem:
         self._run(self._settings_command, know)
 
     def setup(self) -> dict[str, Any]:
-        """See `JobSystem.setup`; most queues hand on the environment themselves."""
+        """The names of the queue's variables, and the environment that it does not hand on to jobs by itself."""
         if self._queue is None:
             return {}
         return {
@@ -178,7 +178,7 @@ class CommandSystem:
         self._commands.run(argv, on_answer, cwd=cwd, env=self._environment(os.environ))
 
     def submit(self, batch: Batch, on_done: Callable[[str | Refused], None]) -> None:
-        """See `JobSystem.submit`."""
+        """Write the script of a batch and submit it."""
         queue = self._queue
         if queue is None:
             on_done(Refused(self._problem))
@@ -192,7 +192,7 @@ class CommandSystem:
         except (OSError, ValueError, ImportError) as error:
             on_done(Refused(str(error)))
             return
-        except Exception as error:  # pysqa's, or of a template's
+        except Exception as error:  # raised by pysqa or in a template
             on_done(Refused(f"{type(error).__name__}: {error}"))
             return
 
@@ -206,25 +206,25 @@ class CommandSystem:
             taken: str | Refused
             try:
                 taken = queue.parse_job_id(answer.output)
-            except Exception as error:  # whatever it stumbles over, that is no job id
+            except Exception as error:  # whatever the reason, this is no job id
                 taken = Refused(f"{argv[0]} was not understood: {error}")
             on_done(taken)
 
-        # Some queues start a job where it was submitted.
+        # Some queues start a job in the directory from which it was submitted.
         self._run(argv, answered, batch.cwd)
 
     def _tell(self, program: str, name: str, said: str) -> None:
-        """Tell the user, once, what the system said of a job that it took all the same."""
+        """Warn the user, once, of a message that came with an accepted submission."""
         for line in filter(None, map(str.strip, said.splitlines())):
-            words = re.sub(r"\d{3,}", "", line)  # the same, but for a job's number
+            words = re.sub(r"\d{3,}", "", line)  # messages that differ only in a job's number count as one
             if words not in self._warned:
                 self._warned.add(words)
                 logger.warning("%s took the job of %s and said: %s", program, name, line)
 
     def query(self, job_ids: Sequence[str], on_states: Callable[[States | None], None]) -> None:
-        """See `JobSystem.query`."""
+        """Ask for the states of all these jobs with one command."""
         queue = self._queue
-        if queue is None:  # other sessions' jobs, in a system that cannot be used here
+        if queue is None:  # these are other sessions' jobs, in a system that cannot be used here
             self._events.call_later(0.0, lambda: on_states(None))
             return
 
@@ -236,7 +236,7 @@ class CommandSystem:
             if answer.ok or answer.code in queue.codes_of_the_gone:
                 try:
                     states = queue.parse_status(answer.output, job_ids)
-                except Exception as error:  # whatever it stumbles over, that is no answer
+                except Exception as error:  # whatever the reason, this is no answer
                     said = str(error)
             if states is None:
                 self._silence.failed(asked, time.monotonic(), said)
@@ -247,7 +247,7 @@ class CommandSystem:
         self._run(queue.status_command(job_ids), answered)
 
     def detail(self, job: JobKey, on_state: Callable[[JobState | None], None]) -> None:
-        """See `JobSystem.detail`."""
+        """Ask how a job ended, again and again while the history may not have its end yet."""
         queue = self._queue
         argv = [] if queue is None else queue.detail_command(*job)
         if queue is None or not argv:
@@ -268,21 +268,21 @@ class CommandSystem:
         self._run(argv, answered)
 
     def cause_in(self, output: str) -> Cause:
-        """See `JobSystem.cause_in`."""
+        """The cause that the queue has written into the output."""
         return Cause.NONE if self._queue is None else self._queue.cause_in(output)
 
     def cancel(self, jobs: Sequence[JobKey]) -> None:
-        """See `JobSystem.cancel`."""
+        """Cancel jobs with one command."""
         if self._queue is not None:
             self._run(self._queue.cancel_command(jobs), lambda answer: None)
 
     def close(self) -> None:
-        """See `JobSystem.close`."""
+        """Kill the commands that still run; jobs go on."""
         self._commands.close()
 
 
 def open_templates(configuration: str | None) -> Templates:
-    """Where job scripts come from: a pysqa configuration, or the default of Slurm where there is none.
+    """The templates of a pysqa configuration, or Slurm's default template if there is none.
 
     Raises:
         ValueError: The configuration cannot be used; the text says why.
@@ -292,11 +292,11 @@ def open_templates(configuration: str | None) -> Templates:
 
 
 def open_queue(configuration: str | None, settings: str = "") -> Queue:
-    """The language of the system that a pysqa configuration is for, or that of Slurm where there is none.
+    """The queue of a pysqa configuration, or Slurm if there is none.
 
     Args:
         configuration: Directory with a ``queue.yaml`` and templates, as pysqa describes them.
-        settings: What its `Queue.settings_command` printed.
+        settings: The output of its `Queue.settings_command`.
 
     Raises:
         ValueError: The configuration cannot be used; the text says why.
@@ -307,7 +307,7 @@ def open_queue(configuration: str | None, settings: str = "") -> Queue:
 
 
 def open_system(events: Events, templates: Templates) -> CommandSystem:
-    """The system that templates are for."""
+    """The system that the templates are for."""
     spoken = language(templates.queue_type)
     return CommandSystem(
         events,

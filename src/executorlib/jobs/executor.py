@@ -1,4 +1,4 @@
-"""What executors have in common whose calls are jobs of a queuing system."""
+"""The base classes of executors whose calls are jobs of a queuing system."""
 
 from __future__ import annotations
 
@@ -18,38 +18,42 @@ _CACHE_DIRECTORY = "executorlib_cache"
 
 
 class ClusterExecutor(BaseExecutor):
-    """What executors have in common whose calls become jobs, by way of a cache directory that all nodes see.
+    """The base class of executors whose calls become jobs, through a cache directory that all nodes see.
 
-    A call is a file there; the job reads it and leaves the result beside it. So the session may end and another one,
-    which submits the same calls, finds their results or joins the jobs that still wait or run. Results stay in the
+    A call is a file there. The job reads it and leaves the result beside it. So the session may end, and another one
+    that submits the same calls finds their results or joins the jobs that still wait or run. Results stay in the
     directory until it is cleaned (``executorlib cache prune``).
 
     Args:
-        max_workers: Jobs at once, or in block mode the number of workers, one job each. By default as many as the
-            system takes. What exceeds it waits in this process, and is given up when it ends.
-        cache_directory: Where calls and results are, seen by all nodes; by default ``executorlib_cache`` in the working
-            directory. The same as the key in ``resource_dict``.
-        max_cores: Likewise, cores in use at once, a job taking ``cores × threads_per_core``.
-        resource_dict: Defaults for each call, see `executorlib.resources.Resources`; further keys, such as
-            ``partition``, ``memory_max`` (GB) or ``job_name``, go to the submission template. Never changed.
+        max_workers: Most jobs at once; in block mode the number of workers, one job each. By default as many as the
+            system takes. Further calls wait in this process, and are given up when it ends.
+        cache_directory: The directory of calls and results, which all nodes see; by default ``executorlib_cache`` in
+            the working directory. The same as the key in ``resource_dict``.
+        max_cores: Most cores in use at once, where a job takes ``cores × threads_per_core``. Further calls wait as with
+            ``max_workers``.
+        resource_dict: Defaults for each call, see `executorlib.resources.Resources`; never changed. Further keys, such
+            as ``partition``, ``memory_max`` (GB) or ``job_name``, go to the submission template.
         hostname_localhost: In block mode, have workers connect to ``localhost`` instead of this machine's addresses.
-        block_allocation: Start workers, each a job, that stay and run call after call.
+        block_allocation: Start a fixed set of workers, each a job, that run call after call.
         init_function: In block mode, runs once in each worker and returns a dict whose items fill parameters that later
             calls leave out.
         disable_dependencies: Make a future among the inputs an error.
-        refresh_rate: Seconds; accepted for compatibility: how often to look is found out from what looking costs.
-        plot_dependency_graph: Run nothing, show the graph of the calls when the `with` block is left (in a notebook).
-        plot_dependency_graph_filename: Likewise, write it to this file: png, svg, pdf or dot by its ending.
-        export_workflow_filename: Likewise, write a Python Workflow Definition (JSON) to this file.
+        refresh_rate: Seconds; accepted for compatibility, because the cost of looking decides how often results are
+            looked for.
+        plot_dependency_graph: Run nothing, and show the graph of the calls when the `with` block is left (in a
+            notebook).
+        plot_dependency_graph_filename: Run nothing, and write the graph to this file: png, svg, pdf or dot by its
+            ending.
+        export_workflow_filename: Run nothing, and write a Python Workflow Definition (JSON) to this file.
         log_obj_size: Log the size of each call and result, logger ``executorlib``, level WARNING.
-        wait: Whether leaving the `with` block waits for the calls; otherwise jobs go on and futures become cancelled.
+        wait: Whether leaving the `with` block waits for the calls. Otherwise jobs go on, and futures become cancelled.
         openmpi_oversubscribe: Let Open MPI start more ranks than there are cores; MPICH always does.
-        cache_versions: Whether results in the cache that were made with other versions of libraries are used and told
-            once (``"warn"``), not found (``"key"``), or used (``"ignore"``).
-        log_records: In block mode, hand what calls log to this process's handlers; see `SingleNodeExecutor`.
+        cache_versions: Cached results that were made with other versions of libraries are used with a single warning
+            (``"warn"``), not found (``"key"``), or used silently (``"ignore"``).
+        log_records: In block mode, pass what calls log to this process's handlers, as in `SingleNodeExecutor`.
 
     Raises:
-        ValueError: An argument that cannot be honoured; the text says why and what to do.
+        ValueError: An argument cannot be honoured; the text says why and what to do.
     """
 
     _has_template: Literal[True] = True
@@ -84,17 +88,17 @@ class ClusterExecutor(BaseExecutor):
         return super()._checked_demand(resources, subject)
 
 
-# What max_workers reads as where nothing limits it: the queue has its own limits, far below.
+# The value of max_workers if nothing limits it. The queue's own limits are far below.
 _MANY = 1_000_000
 
 
 class QueueExecutor(ClusterExecutor):
-    """What the rows of real queuing systems have in common. Other arguments are those of `ClusterExecutor`.
+    """The base class of the rows of real queuing systems. Other arguments are those of `ClusterExecutor`.
 
     Args:
-        pysqa_config_directory: A pysqa configuration (``queue.yaml`` and templates) to choose the script from, by
-            ``resource_dict["queue"]``.
-        pmi_mode: How the ranks of a call find each other, such as ``"pmix"`` or ``"pmi2"``; see the row.
+        pysqa_config_directory: A pysqa configuration (``queue.yaml`` and templates); ``resource_dict["queue"]`` chooses
+            the script from it.
+        pmi_mode: How the ranks of a call find each other, such as ``"pmix"`` or ``"pmi2"``; the row says more.
     """
 
     def __init__(
@@ -165,25 +169,25 @@ class QueueExecutor(ClusterExecutor):
         )
 
     def _check_system(self, configuration: str | None) -> None:
-        """Raise an error where no jobs can be submitted from here."""
+        """Raise an error if no jobs can be submitted from here."""
         raise NotImplementedError
 
     def _job_launcher(
         self, events: JobEvents, configuration: str | None, pmi_mode: str | None, log_sizes: bool
     ) -> Launcher:
-        """What makes each call a job."""
+        """Make the launcher that runs each call as a job."""
         raise NotImplementedError
 
     def _worker_launcher(
         self, events: Events, configuration: str | None, pmi_mode: str | None, folder: str, hostname_localhost: bool
     ) -> Launcher:
-        """What makes each worker of a block a job."""
+        """Make the launcher that runs each worker of a block as a job."""
         raise NotImplementedError
 
     def _checked_demand(self, resources: Resources, subject: str) -> Demand:
-        # Of GPUs and nodes only the system knows; max_cores is about cores.
+        # Only the system knows its GPUs and nodes; max_cores is about cores.
         return super()._checked_demand(replace(resources, gpus_per_core=0, exclusive=False), subject)
 
     def _check(self, resources: Resources, subject: str) -> None:
-        if resources.submission_template is None:  # else that says what comes of it
+        if resources.submission_template is None:  # otherwise the template decides
             check_ranks_of_nodes(resources, subject)

@@ -1,4 +1,4 @@
-"""What is known of a job: its call, its batch, and how it ended."""
+"""The record of a job: its call, its batch, and how it ended."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from executorlib.core.task import Task
     from executorlib.jobs.system import JobSystem
 
-# How long an entry of another machine's session may lack a job id, in seconds, before that session counts as dead.
+# Seconds that an entry of another machine's session may lack a job id before that session counts as dead.
 SUBMIT_SECONDS = 600.0
 
 _OUTPUT_TAIL_BYTES = 16 * 1024
 _GENERAL_ADVICE = "Only this call fails; it can be submitted again."
 
 
-# What tells a file from another that takes its place.
+# Distinguishes a file from another one that takes its place.
 Identity: TypeAlias = tuple[int, int, int]
 
 
@@ -35,25 +35,25 @@ class Job:
     """A call on its way through the system.
 
     Attributes:
-        process: The worker that the job is.
+        process: The worker that this job stands for.
         task: The call.
-        path: The entry's file while it waits or runs.
-        output: The entry's file once it is done.
+        path: The entry's file while the call waits or runs.
+        output: The entry's file once the call is done.
         root: The cache directory.
-        batch: The batch that runs it, maybe another session's; None where that is not known.
+        batch: The batch that runs it, maybe another session's; None if that is not known.
         index: Its place in the batch.
-        claimed: Whether it runs this very call, and not an equal one, of this session or another.
-        changes: How often the call has become another one as it was pickled.
-        again: Whether it was claimed, or followed, before; those that depend on it know it by its key.
+        claimed: Whether it runs this very call, and not an equal one of this session or another.
+        changes: How often the call has become another one while it was pickled.
+        again: Whether it was claimed or followed before, so that its dependents know it by its key.
         begun: Whether it is known to run.
-        seen: Whether the system was seen to have it.
+        seen: Whether the system has been seen to have it.
         over: Whether its end is known, with or without a result.
-        gone_since: When the system was first seen without it, or with it ended.
-        last: What the system said of it last.
-        asked: Whether the system was asked what became of it.
-        answered: Whether it has answered that.
-        damaged: What tells the file that is in the place of its result, but cannot be read, from a later one.
-        unreadable: The same of its entry, and since when that is so.
+        gone_since: The time when the system first did not have it any more, or had it as ended.
+        last: Its last state in the system.
+        asked: Whether the system was asked how it ended.
+        answered: Whether the system has answered that.
+        damaged: The identity of the file that is in the place of its result but cannot be read.
+        unreadable: The identity of its entry, if that cannot be read, and since when.
         ending: Its result.
     """
 
@@ -81,46 +81,46 @@ class Job:
 
     @property
     def submitted(self) -> tuple[str, int | None] | None:
-        """What the system calls it; None where it was not submitted (yet)."""
+        """Its id and index in the system; None if it has not been submitted (yet)."""
         return None if self.batch is None else self.batch.ids.of(self.index)
 
     @property
     def key(self) -> tuple[str, int | None]:
-        """What the system calls it, once it was submitted."""
+        """Its id and index in the system, once it has been submitted."""
         submitted = self.submitted
         assert submitted is not None
         return submitted
 
     def trade_places(self, other: Job) -> None:
-        """Stand for the call of another one, which waits for the same job, and have that stand for this one's."""
+        """Swap calls with another record that waits for the same job."""
         self.process, other.process = other.process, self.process
         self.task, other.task = other.task, self.task
         self.begun, other.begun = other.begun, self.begun
         self.claimed = False
 
     def start_over(self) -> None:
-        """Forget what was known of a job that another session submitted, and that is dead."""
+        """Forget everything about a dead job that another session submitted."""
         self.batch, self.gone_since, self.asked, self.last, self.seen = None, None, False, None, False
         self.claimed, self.again = False, True
 
     def ended_well(self, codes: tuple[int, ...]) -> bool:
-        """Whether it ended, by itself, with one of these exit codes, by which a job says that it left a result."""
+        """Whether it ended by itself with one of these exit codes, which say that it has left a result."""
         state = self.last
         if state is None or state.cause is not Cause.NONE:
-            return False  # whatever exit code the system makes up for it
+            return False  # the system may have made up its exit code
         return state.code in codes and state.signal_number == 0
 
     def ended_unseen(self) -> bool:
-        """Whether it has ended just now, and nobody knows how, so that it may have left a result."""
+        """Whether it has ended just now and nobody knows how, so that it may have left a result."""
         state, batch = self.last, self.batch
         is_unknown = state is None or (state.cause is Cause.NONE and not state.exit_code)
         return is_unknown and (self.seen or (batch is not None and batch.ours))
 
     def error(self, system: JobSystem) -> BaseException:
-        """Why there is no result.
+        """Make the error that says why there is no result.
 
         Args:
-            system: What it was submitted to.
+            system: The system that it was submitted to.
         """
         state, task, batch = self.last, self.task, self.batch
         assert batch is not None
@@ -152,23 +152,23 @@ class Job:
 
 
 class JobBatch:
-    """Calls that are submitted together, by this session or another; in parts, where a limit lets in no more.
+    """Calls that are submitted together, by this session or another, or in parts if a limit does not admit all.
 
     Attributes:
-        directory: Its files.
+        directory: The directory of its files.
         ours: Whether this session submits it.
-        key: What its calls have in common.
+        key: The values that all its calls share.
         name: The function of its first call.
         jobs: Its calls by index, as long as they are not over.
-        first: Index of the first call.
-        size: Number of calls that it has had.
-        ids: What the system calls what was submitted.
-        after: Jobs that have to succeed first.
-        corresponds: Batch of which each job has to succeed before the one of the same index here.
-        cancelled: Indices of calls that were cancelled before the job's id was known.
-        kept: By index, how many bytes of what a call's job printed are in its entry.
-        made: When it was begun.
-        touched: When the last call was added.
+        first: The index of the first call.
+        size: The number of calls that it has had.
+        ids: The ids of the jobs that were submitted.
+        after: The jobs that have to succeed first.
+        corresponds: Another batch. Each of its jobs has to succeed before the job of the same index here.
+        cancelled: The indices of calls that were cancelled before the job's id was known.
+        kept: By index, how many bytes of a job's output are in its entry.
+        made: The time when it was begun.
+        touched: The time when the last call was added.
     """
 
     def __init__(self, directory: str, ours: bool, key: Any = None, first: int = 0) -> None:
@@ -188,7 +188,7 @@ class JobBatch:
         self._indices: dict[str, int] | None = None
 
     def read_entries(self) -> bool:
-        """Find out which entries a batch of another session has; False where no file tells (yet), or a damaged one.
+        """Read which entries a batch of another session has; False if the file is missing (so far) or damaged.
 
         Raises:
             OSError: The file cannot be read.
@@ -201,13 +201,13 @@ class JobBatch:
         return True
 
     def read_ids(self) -> bool:
-        """Find out which jobs a batch of another session became; returns whether there are any (yet).
+        """Read which jobs a batch of another session became; returns whether there are any (yet).
 
         Raises:
-            UntrustedFile: Anybody could have put a file there.
+            UntrustedFile: Anybody could have written the file.
             OSError: The list of its entries cannot be read.
         """
-        # In this order: once there is a job, the list is complete.
+        # The order matters: once there is a job, the list is complete.
         is_submitted = bool(batch_directory.JobIds.read(self.directory, 0))
         if is_submitted and self.read_entries():
             self.ids = batch_directory.JobIds.read(self.directory, max((self._indices or {}).values(), default=0))
@@ -215,7 +215,7 @@ class JobBatch:
 
     @property
     def last(self) -> int:
-        """Index of the last call."""
+        """The index of the last call."""
         return self.first + self.size - 1
 
     @property
@@ -224,13 +224,13 @@ class JobBatch:
         return self._indices is not None
 
     def index_of(self, path: str) -> int | None:
-        """The place of an entry in a batch of another session; None where that is not known."""
+        """The place of an entry in a batch of another session; None if that is not known."""
         return (self._indices or {}).get(path)
 
     def remove_files(self) -> None:
-        """Remove its directory, unless its jobs have printed something that is kept nowhere else."""
+        """Remove its directory, unless that has the only copy of something that its jobs have printed."""
         if not self.ours and not self.kept.keys() >= set((self._indices or {"": -1}).values()):
-            return  # others may wait for calls of which nothing is known here
+            return  # other sessions may wait for calls that are not known here
         with contextlib.suppress(OSError):
             for name, status in trust.listed(self.directory, batch_directory.root_of(self.directory)):
                 output, _, index = name.partition(".")
@@ -239,7 +239,7 @@ class JobBatch:
             batch_directory.remove(self.directory)
 
     def is_abandoned(self) -> bool:
-        """Whether the session that made it ended before submitting it; a job that runs all the same will notice."""
+        """Whether the session that made it ended before submitting it. A job that runs nevertheless will notice."""
         owner = owner_of(self.directory)
         if owner.get("host") != socket.gethostname() or "pid" not in owner:
             return not trust.is_there(self.directory) or trust.is_older(self.directory, SUBMIT_SECONDS)
@@ -247,7 +247,7 @@ class JobBatch:
 
 
 def owner_of(directory: str) -> dict[str, Any]:
-    """Who submits, or has submitted, a batch; empty where that is not known."""
+    """Read the record of the session that submits, or has submitted, a batch; empty if that is not known."""
     try:
         owner = json.loads(batch_directory.read_text(directory, batch_directory.OWNER_FILE) or "{}")
     except ValueError:
@@ -256,7 +256,7 @@ def owner_of(directory: str) -> dict[str, Any]:
 
 
 def read_tail(path: str) -> bytes:
-    """The end of a job's output; empty where there is none."""
+    """Read the end of a job's output; empty if there is none."""
     try:
         return trust.read(path, last=_OUTPUT_TAIL_BYTES)
     except OSError:

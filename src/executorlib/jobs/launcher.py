@@ -1,16 +1,16 @@
-"""Calls as jobs of a queuing system, by way of the cache directory.
+"""Runs calls as jobs of a queuing system, through files in the cache directory.
 
     call ─▶ entry `_i.h5` ─▶ batch ─▶ job array ─▶ worker.job ─▶ entry `_o.h5` ─▶ call
              (claimed: only one session submits it)
 
-- *Entry*: the call, claimed for its batch. Where another session has claimed it, that session's job is followed.
-- *Batch*: calls with the same needs that arrive together are one job array, so that the system is asked once.
-- *Inputs* that are jobs themselves become dependencies of the system, so that the session may end.
-- *Results* are noticed by looking for their files. The system is asked, seldom, only for what leaves none.
+- *Entry*: the call, claimed for its batch. If another session has claimed it, that session's job is followed.
+- *Batch*: calls with the same needs that arrive together become one job array, so that one request submits them.
+- *Inputs* that are jobs themselves become dependencies in the system, so that the session may end.
+- *Results* are found by looking for their files. The system is asked, seldom, only about jobs that leave none.
 
 Files of a batch, in ``<cache directory>/.executorlib/<batch>/``: ``entries`` (index and entry of each call),
-``setup`` (what jobs set up), ``owner`` (who submits it), ``job.sh``, ``run.py`` where the system starts that,
-``job_id``, and ``output.<index>``. Where the system takes a batch in parts, each part has its own, such as
+``setup`` (settings for the jobs), ``owner`` (the session that submits it), ``job.sh``, ``run.py`` if the system starts
+that, ``job_id``, and ``output.<index>``. If the system takes a batch in parts, each part has its own files, such as
 ``run.5-9.py`` and ``job_id.5-9``.
 """
 
@@ -42,39 +42,39 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("executorlib")
 
-# Looking for results takes at most this share of a core, and is done at most so often (seconds).
+# The largest share of a core for looking for results, and the shortest pause between looks, in seconds ...
 _LOOK_SHARE, _LOOK_SECONDS = 0.01, 0.05
-# ... and this share of the loop's time, of which it takes no more than so much at once (seconds), as all else waits.
+# ... and the largest share of the loop's time, and most seconds at once, because everything else waits meanwhile.
 _WAIT_SHARE = 0.1
 _AT_ONCE_SECONDS = 0.05
-# How long a result may take to show on a slow file system after its job has ended, in seconds: when there may well be
-# one (NFS shows others' files after up to a minute), and otherwise. There may be one
-# - when the exit code says so;
-# - when nothing says how the job ended, as of queues that forget their jobs at once and keep no history: unless the
-#   directory is on a local disk, where what is not there does not come, and unless the job had ended before this
-#   session looked, which is mostly long ago. So with such a queue and a network file system the error about a job that
-#   died takes this long. To give up a result that comes would be worse: its call would run again.
+# Seconds that a result may take to appear on a slow file system after its job has ended: if there may well be a result
+# (NFS shows files of other machines after up to a minute), and otherwise. There may be one
+# - if the exit code says so;
+# - if nothing says how the job ended, because the queue forgets jobs at once and keeps no history. This excludes local
+#   disks, where a missing file does not appear later, and jobs that had ended before this session looked, which is
+#   mostly long ago. So with such a queue and a network file system, the error about a job that died takes this long.
+#   Giving up a result too early would be worse, because its call would run again.
 _RESULT_GRACE, _GRACE = 75.0, 3.0
-# How long an entry may be there and not be readable, in seconds. They are put in place whole, but where there are no
-# hard links an empty one stands for a moment for what comes.
+# Seconds that an entry may exist without being readable. Entries are put in place whole, but on file systems without
+# hard links an empty one precedes them for a moment.
 _UNREADABLE_SECONDS = 5.0
-# How often a call may become another one as it is pickled, by a thread that goes on changing its inputs.
+# How often a call may become another one while it is pickled, because a thread keeps changing its inputs.
 _MOST_CHANGES = 10
 
 
 class JobTransport:
-    """Stands for the connection to a job: the call is in its file, and the result is handed over when asked for."""
+    """Takes the place of a connection to a job: the call is in its file, and the result is passed on when asked for."""
 
     def __init__(self, launcher: JobLauncher, job: Job) -> None:
         self._launcher = launcher
         self._job = job
 
     def put(self, header: Any, frames: Any = ()) -> int:
-        """See `Transport.put`; the entry holds all that a job needs to know."""
+        """Does nothing: the entry holds everything that a job needs."""
         return 0
 
     def flush(self) -> None:
-        """See `Transport.flush`."""
+        """Pass on the result, if it is there."""
         if self._job.ending is not None:
             self._launcher.deliver(self._job)
 
@@ -84,7 +84,7 @@ class JobLauncher:
 
     Args:
         events: The loop.
-        system: What runs jobs.
+        system: The system that runs the jobs.
         command: Makes the argument list of a job from the resources of its call and the Python source that it runs.
         log_sizes: Whether to log the size of each call.
     """
@@ -101,16 +101,16 @@ class JobLauncher:
         self._log_sizes = log_sizes
         self._submitter = Submitter(events, system, command, self._on_submitted, self._on_refused)
         self._jobs: dict[int, Job] = {}  # by the worker's number, until they are over
-        self._same: dict[str, dict[int, Job]] = {}  # likewise, but first by their output
-        self._by_output: dict[str, Job] = {}  # of several calls that are the same, the first
-        self._followed: dict[str, JobBatch] = {}  # other sessions', by directory
+        self._same: dict[str, dict[int, Job]] = {}  # the same jobs by their output, then by the worker's number
+        self._by_output: dict[str, Job] = {}  # the first of several equal calls
+        self._followed: dict[str, JobBatch] = {}  # batches of other sessions, by directory
         self._cancellations = Cancellations(events, system)
         self._holds = Holds()
-        self._ended_now: set[str] = set()  # outputs that do not come, of which dependents have not heard yet
-        self._told: set[int] = set()  # calls of which the user knows that they wait for another system
+        self._ended_now: set[str] = set()  # outputs that will not come, which their dependents do not know yet
+        self._told: set[int] = set()  # calls that wait for another system, as the user has been told
         self._roots: set[str] = set()  # cache directories
         self._prepared = False
-        self._early: list[Callable[[], None]] = []  # what has to wait until the system is known
+        self._early: list[Callable[[], None]] = []  # steps that wait until the system is known
         self._leaving = False
         self._looks = Timer(events, self._look)
         self._to_look_at: deque[Job] = deque()
@@ -124,8 +124,7 @@ class JobLauncher:
     # -- Launcher -------------------------------------------------------------------------------------------------
 
     def prepare(self) -> None:
-        """See `Launcher.prepare`."""
-        # A session that finds all its results need not know the system at all.
+        """Does nothing: a session that finds all its results need not know the system at all."""
 
     def _on_prepared(self) -> None:
         self._prepared = True
@@ -134,7 +133,7 @@ class JobLauncher:
             step()
 
     def launch(self, process: Process) -> None:
-        """See `Launcher.launch`: claim the call's entry, or follow who has."""
+        """Claim the call's entry, or follow the session that has claimed it."""
         if not self._prepared:
             self._early.append(lambda: self.launch(process))
             if len(self._early) == 1:
@@ -148,11 +147,11 @@ class JobLauncher:
         self._follow_or_claim(process, task)
 
     def setup(self, process: Process) -> dict[str, Any]:
-        """See `Launcher.setup`; the batch directory has it."""
+        """Nothing: the batch directory has the setup."""
         return {}
 
     def kill(self, process: Process, signal_number: int) -> None:
-        """See `Launcher.kill`: cancel the job."""
+        """Cancel the job, unless an equal call needs it."""
         job = self._jobs.get(process.worker.number)
         if job is None:
             return
@@ -160,7 +159,7 @@ class JobLauncher:
         twin = next((other for other in self._same[job.output].values() if other is not job), None)
         if twin is not None:
             if self._by_output.get(job.output) is job:
-                # What stands for the job in its batch, and for those that depend on it, goes on as the other call's.
+                # The batch and the dependents know this record, so it goes on for the other call.
                 job.trade_places(twin)
                 for each in (job, twin):
                     self._keep(each)
@@ -175,16 +174,16 @@ class JobLauncher:
         self._end(job, Exit(None, "its job was cancelled"))
 
     def resume(self) -> None:
-        """See `Launcher.resume`."""
+        """Continue the system's process, if it has one."""
         self._system.resume()
 
     @property
     def busy(self) -> bool:
-        """See `Launcher.busy`."""
+        """Whether submissions, cancellations or other requests are on their way."""
         return bool(self._early or self._submitter.busy or self._cancellations.pending or self._system.busy)
 
     def detach(self, on_taken: Callable[[], None]) -> None:
-        """See `Launcher.detach`: submit what waits to be submitted, and let all jobs go on."""
+        """Submit the calls that wait for that, and let all jobs go on."""
         if self._early:
             self._early.append(lambda: self.detach(on_taken))
             return
@@ -196,7 +195,7 @@ class JobLauncher:
         self._submitter.leave()
 
     def close(self) -> None:
-        """See `Launcher.close`."""
+        """Close the system, and remove folders that are empty now."""
         self._jobs.clear()
         self._same.clear()
         self._by_output.clear()
@@ -207,12 +206,12 @@ class JobLauncher:
     # -- entries --------------------------------------------------------------------------------------------------
 
     def _follow_or_claim(self, process: Process, task: Task, changes: int = 0) -> None:
-        """Follow who runs a call already, or run it.
+        """Follow the job that runs an equal call already, or run the call.
 
         Args:
-            process: The worker that its job is to be.
+            process: The worker that its job will stand for.
             task: The call.
-            changes: How often it has become another one as it was pickled.
+            changes: How often it has become another one while it was pickled.
         """
         assert task.cache_path is not None
         job = Job(process, task, entries.input_of(task.cache_path))
@@ -220,20 +219,20 @@ class JobLauncher:
         self._keep(job)
         twin = self._by_output.get(job.output)
         if twin is not None and twin.batch is not None:
-            # The same call again in this session; both resolve with the one job.
+            # This session has the same call already. One job resolves both.
             self._follow(job, twin.batch, twin.index)
             return
         self._claim(job)
 
     def _claim(self, job: Job) -> None:
-        """Put the call's entry in place; where another session has, follow that."""
+        """Put the call's entry in place, or follow the session that has done so."""
         self._each([job], self._try_to_claim)
 
     def _pickled(self, job: Job) -> dict[str, entries.Snapshot]:
-        """What is to be in a call's entry.
+        """Pickle a call for its entry.
 
         Raises:
-            BaseException: Whatever pickling it raises.
+            BaseException: Whatever the pickling raises.
         """
         task = job.task
         args, kwargs = self._events.inputs_of(task)
@@ -247,7 +246,7 @@ class JobLauncher:
         return {name: entries.Snapshot.of(value) for name, value in values.items()}
 
     def _start_as_another(self, job: Job) -> None:
-        """The call has changed between its look-up and its pickling, and so has its key: it is another one now."""
+        """Start again with a call that became another one, with another key, between its look-up and its pickling."""
         task = job.task
         if job.again:
             raise ExecutorlibSocketError(
@@ -271,11 +270,11 @@ class JobLauncher:
                 return
             try:
                 values = self._pickled(job)
-            except BaseException as error:  # whatever the user's objects raise
+            except BaseException as error:  # the user's objects may raise anything
                 hidden = misplaced(task.fn, task.args, task.kwargs)
                 self._end(job, Exit(None, "", advise_unpicklable(error, task.number, task.name, hidden)))
                 return
-            # What runs is what was pickled just now. Its entry has to be the one that the key of this names.
+            # The job runs what was pickled just now, so the entry has to be named by the key of that.
             if self._events.is_changed(task):
                 self._start_as_another(job)
                 return
@@ -284,17 +283,17 @@ class JobLauncher:
             batch, index = self._submitter.place(job, after)
             self._roots.add(batch_directory.root_of(batch.directory))
             values["batch"] = entries.Snapshot.of(batch.directory)
-            # Two tries: the entry may be finished, or removed, between the first one and the look at who has it.
+            # Two tries: after the first one the entry may be finished, or removed, before its owner is looked up.
             for _ in range(2):
                 if entries.write_input(job.path, values, job.root):
                     if self._log_sizes:
                         size = os.path.getsize(job.path)
                         logger.warning("call %d of %s: sent %d bytes", task.number, task.name, size)
-                    # The look-up may have been told what a network file system remembered.
+                    # A network file system may have answered the look-up from its memory.
                     is_done = _is_on_local_disk(job) or trust.is_there(job.output)
                     ending = entries.read_ending(job.output, job.root) if is_done else None
                     if ending is not None and not ending.kept:
-                        trust.remove(job.output, job.root)  # others who waited for it have had their time
+                        trust.remove(job.output, job.root)  # others who waited for it have had enough time
                     elif ending is not None:
                         # Another session's job has ended, and removed its entry, since the call was looked up.
                         entries.remove_input(job.path, job.root)
@@ -318,7 +317,7 @@ class JobLauncher:
         self._end(job, Exit(None, text))
 
     def _follow_owner(self, job: Job) -> bool:
-        """Follow the session that has claimed the call; False where the entry is ours to try again."""
+        """Follow the session that has claimed the call; False if this session can try again to claim it."""
         entry = entries.read_input(job.path, job.root)
         if entry is None and not os.path.exists(job.path) and trust.is_there(job.path):
             entry = entries.read_input(job.path, job.root)
@@ -331,7 +330,7 @@ class JobLauncher:
             seen, now = _identity(job.path), time.monotonic()
             if seen is None:
                 return False
-            # Being written, or damaged. By this session's clock, as others' may be wrong.
+            # It is being written, or damaged. This session's clock decides, because others may be wrong.
             if job.unreadable is None or job.unreadable[0] != seen:
                 job.unreadable = seen, now
             if now - job.unreadable[1] < _UNREADABLE_SECONDS:
@@ -348,7 +347,7 @@ class JobLauncher:
             if directory is not None and self._system.is_gone(owner):
                 entries.take_over(job.path, entries.job_name(job.path, directory), directory, job.root)
                 return False
-            # Of a job of another system nothing is known here but its result.
+            # Nothing is known here about a job of another system, except for its result.
             if job.task.number not in self._told:
                 self._told.add(job.task.number)
                 logger.warning(
@@ -384,7 +383,7 @@ class JobLauncher:
         self._looks.within(_LOOK_SECONDS)
         self._ask_soon()
 
-    # -- what became of batches -----------------------------------------------------------------------------------
+    # -- answers to submissions -----------------------------------------------------------------------------------
 
     def _on_submitted(self, batch: JobBatch) -> None:
         if self._leaving:
@@ -412,12 +411,12 @@ class JobLauncher:
         cpu, began = time.thread_time(), time.monotonic()
         self._each(self._some(self._to_look_at), lambda job: self._look_at(job, began))
         if self._jobs:
-            # A slow file system makes the loop wait, which is no processor time.
+            # A slow file system makes the loop wait, which takes no processor time.
             pause = max((time.thread_time() - cpu) / _LOOK_SHARE, (time.monotonic() - began) / _WAIT_SHARE)
             self._looks.within(max(_LOOK_SECONDS, pause))
 
     def _some(self, jobs: deque[Job]) -> Iterator[Job]:
-        """Take jobs, as many as a moment allows and at least one. Those that are over by then are left out."""
+        """Take at least one job, and as many as a moment allows. Jobs that are over by then are left out."""
         end = time.monotonic() + _AT_ONCE_SECONDS
         while jobs:
             job = jobs.popleft()
@@ -432,7 +431,7 @@ class JobLauncher:
         seen = _identity(job.output)
         if seen is not None and seen != job.damaged:
             job.ending = entries.read_ending(job.output, job.root)
-            job.damaged = seen  # not read again until it is another one
+            job.damaged = seen  # it is not read again until another file takes its place
             if job.ending is not None and job.ending.ran and not job.claimed:
                 self._run_itself(job, job.ending)
                 return
@@ -445,17 +444,17 @@ class JobLauncher:
                     self._begin(job)
                 elif job.task.state is RUNNING:
                     self.deliver(job)
-                # Else it is handed over by `JobTransport.flush`, once the call has been told that it runs.
+                # Otherwise `JobTransport.flush` delivers it once the call knows that it runs.
                 return
         if job.gone_since is not None:
             self._on_gone(job, now)
 
     def _run_itself(self, job: Job, ending: entries.Ending) -> None:
-        """Run a call that waited for an equal one's job, which has run something else; see `worker.job`."""
+        """Run a call that waited for the job of an equal one, which has run something else (see `worker.job`)."""
         assert ending.batch is not None
         job.ending = None
         self._start_over(job)
-        # That job is over, whether or not it has come to remove its entry.
+        # That job is over, even if it has not removed its entry yet.
         entries.take_over(job.path, entries.job_name(job.path, ending.batch), ending.batch, job.root)
         self._claim(job)
 
@@ -465,8 +464,8 @@ class JobLauncher:
         self._events.on_connected(job.process)
 
     def deliver(self, job: Job) -> None:
-        """Hand a result over; the call was told that it runs."""
-        ending, job.ending = job.ending, None  # jobs that come after this one know it longer than the result is needed
+        """Pass on the result of a call that knows that it runs."""
+        ending, job.ending = job.ending, None  # later jobs refer to this one longer than the result is needed
         assert ending is not None
         kind, text = ("error", ending.traceback) if ending.failed else ("result", "")
         frames: list[Frame] = [ending.data]
@@ -481,7 +480,7 @@ class JobLauncher:
         self._same.setdefault(job.output, {})[number] = job
 
     def _forget(self, job: Job) -> None:
-        """Nothing more is to be known of a job."""
+        """Forget a job, whose result or end is no longer of interest."""
         number = job.process.worker.number
         self._jobs.pop(number, None)
         same = self._same.get(job.output, {})
@@ -502,10 +501,10 @@ class JobLauncher:
             batch.remove_files()
 
     def _each(self, jobs: Iterable[Job], step: Callable[[Job], None]) -> None:
-        """Do something for each job. Whatever is wrong with its files is no reason to lose the others.
+        """Do something for each job, so that damaged files of one job do not affect the others.
 
-        All that looks into files, or at what the system said, goes through here. What is raised once a call is over is
-        not about its files, and not contained.
+        All steps that look into files, or at the system's answers, go through here. An error that is raised after a
+        call is over is not about its files, and passes through.
         """
         for job in jobs:
             try:
@@ -526,10 +525,10 @@ class JobLauncher:
         self._forget(job)
         self._events.on_exit(job.process, end)
 
-    # -- the system's word ----------------------------------------------------------------------------------------
+    # -- states in the system -------------------------------------------------------------------------------------
 
     def _ask_soon(self) -> None:
-        """There are new jobs: ask soon, and then less and less often."""
+        """Ask about new jobs soon, and then less and less often."""
         self._ask_after = self._system.first_query
         self._questions.within(self._ask_after)
 
@@ -552,7 +551,7 @@ class JobLauncher:
     def _on_states(self, asked: list[Job], states: States | None) -> None:
         self._asking = False
         now = time.monotonic()
-        if states is not None:  # without an answer nothing is known
+        if states is not None:  # without an answer, nothing is known
             self._each(asked, lambda job: self._on_state(job, states, now))
         self._ask_after = min(1.5 * self._ask_after, self._system.last_query)
         if self._jobs:
@@ -562,7 +561,7 @@ class JobLauncher:
         if job.over or job.submitted is None:
             return
         if self._jobs.get(job.process.worker.number) is not job:
-            return  # it was left to itself while the system was asked
+            return  # it was forgotten while the system was asked
         job_id = job.submitted[0]
         state = states.get((job_id, job.index)) or states.get((job_id, None))
         if state is not None:
@@ -576,13 +575,13 @@ class JobLauncher:
             if not job.begun:
                 self._begin(job)
         elif state.hopeless and not self._waits_for_inputs_end(job):
-            # Also another session's, which may have left. Submitted anew, with what this session asks for, the call may
-            # be able to start; where it is not, that job is ours, and its error says why.
+            # This applies to another session's job, too, because that session may have left. With this session's
+            # resources the call may be able to start. If not, the new job is ours, and its error says why.
             self._system.cancel([job.key])
             self._give_up(job)
 
     def _on_gone(self, job: Job, now: float) -> None:
-        """The system no longer has the job, and there is no result."""
+        """Decide about a job without a result that the system no longer has."""
         assert job.gone_since is not None
         if not job.asked and (job.last is None or job.last.phase is not Phase.ENDED):
             job.asked, job.answered = True, False
@@ -607,7 +606,7 @@ class JobLauncher:
 
     @staticmethod
     def _grace(job: Job) -> float:
-        """How long the result of a job that has ended may take to show."""
+        """Seconds that the result of a job that has ended may take to appear."""
         if job.damaged is not None:
             return _GRACE
         if job.ended_well((RESULT, RAISED)):
@@ -615,16 +614,16 @@ class JobLauncher:
         return _RESULT_GRACE if job.ended_unseen() and not _is_on_local_disk(job) else _GRACE
 
     def _waits_for_inputs_end(self, job: Job) -> bool:
-        """Whether an input's job has ended, too, of which the call is to tell, and that is being looked into."""
+        """Whether the job of an input has ended, too, and is being looked into, so that the call can tell about it."""
         inputs = [self._by_output[path] for path in job.task.after if path in self._by_output]
         return any(each.gone_since is not None and not each.over for each in inputs) or not self._ended_now.isdisjoint(
             job.task.after
         )
 
     def _give_up(self, job: Job) -> None:
-        """The job has ended without a result."""
+        """End the call of a job that has no result, or submit it again if another session submitted the job."""
         if job.batch is None or not job.batch.ours:
-            # Nobody was there to see it end. The call is free again, for one of all sessions that see it now.
+            # Nobody saw it end. The call is free again for one of the sessions that notice it now.
             batch = job.batch
             if batch is not None and entries.is_terminated(job.path, batch.directory, job.root):
                 text = f"Call {job.task.number} of {job.task.name} was terminated (`terminate_task_in_cache`)"
@@ -637,7 +636,7 @@ class JobLauncher:
             return
         is_taken = entries.claimed_for(job.path, job.root) not in (None, job.batch.directory)
         if is_taken and not (job.last is not None and job.last.hopeless):
-            # Another session took this one for dead, and has claimed the call.
+            # Another session believed this one to be dead, and has claimed the call.
             self._start_over(job)
             self._claim(job)
             return
@@ -652,14 +651,14 @@ class JobLauncher:
         job.start_over()
 
     def _renew_views(self) -> None:
-        """See to it that what other sessions' jobs have done is seen here, whatever the file system remembers."""
+        """Make the work of other sessions' jobs visible here, even if the file system remembers an older state."""
         began = time.monotonic()
         self._each(self._some(self._to_renew), self._renew_view)
         if self._to_renew:
             self._renewals.within((time.monotonic() - began) / _WAIT_SHARE)
 
     def _renew_view(self, job: Job) -> None:
-        # Nobody says whether a job has it. When it is removed, or stays unreadable, it is free again.
+        # Nobody tells whether a job has the entry. If it is removed, or stays unreadable, it is free again.
         if job.batch is None and job.ending is None and (job.unreadable is not None or not trust.is_there(job.path)):
             self._try_to_claim(job)
         # The system may not know the job, and the file system may remember that there was no result.
@@ -667,7 +666,7 @@ class JobLauncher:
             trust.is_there(job.output)
 
     def _find_job_ids(self) -> None:
-        """Find out which jobs the calls of other sessions became."""
+        """Find the jobs that the calls of other sessions became."""
         followed = set(self._followed.values())
         unknown = [job for job in self._jobs.values() if job.batch in followed and job.submitted is None]
         looked: dict[JobBatch, bool] = {}
@@ -685,7 +684,7 @@ class JobLauncher:
             if batch.is_abandoned():
                 self._give_up(job)
             return
-        # Where the list of its calls does not come, its jobs cannot read it either.
+        # If the list of its calls does not appear, its jobs cannot read it either.
         if not batch.has_entries:
             if trust.is_older(job.path, SUBMIT_SECONDS):
                 self._give_up(job)
@@ -699,11 +698,11 @@ class JobLauncher:
         if job.submitted is not None:
             self._submitter.changed(job)
         elif batch.is_abandoned():
-            self._give_up(job)  # it was in a part that has not been submitted
+            self._give_up(job)  # it is in a part that has not been submitted
 
 
 def _remove_input(job: Job) -> None:
-    """Remove the entry of a job that is over. Where that fails, who finds it sees that its job is dead."""
+    """Remove the entry of a job that is over. If that fails, whoever finds the entry sees that its job is dead."""
     with contextlib.suppress(OSError):
         entries.remove_input(job.path, job.root)
 
@@ -713,7 +712,7 @@ def _is_on_local_disk(job: Job) -> bool:
 
 
 def _identity(path: str) -> Identity | None:
-    """What tells a file from another that takes its place; None where there is none."""
+    """Read the identity of a file, which differs from that of any file that takes its place; None if there is none."""
     try:
         status = os.stat(path)
     except OSError:

@@ -1,10 +1,10 @@
-"""PBS Professional's language, which is also OpenPBS's: scripts and commands for it, and what its answers mean.
+"""The language of PBS Professional and OpenPBS: their scripts and commands, and the meaning of their answers.
 
-Written for version 19.1 and later, by its manual pages (qsub, qstat, qselect, qdel, pbs_job_attributes) and the source
-of OpenPBS. It has not been tried on a real PBS; tests/unit/test_pbs.py has the formats that are relied on.
+It follows the manual pages of version 19.1 and later (qsub, qstat, qselect, qdel, pbs_job_attributes) and the source of
+OpenPBS. It has not been tried on a real PBS. tests/unit/test_pbs.py shows the formats that it relies on.
 
-A job has a number, an array one with brackets: ``1234``, ``1234[]``, and ``1234[3]`` for an element. The server's name
-follows it, which is left out here, as it is the system's (`PbsQueue.name`).
+A job's id is a number, such as ``1234``. An array's id ends with brackets, as in ``1234[]``, and an element's is
+``1234[3]``. PBS appends the server's name, which is dropped here because it is the system's (`PbsQueue.name`).
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from executorlib.jobs.templates import Templates
 if TYPE_CHECKING:
     from executorlib.resources import Resources
 
-# What has to hold whatever a template says is not here but on qsub's command line, which counts for more.
+# The options that every template needs are on qsub's command line, which overrides the script.
 #
-# - A chunk is a node's part, so what is asked for by node (memory) and by rank fits into one request. Where the ranks
-#   cannot be spread evenly, some nodes have one more.
-# - A job that lost its node ends in an error instead of running again unasked. PBS refuses that for arrays.
+# - A chunk is one node's part of the job, so memory (counted by node) and ranks fit into one request. If the ranks
+#   cannot be spread evenly, some nodes get one more.
+# - A job that loses its node ends in an error instead of running again unasked. PBS refuses that option for arrays.
 DEFAULT_TEMPLATE = """\
 {%- macro word(text) -%}{{ (text | string).split() | join }}{%- endmacro -%}
 {%- macro chunk(nodes, ranks) -%}
@@ -62,8 +62,8 @@ DEFAULT_TEMPLATE = """\
 {{ command }}
 """
 
-# Letters of states, in words. M is a job that another server has now: its result is found, but whether it still runs is
-# not known.
+# The letters of states, in words. M is a job that has moved to another server: its result is found, but nobody knows
+# whether it still runs.
 _WORDS = {
     "B": "begun",
     "E": "exiting",
@@ -80,9 +80,9 @@ _WORDS = {
 }
 _WAITING = frozenset("HQTW")
 _ENDED = frozenset("FX")
-# Substates of what has ended.
+# Substates of jobs that have ended.
 _TERMINATED, _FAILED = 91, 93
-# Negative exit codes are PBS's own. Those that are not here are of a job that could not be started.
+# Negative exit codes are PBS's own. Codes that are not listed mean that the job could not be started.
 _OWN_CODES = {
     -3: ("it could not be started, and would have been tried again", Cause.NODE_FAILED),
     -4: ("its node's daemon was started anew", Cause.NODE_FAILED),
@@ -100,12 +100,12 @@ _OWN_CODES = {
     -29: ("it exceeded walltime", Cause.TIME_LIMIT),
 }
 _NOT_STARTED = "it could not be started"
-# Comments of jobs that wait until somebody changes them.
+# Comments on jobs that will wait until somebody changes them.
 _HOPELESS = re.compile(r"can never run|too many failed attempts", re.IGNORECASE)
-# Of jobs that were deleted by somebody, or as one that they waited for had failed.
+# Comments on jobs that were deleted, by somebody or because a job that they waited for had failed.
 _DELETED = re.compile("terminated|deleted as result of dependency", re.IGNORECASE)
 _FAILED_TO_START = re.compile("too many failed attempts", re.IGNORECASE)
-# What PBS adds to the error output of a job that it ends.
+# PBS adds this to the error output of a job that it ends.
 _ADDED = re.compile(r"=>> PBS: job killed: (\w+)|Cgroup mem\w* limit exceeded", re.IGNORECASE)
 _TRANSIENT = re.compile(
     r"cannot connect to server|connection (refused|reset)|no free connections|server shutting down|timed? ?out"
@@ -113,21 +113,21 @@ _TRANSIENT = re.compile(
     r"|munge|no route to host|network is unreachable",
     re.IGNORECASE,
 )
-# How many jobs there may be. The last one is of the length of one array, which is not known of every queue.
+# Refusals because of too many jobs. The last one is about the length of an array: a queue's own limit is not known.
 _LIMIT = re.compile(
     r"maximum number of jobs.* already in .*|would exceed .*limit.*|array job exceeds server or queue size limit",
     re.IGNORECASE,
 )
 _LIMIT_OF_OWN = re.compile(r"user|array job exceeds", re.IGNORECASE)
 _ID = re.compile(r"(\d+)(?:\[(\d*)\])?(?:\..*)?")
-# The name of a job has these characters, and no more than so many.
+# A job's name may not contain these characters, nor be longer than this.
 _NO_NAME = re.compile(r"[^A-Za-z0-9_.+-]+")
 _LONGEST_NAME = 230
-# An answer has all elements of the arrays that it is about, and some 2 KB for each.
+# An answer lists all elements of the arrays in question, with about 2 KB for each.
 _MOST_ELEMENTS = 1000
-# What has to be there before Python is: by this the interpreter and mpiexec are found, and their libraries.
+# These have to be set before Python starts: they find the interpreter, mpiexec and their libraries.
 _EXPORTED = ("PATH", "LD_LIBRARY_PATH")
-# Of the session's own job, node or MPI world.
+# These belong to the session's own job, node or MPI world.
 _NOT_HANDED_ON = re.compile(
     r"(PBS_|PMI_|PMIX_|OMPI_COMM_WORLD_|HYDI_|PALS_|CUDA_VISIBLE_|ROCR_VISIBLE_).*|TMPDIR|NCPUS|HOSTNAME"
 )
@@ -135,12 +135,12 @@ _NOT_HANDED_ON = re.compile(
 
 @dataclass(frozen=True)
 class Settings:
-    """What a server is set to.
+    """The settings of a server.
 
     Attributes:
-        array_limit: Most elements of a job array; 1 where there are none.
+        array_limit: Most elements of a job array; 1 if it has no job arrays.
         history: Whether it remembers jobs that have ended.
-        server: Its name; empty where that is not known.
+        server: Its name; empty if that is not known.
     """
 
     array_limit: int = _MOST_ELEMENTS
@@ -149,7 +149,7 @@ class Settings:
 
 
 def parse_settings(output: str) -> Settings:
-    """Read what `PbsQueue.settings_command` printed; what is missing there is left at PBS's own default."""
+    """Read the output of `PbsQueue.settings_command`; settings that are missing there are left at PBS's defaults."""
     try:
         told = json.loads(output, strict=False)
         server = str(told["pbs_server"])
@@ -162,11 +162,11 @@ def parse_settings(output: str) -> Settings:
 
 
 class PbsQueue:
-    """PBS Professional, as `queue.Queue` describes it.
+    """PBS Professional, with the interface `queue.Queue`.
 
     Args:
-        settings: What the server is set to.
-        templates: Where job scripts come from; by default `DEFAULT_TEMPLATE`, and a call's own.
+        settings: The settings of the server.
+        templates: The templates of job scripts; by default `DEFAULT_TEMPLATE`, and a call's own.
         environ: The environment of `qsub`; None is that of this process.
     """
 
@@ -178,9 +178,9 @@ class PbsQueue:
     history_delay = 0.0
     id_variables = ("PBS_ARRAY_ID", "PBS_JOBID")
     element_variables = ("PBS_ARRAY_INDEX",)
-    # Of the mpiexec that comes with PBS on HPE's Cray machines.
+    # The mpiexec that comes with PBS on HPE's Cray machines sets this one.
     local_rank_variables = ("PALS_LOCAL_RANKID",)
-    # The last digits of PBS's error numbers: a job is not known, has finished, is at its end, or is a finished element.
+    # The last byte of PBS's error numbers: the job is unknown, has finished, is exiting, or is a finished element.
     codes_of_the_gone = frozenset(number & 0xFF for number in (15001, 15139, 15016, 15159))
     cancels_the_gone = True
     submit_program = "qsub"
@@ -197,31 +197,31 @@ class PbsQueue:
 
     @classmethod
     def from_settings(cls, output: str, templates: Templates) -> PbsQueue:
-        """See `queue.Queue.from_settings`."""
+        """Make the language of one server from the output of `settings_command`."""
         return cls(parse_settings(output), templates)
 
     @staticmethod
     def command_environment(environ: Mapping[str, str]) -> dict[str, str]:
-        """See `queue.Queue.command_environment`; nothing of a job that this is in counts for another one."""
+        """The environment as it is: variables of the session's own job have no effect on others."""
         return dict(environ)
 
     @staticmethod
     def rank_command(
         resources: Resources, pmi_mode: str | None, program: Sequence[str], mpiexec: str = "mpiexec"
     ) -> list[str]:
-        """See `queue.Queue.rank_command`."""
+        """The mpiexec command: PBS starts no ranks itself."""
         return mpiexec_command(resources, program, mpiexec)
 
     @staticmethod
     def problem_with(folder: str) -> str:
-        """See `queue.Queue.problem_with`."""
+        """The reason if there is a colon in the path."""
         if ":" in folder:
             return "has a colon in its path, and PBS takes what is before it for the name of a machine"
         return ""
 
     @property
     def name(self) -> str:
-        """See `queue.Queue.name`; a job's number means nothing on another server."""
+        """The server: a job's number means nothing on another one."""
         return f"{self.title} server {self._settings.server}" if self._settings.server else self.title
 
     @property
@@ -231,21 +231,21 @@ class PbsQueue:
 
     @property
     def has_dependencies(self) -> bool:
-        """See `queue.Queue.has_dependencies`.
+        """Whether the server has a history.
 
-        Without a history, a job that ended well while its dependent was submitted is one that PBS never had.
+        Without one, PBS denies any knowledge of a job that ended well while its dependent was being submitted.
         """
         return self._settings.history
 
     def handed_on(self, environ: Mapping[str, str]) -> dict[str, str]:
-        """See `queue.Queue.handed_on`.
+        """All variables except those of the session's own job.
 
-        `qsub -V` would show them to whoever may see the job, and has made answers of older versions unreadable.
+        `qsub -V` would show them to everybody who can see the job, and made the answers of older versions unreadable.
         """
         return {name: value for name, value in environ.items() if not _NOT_HANDED_ON.fullmatch(name)}
 
     def script(self, batch: Batch) -> str:
-        """See `queue.Queue.script`."""
+        """Render the script of a batch."""
         # Jobs start in the home directory.
         command = f"cd {shlex.quote(batch.cwd)} && {batch.command}"
         named = dict(batch.template_values)
@@ -255,55 +255,55 @@ class PbsQueue:
         return self._templates.render(batch, is_array=_is_array(batch))
 
     def unused(self, batch: Batch) -> list[str]:
-        """See `queue.Queue.unused`."""
+        """Keys that the script does not use, and ``slurm_cmd_args``."""
         ignored = ["slurm_cmd_args"] if batch.resources.slurm_cmd_args else []
         return self._templates.unused(batch) + ignored
 
     def submit_command(self, batch: Batch, script_path: str) -> list[str]:
-        """See `queue.Queue.submit_command`."""
+        """The qsub command for a batch."""
         is_array = _is_array(batch)
         output = f"{batch.directory}/output.{'^array_index^' if is_array else '0'}"
-        # With -k, what is printed is there at once, where the node reaches the file, and not at the job's end.
+        # With -k, output appears at once if the node can reach the file, instead of at the job's end.
         command = ["qsub", "-j", "oe", "-k", "oed", "-o", output]
         exported = [name for name in _EXPORTED if name in self._environ]
         if exported:
             command += ["-v", ",".join(exported)]
         if is_array:
             last = batch.first + batch.count - 1
-            # A range needs two ends that differ: with a step beyond the second one, only the first is left.
+            # The ends of a range must differ. With a step beyond the second one, only the first is left.
             command += ["-J", f"{batch.first}-{last}" if batch.count > 1 else f"{last}-{last + 1}:2"]
         if batch.dependencies:
-            # Where one of these fails, PBS deletes the job.
+            # If one of these fails, PBS deletes the job.
             command += ["-W", f"depend={_dependencies(batch.dependencies)}"]
         return [*command, script_path]
 
     def parse_job_id(self, output: str) -> str:
-        """See `queue.Queue.parse_job_id`."""
-        # Sites may print lines of their own before.
+        """Read the id of the new job from qsub's output."""
+        # Sites may print lines of their own first.
         found = re.findall(r"^(\d+(?:\[\])?)(?:\.\S+)?\s*$", output, re.MULTILINE)
         if not found:
             raise ValueError(f"qsub printed no job id but {output.strip()!r}.")
         return str(found[-1])
 
     def is_transient(self, error_text: str) -> bool:
-        """See `queue.Queue.is_transient`."""
+        """Whether the server may accept the command later."""
         return _TRANSIENT.search(error_text) is not None
 
     def limit_in(self, error_text: str) -> Limit:
-        """See `queue.Queue.limit_in`."""
+        """The limit on the number of jobs that qsub was refused for, and whether others share it."""
         found = _LIMIT.search(error_text)
         if found is None:
             return Limit.NONE
         return Limit.OWN if _LIMIT_OF_OWN.search(found[0]) else Limit.SHARED
 
     def status_command(self, job_ids: Sequence[str]) -> list[str]:
-        """See `queue.Queue.status_command`; without ids, for whether the user has any jobs."""
+        """The qstat command for these jobs; without ids, a qselect command that lists the user's jobs."""
         if not job_ids:
             return ["qselect", "-u", _user()]
         return ["qstat", *self._options, "-t", *job_ids]
 
     def parse_status(self, output: str, job_ids: Sequence[str]) -> dict[tuple[str, int | None], JobState]:
-        """See `queue.Queue.parse_status`."""
+        """Read the states of jobs from the output of qstat, or of qselect if there are no ids."""
         if not job_ids:
             return {(line.partition(".")[0], None): JobState(Phase.PENDING, "there") for line in output.split()}
         states: dict[tuple[str, int | None], JobState] = {}
@@ -315,15 +315,15 @@ class PbsQueue:
         return states
 
     def detail_command(self, job_id: str, index: int | None) -> list[str]:
-        """See `queue.Queue.detail_command`."""
+        """The qstat command that tells how a job ended; empty if the server has no history."""
         return ["qstat", *self._options, shown_id(job_id, index)] if self._settings.history else []
 
     def parse_detail(self, output: str) -> JobState | None:
-        """See `queue.Queue.parse_detail`."""
+        """Read the answer to `detail_command`; None if it does not have the job."""
         return next((_state(job) for *_, job in _jobs(output)), None)
 
     def cause_in(self, output: str) -> Cause:
-        """See `queue.Queue.cause_in`."""
+        """The limit that the job exceeded, if PBS has written that into the output."""
         found = _ADDED.search(output)
         if found is None:
             return Cause.NONE
@@ -331,7 +331,7 @@ class PbsQueue:
         return Cause.TIME_LIMIT if what == "walltime" else Cause.OUT_OF_MEMORY if "mem" in what else Cause.NONE
 
     def cancel_command(self, jobs: Sequence[tuple[str, int | None]]) -> list[str]:
-        """See `queue.Queue.cancel_command`."""
+        """The qdel command for jobs and array elements."""
         whole = dict.fromkeys(job_id for job_id, index in jobs if index is None)
         elements: dict[str, set[int]] = {}
         for job_id, index in jobs:
@@ -357,17 +357,17 @@ def _is_array(batch: Batch) -> bool:
 
 
 def _job_name(name: str) -> str:
-    """The nearest name that PBS takes."""
+    """The nearest name that PBS accepts."""
     return _NO_NAME.sub("_", name)[:_LONGEST_NAME] or "_"
 
 
 def _dependencies(dependencies: Iterable[Dependency]) -> str:
-    """What ``depend`` takes: all must succeed. They are on whole jobs, as `PbsQueue.waits_for_elements` says."""
+    """The value of ``depend``: all jobs must succeed. It names only whole jobs (`PbsQueue.waits_for_elements`)."""
     return ":".join(["afterok", *dict.fromkeys(each.job_id for each in dependencies)])
 
 
 def _runs(indices: Iterable[int]) -> Iterator[str]:
-    """The fewest ranges that indices are in."""
+    """The fewest ranges that cover these indices exactly."""
     first = last = None
     for index in sorted(indices):
         if last is not None and index == last + 1:
@@ -381,7 +381,7 @@ def _runs(indices: Iterable[int]) -> Iterator[str]:
 
 
 def _state(job: Mapping[str, Any]) -> JobState:
-    """What PBS says of a job, by the attributes of it."""
+    """Read a job's state from its attributes."""
     letter = str(job.get("job_state", ""))
     comment = str(job.get("comment", "")).strip()
     node = ",".join(dict.fromkeys(re.findall(r"(?:^|\+)([^/+]+)", str(job.get("exec_host", "")))))
@@ -399,7 +399,7 @@ def _state(job: Mapping[str, Any]) -> JobState:
 
 
 def _ending(job: Mapping[str, Any], comment: str, node: str) -> JobState:
-    """How a job ended, as far as PBS says."""
+    """Read how a job ended, as far as PBS tells it."""
     text = str(job.get("Exit_status", ""))
     status = int(text) if re.fullmatch(r"-?\d+", text) else None
     is_terminated = job.get("substate") == _TERMINATED or _DELETED.search(comment) is not None
@@ -410,7 +410,7 @@ def _ending(job: Mapping[str, Any], comment: str, node: str) -> JobState:
     if status < 0:
         reason, cause = _OWN_CODES.get(status, (_NOT_STARTED, Cause.NONE))
         return JobState(Phase.ENDED, "failed", f"{reason} ({status})", "", node, cause=cause)
-    # Above 256 it is that and a signal's number.
+    # A number above 256 is 256 plus a signal's number.
     exit_code = f"0:{status - 256}" if status > 256 else str(status)
     cause = Cause.NONE
     if status > 128:
@@ -423,7 +423,7 @@ def _ending(job: Mapping[str, Any], comment: str, node: str) -> JobState:
 
 
 def _exceeded(job: Mapping[str, Any]) -> Cause:
-    """Which of its limits a job that was killed had reached; versions before 2021 do not say so by themselves."""
+    """The limit that a killed job had reached; versions before 2021 do not tell it directly."""
     asked, used = job.get("Resource_List"), job.get("resources_used")
     if isinstance(asked, dict) and isinstance(used, dict):
         for name, read, cause in (
@@ -437,7 +437,7 @@ def _exceeded(job: Mapping[str, Any]) -> Cause:
 
 
 def _seconds(text: object) -> int | None:
-    """A time such as ``01:30:00``."""
+    """Read a time such as ``01:30:00``."""
     if not re.fullmatch(r"\d+(:\d+){0,3}", str(text)):
         return None
     seconds = 0
@@ -447,16 +447,16 @@ def _seconds(text: object) -> int | None:
 
 
 def _bytes(text: object) -> int | None:
-    """A size such as ``800mb``."""
+    """Read a size such as ``800mb``."""
     found = re.fullmatch(r"(\d+)([kmgtp]?)b", str(text))
     return None if found is None else int(found[1]) << 10 * (" kmgtp".index(found[2]) if found[2] else 0)
 
 
 def _jobs(output: str) -> Iterator[tuple[str, int | None, Mapping[str, Any]]]:
-    """The jobs of an answer of `qstat`: the id, the index of an element, and the attributes.
+    """Read qstat's output: for each job its id, its index if it is an element, and its attributes.
 
     Raises:
-        ValueError: The answer is incomplete.
+        ValueError: The output is incomplete.
     """
     text = output.strip()
     if not (text.startswith("{") and text.endswith("}")):
@@ -477,20 +477,20 @@ def _jobs(output: str) -> Iterator[tuple[str, int | None, Mapping[str, Any]]]:
             yield f"{number}[]", int(element) if element else None, job
 
 
-# An attribute, by its indentation: one that is closed on its line, or the beginning of a group.
+# A line with an attribute: its indentation, its name, and its value or the opening brace of a group.
 _LINE = re.compile(r'([ \t]*)"([^"]+)"\s*:\s*(?:(\{)|"(.*?)"|([^"{]*?)),?\s*')
 
 
 def _scanned(text: str) -> dict[str, dict[str, Any]]:
-    """The attributes of jobs in an answer that is not valid JSON.
+    """Read the attributes of jobs from output that is not valid JSON.
 
-    Versions before 2020 do not write all that users put into names, comments and variables as JSON demands. But each
-    attribute has a line of its own, and those of a job are indented alike.
+    Versions before 2020 do not escape everything that users put into names, comments and variables. But each attribute
+    has its own line, and all attributes of a job have the same indentation.
     """
     jobs: dict[str, dict[str, Any]] = {}
     job: dict[str, Any] | None = None
     group: dict[str, Any] | None = None
-    outer = inner = -1  # indentation of the job's name, and of its attributes
+    outer = inner = -1  # the indentation of the job's name, and of its attributes
     for line in text.splitlines():
         found = _LINE.fullmatch(line)
         if found is None:

@@ -1,6 +1,6 @@
-"""The other queues that pysqa drives: Grid Engine, Torque, LSF. One job a call, no dependencies.
+"""Grid Engine, Torque and LSF, through pysqa: one job for each call, without dependencies.
 
-Templates, commands and the reading of states are pysqa's; added is what has to hold whatever a template says.
+Templates, commands and the reading of states are pysqa's. This module adds the options that every template needs.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from executorlib.jobs.templates import Templates, load_commands
 if TYPE_CHECKING:
     from executorlib.resources import Resources
 
-# Options that hand on the environment, which LSF does by itself, and that send both output streams to the file that
-# follows, whatever the script says.
+# Options that override the script: they hand on the environment (LSF does so by itself), and send both output streams
+# to the file that follows.
 _OPTIONS = {"SGE": ["-V", "-j", "y", "-o"], "TORQUE": ["-V", "-j", "oe", "-o"], "LSF": ["-o"]}
 _ID_VARIABLES = {"SGE": "JOB_ID", "TORQUE": "PBS_JOBID", "LSF": "LSB_JOBID"}
-# pysqa's words and what queues say beside them, among it Grid Engine's letters for what is held or starts again.
-# Whatever else a job may be, it is not over.
+# The words of pysqa and of the queues themselves, such as Grid Engine's letters for jobs that are held or start again.
+# A job in any other state is not over.
 _PENDING = re.compile("pending|h?R?qw|PSUSP")
 _ENDED = re.compile("DONE|EXIT")
-# Grid Engine could not start it, and will not try again. Why, it says only in words that cannot be asked for at once.
+# Grid Engine could not start the job, and will not try again. It tells the reason only in answer to another query.
 _FAILED_TO_START = re.compile("error|E.*qw")
 _WHY_NOT_STARTED = "a node could not start it; often its working directory or output file cannot be reached from there"
-# Of Grid Engine's history: it ended the job at a limit, nearly always that of its time.
+# Grid Engine's history: it ended the job at a limit, nearly always its time limit.
 _AT_LIMIT = "37"
 _TRANSIENT = re.compile(
     r"can(not|'t) (connect|contact|reach)|unable to (connect|contact|send)|connection refused|timed? ?out"
@@ -36,7 +36,7 @@ _TRANSIENT = re.compile(
     re.IGNORECASE,
 )
 
-# How many jobs there may be, in the words of Grid Engine, Torque, PBS Pro and LSF.
+# Refusals because of too many jobs, in the words of Grid Engine, Torque, PBS Pro and LSF.
 _LIMIT = re.compile(
     r"jobs are allowed per (user|cluster)|maximum number of (user )?jobs already in queue.*"
     r"|would exceed .*limit.*|pending job threshold reached",
@@ -45,7 +45,7 @@ _LIMIT = re.compile(
 
 
 class PysqaQueue:
-    """A queue other than Slurm, as `queue.Queue` describes it.
+    """A queue that pysqa drives, with the interface `queue.Queue`.
 
     Args:
         templates: A configuration for such a queue.
@@ -68,33 +68,33 @@ class PysqaQueue:
         self._templates = templates
         self._commands = load_commands(templates.queue_type)
         self.id_variables = (_ID_VARIABLES[templates.queue_type],)
-        # Its history is written every 15 s, unless its administrator says otherwise (`flush_time`).
+        # Grid Engine writes its history every 15 s, unless its administrator sets another time (`flush_time`).
         self.history_delay = 16.0 if templates.queue_type == "SGE" else 0.0
 
     @classmethod
     def from_settings(cls, output: str, templates: Templates) -> PysqaQueue:
-        """See `queue.Queue.from_settings`."""
+        """Make the language of a queue; it has no settings to ask for."""
         return cls(templates)
 
     @staticmethod
     def command_environment(environ: Mapping[str, str]) -> dict[str, str]:
-        """See `queue.Queue.command_environment`."""
+        """The environment as it is."""
         return dict(environ)
 
     @staticmethod
     def rank_command(
         resources: Resources, pmi_mode: str | None, program: Sequence[str], mpiexec: str = "mpiexec"
     ) -> list[str]:
-        """See `queue.Queue.rank_command`."""
+        """The mpiexec command: these queues start no ranks themselves."""
         return mpiexec_command(resources, program, mpiexec)
 
     @staticmethod
     def problem_with(folder: str) -> str:
-        """See `queue.Queue.problem_with`."""
+        """Always empty: no folder is known to be a problem."""
         return ""
 
     def handed_on(self, environ: Mapping[str, str]) -> dict[str, str]:
-        """See `queue.Queue.handed_on`; the options of the submission do that."""
+        """Nothing: the options of the submission hand on the environment."""
         return {}
 
     @property
@@ -103,56 +103,56 @@ class PysqaQueue:
         return str(self._commands.submit_job_command[0])
 
     def script(self, batch: Batch) -> str:
-        """See `queue.Queue.script`."""
-        # Grid Engine takes no other names.
+        """Render the script of a batch."""
+        # Grid Engine accepts no other names.
         name = re.sub(r"[^\w.+-]+|^(?=\d)", "_", batch.name)
         return self._templates.render(replace(batch, name=name))
 
     def unused(self, batch: Batch) -> list[str]:
-        """See `queue.Queue.unused`."""
+        """Keys that the script does not use, and ``slurm_cmd_args``."""
         ignored = ["slurm_cmd_args"] if batch.resources.slurm_cmd_args else []
         return self._templates.unused(batch) + ignored
 
     def submit_command(self, batch: Batch, script_path: str) -> list[str]:
-        """See `queue.Queue.submit_command`."""
+        """The command that submits a call; raises ValueError for an array or dependencies."""
         if batch.count > 1 or batch.dependencies:
             raise ValueError(f"{self._templates.queue_type} jobs are submitted one by one, after their inputs.")
         options = [*_OPTIONS[self._templates.queue_type], f"{batch.directory}/output.0"]
         if self._templates.queue_type == "SGE":
-            options += ["-wd", batch.cwd]  # else it would be the home directory
+            options += ["-wd", batch.cwd]  # otherwise it would be the home directory
         return [*self._commands.submit_job_command, *options, script_path]
 
     def parse_job_id(self, output: str) -> str:
-        """See `queue.Queue.parse_job_id`."""
+        """Read the id of the new job."""
         try:
             return str(self._commands.get_job_id_from_output(output))
         except (ValueError, IndexError) as error:
             raise ValueError(f"the queue printed no job id but {output.strip()!r}.") from error
 
     def is_transient(self, error_text: str) -> bool:
-        """See `queue.Queue.is_transient`."""
+        """Whether the queue may accept the command later."""
         return _TRANSIENT.search(error_text) is not None
 
     def limit_in(self, error_text: str) -> Limit:
-        """See `queue.Queue.limit_in`."""
+        """The limit on the number of jobs that a submission was refused for, and whether others share it."""
         found = _LIMIT.search(error_text)
         if found is None:
             return Limit.NONE
         return Limit.OWN if "user" in found[0] else Limit.SHARED
 
     def status_command(self, job_ids: Sequence[str]) -> list[str]:
-        """See `queue.Queue.status_command`."""
+        """The query for the states of all jobs."""
         return list(self._commands.get_queue_status_command)
 
     def parse_status(self, output: str, job_ids: Sequence[str]) -> dict[tuple[str, int | None], JobState]:
-        """See `queue.Queue.parse_status`."""
+        """Read the states of jobs."""
         if self._templates.queue_type == "SGE" and "<job_list" not in output:
             if "</job_info>" not in output:
                 raise ValueError(f"qstat printed no list of jobs but {output.strip()!r}.")
             return {}  # pysqa cannot read an empty list
         try:
             frame = self._commands.convert_queue_status(output)
-        except Exception as error:  # whatever pysqa stumbles over, the output was not a list of jobs
+        except Exception as error:  # whatever pysqa's reason, the output is not a list of jobs
             raise ValueError(f"the queue printed no list of jobs but {output.strip()!r}: {error}") from error
         states: dict[tuple[str, int | None], JobState] = {}
         for job_id, word in zip(frame["jobid"], frame["status"], strict=True):
@@ -162,11 +162,11 @@ class PysqaQueue:
         return states
 
     def detail_command(self, job_id: str, index: int | None) -> list[str]:
-        """See `queue.Queue.detail_command`; of these queues only Grid Engine has a history for users."""
+        """Grid Engine's qacct command; the other queues have no history for users."""
         return ["qacct", "-j", job_id] if self._templates.queue_type == "SGE" else []
 
     def parse_detail(self, output: str) -> JobState | None:
-        """See `queue.Queue.parse_detail`."""
+        """Read the output of qacct; None if it does not have the job."""
         found = dict(re.findall(r"^(\w+) +(.*?) *$", output, re.MULTILINE))
         if "exit_status" not in found:
             return None
@@ -177,22 +177,22 @@ class PysqaQueue:
         return JobState(Phase.ENDED, state, reason.strip(), code, found.get("hostname", ""), cause=cause)
 
     def cause_in(self, output: str) -> Cause:
-        """See `queue.Queue.cause_in`; none of them adds anything."""
+        """Always none: these queues write nothing about it into the output."""
         return Cause.NONE
 
     def cancel_command(self, jobs: Sequence[tuple[str, int | None]]) -> list[str]:
-        """See `queue.Queue.cancel_command`."""
+        """The command that cancels jobs."""
         return [*self._commands.delete_job_command, *dict.fromkeys(job_id for job_id, _ in jobs)]
 
 
 def _completed(output: str) -> dict[tuple[str, int | None], JobState]:
-    """The jobs that Torque still lists for some minutes, completed; pysqa takes them for waiting."""
+    """Read the completed jobs, which Torque lists for some minutes; pysqa believes that they are waiting."""
     states: dict[tuple[str, int | None], JobState] = {}
     for job in output.split("Job Id:")[1:]:
         found = dict(re.findall(r"^\s*(job_state|exit_status|exec_host) = (\S+)", job, re.MULTILINE))
         if found.get("job_state") == "C":
             code = found.get("exit_status", "")
-            # Above 256 it is that and a signal's number.
+            # A number above 256 is 256 plus a signal's number.
             text = f"0:{int(code) - 256}" if code.isdigit() and int(code) > 256 else code
             node = found.get("exec_host", "").partition("/")[0]
             states[job.split(".")[0].strip(), 0] = JobState(Phase.ENDED, "completed", "", text, node)
@@ -200,7 +200,7 @@ def _completed(output: str) -> dict[tuple[str, int | None], JobState]:
 
 
 def _state(word: str) -> JobState:
-    """What a queue's word for a job means."""
+    """Translate a queue's word for the state of a job."""
     if _FAILED_TO_START.fullmatch(word):
         return JobState(Phase.PENDING, word, _WHY_NOT_STARTED, hopeless=True)
     if _PENDING.fullmatch(word):

@@ -1,7 +1,7 @@
-"""What is known of a batch queue: how to put its commands, and how to read its answers.
+"""The language of a batch queue: how to write its commands, and how to read its answers.
 
-A `Queue` starts no process and reads no clock: it turns a `Batch` into a script and an argument list, and text into
-`JobState`. Who runs the commands decides when, and never has to know which queue it is.
+A `Queue` starts no process and reads no clock. It turns a `Batch` into a script and an argument list, and text into
+`JobState`. The code that runs the commands decides when, and never has to know which queue it is.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Phase(enum.Enum):
-    """How far a job is."""
+    """The progress of a job."""
 
     PENDING = "pending"
     RUNNING = "running"
@@ -28,11 +28,11 @@ class Phase(enum.Enum):
 class Cause(enum.Enum):
     """Why a job ended other than by its own program, in words that all queues share.
 
-    What follows from it (advice, whether a worker is replaced) is decided by these; a queue's own words are only shown.
+    These decide the consequences (advice, and whether a worker is replaced); a queue's own words are only shown.
     `DEADLINE` is a point in time that the user gave, `TIME_LIMIT` a length of time.
     """
 
-    NONE = "none"  # also where the queue does not say
+    NONE = "none"  # or the queue does not tell it
     OUT_OF_MEMORY = "out of memory"
     TIME_LIMIT = "time limit"
     DEADLINE = "deadline"
@@ -42,21 +42,21 @@ class Cause(enum.Enum):
 
     @property
     def ends_early(self) -> bool:
-        """Whether the job could have gone on: where it was a worker, another one takes its place."""
+        """Whether the job could have gone on. If it was a worker, another one takes its place."""
         return self in (Cause.TIME_LIMIT, Cause.DEADLINE, Cause.PREEMPTED)
 
     @property
     def advice(self) -> str:
-        """What to do, as a sentence without its full stop; empty where there is nothing to say."""
+        """Advice for the user, as a sentence without its full stop; empty if there is none."""
         return _ADVICE.get(self, "")
 
 
 class Limit(enum.Enum):
-    """Whose jobs fill a limit to how many there may be."""
+    """Whose jobs count under a limit on the number of jobs."""
 
-    NONE = "none"  # there is no such limit, or it is not reached
+    NONE = "none"  # there is no such limit, or it has not been reached
     OWN = "own"
-    SHARED = "shared"  # others' count, too
+    SHARED = "shared"  # other users' jobs count, too
 
 
 _ADVICE = {
@@ -72,17 +72,17 @@ _SIGNALS = frozenset(signal.Signals)
 
 @dataclass(frozen=True)
 class JobState:
-    """What a queue says of a job.
+    """The state of a job, as the queue tells it.
 
     Attributes:
-        phase: How far it is. A job that cleans up, is suspended or is being signalled still counts as running.
+        phase: Its progress. A job that cleans up, is suspended or is being signalled still counts as running.
         state: The queue's own word, such as ``OUT_OF_MEMORY``.
-        reason: Why it waits or ended, in the queue's own words; empty where it gives none.
-        exit_code: ``exit code:signal``, or the exit code alone; empty where it is not known.
-        node: Where it ran or runs; empty where it did not, or that is not known.
-        hopeless: Whether a job that waits will not start unless somebody changes the job or the limits that hold it.
-        cause: Why it ended, if not by its own program, or cannot start; else `Cause.NONE`.
-        held: Whether an administrator has it wait.
+        reason: Why it waits or ended, in the queue's own words; empty if there are none.
+        exit_code: ``exit code:signal``, or the exit code alone; empty if it is not known.
+        node: Where it ran or runs; empty if it has not run, or that is not known.
+        hopeless: Whether it waits and will not start unless somebody changes the job or the limits that hold it.
+        cause: Why it ended, if not by its own program, or why it cannot start; otherwise `Cause.NONE`.
+        held: Whether an administrator holds it.
     """
 
     phase: Phase
@@ -96,24 +96,24 @@ class JobState:
 
     @property
     def code(self) -> int:
-        """The number before the colon in `exit_code`; -1 where the queue does not tell it."""
+        """The number before the colon in `exit_code`; -1 if the queue does not tell it."""
         text = self.exit_code.partition(":")[0]
         return int(text) if text.isdigit() else -1
 
     @property
     def signal_number(self) -> int:
-        """The number after the colon in `exit_code`, 0 where there is none."""
+        """The number after the colon in `exit_code`; 0 if there is none."""
         text = self.exit_code.partition(":")[2]
         return int(text) if text.isdigit() else 0
 
     @property
     def died_of(self) -> int:
-        """The signal that it died of, 0 where that is not known; a shell reports it as 128 more than its number."""
+        """The signal that it died of; 0 if that is not known. A shell reports a signal as 128 plus its number."""
         number = self.signal_number or self.code - 128
         return number if number in _SIGNALS else 0
 
     def facts(self) -> str:
-        """What is known beside the state, for an error text: empty, or in parentheses after a space."""
+        """The known facts besides the state, for an error text: empty, or in parentheses after a space."""
         died_of = f" by {signal.Signals(self.died_of).name}" if self.died_of else ""
         exit_code = self.exit_code and self.exit_code + died_of
         known = (("reason", self.reason), ("exit code", exit_code), ("node", self.node))
@@ -127,9 +127,9 @@ class Dependency:
 
     Attributes:
         job_id: The job.
-        index: Which element of an array; None for a plain job, or for all elements of an array.
-        corresponding: Whether each element waits only for that of the same index, instead of all for what `index` says.
-            Both jobs are arrays then.
+        index: The element of an array; None for a plain job, or for all elements of an array.
+        corresponding: Whether both jobs are arrays, and each element waits only for the element of the same index.
+            Otherwise, the whole job waits for whatever `index` names.
     """
 
     job_id: str
@@ -139,18 +139,18 @@ class Dependency:
 
 @dataclass(frozen=True)
 class Batch:
-    """Calls with the same needs, submitted together: a job array, or a plain job where it is one call.
+    """Calls with the same needs, submitted together: a job array, or a plain job if it is one call.
 
     Attributes:
-        name: Name of the job, where the user gave none as ``job_name``.
-        directory: Absolute path of the batch's directory, which receives ``output.<index>``.
-        command: Shell command that the job runs.
-        count: Number of calls.
-        resources: What each call needs.
+        name: The name of the job, unless the user gives a ``job_name``.
+        directory: The absolute path of the batch's directory, which receives ``output.<index>``.
+        command: The shell command that the job runs.
+        count: The number of calls.
+        resources: The resources of each call.
         template_values: Further keys of ``resource_dict``, for the template.
-        cwd: Absolute path of the directory in which the job starts.
-        dependencies: Jobs that have to succeed first; of a queue without dependencies, none.
-        first: Index of the first call; the others follow. Above 0 it is a job array, even with one call.
+        cwd: The absolute path of the directory in which the job starts.
+        dependencies: Jobs that have to succeed first; always empty for a queue without dependencies.
+        first: The index of the first call; the others follow. Above 0, it is a job array even with one call.
     """
 
     name: str
@@ -165,29 +165,29 @@ class Batch:
 
 
 def shown_id(job_id: str, index: int | None) -> str:
-    """What users find a job by: its id, and the index where it is an element of an array."""
+    """The id that users see: that of the job, with the index if it is an element of an array."""
     if index is None:
         return job_id
-    # Ids of arrays that are not numbers alone have a place for it.
+    # PBS's ids of arrays have a place for the index.
     return f"{job_id[:-1]}{index}]" if job_id.endswith("[]") else f"{job_id}_{index}"
 
 
 def means(noted: str, name: str) -> bool:
-    """Whether the system that an entry notes is the one of this name.
+    """Whether the system that an entry notes has this name.
 
-    Who could not find out which of its kind it is has noted only the beginning of the name.
+    A session that could not find out which system of its kind it has noted only the beginning of the name.
     """
     return f"{name} ".startswith(f"{noted} ")
 
 
 class Queue(Protocol):
-    """A batch queue's language: all that is known of one kind of queue, and nowhere else. `registry` finds it.
+    """The language of one kind of batch queue. All that is known about the kind is here; `registry` finds it.
 
     Attributes:
-        title: What the system is called as long as its settings are not known.
-        settings_command: The command that tells what there is to know of a system; empty where nothing is asked.
-        default_template: The job script of calls for which no other one is given; None where there is none.
-        has_pmi_modes: Whether the system starts ranks itself, where a ``pmi_mode`` is given.
+        title: The system's name as long as its settings are not known.
+        settings_command: The command that prints a system's settings; empty if there is nothing to ask.
+        default_template: The job script of calls that bring no other; None if there is none.
+        has_pmi_modes: Whether the system starts ranks itself if a ``pmi_mode`` is given.
     """
 
     title: ClassVar[str]
@@ -197,49 +197,49 @@ class Queue(Protocol):
 
     @classmethod
     def from_settings(cls, output: str, templates: Templates) -> Queue:
-        """The language of one system.
+        """Make the language of one system.
 
         Args:
-            output: What `settings_command` printed; empty where it failed, or there is none.
-            templates: Where job scripts come from.
+            output: The output of `settings_command`; empty if it failed, or there is none.
+            templates: The templates of job scripts.
 
         Raises:
-            ImportError: A package is missing that reads the answers; the text says what to do.
+            ImportError: A package that reads the answers is missing; the text says what to do.
         """
         ...
 
     @staticmethod
     def command_environment(environ: Mapping[str, str]) -> dict[str, str]:
-        """The environment for the queue's commands, from that of this process."""
+        """Make the environment of the queue's commands from that of this process."""
         ...
 
     @staticmethod
     def rank_command(
         resources: Resources, pmi_mode: str | None, program: Sequence[str], mpiexec: str = "mpiexec"
     ) -> list[str]:
-        """The command, in a job, that runs a program on all ranks of a call.
+        """The command, run in a job, that starts a program on all ranks of a call.
 
         Args:
-            resources: What the call needs.
-            pmi_mode: How the system and the MPI library find each other; None where `mpiexec` starts the ranks.
+            resources: The resources of the call.
+            pmi_mode: How the system and the MPI library find each other; None if `mpiexec` starts the ranks.
             program: Program and arguments.
-            mpiexec: The MPI library's own starter.
+            mpiexec: The path or name of the MPI library's own `mpiexec`.
         """
         ...
 
     @staticmethod
     def problem_with(folder: str) -> str:
-        """Why no job can have its output files in a folder, as the end of a sentence about it; empty if they can."""
+        """Why jobs cannot write their output files into a folder, as the end of a sentence; empty if they can."""
         ...
 
     @property
     def submit_program(self) -> str:
-        """The command that submits a script, without which nothing can be submitted from here."""
+        """The command that submits a script; without it, nothing can be submitted from here."""
         ...
 
     @property
     def name(self) -> str:
-        """Which system it is, as `JobSystem.name` has it."""
+        """The system's name, as for `JobSystem.name`."""
         ...
 
     @property
@@ -249,53 +249,53 @@ class Queue(Protocol):
 
     @property
     def id_variables(self) -> tuple[str, ...]:
-        """The environment variables by which a job is told its id, in the form of `parse_job_id`; the first counts."""
+        """The variables that hold a job's id, in the form of `parse_job_id`; the first one that is set counts."""
         ...
 
     @property
     def element_variables(self) -> tuple[str, ...]:
-        """The environment variables by which a job is told its index in its array; none without job arrays."""
+        """The variables that hold a job's index in its array; empty without job arrays."""
         ...
 
     @property
     def local_rank_variables(self) -> tuple[str, ...]:
-        """The environment variables by which the system tells a rank its number among those of its node."""
+        """The variables in which the system gives a rank's number among the ranks of its node."""
         ...
 
     @property
     def history_delay(self) -> float:
-        """How long after a job's end `detail_command` may not know of it yet, in seconds."""
+        """Seconds after a job's end during which `detail_command` may not know of it yet."""
         ...
 
     @property
     def has_dependencies(self) -> bool:
-        """Whether the queue takes care of `Batch.dependencies`; else whoever submits waits for inputs first."""
+        """Whether the queue takes care of `Batch.dependencies`; otherwise the session waits for inputs first."""
         ...
 
     @property
     def waits_for_elements(self) -> bool:
-        """Whether it takes care of dependencies on elements of arrays, too, and not of those on whole jobs alone."""
+        """Whether dependencies may name elements of arrays, too, and not only whole jobs."""
         ...
 
     @property
     def codes_of_the_gone(self) -> frozenset[int]:
-        """Exit codes beside 0 of commands that did what they were told, but for jobs that are gone."""
+        """Exit codes, besides 0, of commands that did everything except for jobs that are gone."""
         ...
 
     @property
     def cancels_the_gone(self) -> bool:
-        """Whether `cancel_command` may name jobs that are gone; else only those are that `parse_status` tells of."""
+        """Whether `cancel_command` may name jobs that are gone; otherwise it names only those in `parse_status`."""
         ...
 
     def handed_on(self, environ: Mapping[str, str]) -> dict[str, str]:
-        """The variables of this process's environment that jobs are to have, unless they have such ones already.
+        """The variables of this process that jobs get, unless they have variables of these names already.
 
-        None of a queue that hands on the environment by itself. They are kept in a file that only the user can read.
+        Empty for a queue that hands on the environment by itself. They are kept in a file that only the user can read.
         """
         ...
 
     def script(self, batch: Batch) -> str:
-        """The text of the job script.
+        """Render the job script.
 
         Raises:
             ValueError: The template cannot be rendered, or the values do not fit the queue.
@@ -311,52 +311,52 @@ class Queue(Protocol):
         """The command that submits the script.
 
         Raises:
-            ValueError: Options of the user's would break what has to hold.
+            ValueError: The user's options contradict ours.
         """
         ...
 
     def parse_job_id(self, output: str) -> str:
-        """The job's id, from the standard output of the submission.
+        """Read the job's id from the standard output of the submission.
 
         Raises:
-            ValueError: There is none in it.
+            ValueError: It has no id.
         """
         ...
 
     def is_transient(self, error_text: str) -> bool:
-        """Whether a command that failed, saying this, may succeed when repeated as it is."""
+        """Whether a command that failed with this text may succeed if it is repeated as it is."""
         ...
 
     def limit_in(self, error_text: str) -> Limit:
-        """Whether a submission that failed, saying this, was refused because there are, or would be, too many jobs."""
+        """The limit on the number of jobs because of which a submission failed with this text, if any."""
         ...
 
     def status_command(self, job_ids: Sequence[str]) -> list[str]:
-        """One query for all of these jobs."""
+        """The query for the states of all these jobs."""
         ...
 
     def parse_status(self, output: str, job_ids: Sequence[str]) -> dict[tuple[str, int | None], JobState]:
-        """States by job id and array index (0 for a plain job). Jobs that the queue no longer knows are absent.
+        """Read states by job id and array index (0 for a plain job). Jobs that the queue no longer knows are absent.
 
         Args:
-            output: What the query printed.
-            job_ids: The jobs that were asked for. Of others only some state is told, at the index None.
+            output: The output of the query.
+            job_ids: The jobs of the query. Any other job has only one state, at the index None.
 
         Raises:
-            ValueError: The output is incomplete; what is absent from it cannot be told from what is gone.
+            ValueError: The output is incomplete, so that jobs absent from it need not be gone.
         """
         ...
 
     def detail_command(self, job_id: str, index: int | None) -> list[str]:
-        """The query for what became of one job; empty where there is nothing to ask."""
+        """The query that tells how one job ended; empty if the queue has no such query."""
         ...
 
     def parse_detail(self, output: str) -> JobState | None:
-        """How the job of `detail_command` ended; None where the queue does not know it (any more)."""
+        """Read how the job of `detail_command` ended; None if the queue does not know it (any more)."""
         ...
 
     def cause_in(self, output: str) -> Cause:
-        """Why a job ended, where the queue says so only in what it adds to the job's output.
+        """Why a job ended, if the queue tells that only in the job's output.
 
         Args:
             output: The end of the output.
@@ -364,5 +364,5 @@ class Queue(Protocol):
         ...
 
     def cancel_command(self, jobs: Sequence[tuple[str, int | None]]) -> list[str]:
-        """The command that cancels jobs, or elements of job arrays; None stands for the whole job."""
+        """The command that cancels jobs, or elements of job arrays; the index None stands for the whole job."""
         ...

@@ -1,4 +1,4 @@
-"""How a job starts the ranks of a call where no queuing system does it."""
+"""Starts the ranks of a call in a job whose queuing system does not start them."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ if TYPE_CHECKING:
 def mpiexec_command(
     resources: Resources, program: Sequence[str], mpiexec: str = "mpiexec", environment: Sequence[str] = ()
 ) -> list[str]:
-    """The command, in a job, that runs a program on all ranks of a call by the MPI library's own starter.
+    """The command, run in a job, that starts a program on all ranks of a call with the MPI library's own `mpiexec`.
 
-    Each rank sees all GPUs that the job has on its node, and has to choose by its number among the ranks there.
+    Each rank sees all GPUs of the job on its node, and has to choose its own by its number among the ranks there.
 
     Args:
-        resources: What the call needs.
+        resources: The resources of the call.
         program: Program and arguments.
-        mpiexec: The starter.
-        environment: What `env` is told beside what all starters need.
+        mpiexec: The path or name of `mpiexec`.
+        environment: Further arguments of `env`, which runs `mpiexec`.
     """
     if resources.cores == 1:
         return list(program)
-    # Open MPI 4's and 5's: the system has given out the cores; a binding to one would hold a rank's threads there, too.
+    # For Open MPI 4 and 5: the system has assigned the cores, and a binding to one core would confine a rank's threads
+    # to it.
     unbound = ["OMPI_MCA_hwloc_base_binding_policy=none", "PRTE_MCA_hwloc_default_binding_policy=none"]
     oversubscribe = ["--oversubscribe"] if resources.openmpi_oversubscribe else []
     return ["env", *environment, *unbound, mpiexec, "-n", str(resources.cores), *oversubscribe, *program]

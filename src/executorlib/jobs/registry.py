@@ -1,7 +1,6 @@
-"""The languages of queuing systems, by what the ``queue_type`` of a pysqa configuration calls the system.
+"""The languages of queuing systems, by the ``queue_type`` of a pysqa configuration.
 
-A language is loaded when it is first needed, and no other one is. So each is named by text here, also those of the
-rooms above this one.
+Each is named by text here, even those in the folders above this one, so that only the languages in use are loaded.
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ LANGUAGES = {
     "LSF": "executorlib.jobs.pysqa:PysqaQueue",
     "PBS": "executorlib.jobs.pbs:PbsQueue",
 }
-# Where there is no configuration.
+# The system of executors without a configuration.
 DEFAULT = "SLURM"
 
 
 def language(queue_type: str) -> type[Queue]:
-    """The language of a type of queuing system, one of `LANGUAGES`."""
+    """Load the language of a type of queuing system, a key of `LANGUAGES`."""
     module, _, name = LANGUAGES[queue_type].partition(":")
     return cast("type[Queue]", getattr(importlib.import_module(module), name))

@@ -1,4 +1,4 @@
-"""Gathers calls into batches and submits them: as few requests to the system as there can be."""
+"""Gathers calls into batches and submits them, with as few requests to the system as possible."""
 
 from __future__ import annotations
 
@@ -27,27 +27,28 @@ from executorlib.resources import Resources
 
 logger = logging.getLogger("executorlib")
 
-# A batch is submitted when no call was added for so long, in seconds: a loop of `submit` is far quicker ...
+# A batch is submitted if no call has been added for this long, in seconds (a loop of `submit` is far quicker) ...
 _LINGER = 0.02
-# ... or when it is so old. Doubles with every batch of one burst, so that requests grow with its logarithm only.
+# ... or if the batch is this old. It doubles with every batch of a burst, so that the number of requests grows only
+# with the logarithm of the number of calls.
 _FIRST_WINDOW, _LAST_WINDOW = 0.5, 16.0
-# How long submissions that fail for the moment are repeated, and how long to wait first, in seconds.
+# How long temporarily refused submissions are repeated, and the first pause, in seconds.
 _RETRY_SECONDS, _FIRST_RETRY = 300.0, 1.0
 # The same for a session that has left, whose process may be about to end.
 _LEAVING_SECONDS = 30.0
-# How often other machines are told that a batch which waits to be submitted is not forgotten, in seconds.
+# Seconds between signs of life that keep sessions on other machines from taking over a waiting batch.
 _HEARTBEAT_SECONDS = 60.0
-# More dependencies than these make no command line: such a batch waits here for its inputs.
+# More dependencies would make the command line too long, so such a batch waits here for its inputs.
 _MOST_DEPENDENCIES = 100
 
 
 class _Part(NamedTuple):
-    """Calls of a batch that are submitted together: all of it, where nothing limits their number.
+    """Calls of a batch that are submitted together: the whole batch, unless something limits their number.
 
     Attributes:
-        first: Index of the first.
-        last: Index of the last.
-        name: What its files have in their names; empty where it is all of the batch.
+        first: The index of the first one.
+        last: The index of the last one.
+        name: The part's name in the names of its files; empty if it is the whole batch.
     """
 
     first: int
@@ -60,7 +61,7 @@ class _Part(NamedTuple):
 
 
 class _Retry(NamedTuple):
-    """A submission that was refused for the moment: since when it is, when to try again, and how long to wait then."""
+    """A temporarily refused submission: since when, when it is due again, and the pause before that."""
 
     since: float
     due: float
@@ -72,7 +73,7 @@ class Submitter:
 
     Args:
         events: The loop.
-        system: Takes batches.
+        system: The system that takes batches.
         command: Makes the argument list of a job from the resources of its call and the program that runs it.
         on_submitted: Called when a batch has its job id.
         on_refused: Called when the system does not take a batch.
@@ -92,13 +93,13 @@ class Submitter:
         self._on_refused = on_refused
         self._timer = Timer(events, self._submit)
         self._beats = Timer(events, self._beat)
-        self._open: dict[Any, JobBatch] = {}  # calls are still added to these, by what the calls have in common
-        self._waiting: dict[JobBatch, None] = {}  # not submitted; each is in one of the three that follow as well
+        self._open: dict[Any, JobBatch] = {}  # batches that still take calls, by `JobBatch.key`
+        self._waiting: dict[JobBatch, None] = {}  # not submitted; each is also in one of the next three
         self._pending: dict[JobBatch, None] = {}  # to be looked at when the timer fires
-        self._held: dict[Job, dict[JobBatch, None]] = {}  # by jobs of which one has to change before that is of use
+        self._held: dict[Job, dict[JobBatch, None]] = {}  # by the jobs of which one has to change first
         self._submitting: set[JobBatch] = set()
         self._retries: dict[JobBatch, _Retry] = {}
-        self._rooms: dict[Any, Room] = {}  # by what may decide on the limit that has been met
+        self._rooms: dict[Any, Room] = {}  # by `_limited_by`
         self._in_system: set[Job] = set()  # submitted and not over
         self._window = _FIRST_WINDOW
         self._last_call = 0.0
@@ -108,15 +109,15 @@ class Submitter:
 
     @property
     def busy(self) -> bool:
-        """Whether any batch is not submitted."""
+        """Whether any batch has not been submitted."""
         return bool(self._waiting)
 
     def place(self, job: Job, after: list[Job]) -> tuple[JobBatch, int]:
-        """Choose the batch that a call is to join, and its index there; `add` is to follow once it can.
+        """Choose the batch that a call is to join, and its index there; `add` follows once the call has its entry.
 
         Args:
             job: The call.
-            after: Jobs whose results are its inputs and that are not over.
+            after: The jobs that are not over and whose results are its inputs.
 
         Raises:
             OSError: The batch's directory cannot be made.
@@ -127,7 +128,7 @@ class Submitter:
         needs = replace(resources, cache_key=None)
         source = after[0].batch if len(after) == 1 else None
         if source is not None and source.ours:
-            # Elements of an array can wait for those of the same index of another.
+            # Elements of an array can wait for the elements of the same index of another array.
             first, common = after[0].index, [source.directory]
         else:
             first, common, source = 0, sorted(other.output for other in after), None
@@ -140,7 +141,7 @@ class Submitter:
             del self._open[key]
         self._number += 1
         name = batch_directory.new_name(self._number)
-        # Before any entry names it: who finds one wants to know whether the session that is to submit it is there.
+        # Made before any entry names it, so that whoever finds an entry can look up the session that will submit it.
         batch = JobBatch(batch_directory.make(folder, name), True, key, first)
         batch.corresponds = source
         batch.after = after
@@ -155,7 +156,7 @@ class Submitter:
         """Add a call to the batch that `place` chose."""
         if not batch.size:
             self._open[batch.key] = batch
-            batch.name = job.task.name  # now, as calls are forgotten when the session leaves
+            batch.name = job.task.name  # now, because calls are forgotten when the session leaves
             self._waiting[batch] = self._pending[batch] = None
             self._beats.within(_HEARTBEAT_SECONDS)
         elif batch.corresponds is not None:
@@ -169,7 +170,7 @@ class Submitter:
         self._timer.within(_LINGER)
 
     def leave(self) -> None:
-        """Submit all that can be, now, and give up what only this session could bring about."""
+        """Submit all calls that can be submitted, and give up those that would need this session later."""
         self._leaving = True
         self._left_at = time.monotonic()
         self._open.clear()
@@ -179,7 +180,7 @@ class Submitter:
         self._submit()
 
     def changed(self, job: Job) -> None:
-        """A job is over, or the system's number of it has become known: batches may have waited for that."""
+        """Look again at batches that waited for a job, which is over now, or whose id in the system is known now."""
         held = self._held.pop(job, {})
         if job.over and job in self._in_system:
             self._in_system.discard(job)
@@ -189,7 +190,7 @@ class Submitter:
                 if self._pending:
                     self._timer.within(max(0.0, room.due - now))
         if job.over and job.batch in self._waiting:
-            held[job.batch] = None  # it may have been the last of its batch
+            held[job.batch] = None  # it may have been the last call of its batch
         if held:
             self._pending.update(held)
             self._timer.within(0.0)
@@ -213,7 +214,7 @@ class Submitter:
             size = self._system.array_limit
             if room is not None and batch.jobs:
                 if any(self._rooms.get(_limited_by(other)) is room for other in self._submitting):
-                    continue  # its answer tells how much fits
+                    continue  # the answer will tell how much fits
                 size = room.size(now)
                 if not size:
                     self._timer.within(room.due - now)
@@ -223,7 +224,7 @@ class Submitter:
                 self._submit_one(batch, size)
 
     def _beat(self) -> None:
-        """Sessions on other machines take a batch that nobody submits for one of a session that has died."""
+        """Give a sign of life: without one, sessions on other machines believe that this session has died."""
         for batch in self._waiting:
             with contextlib.suppress(OSError):
                 os.utime(batch.directory)
@@ -239,9 +240,9 @@ class Submitter:
         return True
 
     def _submit_one(self, batch: JobBatch, most: int) -> None:
-        """Submit a batch, or its next part, of so many calls at most."""
+        """Submit a batch, or its next part, with at most this many calls."""
         first = next((index for index, job in batch.jobs.items() if job.submitted is None), None)
-        if first is None:  # all were cancelled
+        if first is None:  # all calls were cancelled
             self._complete(batch)
             return
         last = min(batch.last, first + most - 1)
@@ -262,7 +263,7 @@ class Submitter:
             return
         try:
             submission = self._made_ready(batch, part, tuple(dependencies))
-        except Exception as error:  # of the file system, mostly
+        except Exception as error:  # mostly from the file system
             refusal = Refused(f"its batch directory {batch.directory} cannot be written: {error}")
             self._answered(batch, part, refusal)
             return
@@ -270,17 +271,17 @@ class Submitter:
         self._system.submit(submission, lambda answer: self._answered(batch, part, answer))
 
     def _complete(self, batch: JobBatch) -> None:
-        """Nothing of a batch is to be submitted any more."""
+        """Note that nothing of a batch remains to be submitted."""
         del self._waiting[batch]
         self._retries.pop(batch, None)
-        # Of no use any more, and a chain of calls would be kept by its last one.
+        # Not needed any more. They would keep a whole chain of calls alive through its last one.
         batch.after.clear()
         batch.corresponds = None
-        if not batch.ids or not batch.jobs:  # it was refused, or all were cancelled meanwhile
+        if not batch.ids or not batch.jobs:  # it was refused, or all calls were cancelled meanwhile
             batch.remove_files()
 
     def _made_ready(self, batch: JobBatch, part: _Part, dependencies: tuple[Dependency, ...]) -> Batch:
-        """Write what a part of a batch needs of files, and describe it to the system."""
+        """Write the files of a part of a batch, and describe the part for the system."""
         resources = batch.jobs[part.first].task.resources
         program = self._write_files(batch, part, resources)
         name = batch.name if part.size == 1 else f"{batch.name} and {part.size - 1} more"
@@ -297,11 +298,11 @@ class Submitter:
         )
 
     def _dependencies(self, batch: JobBatch, first: int, last: int) -> tuple[int, list[Dependency], list[Job]]:
-        """What calls of a batch have to wait for in the system.
+        """Find the jobs that calls of a batch have to wait for in the system.
 
         Returns:
-            The last call that can be submitted with the first; what to wait for; and jobs of which one has to change
-            before that is possible, none where it can be submitted now.
+            The last call that can be submitted with the first; the dependencies; and the jobs of which one has to
+            change before a submission is possible, empty if it is possible now.
         """
         pending = [job for job in batch.after if not job.over]
         if batch.corresponds is not None:
@@ -316,7 +317,7 @@ class Submitter:
 
     @staticmethod
     def _on_jobs(batch: JobBatch, pending: list[Job]) -> tuple[list[Dependency], list[Job]]:
-        """See `_dependencies`; all calls wait for the same jobs."""
+        """The second and third value of `_dependencies` if all calls wait for the same jobs."""
         for job in pending:
             if job.submitted is None:
                 return [], [job]
@@ -329,7 +330,7 @@ class Submitter:
         for (_, start, end), its in parts.items():
             waits = [job for job in its if not job.over]
             if waits and end and len(its) == end - start + 1:
-                dependencies.append(Dependency(waits[0].key[0]))  # all of an array is named by its id alone
+                dependencies.append(Dependency(waits[0].key[0]))  # the id alone stands for the whole array
             else:
                 dependencies += [Dependency(*job.key) for job in waits]
         return dependencies, ([] if len(dependencies) <= _MOST_DEPENDENCIES else pending)
@@ -338,10 +339,10 @@ class Submitter:
     def _corresponding(
         source: JobBatch, pending: dict[int, Job], first: int, last: int
     ) -> tuple[int, list[Dependency], list[Job]]:
-        """See `_dependencies`; each call waits for that of the same index of another batch."""
+        """The result of `_dependencies` if each call waits for the call of the same index of another batch."""
         part = source.ids.part(first)
         if part is None:
-            # Its input has ended without having been submitted, or is still to be.
+            # Its input has ended without being submitted, or has not been submitted yet.
             last = next((index - 1 for index in range(first + 1, last + 1) if index in pending), last)
             return last, [], ([pending[first]] if first in pending else [])
         last = min(last, part[1])
@@ -352,18 +353,18 @@ class Submitter:
         return last, [Dependency(part[2], corresponding=True)], []
 
     def _write_files(self, batch: JobBatch, part: _Part, resources: Resources) -> list[str]:
-        """Write what the jobs of a part need; returns the program that runs one of them."""
+        """Write the files that the jobs of a part need; returns the program that runs one of them."""
         program = f"run.{part.name}.py" if part.name else "run.py"
         text = boot_file("executorlib.worker.job", f"({batch.directory!r}, {part.name!r})")
         batch_directory.write_text(batch.directory, program, text)
-        if not batch.ids:  # else jobs may be reading them
+        if not batch.ids:  # otherwise jobs may be reading them
             setup = {**self._system.setup(), "threads": resources.threads_per_core, "ranks": resources.cores}
             setup["gpus_per_rank"] = resources.gpus_per_core
             setup["element_variables"] = self._system.element_variables
             setup["settings"] = settings()
             if resources.cwd is not None:
                 setup["cwd"] = resources.cwd
-            # It holds the user's environment, with whatever secrets are there.
+            # The file holds the user's environment, which may contain secrets.
             setup_file, root = (
                 os.path.join(batch.directory, batch_directory.SETUP_FILE),
                 batch_directory.root_of(batch.directory),
@@ -377,9 +378,9 @@ class Submitter:
         now = time.monotonic()
         room = self._rooms.get(_limited_by(batch))
         if room is not None and self._pending:
-            self._timer.within(0.0)  # others have waited for this answer
+            self._timer.within(0.0)  # other batches have waited for this answer
         if batch in self._retries or room is not None:
-            # A system that did not answer in time may have taken the batch all the same, and its jobs may have begun.
+            # A system that did not answer in time may have taken the batch nevertheless, and its jobs may have begun.
             noted = None
             with contextlib.suppress(OSError, ValueError):
                 noted = batch_directory.JobIds.read(batch.directory, batch.last).of(part.first)
@@ -397,12 +398,12 @@ class Submitter:
             self._refused(batch, answer, now)
 
     def _taken(self, batch: JobBatch, part: _Part, job_id: str) -> None:
-        """A part of a batch is in the system."""
+        """Note that a part of a batch is in the system."""
         self._retries.pop(batch, None)
         batch.ids.add(part.first, part.last, job_id)
         try:
             batch_directory.write_text(batch.directory, batch_directory.JobIds.file(part.name), job_id)
-        except Exception as error:  # its jobs run all the same
+        except Exception as error:  # its jobs run nevertheless
             logger.warning("the id of job %s cannot be noted in %s: %s", job_id, batch.directory, error)
         jobs = [job for index, job in batch.jobs.items() if part.first <= index <= part.last]
         self._in_system.update(jobs)
@@ -419,7 +420,7 @@ class Submitter:
         self._on_submitted(batch)
 
     def _over_limit(self, batch: JobBatch, part: _Part, refusal: Refused, now: float) -> None:
-        """There would be more jobs than may be there: fewer are tried, and then it is waited until some have ended."""
+        """There would be too many jobs, so try fewer, and then wait until some have ended."""
         key = _limited_by(batch)
         if key not in self._rooms:
             self._rooms[key] = Room()
@@ -452,7 +453,7 @@ class Submitter:
             decide(True)
 
     def _refused(self, batch: JobBatch, refusal: Refused, now: float) -> None:
-        """A part of a batch was not taken, for the moment or for good."""
+        """A part of a batch was refused, so try again later if that may help, or give up."""
         retry = self._retries.get(batch) or _Retry(now, now, _FIRST_RETRY)
         limit = _LEAVING_SECONDS if self._leaving else _RETRY_SECONDS
         if refusal.transient and now + retry.wait - max(retry.since, self._left_at) < limit:
@@ -465,12 +466,12 @@ class Submitter:
             self._give_up(batch, refusal)
 
     def _give_up(self, batch: JobBatch, refusal: Refused) -> None:
-        """What of a batch has not been submitted will not be."""
+        """Give up the calls of a batch that have not been submitted."""
         self._complete(batch)
         self._on_refused(batch, refusal)
 
 
 def _limited_by(batch: JobBatch) -> Any:
-    """What a limit to the number of jobs may depend on: accounts, partitions and the like are among these."""
+    """The values of which a limit on the number of jobs may depend, such as accounts and partitions."""
     needs = batch.key[0]
     return needs.further, needs.slurm_cmd_args, needs.submission_template

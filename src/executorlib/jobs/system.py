@@ -1,4 +1,4 @@
-"""What runs jobs, as `jobs.launcher` sees it: it takes batches, says how its jobs are, and cancels them."""
+"""The interface through which `jobs.launcher` uses a system: it takes batches, tells their states, and cancels them."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from executorlib.launchers.contract import Events
 
 logger = logging.getLogger("executorlib")
 
-# A job: its id, and its index in the job array; None for a plain job, or for the whole array.
+# A job: its id, and its index in the job array. The index is None for a plain job, or for the whole array.
 JobKey: TypeAlias = tuple[str, int | None]
-# Plain jobs are at index 0. A state at None is that of all elements that have none of their own.
+# Plain jobs have the index 0. A state at None is that of all elements without a state of their own.
 States: TypeAlias = Mapping[JobKey, JobState]
 
 
 class Refused(Exception):
-    """A batch was not taken.
+    """The system did not take a batch.
 
     Args:
-        text: What the system said.
-        transient: Whether the same may be taken a little later.
-        limit: Whose jobs fill the limit, where there would be more than the system lets in at once.
+        text: The system's message.
+        transient: Whether the system may take the same batch a little later.
+        limit: Whose jobs count under the limit, if there would be more jobs than the system admits at once.
     """
 
     def __init__(self, text: str, transient: bool = False, limit: Limit = Limit.NONE) -> None:
@@ -33,12 +33,12 @@ class Refused(Exception):
 
 
 class JobSystem(Protocol):
-    """Takes batches of calls. All answers come by callbacks, in the loop's thread, and nothing blocks.
+    """Takes batches of calls. All answers come through callbacks in the loop's thread, and nothing blocks.
 
     Attributes:
-        name: Which system it is, for error texts and for those who meet its jobs in a cache directory. Of the systems
-            that may share one, each has its own; known from `prepare` on.
-        first_query: Seconds between a change and the next query for states, which then takes longer and longer.
+        name: The system's name, for error texts and for sessions that find its jobs in a cache directory. Systems that
+            may share a directory have different names. It is known from `prepare` on.
+        first_query: Seconds from a change to the next query for states. Further pauses become longer and longer.
         last_query: Most seconds between two queries.
     """
 
@@ -53,74 +53,75 @@ class JobSystem(Protocol):
 
     @property
     def element_variables(self) -> tuple[str, ...]:
-        """See `Queue.element_variables`."""
+        """The variables that hold a job's index in its array, as for `Queue.element_variables`."""
         ...
 
     def can_wait_for(self, dependency: Dependency) -> bool:
-        """Whether a batch may have this dependency; where not, it waits in this session for the job's result."""
+        """Whether a batch may have this dependency; otherwise it waits in this session for the job's result."""
         ...
 
     def about(self) -> dict[str, str]:
-        """What `is_gone` wants to know of this system, in another session."""
+        """The facts about this system that `is_gone` needs in another session."""
         ...
 
     def is_gone(self, owner: Mapping[str, Any]) -> bool:
-        """Whether another system of this kind is known to be gone, and all of its jobs with it.
+        """Whether another system of this kind is known to be gone, with all of its jobs.
 
         Args:
-            owner: What a session noted of itself and that system: ``host``, and what `about` said.
+            owner: A session's record of itself and that system: ``host``, and the facts from `about`.
         """
         ...
 
     def resume(self) -> None:
-        """Continue what runs the jobs, where that is a process which may have been suspended."""
+        """Continue the process that runs the jobs, if there is one that may have been suspended."""
         ...
 
     @property
     def busy(self) -> bool:
-        """Whether it waits for an answer."""
+        """Whether an answer is awaited."""
         ...
 
     def listen(self, on_change: Callable[[], None]) -> None:
-        """Call back whenever the states of jobs have changed, where the system tells of that by itself."""
+        """Call back whenever the states of jobs have changed, if the system reports that by itself."""
         ...
 
     def prepare(self, on_ready: Callable[[], None]) -> None:
-        """Find out what there is to know of the system; the attributes hold from ``on_ready`` on."""
+        """Find out the system's settings; the attributes hold from ``on_ready`` on."""
         ...
 
     def setup(self) -> dict[str, Any]:
-        """What jobs have to set up to see this process as it is now, beyond what the system does; see `set_up`.
+        """The settings, for `worker.call.set_up`, with which jobs see this process as it is now.
 
-        Also ``id_variables`` and ``local_rank_variables``; see the attributes of `Queue` of these names.
+        Settings that the system hands on by itself are left out. ``id_variables`` and ``local_rank_variables`` are
+        included, as in `Queue`.
         """
         ...
 
     def submit(self, batch: Batch, on_done: Callable[[str | Refused], None]) -> None:
-        """Submit a batch whose directory is complete but for the script; answers with the job's id."""
+        """Submit a batch whose directory is complete except for the script; the answer is the job's id."""
         ...
 
     def query(self, job_ids: Sequence[str], on_states: Callable[[States | None], None]) -> None:
-        """Ask for the states of these jobs; absent ones are gone. Answers with None where there is no answer now.
+        """Ask for the states of these jobs; jobs absent from the answer are gone.
 
-        The answer may tell of other jobs of the user's, too.
+        The answer may include other jobs of the user. It is None if the system does not answer now.
         """
         ...
 
     def detail(self, job: JobKey, on_state: Callable[[JobState | None], None]) -> None:
-        """Ask what became of a job that is gone."""
+        """Ask for the end of a job that is gone."""
         ...
 
     def cause_in(self, output: str) -> Cause:
-        """Why a job ended, by what the system wrote at the end of its output; see `Queue.cause_in`."""
+        """Why a job ended, if the system has written that at the end of the job's output."""
         ...
 
     def cancel(self, jobs: Sequence[JobKey]) -> None:
-        """Cancel jobs; those that are gone already do not matter."""
+        """Cancel jobs; some may be gone already."""
         ...
 
     def close(self) -> None:
-        """Let go of everything; jobs go on."""
+        """Release all resources; jobs go on."""
         ...
 
 
@@ -129,14 +130,14 @@ def ask_whether_more_may_end(system: JobSystem, refusal: Refused, own: bool, on_
 
     Args:
         system: The system.
-        refusal: What it said.
-        own: Whether it has jobs of this session.
-        on_known: Is told. Where the system does not answer, there may be some.
+        refusal: The system's refusal.
+        own: Whether the system has jobs of this session.
+        on_known: Called with the answer, which is true if the system does not answer.
     """
     if own or refusal.limit is Limit.SHARED:
         on_known(True)
     else:
-        # Of this user's other sessions and programs.
+        # The user's other sessions and programs may have jobs.
         system.query(
             [],
             lambda states: on_known(states is None or any(state.phase is not Phase.ENDED for state in states.values())),
@@ -144,11 +145,11 @@ def ask_whether_more_may_end(system: JobSystem, refusal: Refused, own: bool, on_
 
 
 class Cancellations:
-    """Gathers jobs that are to be cancelled, so that those of one turn of the loop are one request.
+    """Gathers the jobs that are cancelled in one turn of the loop, so that they make one request.
 
     Args:
         events: The loop.
-        system: Has the jobs.
+        system: The system that has the jobs.
     """
 
     def __init__(self, events: Events, system: JobSystem) -> None:
@@ -158,11 +159,11 @@ class Cancellations:
 
     @property
     def pending(self) -> bool:
-        """Whether any have not been asked for yet."""
+        """Whether any cancellation has not been requested yet."""
         return bool(self._jobs)
 
     def add(self, job: JobKey) -> None:
-        """Cancel a job, in a moment."""
+        """Cancel a job in a moment."""
         self._jobs.append(job)
         if len(self._jobs) == 1:
             self._events.call_later(0.0, self._send)
@@ -173,17 +174,17 @@ class Cancellations:
 
 
 class Holds:
-    """Tells the user, once for each job, that an administrator holds it."""
+    """Warns the user, once for each job, that an administrator holds it."""
 
     def __init__(self) -> None:
         self._told: set[str] = set()
 
     def note(self, who: str, job: JobKey, state: JobState) -> None:
-        """What the system says of a job.
+        """Note the state of a job.
 
         Args:
-            who: What waits for it.
-            job: The job; of an array, one is named for all.
+            who: The call or worker that waits for it.
+            job: The job. For an array, the first one that is held stands for all.
             state: Its state.
         """
         job_id, index = job

@@ -1,6 +1,6 @@
-"""Job scripts: which template a batch gets, and what goes into it. pysqa renders all but the default one.
+"""Job scripts: chooses the template of a batch and fills it in. pysqa renders all templates except the default one.
 
-pysqa is loaded when it is first needed, not before: it takes half a second. The default template takes Jinja alone.
+pysqa is loaded only when it is needed, because that takes half a second. The default template needs only Jinja.
 """
 
 from __future__ import annotations
@@ -21,30 +21,30 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("executorlib")
 
-# What every template can count on; a key of the same name in resource_dict has no effect.
+# Every template gets these; a key of the same name in resource_dict has no effect.
 _OURS = ("command", "working_directory", "dependency_list")
-# Arguments of pysqa's own, which programs pass on whatever the template.
+# pysqa's own arguments, which programs pass whatever the template is.
 _OF_PYSQA = ("queue", "job_name", "cores", "memory_max", "run_time_max", *_OURS)
-# The resources that only the template can see to. Ranks, threads and time are also seen to elsewhere.
+# The resources that only the template can honour. Ranks, threads and time are also handled elsewhere.
 _NEEDS_TEMPLATE = ("gpus_per_core", "num_nodes", "exclusive", "priority")
 _INSTALL = 'Install it with `pip install "executorlib[cluster]"`.'
-# Types of queues, as configurations call them. Others of pysqa's are not driven: it can neither read job numbers nor
-# states of MOAB, logs in elsewhere for REMOTE and needs a shell for GENT.
+# The names of types of queues in configurations. Other types of pysqa are not supported: it can read neither job
+# numbers nor states of MOAB, logs in elsewhere for REMOTE, and needs a shell for GENT.
 _BY_COMMANDS = tuple(LANGUAGES)
 FLUX = ("FLUX",)
 
 
 class Templates:
-    """Chooses and renders templates: the call's own, else one of a pysqa configuration, else the default.
+    """Chooses and renders templates: the call's own, otherwise one of a pysqa configuration, otherwise the default.
 
     Args:
-        default: Template for calls without one of their own; None where there is none. A configuration has that of its
-            type of queue instead.
-        directory: pysqa's configuration: a directory with a ``queue.yaml`` and the templates that it names.
-        types: Types of queues that it may be for.
+        default: The template for calls without their own; None if there is none. With a configuration, the default of
+            its type of queue replaces it.
+        directory: A pysqa configuration: a directory with a ``queue.yaml`` and the templates that it names.
+        types: The types of queues that the configuration may be for.
 
     Raises:
-        ValueError: The directory holds no configuration that can be used.
+        ValueError: The directory holds no usable configuration.
         ImportError: The directory is given and pysqa is not installed.
     """
 
@@ -62,11 +62,11 @@ class Templates:
         return self._template(batch)[0] is self._default
 
     def render(self, batch: Batch, **more: Any) -> str:
-        """The job script of a batch.
+        """Render the job script of a batch.
 
         Args:
             batch: The batch.
-            more: What the template can use beside resources and the batch's own values.
+            more: Further values for the template, besides the resources and the batch's own values.
 
         Raises:
             ValueError: Template and values do not fit; the text says which and why.
@@ -89,7 +89,7 @@ class Templates:
         return str(script).rstrip("\n") + "\n"
 
     def unused(self, batch: Batch) -> list[str]:
-        """The keys of ``resource_dict`` that are set and that the template does not use."""
+        """The keys of ``resource_dict`` that are set but not used by the template."""
         text, where = self._template(batch)
         used = _variables(text, where)
         if self._directory is not None:
@@ -99,7 +99,7 @@ class Templates:
         return [key for key in given if key not in used or key in _OURS]
 
     def keys(self) -> set[str]:
-        """The keys of ``resource_dict`` that templates here can use, those of all queues of a configuration.
+        """The keys of ``resource_dict`` that the templates here can use, for all queues of a configuration.
 
         Raises:
             ValueError: A template is not valid.
@@ -117,7 +117,7 @@ class Templates:
         return found
 
     def _template(self, batch: Batch) -> tuple[str, str]:
-        """A batch's template, and what to call it in an error text."""
+        """A batch's template, and its name for error texts."""
         if batch.resources.submission_template is not None:
             return batch.resources.submission_template, "submission_template"
         script = None if self._adapter is None else self._queue(batch).get("script")
@@ -130,7 +130,7 @@ class Templates:
         return self._default, "the default submission template"
 
     def _queue(self, batch: Batch) -> dict[str, Any]:
-        """The queue of the configuration that a batch goes to."""
+        """The configuration's queue for a batch."""
         queues: dict[str, dict[str, Any]] = self._adapter.config["queues"]
         name = batch.template_values.get("queue") or self._adapter.config.get("queue_primary")
         queue = queues.get(name)
@@ -148,7 +148,7 @@ class Templates:
         resources = batch.resources
         cores = resources.cores
         if "threads_per_core" not in _variables(text, "submission_template"):
-            # A template that knows only of cores still asks for as many as the threads of all ranks need.
+            # A template that knows only cores still has to request enough for the threads of all ranks.
             cores *= resources.threads_per_core
         values = {
             "job_name": batch.name,
@@ -171,7 +171,7 @@ class Templates:
         return values
 
     def _limit(self, batch: Batch, values: dict[str, Any]) -> None:
-        """Bring the values within the limits that the configuration sets, and fill in its defaults."""
+        """Apply the configuration's limits to the values, and fill in its defaults."""
         adapter, queue = self._adapter, self._queue(batch)
         cores, run_time_max, memory_max = adapter.check_queue_parameters(
             queue=None,
@@ -192,16 +192,16 @@ class Templates:
 def check_keys(resources: Resources, subject: str, templates: Templates | None) -> None:
     """Make sure that each key that is not executorlib's means something to a job script.
 
-    That is a key of the default templates, one that a template here uses, the call's own or any of the configuration's,
-    or an argument of pysqa's. Those that the template in use does without are told of later (`warn_of_unused`).
+    The key may be one of the default templates, of the call's own template, of any template of the configuration, or an
+    argument of pysqa. If the template in use ignores it, the user is warned later (`warn_of_unused`).
 
     Args:
-        resources: What a call needs.
-        subject: Whose that is, for the error text.
-        templates: Templates that calls get which bring none.
+        resources: The resources of a call.
+        subject: The owner of the resources, for the error text.
+        templates: The templates for calls that bring none.
 
     Raises:
-        ValueError: There is another key, misspelt as likely as not.
+        ValueError: There is another key, which is probably misspelt.
     """
     strange = [key for key in resources.template_values if key not in OF_JOBS and key not in _OF_PYSQA]
     if not strange:
@@ -212,7 +212,7 @@ def check_keys(resources: Resources, subject: str, templates: Templates | None) 
         if templates is not None:
             used |= templates.keys()
     except (ValueError, OSError, ImportError):
-        return  # the call fails, for that reason
+        return  # the call fails for the same reason
     for key in strange:
         if key not in used:
             near = nearest_key(key, [*OF_JOBS, *used])
@@ -224,11 +224,11 @@ def check_keys(resources: Resources, subject: str, templates: Templates | None) 
 
 
 def warn_of_unused(keys: Iterable[str], warned: set[str]) -> None:
-    """Tell the user, once, of keys that have no effect.
+    """Warn the user, once, of keys that have no effect.
 
     Args:
         keys: The keys.
-        warned: Those that the user was told of before; the others are added.
+        warned: The keys that the user has been warned of before; new ones are added.
     """
     new = [key for key in keys if key not in warned]
     if new:
@@ -241,7 +241,7 @@ def warn_of_unused(keys: Iterable[str], warned: set[str]) -> None:
 
 
 def minutes(seconds: float) -> int:
-    """A time limit in whole minutes that leaves the job's worker the time to end the call itself, and to say so."""
+    """A time limit in whole minutes that leaves the job's worker time to end the call itself and to report that."""
     return math.ceil(seconds / 60) + 1
 
 
@@ -249,7 +249,7 @@ def load_commands(queue_type: str) -> Any:
     """Load pysqa's commands for a type of queue.
 
     Raises:
-        ImportError: pysqa, or what it needs for this queue, is not installed.
+        ImportError: pysqa, or a package that it needs for this queue, is not installed.
     """
     try:
         from pysqa.base.core import get_queue_commands
@@ -266,7 +266,7 @@ def load_commands(queue_type: str) -> Any:
 
 
 def _is_known_to_pysqa(queue_type: str) -> bool:
-    """Whether pysqa renders templates for a type of queue in a way of its own."""
+    """Whether pysqa has its own way of rendering templates for a type of queue."""
     load_commands(DEFAULT)
     from pysqa.base.core import queue_type_dict
 
@@ -274,7 +274,7 @@ def _is_known_to_pysqa(queue_type: str) -> bool:
 
 
 def _read_configuration(directory: str, types: Sequence[str]) -> tuple[Any, str]:
-    """Load a directory with a configuration into pysqa's adapter; returns that, and the type of its queues."""
+    """Load a configuration into pysqa's adapter; returns the adapter and the type of its queues."""
     load_commands(DEFAULT)
     from jinja2 import TemplateError
     from pysqa.base.config import QueueAdapterWithConfig, read_config
@@ -293,20 +293,20 @@ def _read_configuration(directory: str, types: Sequence[str]) -> tuple[Any, str]
             )
         queue_type = str(config["queue_type"])
         if not _is_known_to_pysqa(queue_type):
-            # It is asked for what does not depend on the type: the limits, and which template is for which queue.
+            # The adapter is only asked for the limits and templates of queues, which do not depend on the type.
             config = {**config, "queue_type": DEFAULT}
         return QueueAdapterWithConfig(config=config, directory=directory), queue_type
     except ImportError:
         raise
     except (OSError, TemplateError) as error:
         raise ValueError(f"pysqa_config_directory={directory!r} cannot be used: {error}") from error
-    except Exception as error:  # YAML's and pydantic's own
+    except Exception as error:  # raised by YAML or pydantic
         raise ValueError(f"pysqa_config_directory={directory!r}: {path} cannot be used: {error}") from error
 
 
 @functools.lru_cache
 def _variables(text: str, where: str) -> set[str]:
-    """The names that a template takes from outside."""
+    """The names of the values that a template expects."""
     try:
         from jinja2 import Environment, TemplateSyntaxError, meta
     except ImportError as error:

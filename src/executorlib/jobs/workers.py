@@ -1,7 +1,7 @@
-"""Block mode on a cluster: each worker is a job, which connects back over the network when the system has started it.
+"""Block mode on a cluster: each worker is a job, which connects back over the network once the system has started it.
 
-Workers that are wanted at the same time are one job array. They may wait in the queue for long; until then, and while
-others run already, calls go to those that are there.
+Workers that are wanted at the same time become one job array. They may wait in the queue for a long time. Meanwhile,
+calls go to the workers that already run.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from executorlib.transports.router import Router, worker_of
 
 logger = logging.getLogger("executorlib")
 
-# Workers that are wanted within so many seconds become one job array.
+# Workers that are wanted within this many seconds become one job array.
 _LINGER = 0.02
-# How long submissions that fail for the moment are repeated, and after how long, in seconds.
+# How long temporarily refused submissions are repeated, and the pause between them, in seconds.
 _RETRY_SECONDS, _RETRY_AFTER = 300.0, 5.0
-# How long the system may take to know how a worker ended whose connection was lost, in seconds.
+# Seconds that the system may take to find out how a worker ended after the loss of its connection.
 _KNOW_SECONDS = 10.0
 
 
@@ -42,11 +42,11 @@ class _Member:
 
     Attributes:
         worker: The worker.
-        array: What it was submitted with.
-        index: Its place there.
-        lost_at: When its connection, or its job, was first seen to be gone; then the system is asked how it ended.
-        lost: Whether its connection is.
-        last: What the system said of the job last.
+        array: The workers that were submitted with it.
+        index: Its place among them.
+        lost_at: The time when its connection or its job was first missing; the system is then asked how it ended.
+        lost: Whether its connection was lost.
+        last: The job's last state in the system.
     """
 
     def __init__(self, worker: ConnectingWorker, array: _Array, index: int) -> None:
@@ -79,9 +79,9 @@ class JobWorkerLauncher:
 
     Args:
         events: The loop.
-        system: What runs jobs.
+        system: The system that runs the jobs.
         command: Makes the argument list of a job from the resources of its worker and the program that it runs.
-        folder: Directory that all nodes see, for the files of the jobs.
+        folder: A directory that all nodes see, for the files of the jobs.
         hostname_localhost: Whether workers connect to ``localhost``.
     """
 
@@ -98,7 +98,7 @@ class JobWorkerLauncher:
         self._command = command
         self._folder = folder
         try:
-            self._cwd = os.getcwd()  # of workers that are given none, whenever they start
+            self._cwd = os.getcwd()  # for workers without a cwd, whenever they start
         except OSError:  # it was removed
             self._cwd = os.path.expanduser("~")
         self._router = Router(events, self._on_message, self._on_lost, tcp=True, hostname_localhost=hostname_localhost)
@@ -107,8 +107,8 @@ class JobWorkerLauncher:
         self._members: dict[str, _Member] = {}  # by identity
         self._by_worker: dict[int, str] = {}
         self._prepared = False
-        self._refused_since: float | None = None  # for the moment, that is
-        self._room: Room | None = None  # under the limit that has been met
+        self._refused_since: float | None = None  # the first of a series of temporary refusals
+        self._room: Room | None = None  # made when a limit has been met
         self._submitting = 0
         self._cancellations = Cancellations(events, system)
         self._holds = Holds()
@@ -120,7 +120,7 @@ class JobWorkerLauncher:
     # -- Launcher -------------------------------------------------------------------------------------------------
 
     def prepare(self) -> None:
-        """See `Launcher.prepare`."""
+        """Find out the system's settings."""
         self._system.prepare(self._on_prepared)
 
     def _on_prepared(self) -> None:
@@ -128,17 +128,17 @@ class JobWorkerLauncher:
         self._submissions.within(_LINGER)
 
     def launch(self, process: Process) -> None:
-        """See `Launcher.launch`."""
+        """Submit a worker soon, together with others that are wanted now."""
         self._wanted.append(process)
         if self._prepared:
             self._submissions.within(_LINGER)
 
     def setup(self, process: Process) -> dict[str, Any]:
-        """See `Launcher.setup`."""
+        """The settings with which the worker sees this process as it is now."""
         return self._system.setup()
 
     def kill(self, process: Process, signal_number: int) -> None:
-        """See `Launcher.kill`: cancel the job."""
+        """Cancel the worker's job."""
         if process in self._wanted:
             self._wanted.remove(process)
             self._events.on_exit(process, Exit(None, "it was not needed any more"))
@@ -150,23 +150,23 @@ class JobWorkerLauncher:
         self._end(identity, "its job was cancelled")
 
     def _cancel(self, member: _Member) -> None:
-        if member.array.job_id:  # otherwise see `_answered`
+        if member.array.job_id:  # otherwise `_answered` cancels it
             self._cancellations.add(member.key)
 
     def resume(self) -> None:
-        """See `Launcher.resume`; the system looks after its jobs."""
+        """Does nothing: the system looks after its jobs."""
 
     @property
     def busy(self) -> bool:
-        """See `Launcher.busy`."""
+        """Whether cancellations or other requests are on their way."""
         return self._cancellations.pending or self._system.busy
 
     def detach(self, on_taken: Callable[[], None]) -> None:
-        """See `Launcher.detach`; workers end with their executor."""
+        """Does nothing more: workers end with their executor."""
         on_taken()
 
     def close(self) -> None:
-        """See `Launcher.close`; what still runs loses its connection and ends."""
+        """Close all connections. Workers that still run notice that and end."""
         self._router.close()
         for directory in {member.array.directory for member in self._members.values()}:
             batch_directory.remove(directory, but_output=True)
@@ -189,7 +189,7 @@ class JobWorkerLauncher:
                 self._submissions.within(self._room.due - now)
                 return
         wanted, self._wanted = self._wanted[:most], self._wanted[most:]
-        if self._wanted and self._room is None:  # else the answer tells how much fits
+        if self._wanted and self._room is None:  # otherwise the answer will tell how much fits
             self._submissions.within(_LINGER)
         self._arrays += 1
         name = batch_directory.new_name(self._arrays, "workers")
@@ -211,7 +211,7 @@ class JobWorkerLauncher:
                 arguments = f"{credentials!r}, numbered={self._system.element_variables!r}"
                 arguments = f"(False, {arguments})" if resources.cores > 1 else f"({arguments})"
                 file.write(boot_file(module, arguments))
-        except Exception as error:  # of the file system, mostly
+        except Exception as error:  # mostly from the file system
             self._answered(array, Refused(f"{array.directory} cannot be written: {error}"))
             return
         batch = Batch(
@@ -229,7 +229,7 @@ class JobWorkerLauncher:
             self._submitting -= 1
             self._answered(array, answer)
             if self._wanted and self._room is not None:
-                self._submissions.within(_LINGER)  # they have waited for this answer
+                self._submissions.within(_LINGER)  # these workers have waited for the answer
 
         self._system.submit(batch, answered)
 
@@ -269,7 +269,7 @@ class JobWorkerLauncher:
         self._questions.within(self._ask_after)
 
     def _put_back(self, array: _Array) -> None:
-        """The same workers again, later, as new ones of the system."""
+        """Submit the same workers again later, as new jobs."""
         members = list(array.members.values())
         for member in members:
             del self._members[self._by_worker.pop(member.process.worker.number)]
@@ -282,7 +282,7 @@ class JobWorkerLauncher:
             self._end(identity, f"{self._system.name} did not take its job: {refusal}")
 
     def _over_limit(self, array: _Array, refusal: Refused, now: float) -> None:
-        """There would be more jobs than may be there: fewer are tried, and then it is waited until some have ended."""
+        """There would be too many jobs, so try fewer, and then wait until some have ended."""
         if self._room is None:
             self._room = Room()
             logger.warning(
@@ -316,7 +316,7 @@ class JobWorkerLauncher:
         if member is not None:
             member.worker.on_message(peer, header, frames)
         elif header[0] == "hello":
-            dismiss(self._router, peer)  # one that was given up
+            dismiss(self._router, peer)  # this worker was given up
 
     def _on_lost(self, peer: bytes) -> None:
         identity = worker_of(peer)
@@ -325,7 +325,7 @@ class JobWorkerLauncher:
             return
         if member.process.worker.stopping:
             if member.worker.left_in_silence():
-                self._cancel(member)  # it would hold what it has for ever
+                self._cancel(member)  # it would hold its resources for ever
             self._end(identity, "it ended")
             return
         member.lost = True
@@ -337,7 +337,7 @@ class JobWorkerLauncher:
             self._find_out(identity)
 
     def _find_out(self, identity: str) -> None:
-        """Ask the system how a worker ended that is gone."""
+        """Ask the system how a lost worker ended."""
         member = self._members.get(identity)
         if member is None:
             return
@@ -350,9 +350,9 @@ class JobWorkerLauncher:
             if state is not None and state.phase is Phase.ENDED:
                 self._end(identity, self._how(member))
             elif not member.lost and (state is not None or member.worker.peer is not None):
-                member.lost_at = None  # the query came too early, or missed it
+                member.lost_at = None  # the query came too early, or missed the job
             elif time.monotonic() - (member.lost_at or 0.0) > _KNOW_SECONDS:
-                # Stopped, or on a node that is cut off: it would keep what it holds.
+                # It is stopped, or on a node that is cut off, and would hold its resources for ever.
                 self._cancel(member)
                 self._end(identity, self._how(member))
             else:
@@ -360,7 +360,7 @@ class JobWorkerLauncher:
 
         if member.array.job_id:
             self._system.detail(member.key, know)
-        else:  # faster than the answer to its submission
+        else:  # it ended before the answer to its submission came
             know(None)
 
     def _how(self, member: _Member) -> str:
@@ -371,10 +371,10 @@ class JobWorkerLauncher:
         advice = f"; {state.cause.advice[0].lower()}{state.cause.advice[1:]}" if state.cause.advice else ""
         return f"job {name} ended as {state.state}{state.facts()}{advice}"
 
-    # -- the system's word ----------------------------------------------------------------------------------------
+    # -- states in the system -------------------------------------------------------------------------------------
 
     def _ask(self) -> None:
-        """Ask for jobs whose workers have not connected: they may have ended before they could."""
+        """Ask for the states of jobs whose workers have not connected, because they may have ended before that."""
         silent = [member for member in self._members.values() if member.worker.peer is None and member.array.job_id]
         if self._asking or not silent:
             return
@@ -415,5 +415,6 @@ class JobWorkerLauncher:
         process.stderr += read_tail(os.path.join(array.directory, f"output.{member.index}"))
         planned = member.last is not None and member.last.cause.ends_early
         if not array.members:
-            batch_directory.remove(array.directory, but_output=True)  # no entry has it: a worker prints for many calls
+            # No entry has the output, because a worker prints for many calls.
+            batch_directory.remove(array.directory, but_output=True)
         self._events.on_exit(process, Exit(None, text, planned=planned))

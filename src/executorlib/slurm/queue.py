@@ -248,28 +248,28 @@ class SlurmQueue:
 
     @classmethod
     def from_settings(cls, output: str, templates: Templates) -> SlurmQueue:
-        """See `queue.Queue.from_settings`."""
+        """Make the language of one cluster from the output of `SETTINGS_COMMAND`."""
         return cls(parse_settings(output), templates)
 
     @staticmethod
     def command_environment(environ: Mapping[str, str]) -> dict[str, str]:
-        """See `queue.Queue.command_environment`."""
+        """The environment for Slurm's commands, from the function of this name."""
         return command_environment(environ)
 
     @staticmethod
     def rank_command(
         resources: Resources, pmi_mode: str | None, program: Sequence[str], mpiexec: str = "mpiexec"
     ) -> list[str]:
-        """See `queue.Queue.rank_command`."""
+        """The command that starts the ranks of a call, from the function of this name."""
         return rank_command(resources, pmi_mode, program, mpiexec)
 
     @staticmethod
     def problem_with(folder: str) -> str:
-        """See `queue.Queue.problem_with`."""
+        """The reason if there is a backslash in the path."""
         return "has a backslash in its path, and Slurm starts no job array with output files there" * ("\\" in folder)
 
     def handed_on(self, environ: Mapping[str, str]) -> dict[str, str]:
-        """See `queue.Queue.handed_on`; `sbatch` does that."""
+        """Nothing: `sbatch` hands on the environment."""
         return {}
 
     @property

@@ -145,7 +145,7 @@ def _job_id(setup: dict[str, Any]) -> str:
     """Return this job's id in the queuing system; empty if the system does not say.
 
     Only that system's own variables count, because this may run within a job of another system. What follows a dot is
-    the name of Torque's server.
+    the name of the server, of PBS or Torque.
     """
     names = setup.get("id_variables", ())
     return next((os.environ[name].partition(".")[0] for name in names if os.environ.get(name)), "")
