@@ -80,6 +80,9 @@ def run(directory: str, index: int, part: str = "") -> int:
     )
     output = os.environ.pop(OUTPUT_VARIABLE, "")
     call.set_up(setup)
+    # Python would write to a file in blocks: late, and out of order with standard error.
+    with contextlib.suppress(AttributeError, ValueError):  # replaced or closed
+        sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     if setup.get("ranks", 1) > 1:
         return _run_ranks(directory, index, part, setup, output)
     if output:
