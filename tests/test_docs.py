@@ -31,6 +31,8 @@ PAGES = [path for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.m
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_python_blocks_run_and_print_what_they_say(path: Path, tmp_path: Path) -> None:
+    if path.name == "graph.md":
+        pytest.importorskip("pygraphviz", exc_type=ImportError)
     files = files_of(path.read_text())
     for name, text in files.items():
         (tmp_path / name).write_text(text)

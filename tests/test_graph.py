@@ -349,7 +349,7 @@ def no_graphviz(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_pictures(tmp_path: Path) -> None:
-    pytest.importorskip("pygraphviz", reason='pictures: pip install "executorlib[graph]"')
+    pytest.importorskip("pygraphviz", exc_type=ImportError, reason='pictures: pip install "executorlib[graph]"')
     graph = workflow(Graph())
     record(graph, add, '<&"\\>', "é")
     for name in ("graph.png", "graph.svg", "graph.PDF"):
@@ -388,7 +388,7 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
 
 
 def test_notebook_shows_svg(shown: list[dict[str, str]]) -> None:
-    pytest.importorskip("pygraphviz", reason='pictures: pip install "executorlib[graph]"')
+    pytest.importorskip("pygraphviz", exc_type=ImportError, reason='pictures: pip install "executorlib[graph]"')
     check_filename(None)
     picture.draw(workflow(Graph()))
     assert "</svg>" in shown[0]["image/svg+xml"]

@@ -548,9 +548,10 @@ def test_entry_of_a_session_that_has_not_submitted_it_yet(
 
 @pytest.mark.rows("jobs", "flux-cluster")
 def test_what_calls_print_is_in_their_entries(
-    make: Callable[..., Any], store: Path, capsys: pytest.CaptureFixture[str]
+    make: Callable[..., Any], store: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Standard output and error, of what returns and of what raises; of much the end."""
+    """Standard output and error in their order, of calls that return and that raise; only the end of long ones."""
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
 
     def speak(text: str) -> None:
         sys.stdout.write(f"{text}\n")

@@ -268,7 +268,9 @@ def test_time_limits_of_calls_that_are_over_are_not_kept(make_executor: Callable
         for number in range(20):
             assert executor.submit(identity, number).result(WAIT) == number
         loop = executor._loop
-        assert len(loop._timers) < 20
+        # Others follow the end of a worker for some seconds.
+        lasting = [due for due, *_ in loop._timers if due > time.monotonic() + 3600]
+        assert len(lasting) < 20
         assert len(loop._deadlines) <= len(loop._processes) + 1
 
 

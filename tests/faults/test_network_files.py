@@ -7,6 +7,7 @@ they are. All scripts first look at what they are going to ask for, so that thei
 from __future__ import annotations
 
 import contextlib
+import ctypes.util
 import importlib.util
 import os
 import signal
@@ -30,6 +31,8 @@ MISSING = (
     if not os.access("/dev/fuse", os.W_OK)
     else "mfusepy (pip install mfusepy)"
     if importlib.util.find_spec("mfusepy") is None
+    else "libfuse (on Debian: apt install fuse3)"
+    if not any(map(ctypes.util.find_library, ("fuse3", "fuse")))
     else ""
 )
 WAIT = 50

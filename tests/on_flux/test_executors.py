@@ -13,13 +13,16 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from contract.functions import Gate, add, append, lines, until, wait_for, wait_until_gone
 from executorlib import FluxClusterExecutor, FluxJobExecutor, get_future_from_cache, terminate_tasks_in_cache
 from executorlib.api import ExecutorlibSocketError
+from executorlib.flux.instance import FluxInstance
+from executorlib.launchers.contract import Events
+from executorlib.poller import Poller
 from on_flux.functions import (
     GPU_VARIABLES,
     about_job,
@@ -345,12 +348,16 @@ def test_arguments_are_no_templates(
 @contextlib.contextmanager
 def another_instance(folder: Path, *options: str) -> Iterator[subprocess.Popen[bytes]]:
     """An instance beside the one of the tests; the file ``uri`` in the folder says where it is."""
-    script = f"echo $FLUX_URI > '{folder}/uri.draft'; mv '{folder}/uri.draft' '{folder}/uri'; exec sleep 100"
+    # What it runs ends with its input, also where the broker is killed.
+    script = f"echo $FLUX_URI > '{folder}/uri.draft'; mv '{folder}/uri.draft' '{folder}/uri'; exec cat"
     command = ["flux", "start", *options, "bash", "-c", script]
-    started = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    nowhere = subprocess.DEVNULL
+    started = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=nowhere, stderr=nowhere)
+    assert started.stdin is not None
     try:
         yield started
     finally:
+        started.stdin.close()
         if started.poll() is None:
             started.terminate()
         started.wait(WAIT)
@@ -377,6 +384,31 @@ def test_calls_while_the_instance_is_shut_down(tmp_path: Path, monkeypatch: pyte
             assert not waiting
             assert isinstance(futures[-1].exception(), ExecutorlibSocketError)
             assert "Flux" in str(futures[-1].exception())
+
+
+@pytest.mark.timeout(LONG_SECONDS)
+@pytest.mark.parametrize("ended", ["SIGSTOP", "SIGKILL"])
+def test_questions_that_stay_without_an_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ended: str) -> None:
+    """They do not keep the connection, for which the leak guard of all tests looks."""
+    monkeypatch.setattr("executorlib.flux.instance._CLOSE_SECONDS", 0.0)
+    events, answers, lost = Poller(), [], []
+    with another_instance(tmp_path) as broker:
+        monkeypatch.setenv("FLUX_URI", wait_for(tmp_path / "uri", WAIT).strip())
+        instance = FluxInstance(cast(Events, events), lost.append)
+        instance.open()
+        broker.send_signal(signal.SIGSTOP)
+        try:
+            instance.submit({}, 16, answers.append)
+            instance.watch(1, lambda event, context: answers.append(event))
+            if ended == "SIGKILL":
+                broker.kill()
+                while not lost:
+                    events.call_back(events.poll(WAIT))
+            instance.close()
+        finally:
+            broker.kill()
+        events.close_poll()
+    assert [str(answer) for answer in answers] == ([lost[0], ""] if lost else [])
 
 
 QUEUES = """\

@@ -17,6 +17,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -170,7 +171,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
     options = parser.parse_args()
-    if os.geteuid() == 0 and shutil.which("unshare") and _OWN_SHM not in os.environ:
+    # Where it is not possible, such as below chroot, /dev/shm is left out.
+    own_shm = _OWN_SHM not in os.environ and os.geteuid() == 0 and shutil.which("unshare")
+    if own_shm and subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode == 0:
         shell = 'mount -t tmpfs -o size=512m tmpfs /dev/shm && exec "$0" "$@"'
         os.environ[_OWN_SHM] = "1"
         os.execvp("unshare", ["unshare", "--mount", "sh", "-c", shell, sys.executable, *sys.argv])

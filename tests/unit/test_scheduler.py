@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import heapq
 import itertools
 import random
 import signal
 import threading
+import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
@@ -30,6 +32,7 @@ from executorlib.core.loop import Loop
 from executorlib.core.scheduler import Effect, Fail, Kill, Launch, LookUp, Recall, Send, Stop, Worker
 from executorlib.core.task import CANCELLED, DONE, FAILED, LAUNCHING, READY, RUNNING, WAITING, CallFuture, Task
 from executorlib.errors import ExecutorlibSocketError
+from executorlib.jobs.executor import QueueExecutor
 from executorlib.launchers.contract import Events, Exit, Process
 from executorlib.resources import Demand, Resources
 from unit.properties import examples, repeatable
@@ -1866,6 +1869,8 @@ class Silent:
 class InstantLauncher:
     """Connects a worker while it is being launched, then does what the test says."""
 
+    busy = False
+
     def __init__(self, events: Events, then: Callable[[Events, Process], None]) -> None:
         self.events = events
         self.then = then
@@ -2002,3 +2007,27 @@ def test_loop_tells_why_a_worker_was_ended() -> None:
     with loop_with(then, BlockScheduler(1, 0, Ledger([node(1)]), Demand(1))) as loop:
         error = submit_to(loop).exception(10)
     assert "Its ranks do not find each other." in str(error)
+
+
+class Queue(QueueExecutor):
+    """A row whose launcher is made by the row itself, as those of real queues are."""
+
+    def _check_system(self, configuration: str | None) -> None: ...
+
+    def _job_launcher(self, events: Any, *args: Any) -> Any:
+        return InstantLauncher(events, lambda _, process: None)
+
+
+def test_loop_does_not_keep_the_executor(tmp_path: Path) -> None:
+    """One that is dropped is collected, which ends its loop; what has made the launcher must not hold on to it."""
+    executor = Queue(cache_directory=str(tmp_path))
+    loop, gone = executor._loop, weakref.ref(executor)
+    assert loop is not None
+    try:
+        del executor
+        gc.collect()
+        assert gone() is None
+    finally:
+        if gone() is not None:
+            loop.shutdown(True)
+        loop.join()

@@ -528,6 +528,8 @@ class Loop(Poller, JobEvents):
             os.set_blocking(self._wake_write, False)
             self.watch(self._wake_read, self._on_wake)
             self._launcher = self._make_launcher(self)
+            # It may refer to the executor, which is to be collected, and to end its loop, when the user drops it.
+            del self._make_launcher
             on_failure.pop_all()
         _loops.add(self)
 

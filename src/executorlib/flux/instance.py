@@ -149,8 +149,8 @@ class FluxInstance:
         self._only_look = self._wait_once = 0
         self._set_timer: Any = None
         self._numbers = itertools.count(1)
-        # Requests that Flux has not fully answered, by number: what to call if no answer will come.
-        self._pending: dict[int, Callable[[Refused], None]] = {}
+        # Requests that Flux has not fully answered, by number: the future, and what to call if no answer will come.
+        self._pending: dict[int, tuple[Any, Callable[[Refused], None]]] = {}
         self._watched: dict[int, Any] = {}  # futures of those that are events
         self._wanted: set[int] = set()  # those that somebody is still interested in
         self.lost = ""
@@ -214,8 +214,7 @@ class FluxInstance:
         for future in self._watched.values():
             future.needs_cancel = False  # there is nobody left to be told
         self._on_lost(self.lost)
-        pending, self._pending = self._pending, {}
-        for refuse in pending.values():
+        for _, refuse in list(self._pending.values()):
             refuse(Refused(self.lost))
 
     # -- jobs -----------------------------------------------------------------------------------------------------
@@ -487,8 +486,7 @@ class FluxInstance:
         text = self.lost
         if not text:
             try:
-                begin(self._flux).then(call_back)
-                self._pending[key] = on_refused
+                self._pending[key] = begin(self._flux).then(call_back), on_refused
                 return
             except OSError as error:
                 text = str(error)
@@ -508,6 +506,7 @@ class FluxInstance:
         for key in list(self._watched):  # also of jobs that take long to end
             self.unwatch(key)
         self.wait(lambda: not self._pending, _CLOSE_SECONDS)
+        self._release()
         self._events.sleep_in(None)
         for watcher in (self._watcher, self._timer, self._presence):
             watcher.destroy()
@@ -523,6 +522,20 @@ class FluxInstance:
         gc.collect()
         if not self.lost:
             self.lost = "the executor has ended"
+
+    def _release(self) -> None:
+        """Have Flux let go of the futures that it will not answer any more, and by that of the connection.
+
+        It keeps a future until that has called back, so each gets an answer, which nobody is told.
+        """
+        if not self._pending:
+            return
+        for future, _ in self._pending.values():
+            future.stop()
+            future.pimpl.fulfill_error(errno.ECONNRESET, None)
+        self._pending.clear()
+        with contextlib.suppress(OSError):  # of a connection that was lost, which the reactor says once more
+            self._flux.reactor_run(self._reactor, self._only_look)
 
 
 def _refused(error: OSError, text: str | None) -> Refused:

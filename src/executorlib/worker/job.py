@@ -84,6 +84,9 @@ def run(directory: str, index: int | None, part: str = "") -> int:
     if index is None:
         index = protocol.element_number(setup["element_variables"])
     call.set_up(setup)
+    # Python would write to a file in blocks: late, and out of order with standard error.
+    with contextlib.suppress(AttributeError, ValueError):  # replaced or closed
+        sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     if setup.get("ranks", 1) > 1:
         return _run_ranks(directory, index, part, setup, output)
     if output:
