@@ -5,24 +5,25 @@ from __future__ import annotations
 import mmap
 import os
 import secrets
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from executorlib.worker import world
 from executorlib.worker.world import remove_unused_files
 
 pytestmark = pytest.mark.linux
 
 
 @pytest.fixture
-def name() -> Iterator[str]:
-    """A name as MPICH gives them, without the number at its end."""
-    name = f"/dev/shm/mpich_shm_{secrets.token_hex(4)}"
-    yield name
-    for path in Path("/dev/shm").glob(f"*{name.rpartition('_')[2]}*"):
-        path.unlink()
+def name(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A name as MPICH gives them, without the number at its end, in a folder apart from the worlds of other tests."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        monkeypatch.setattr(world, "_MEMORY", folder)
+        yield f"{folder}/mpich_shm_{secrets.token_hex(4)}"
 
 
 def test_only_what_nobody_uses_is_removed(name: str) -> None:
@@ -33,7 +34,7 @@ def test_only_what_nobody_uses_is_removed(name: str) -> None:
     os.utime(old, (since - 1, since - 1))
     vci = Path(f"{unused}".replace("_shm_", "_vci_"))
     vci.write_bytes(b"x")
-    ucx = Path(f"/dev/shm/ucx_shm_posix_{name.rpartition('_')[2]}")
+    ucx = Path(name).with_name(f"ucx_shm_posix_{name.rpartition('_')[2]}")
     ucx.write_bytes(b"x")
     foreign = Path(f"{name}_tool")
     foreign.write_bytes(b"x")
