@@ -37,6 +37,8 @@ from executorlib.launchers.contract import Events, Exit, Process
 from executorlib.resources import Demand, Resources
 from unit.properties import examples, repeatable
 
+pytestmark = pytest.mark.timeout(240)  # some ten seconds of computing; a loaded machine may take long
+
 # The driver: the loop's part, with workers that only exist in a dictionary.
 
 
