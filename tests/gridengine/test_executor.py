@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
-from concurrent.futures import BrokenExecutor, Future
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from contract import failures
 from contract.functions import CustomError, Gate, add, fail, files, identity, until, wait_until_gone
 from executorlib import SlurmClusterExecutor, get_future_from_cache, terminate_tasks_in_cache
 from gridengine.functions import CALM, die, rank_of, surroundings
@@ -21,6 +22,7 @@ pytestmark = [pytest.mark.gridengine, pytest.mark.cache]
 
 QUEUES = str(Path(__file__).with_name("queues"))
 WAIT = 50.0
+assert_broken = functools.partial(failures.assert_broken, wait=WAIT)
 
 
 def output_of(*command: str) -> str:
@@ -72,13 +74,6 @@ def make(store: Path, gates: list[Gate]) -> Iterator[Callable[..., Any]]:
         executor.shutdown(wait=True, cancel_futures=True)
     # What is at its end takes Grid Engine a moment.
     until(lambda: not jobs(), 15.0)
-
-
-def assert_broken(future: Future[Any], *texts: str) -> None:
-    error = future.exception(WAIT)
-    assert isinstance(error, BrokenExecutor), repr(error)
-    for text in texts:
-        assert re.search(text, str(error)), str(error)
 
 
 def test_calls_and_what_jobs_find(

@@ -5,18 +5,17 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import re
 import shlex
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import BrokenExecutor, Future
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from contract.failures import assert_broken
 from contract.functions import CustomError, Gate, add, fail, files, identity, until, wait_until_gone
 from executorlib import SlurmClusterExecutor, get_future_from_cache, terminate_tasks_in_cache
 from gridengine.functions import CALM, die, surroundings
@@ -103,13 +102,6 @@ def make(pbs: Pbs, store: Path, gates: list[Gate]) -> Iterator[Callable[..., Any
         gate.open()
     for executor in made:
         executor.shutdown(wait=True, cancel_futures=True)
-
-
-def assert_broken(future: Future[Any], *texts: str) -> None:
-    error = future.exception(WAIT)
-    assert isinstance(error, BrokenExecutor), repr(error)
-    for text in texts:
-        assert re.search(text, str(error)), str(error)
 
 
 def test_calls_and_what_jobs_find(
