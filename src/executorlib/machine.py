@@ -175,8 +175,8 @@ def is_running(pid: int, started: str) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:
-        return not started or process_start(pid) == started
+    except PermissionError:  # it is another user's
+        pass
     return not started or process_start(pid) == started
 
 
