@@ -16,14 +16,10 @@ import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any
 
-from executorlib.jobs.queue import Batch, Cause, Dependency, JobState, Limit, Phase, shown_id
-from executorlib.jobs.ranks import mpiexec_command
+from executorlib.jobs.queue import Batch, Cause, Dependency, JobState, Phase, Queue, shown_id
 from executorlib.jobs.templates import Templates
-
-if TYPE_CHECKING:
-    from executorlib.resources import Resources
 
 # The options that every template needs are on qsub's command line, which overrides the script.
 #
@@ -161,8 +157,8 @@ def parse_settings(output: str) -> Settings:
     return Settings(max(1, min(limit, _MOST_ELEMENTS)), history, server)
 
 
-class PbsQueue:
-    """PBS Professional, with the interface `queue.Queue`.
+class PbsQueue(Queue):
+    """PBS Professional.
 
     Args:
         settings: The settings of the server.
@@ -170,12 +166,11 @@ class PbsQueue:
         environ: The environment of `qsub`; None is that of this process.
     """
 
-    title: ClassVar[str] = "PBS Professional"
-    settings_command: ClassVar[Sequence[str]] = ("qstat", "-B", "-f", "-F", "json")
-    default_template: ClassVar[str | None] = DEFAULT_TEMPLATE
-    has_pmi_modes: ClassVar[bool] = False
-    waits_for_elements = False
-    history_delay = 0.0
+    title = "PBS Professional"
+    settings_command = ("qstat", "-B", "-f", "-F", "json")
+    default_template = DEFAULT_TEMPLATE
+    transient = _TRANSIENT
+    limit = _LIMIT
     id_variables = ("PBS_ARRAY_ID", "PBS_JOBID")
     element_variables = ("PBS_ARRAY_INDEX",)
     # The mpiexec that comes with PBS on HPE's Cray machines sets this one.
@@ -191,26 +186,14 @@ class PbsQueue:
         templates: Templates | None = None,
         environ: Mapping[str, str] | None = None,
     ) -> None:
+        super().__init__(templates or Templates(DEFAULT_TEMPLATE))
         self._settings = settings or Settings()
-        self._templates = templates or Templates(DEFAULT_TEMPLATE)
         self._environ = os.environ if environ is None else environ
 
     @classmethod
     def from_settings(cls, output: str, templates: Templates) -> PbsQueue:
         """Make the language of one server from the output of `settings_command`."""
         return cls(parse_settings(output), templates)
-
-    @staticmethod
-    def command_environment(environ: Mapping[str, str]) -> dict[str, str]:
-        """The environment as it is: variables of the session's own job have no effect on others."""
-        return dict(environ)
-
-    @staticmethod
-    def rank_command(
-        resources: Resources, pmi_mode: str | None, program: Sequence[str], mpiexec: str = "mpiexec"
-    ) -> list[str]:
-        """The mpiexec command: PBS starts no ranks itself."""
-        return mpiexec_command(resources, program, mpiexec)
 
     @staticmethod
     def problem_with(folder: str) -> str:
@@ -254,11 +237,6 @@ class PbsQueue:
         batch = replace(batch, name=_job_name(batch.name), command=command, template_values=named)
         return self._templates.render(batch, is_array=_is_array(batch))
 
-    def unused(self, batch: Batch) -> list[str]:
-        """Keys that the script does not use, and ``slurm_cmd_args``."""
-        ignored = ["slurm_cmd_args"] if batch.resources.slurm_cmd_args else []
-        return self._templates.unused(batch) + ignored
-
     def submit_command(self, batch: Batch, script_path: str) -> list[str]:
         """The qsub command for a batch."""
         is_array = _is_array(batch)
@@ -285,16 +263,10 @@ class PbsQueue:
             raise ValueError(f"qsub printed no job id but {output.strip()!r}.")
         return str(found[-1])
 
-    def is_transient(self, error_text: str) -> bool:
-        """Whether the server may accept the command later."""
-        return _TRANSIENT.search(error_text) is not None
-
-    def limit_in(self, error_text: str) -> Limit:
-        """The limit on the number of jobs that qsub was refused for, and whether others share it."""
-        found = _LIMIT.search(error_text)
-        if found is None:
-            return Limit.NONE
-        return Limit.OWN if _LIMIT_OF_OWN.search(found[0]) else Limit.SHARED
+    @staticmethod
+    def is_own(refusal: str) -> bool:
+        """Whether the refusal speaks of the user, or is about the length of an array."""
+        return _LIMIT_OF_OWN.search(refusal) is not None
 
     def status_command(self, job_ids: Sequence[str]) -> list[str]:
         """The qstat command for these jobs; without ids, a qselect command that lists the user's jobs."""

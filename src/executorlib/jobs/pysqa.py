@@ -6,16 +6,11 @@ Templates, commands and the reading of states are pysqa's. This module adds the 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar
 
-from executorlib.jobs.queue import Batch, Cause, JobState, Limit, Phase
-from executorlib.jobs.ranks import mpiexec_command
+from executorlib.jobs.queue import Batch, Cause, JobState, Phase, Queue
 from executorlib.jobs.templates import Templates, load_commands
-
-if TYPE_CHECKING:
-    from executorlib.resources import Resources
 
 # Options that override the script: they hand on the environment (LSF does so by itself), and send both output streams
 # to the file that follows.
@@ -44,28 +39,19 @@ _LIMIT = re.compile(
 )
 
 
-class PysqaQueue:
-    """A queue that pysqa drives, with the interface `queue.Queue`.
+class PysqaQueue(Queue):
+    """A queue that pysqa drives.
 
     Args:
         templates: A configuration for such a queue.
     """
 
-    title: ClassVar[str] = "the queue"
-    settings_command: ClassVar[Sequence[str]] = ()
-    default_template: ClassVar[str | None] = None
-    has_pmi_modes: ClassVar[bool] = False
-    name = title
-    array_limit = 1
-    has_dependencies = False
-    waits_for_elements = False
-    element_variables: tuple[str, ...] = ()
-    local_rank_variables: tuple[str, ...] = ()
-    codes_of_the_gone: frozenset[int] = frozenset()
-    cancels_the_gone = False
+    title = "the queue"
+    transient = _TRANSIENT
+    limit = _LIMIT
 
     def __init__(self, templates: Templates) -> None:
-        self._templates = templates
+        super().__init__(templates)
         self._commands = load_commands(templates.queue_type)
         self.id_variables = (_ID_VARIABLES[templates.queue_type],)
         # Grid Engine writes its history every 15 s, unless its administrator sets another time (`flush_time`).
@@ -75,27 +61,6 @@ class PysqaQueue:
     def from_settings(cls, output: str, templates: Templates) -> PysqaQueue:
         """Make the language of a queue; it has no settings to ask for."""
         return cls(templates)
-
-    @staticmethod
-    def command_environment(environ: Mapping[str, str]) -> dict[str, str]:
-        """The environment as it is."""
-        return dict(environ)
-
-    @staticmethod
-    def rank_command(
-        resources: Resources, pmi_mode: str | None, program: Sequence[str], mpiexec: str = "mpiexec"
-    ) -> list[str]:
-        """The mpiexec command: these queues start no ranks themselves."""
-        return mpiexec_command(resources, program, mpiexec)
-
-    @staticmethod
-    def problem_with(folder: str) -> str:
-        """Always empty: no folder is known to be a problem."""
-        return ""
-
-    def handed_on(self, environ: Mapping[str, str]) -> dict[str, str]:
-        """Nothing: the options of the submission hand on the environment."""
-        return {}
 
     @property
     def submit_program(self) -> str:
@@ -107,11 +72,6 @@ class PysqaQueue:
         # Grid Engine accepts no other names.
         name = re.sub(r"[^\w.+-]+|^(?=\d)", "_", batch.name)
         return self._templates.render(replace(batch, name=name))
-
-    def unused(self, batch: Batch) -> list[str]:
-        """Keys that the script does not use, and ``slurm_cmd_args``."""
-        ignored = ["slurm_cmd_args"] if batch.resources.slurm_cmd_args else []
-        return self._templates.unused(batch) + ignored
 
     def submit_command(self, batch: Batch, script_path: str) -> list[str]:
         """The command that submits a call; raises ValueError for an array or dependencies."""
@@ -129,16 +89,10 @@ class PysqaQueue:
         except (ValueError, IndexError) as error:
             raise ValueError(f"the queue printed no job id but {output.strip()!r}.") from error
 
-    def is_transient(self, error_text: str) -> bool:
-        """Whether the queue may accept the command later."""
-        return _TRANSIENT.search(error_text) is not None
-
-    def limit_in(self, error_text: str) -> Limit:
-        """The limit on the number of jobs that a submission was refused for, and whether others share it."""
-        found = _LIMIT.search(error_text)
-        if found is None:
-            return Limit.NONE
-        return Limit.OWN if "user" in found[0] else Limit.SHARED
+    @staticmethod
+    def is_own(refusal: str) -> bool:
+        """Whether the refusal speaks of the user."""
+        return "user" in refusal
 
     def status_command(self, job_ids: Sequence[str]) -> list[str]:
         """The query for the states of all jobs."""
@@ -175,10 +129,6 @@ class PysqaQueue:
         state = "failed" if failed.strip() != "0" or code != "0" else "finished"
         cause = Cause.TIME_LIMIT if failed.strip() == _AT_LIMIT else Cause.NONE
         return JobState(Phase.ENDED, state, reason.strip(), code, found.get("hostname", ""), cause=cause)
-
-    def cause_in(self, output: str) -> Cause:
-        """Always none: these queues write nothing about it into the output."""
-        return Cause.NONE
 
     def cancel_command(self, jobs: Sequence[tuple[str, int | None]]) -> list[str]:
         """The command that cancels jobs."""

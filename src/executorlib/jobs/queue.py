@@ -7,10 +7,13 @@ A `Queue` starts no process and reads no clock. It turns a `Batch` into a script
 from __future__ import annotations
 
 import enum
+import re
 import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from executorlib.jobs.ranks import mpiexec_command
 
 if TYPE_CHECKING:
     from executorlib.jobs.templates import Templates
@@ -180,20 +183,48 @@ def means(noted: str, name: str) -> bool:
     return f"{name} ".startswith(f"{noted} ")
 
 
-class Queue(Protocol):
+class Queue:
     """The language of one kind of batch queue. All that is known about the kind is here; `registry` finds it.
+
+    What a language does not say is as it is for a queue without job arrays, dependencies and ranks of its own.
+
+    Args:
+        templates: The templates of job scripts.
 
     Attributes:
         title: The system's name as long as its settings are not known.
         settings_command: The command that prints a system's settings; empty if there is nothing to ask.
         default_template: The job script of calls that bring no other; None if there is none.
         has_pmi_modes: Whether the system starts ranks itself if a ``pmi_mode`` is given.
+        transient: Found in the error text of a command that may succeed if it is repeated as it is.
+        limit: Found in the error text of a submission that was refused because there are too many jobs.
+        id_variables: The variables that hold a job's id, in the form of `parse_job_id`; the first one that is set
+            counts.
+        element_variables: The variables that hold a job's index in its array.
+        local_rank_variables: The variables in which the system gives a rank's number among the ranks of its node.
+        history_delay: Seconds after a job's end during which `detail_command` may not know of it yet.
+        waits_for_elements: Whether dependencies may name elements of arrays, too, and not only whole jobs.
+        codes_of_the_gone: Exit codes, besides 0, of commands that did everything except for jobs that are gone.
+        cancels_the_gone: Whether `cancel_command` may name jobs that are gone; otherwise it names only those in
+            `parse_status`.
     """
 
     title: ClassVar[str]
-    settings_command: ClassVar[Sequence[str]]
-    default_template: ClassVar[str | None]
-    has_pmi_modes: ClassVar[bool]
+    settings_command: ClassVar[Sequence[str]] = ()
+    default_template: ClassVar[str | None] = None
+    has_pmi_modes: ClassVar[bool] = False
+    transient: ClassVar[re.Pattern[str]]
+    limit: ClassVar[re.Pattern[str]]
+    id_variables: tuple[str, ...]
+    element_variables: tuple[str, ...] = ()
+    local_rank_variables: tuple[str, ...] = ()
+    history_delay = 0.0
+    waits_for_elements = False
+    codes_of_the_gone: frozenset[int] = frozenset()
+    cancels_the_gone = False
+
+    def __init__(self, templates: Templates) -> None:
+        self._templates = templates
 
     @classmethod
     def from_settings(cls, output: str, templates: Templates) -> Queue:
@@ -206,12 +237,12 @@ class Queue(Protocol):
         Raises:
             ImportError: A package that reads the answers is missing; the text says what to do.
         """
-        ...
+        raise NotImplementedError
 
     @staticmethod
     def command_environment(environ: Mapping[str, str]) -> dict[str, str]:
         """Make the environment of the queue's commands from that of this process."""
-        ...
+        return dict(environ)
 
     @staticmethod
     def rank_command(
@@ -225,74 +256,39 @@ class Queue(Protocol):
             program: Program and arguments.
             mpiexec: The path or name of the MPI library's own `mpiexec`.
         """
-        ...
+        return mpiexec_command(resources, program, mpiexec)
 
     @staticmethod
     def problem_with(folder: str) -> str:
         """Why jobs cannot write their output files into a folder, as the end of a sentence; empty if they can."""
-        ...
+        return ""
 
     @property
     def submit_program(self) -> str:
         """The command that submits a script; without it, nothing can be submitted from here."""
-        ...
+        raise NotImplementedError
 
     @property
     def name(self) -> str:
         """The system's name, as for `JobSystem.name`."""
-        ...
+        return self.title
 
     @property
     def array_limit(self) -> int:
         """Most calls in one batch; 1 for a queue without job arrays."""
-        ...
-
-    @property
-    def id_variables(self) -> tuple[str, ...]:
-        """The variables that hold a job's id, in the form of `parse_job_id`; the first one that is set counts."""
-        ...
-
-    @property
-    def element_variables(self) -> tuple[str, ...]:
-        """The variables that hold a job's index in its array; empty without job arrays."""
-        ...
-
-    @property
-    def local_rank_variables(self) -> tuple[str, ...]:
-        """The variables in which the system gives a rank's number among the ranks of its node."""
-        ...
-
-    @property
-    def history_delay(self) -> float:
-        """Seconds after a job's end during which `detail_command` may not know of it yet."""
-        ...
+        return 1
 
     @property
     def has_dependencies(self) -> bool:
         """Whether the queue takes care of `Batch.dependencies`; otherwise the session waits for inputs first."""
-        ...
-
-    @property
-    def waits_for_elements(self) -> bool:
-        """Whether dependencies may name elements of arrays, too, and not only whole jobs."""
-        ...
-
-    @property
-    def codes_of_the_gone(self) -> frozenset[int]:
-        """Exit codes, besides 0, of commands that did everything except for jobs that are gone."""
-        ...
-
-    @property
-    def cancels_the_gone(self) -> bool:
-        """Whether `cancel_command` may name jobs that are gone; otherwise it names only those in `parse_status`."""
-        ...
+        return False
 
     def handed_on(self, environ: Mapping[str, str]) -> dict[str, str]:
         """The variables of this process that jobs get, unless they have variables of these names already.
 
         Empty for a queue that hands on the environment by itself. They are kept in a file that only the user can read.
         """
-        ...
+        return {}
 
     def script(self, batch: Batch) -> str:
         """Render the job script.
@@ -301,11 +297,12 @@ class Queue(Protocol):
             ValueError: The template cannot be rendered, or the values do not fit the queue.
             ImportError: pysqa is not installed; the text says what to do.
         """
-        ...
+        raise NotImplementedError
 
     def unused(self, batch: Batch) -> list[str]:
         """The keys of ``resource_dict`` that are set and have no effect with this template, for a warning."""
-        ...
+        ignored = ["slurm_cmd_args"] if batch.resources.slurm_cmd_args else []
+        return self._templates.unused(batch) + ignored
 
     def submit_command(self, batch: Batch, script_path: str) -> list[str]:
         """The command that submits the script.
@@ -313,7 +310,7 @@ class Queue(Protocol):
         Raises:
             ValueError: The user's options contradict ours.
         """
-        ...
+        raise NotImplementedError
 
     def parse_job_id(self, output: str) -> str:
         """Read the job's id from the standard output of the submission.
@@ -321,19 +318,27 @@ class Queue(Protocol):
         Raises:
             ValueError: It has no id.
         """
-        ...
+        raise NotImplementedError
 
     def is_transient(self, error_text: str) -> bool:
         """Whether a command that failed with this text may succeed if it is repeated as it is."""
-        ...
+        return self.transient.search(error_text) is not None
 
     def limit_in(self, error_text: str) -> Limit:
         """The limit on the number of jobs because of which a submission failed with this text, if any."""
-        ...
+        found = self.limit.search(error_text)
+        if found is None:
+            return Limit.NONE
+        return Limit.OWN if self.is_own(found[0]) else Limit.SHARED
+
+    @staticmethod
+    def is_own(refusal: str) -> bool:
+        """Whether only the user's own jobs count under the limit that was found in an error text."""
+        raise NotImplementedError
 
     def status_command(self, job_ids: Sequence[str]) -> list[str]:
         """The query for the states of all these jobs."""
-        ...
+        raise NotImplementedError
 
     def parse_status(self, output: str, job_ids: Sequence[str]) -> dict[tuple[str, int | None], JobState]:
         """Read states by job id and array index (0 for a plain job). Jobs that the queue no longer knows are absent.
@@ -345,15 +350,15 @@ class Queue(Protocol):
         Raises:
             ValueError: The output is incomplete, so that jobs absent from it need not be gone.
         """
-        ...
+        raise NotImplementedError
 
     def detail_command(self, job_id: str, index: int | None) -> list[str]:
         """The query that tells how one job ended; empty if the queue has no such query."""
-        ...
+        return []
 
     def parse_detail(self, output: str) -> JobState | None:
         """Read how the job of `detail_command` ended; None if the queue does not know it (any more)."""
-        ...
+        return None
 
     def cause_in(self, output: str) -> Cause:
         """Why a job ended, if the queue tells that only in the job's output.
@@ -361,8 +366,8 @@ class Queue(Protocol):
         Args:
             output: The end of the output.
         """
-        ...
+        return Cause.NONE
 
     def cancel_command(self, jobs: Sequence[tuple[str, int | None]]) -> list[str]:
         """The command that cancels jobs, or elements of job arrays; the index None stands for the whole job."""
-        ...
+        raise NotImplementedError

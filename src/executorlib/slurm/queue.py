@@ -10,9 +10,9 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
-from executorlib.jobs.queue import Batch, Cause, Dependency, JobState, Limit, Phase
+from executorlib.jobs.queue import Batch, Cause, Dependency, JobState, Phase, Queue
 from executorlib.jobs.ranks import mpiexec_command
 from executorlib.jobs.templates import Templates
 
@@ -216,8 +216,8 @@ def _mpiexec_environment(resources: Resources) -> list[str]:
     return ["-u", "SLURM_GPUS_PER_TASK", "-u", "SLURM_TRES_PER_TASK", f"SLURM_GPUS={gpus}"]
 
 
-class SlurmQueue:
-    """Slurm, with the interface `queue.Queue`.
+class SlurmQueue(Queue):
+    """Slurm.
 
     Args:
         settings: The settings of the cluster.
@@ -225,25 +225,25 @@ class SlurmQueue:
         user: Number of the user whose jobs are queried; None is the user of this process.
     """
 
-    title: ClassVar[str] = "Slurm"
-    settings_command: ClassVar[Sequence[str]] = SETTINGS_COMMAND
-    default_template: ClassVar[str | None] = DEFAULT_TEMPLATE
-    has_pmi_modes: ClassVar[bool] = True
+    title = "Slurm"
+    settings_command = SETTINGS_COMMAND
+    default_template = DEFAULT_TEMPLATE
+    has_pmi_modes = True
+    transient = _TRANSIENT
+    limit = _LIMIT
     has_dependencies = True
     waits_for_elements = True
-    history_delay = 0.0
     id_variables = ("SLURM_ARRAY_JOB_ID", "SLURM_JOB_ID")
     element_variables = ("SLURM_ARRAY_TASK_ID",)
     local_rank_variables = ("SLURM_LOCALID",)
-    codes_of_the_gone: frozenset[int] = frozenset()
     cancels_the_gone = True
     submit_program = "sbatch"
 
     def __init__(
         self, settings: Settings | None = None, templates: Templates | None = None, user: int | None = None
     ) -> None:
+        super().__init__(templates or Templates(DEFAULT_TEMPLATE))
         self._settings = settings or Settings()
-        self._templates = templates or Templates(DEFAULT_TEMPLATE)
         self._user = os.geteuid() if user is None else user
 
     @classmethod
@@ -267,10 +267,6 @@ class SlurmQueue:
     def problem_with(folder: str) -> str:
         """The reason if there is a backslash in the path."""
         return "has a backslash in its path, and Slurm starts no job array with output files there" * ("\\" in folder)
-
-    def handed_on(self, environ: Mapping[str, str]) -> dict[str, str]:
-        """Nothing: `sbatch` hands on the environment."""
-        return {}
 
     @property
     def name(self) -> str:
@@ -323,16 +319,10 @@ class SlurmQueue:
             raise ValueError(f"sbatch printed no job id but {output.strip()!r}.")
         return str(found[-1])
 
-    def is_transient(self, error_text: str) -> bool:
-        """Whether the controller may accept the command later."""
-        return _TRANSIENT.search(error_text) is not None
-
-    def limit_in(self, error_text: str) -> Limit:
-        """The limit on the number of jobs that sbatch was refused for, and whether others share it."""
-        found = _LIMIT.search(error_text)
-        if found is None:
-            return Limit.NONE
-        return Limit.SHARED if _LIMIT_OF_ALL.search(found[0]) else Limit.OWN
+    @staticmethod
+    def is_own(refusal: str) -> bool:
+        """Whether the refusal names no limit that all users share."""
+        return _LIMIT_OF_ALL.search(refusal) is None
 
     def status_command(self, job_ids: Sequence[str]) -> list[str]:
         """The squeue command for all jobs of the user.
