@@ -23,7 +23,7 @@ import pytest
 import zmq
 
 from conftest import Scripts, end_group
-from contract.functions import alive, wait_for, wait_until_gone
+from contract.functions import alive, put, wait_for, wait_until_gone
 from executorlib import serialize
 from executorlib.launchers.contract import Events
 from executorlib.transports import address, curve, dealer, router, zeromq
@@ -774,7 +774,7 @@ def test_a_busy_remote_worker_ends_with_its_executor(worker: Remote, tmp_path: P
 
     def hold(path: str) -> None:
         with subprocess.Popen(["sleep", "1000"]) as child:
-            Path(path).write_text(str(child.pid))
+            put(path, str(child.pid))
 
     worker.set_up()
     worker.send(["call", 9, 1, {"new": [1], "now": True}], call_frames(hold, str(tmp_path / "pid")))
