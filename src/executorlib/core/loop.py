@@ -28,16 +28,16 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from pickle import PicklingError
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any
 
 from executorlib import serialize
 from executorlib.cache import unpickle
 from executorlib.core.block import BlockScheduler
 from executorlib.core.fresh import FreshScheduler
+from executorlib.core.lookup import EqualCalls, Lookup
 from executorlib.core.scheduler import Effect, Fail, Kill, Launch, LookUp, Recall, Scheduler, Send, Stop, Worker
 from executorlib.core.task import CANCELLED, FAILED, LAUNCHING, RUNNING, CallFuture, Task
 from executorlib.errors import (
-    CHANGED_CALL,
     ExecutorlibSocketError,
     RemoteTraceback,
     TimeLimitError,
@@ -65,12 +65,8 @@ from executorlib.launchers.session import settings
 from executorlib.poller import Poller
 from executorlib.resources import Demand, Resources
 from executorlib.serialize import Frame
-from executorlib.worker.call import named_inputs, traceback_text
+from executorlib.worker.call import traceback_text
 from executorlib.worker.protocol import PERMIT
-
-if TYPE_CHECKING:
-    from executorlib.keys.fingerprint import Key
-    from executorlib.keys.sources import Reached
 
 logger = logging.getLogger("executorlib")
 
@@ -138,21 +134,6 @@ class _Cancelled:
         self._loop.post(self._loop.on_cancelled, self._task)
 
 
-class _Seen:
-    """What the user's code was found to be, remembered for one `Loop._decide`.
-
-    Attributes:
-        reached: What calls reach in modules.
-        init: Name of the key of the init function; empty before it is derived.
-    """
-
-    __slots__ = ("init", "reached")
-
-    def __init__(self) -> None:
-        self.reached: Reached = {}
-        self.init = ""
-
-
 class Loop(Poller, JobEvents):
     """Runs the calls of one executor, from `start` on.
 
@@ -187,13 +168,13 @@ class Loop(Poller, JobEvents):
         # Nothing here may need to be freed: a Ctrl-C can strike at any line. See `start`.
         self._number = next(_loop_numbers)
         self._jobs = jobs
-        self._cache_versions = cache_versions
         self._log_records = log_records
         self.scheduler: Scheduler = scheduler
         self._ledger = scheduler.ledger
         self._block = scheduler if isinstance(scheduler, BlockScheduler) else None
         self._block_resources = block_resources
-        self._init_function = init_function
+        self._lookup = Lookup(init_function, cache_versions, block=self._block is not None)
+        self._equal_calls = EqualCalls()
         self._pin = pin
         self._log_sizes = log_sizes
         self._next_number = 1
@@ -203,7 +184,6 @@ class Loop(Poller, JobEvents):
         self._refusal = ""  # why submit is refused
         self._inbox: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
         self._sleeping = False
-        self._seen: _Seen | None = None
         self._settled = False  # whether the scheduler has decided about all events that it was given
         self._closing = False
         self._tasks: dict[int, Task] = {}
@@ -220,10 +200,8 @@ class Loop(Poller, JobEvents):
         self._piece_counter = itertools.count(1)
         self._known_pieces: dict[int, dict[int, int]] = {}  # for each worker: number and size of its pieces
         self._real_paths: dict[str, str] = {}
-        self._changed_functions: set[str] = set()  # functions whose calls were changed between look-up and run
         self._deadlines: dict[int, tuple[float, int]] = {}  # by worker: when its call's time is over, and which call
         self._deadline = Timer(self, self._on_deadline)
-        self._equal_calls: dict[str, list[Task]] = {}  # by file in the cache: the call that runs, then those waiting
         self._pid = os.getpid()
         self._make_launcher = make_launcher
         self._wake_read = self._wake_write = -1
@@ -557,12 +535,12 @@ class Loop(Poller, JobEvents):
         files: a user who changed a file and then submitted did so before this. Calls that are submitted from now on
         wait in the inbox for the next decision, which looks again.
         """
-        self._seen = _Seen()
+        self._lookup.remember()
         try:
             for effect in self.scheduler.take_effects():
                 self._carry_out(effect)
         finally:
-            self._seen = None
+            self._lookup.forget()
 
     def _wait(self) -> None:
         """Sleep until something happens, and handle it.
@@ -745,75 +723,31 @@ class Loop(Poller, JobEvents):
         return [self._tasks[number] for number in numbers if number in self._tasks]
 
     def _look_up(self, task: Task, may_wait: bool = True) -> None:
-        from executorlib.cache import entries
-        from executorlib.keys import distributions
-
         self._settled = False
         try:
-            directory = self._identify(task)
-            assert task.cache_path is not None
-            output = entries.read_output(task.cache_path, directory)
+            output = self._lookup.find(task, self._identify(task))
         except BaseException as error:
             self._fail(task, contained(error, f"pickling the arguments of {task.name}", PicklingError))
             return
-        if output is None:
-            if self._jobs or not may_wait or not self._waits_for_equal(task):
-                self.scheduler.on_missed(task)
-        else:
-            if task.key is not None and self._cache_versions == "warn":
-                distributions.tell_of_others(output.versions, task.key.versions, directory)
+        if output is not None:
             self.scheduler.on_found(task)
             self._conclude(task, output.value, output.error)
-
-    def _key_of(self, task: Task) -> Key:
-        try:
-            return self._key(*self._named_inputs(task))
-        except TypeError as error:
-            self._refuse_without_key(task, error)
-
-    def _refuse_without_key(self, task: Task, error: TypeError) -> NoReturn:
-        """Raise the error that says why a call has no key, and what to do."""
-        call = self._by_names(task)
-        # Deriving a key asks objects for their pickled state, which futures and executors refuse to give.
-        hidden = misplaced(*call)
-        if hidden:
-            raise advise_unpicklable(error, task.number, task.name, hidden)
-        if not _can_be_pickled(call):  # a name for its entry would be of no use
-            advice = (
-                "It could not be sent to a worker either: create such objects (open files, locks, connections) inside "
-                "the function instead."
-            )
-        elif self._block is not None:
-            advice = "A block takes no cache_key for its calls: do without that object, or without cache_directory."
-        else:
-            advice = 'Name the cache entry yourself with resource_dict={"cache_key": "..."}, or do without that object.'
-        raise TypeError(f"{error} {advice}") from error.__cause__
-
-    def _key(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Key:
-        """Derive the key of a function with inputs."""
-        from executorlib.keys import fingerprint
-
-        reached = None if self._seen is None else self._seen.reached
-        return fingerprint.key_of(fn, args, kwargs, by_version=self._cache_versions == "key", reached=reached)
+        elif self._jobs or not may_wait or not self._equal_calls.join(task):
+            self.scheduler.on_missed(task)
 
     def _identify(self, task: Task) -> str:
-        """Derive a call's key from its present state, and name its entry by that; returns the cache directory.
-
-        The key is only for the look-up. What runs is what is pickled later, so its result is stored under the key that
-        the worker derives from that (`worker.entry`).
-        """
-        from executorlib.cache import entries
-
-        resources = task.resources
-        directory = resources.cache_directory
+        """Name a call's entry by the call's present state; returns the cache directory."""
+        directory = task.resources.cache_directory
         assert directory is not None
+        args, kwargs = task.args, task.kwargs
         if self._jobs:
             directory = self._real_path(directory)
             # The call must not keep the results of the jobs it depends on in memory.
-            task.args, task.kwargs = fill_in(task.args, _by_name), fill_in(task.kwargs, _by_name)
-        key = task.key = None if resources.cache_key else self._key_of(task)
-        name = key.name if key is not None else str(resources.cache_key)
-        task.cache_path = str(entries.entry_path(directory, name, "o"))
+            args = task.args = fill_in(args, _by_name)
+            kwargs = task.kwargs = fill_in(kwargs, _by_name)
+            # The name of the call that makes a result is known before the result is.
+            args, kwargs = fill_in(args, _name_of_input), fill_in(kwargs, _name_of_input)
+        name = self._lookup.identify(task, directory, args, kwargs)
         if self._jobs and isinstance(task.future, CallFuture):
             task.future.stored.call.key, task.future.stored.call.path = name, task.cache_path
         return directory
@@ -824,13 +758,6 @@ class Loop(Poller, JobEvents):
         if found is None:
             found = self._real_paths[directory] = os.path.realpath(directory)
         return found
-
-    def _waits_for_equal(self, task: Task) -> bool:
-        """Whether to wait for an equal call, whose result will be in the cache. If not, others wait for this one."""
-        assert task.cache_path is not None
-        equal = self._equal_calls.setdefault(task.cache_path, [])
-        equal.append(task)
-        return len(equal) > 1
 
     def _on_equal_over(self, task: Task) -> None:
         if not task.over:
@@ -860,37 +787,6 @@ class Loop(Poller, JobEvents):
         self._identify(task)
         return task.cache_path != before
 
-    def _named_inputs(self, task: Task) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
-        """Everything that the key depends on: function, inputs, and settings that change the result."""
-        fn, args, kwargs = self._by_names(task)
-        return fn, args, named_inputs(kwargs, task.resources.cores, self._init_name())
-
-    def _init_name(self) -> str:
-        """Name of the key of the init function; empty if there is none."""
-        if self._init_function is None:
-            return ""
-        if self._seen is not None and self._seen.init:
-            return self._seen.init
-        try:
-            name = self._key(self._init_function, (), {}).name
-        except TypeError as error:
-            raise TypeError(
-                "the results of this executor cannot be kept in its cache_directory, as they depend on its "
-                f"init_function, which has no key: {error}"
-            ) from error
-        if self._seen is not None:
-            self._seen.init = name
-        return name
-
-    def _by_names(self, task: Task) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
-        """A call's function and inputs, with results of other jobs replaced by their names."""
-        assert task.fn is not None
-        args, kwargs = task.args, task.kwargs
-        if self._jobs:
-            # The name of the call that makes the result is known before the result is.
-            args, kwargs = fill_in(args, _name_of_input), fill_in(kwargs, _name_of_input)
-        return task.fn, args, kwargs
-
     # -- launcher events ----------------------------------------------------------------------------------------------
 
     def on_connected(self, process: Process) -> None:
@@ -918,12 +814,13 @@ class Loop(Poller, JobEvents):
         transport = process.transport
         assert transport is not None
         frames: list[Frame] = []
-        if self._init_function is not None:
+        init_function = self._lookup.init_function
+        if init_function is not None:
             try:
-                frames = serialize.dumps(self._init_function)
+                frames = serialize.dumps(init_function)
                 if resources.cache_directory is not None and resources.cache_key is None:
                     with contextlib.suppress(TypeError):  # the look-up of each call reports it
-                        key = self._key(self._init_function, (), {})
+                        key = self._lookup.key(init_function, (), {})
                         setup["init_key"] = key[:-1]
                         frames = [key.sources, *frames]
             except BaseException as error:
@@ -1108,7 +1005,7 @@ class Loop(Poller, JobEvents):
     def _resolve(self, task: Task, header: list[Any], frames: list[Frame]) -> None:
         kind, _, _, text, more = header
         if "other" in more:
-            self._tell_of_change(task)
+            self._lookup.tell_of_change(task)
         if kind == "error":
             self._conclude(task, None, self._load_error(frames, text, task.name))
             return
@@ -1125,12 +1022,6 @@ class Loop(Poller, JobEvents):
             self._conclude(task, None, contained(error, f"{call}: unpickling the result of the function"))
             return
         self._conclude(task, value, None)
-
-    def _tell_of_change(self, task: Task) -> None:
-        """What ran is not what was looked up. Warn once for each function, since it may concern every call."""
-        if task.name not in self._changed_functions:
-            self._changed_functions.add(task.name)
-            logger.warning("call %d of %s: %s", task.number, task.name, CHANGED_CALL)
 
     def _loads(self, frames: list[Frame]) -> Any:
         # Another session may have made the job.
@@ -1181,10 +1072,8 @@ class Loop(Poller, JobEvents):
 
     def _drop(self, task: Task) -> None:
         self._tasks.pop(task.number, None)
-        equal = self._equal_calls.get(task.cache_path or "")
-        if equal and equal[0] is task and task.cache_path is not None:
-            del self._equal_calls[task.cache_path]
-            for other in equal[1:]:
+        if task.cache_path is not None:
+            for other in self._equal_calls.leave(task):
                 self.post(self._on_equal_over, other)
         if isinstance(task.future, CallFuture):
             task.future.on_cancel = None
@@ -1227,7 +1116,7 @@ class Loop(Poller, JobEvents):
             os.close(self._wake_read)
             os.close(self._wake_write)
             self._function_pickler.clear()
-            self._init_function = None
+            self._lookup.close()
             if not self._ended_by:  # otherwise the user ended the calls, and knows
                 self._failures.tell()
             _loops.discard(self)
@@ -1265,14 +1154,6 @@ def _load_ranks(frames: list[Frame], counts: list[int]) -> list[Any]:
     """The results of all ranks; ``counts`` tells how many frames each rank has sent."""
     each = iter(frames)
     return [serialize.loads(list(itertools.islice(each, count))) for count in counts]
-
-
-def _can_be_pickled(obj: object) -> bool:
-    try:
-        serialize.dumps(obj)
-    except BaseException:  # whatever the user's objects raise
-        return False
-    return True
 
 
 def _cancel(cancel: Callable[[], object], future: Future[Any]) -> bool:
