@@ -21,13 +21,15 @@ from executorlib.core import imports
 from executorlib.core.block import BlockScheduler
 from executorlib.core.fresh import FreshScheduler
 from executorlib.core.ledger import Ledger
+from executorlib.core.lookup import Lookup
 from executorlib.core.loop import Loop, running_loops
+from executorlib.core.sending import Delivery, Messages
 from executorlib.core.task import CallFuture, function_name
 from executorlib.errors import EXECUTOR_ADVICE
 from executorlib.futures import unasked
 from executorlib.futures.derived import batched
 from executorlib.futures.inputs import find_futures_in_call
-from executorlib.launchers.contract import JobEvents, Launcher
+from executorlib.launchers.contract import Events, Launcher
 from executorlib.options import positive
 from executorlib.resources import Demand, Resources, check_cache_key, whole_number
 from executorlib.worker.function import Function
@@ -74,7 +76,8 @@ class BaseExecutor(Executor):
         max_calls: Most calls handed out at once in the default mode; None for all.
         pin: Whether workers are pinned to the cores that they hold.
         settings: Further settings for `info`, besides those of all rows.
-        jobs: Whether calls become jobs of a queuing system, which go on without the executor.
+        entries: How calls travel if they become jobs of a queuing system, which go on without the executor; None if
+            workers run them.
     """
 
     _loop: Loop | None = None
@@ -86,7 +89,7 @@ class BaseExecutor(Executor):
         self,
         common: Common,
         *,
-        make_launcher: Callable[[JobEvents], Launcher],
+        make_launcher: Callable[[Events], Launcher],
         ledger: Ledger,
         capacity: Ledger | None,
         count_cores: bool,
@@ -94,9 +97,10 @@ class BaseExecutor(Executor):
         max_calls: int | None,
         pin: bool,
         settings: dict[str, Any],
-        jobs: bool = False,
+        entries: Delivery | None = None,
     ) -> None:
         resources, block = common.resources, common.block
+        jobs = entries is not None
         if jobs and common.log_records:
             raise ValueError(
                 f"{type(self).__name__}: log_records=True cannot be honoured for calls that are jobs: they go on "
@@ -132,14 +136,16 @@ class BaseExecutor(Executor):
         loop = self._loop = Loop(
             scheduler,
             make_launcher,
+            entries
+            or Messages(
+                Lookup(common.init_function, common.cache_versions, block),
+                pin=pin,
+                log_sizes=common.log_sizes,
+                log_records=common.log_records,
+            ),
             block_resources=resources if block else None,
-            init_function=common.init_function,
-            pin=pin,
             log_sizes=common.log_sizes,
             name=f"executorlib-{next(_executor_numbers)}",
-            jobs=jobs,
-            cache_versions=common.cache_versions,
-            log_records=common.log_records,
         )
         # An executor that is dropped without shutdown finishes its calls and ends. The loop has no reference to it.
         weakref.finalize(self, loop.shutdown, False).atexit = False

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from contract.functions import CustomError, Gate, add, fail, lines, numbered, record
-from executorlib.core import loop
+from executorlib.core import sending
 
 WAIT = 30
 block = pytest.mark.rows(block=True)
@@ -34,12 +34,13 @@ def test_worker_number_without_a_block(executor: Any) -> None:
     assert [executor.submit(number).result(WAIT) for _ in range(2)] == [0, 0]
 
 
+@pytest.mark.rows(jobs=False)
 def test_few_pickles_of_functions_are_kept(
     make_executor: Callable[..., Any], row: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By number and by bytes: functions may hold data. Where a worker runs one call, none are."""
-    monkeypatch.setattr(loop, "_PIECE_BYTES_PER_WORKER", 20_000)
-    monkeypatch.setattr(loop, "_DIGEST_BYTES", 5_000)
+    monkeypatch.setattr(sending, "_PIECE_BYTES_PER_WORKER", 20_000)
+    monkeypatch.setattr(sending, "_DIGEST_BYTES", 5_000)
 
     def holding(data: bytes) -> Callable[[], int]:
         return lambda: len(data)
@@ -50,8 +51,8 @@ def test_few_pickles_of_functions_are_kept(
         for _ in range(2):
             assert [executor.submit(function).result(WAIT) for function in functions] == sizes
         # The executor's record of what workers keep.
-        kept = executor._loop._known_pieces
-        keys = executor._loop._piece_numbers
+        kept = executor._loop._delivery._known_pieces
+        keys = executor._loop._delivery._piece_numbers
         assert len(keys) == (5 if row.block else 0)
         assert all(len(key) <= 5_000 for key in keys)
         assert all(sum(known.values()) <= 30_000 + 1_000 for known in kept.values())

@@ -15,7 +15,7 @@ import pytest
 
 from contract.changing import Changing, Counting, see
 from contract.functions import Gate, files, identity, lines, record
-from executorlib.core import loop
+from executorlib.core import sending
 from executorlib.keys import sources
 
 WAIT = 50
@@ -294,14 +294,14 @@ def test_what_is_known_of_modules_is_sent_once(
     pieces: int,
 ) -> None:
     """One function, and what is known of it with arguments of either kind; or less at a time."""
-    monkeypatch.setattr(loop, "_PIECES_PER_WORKER", most)
+    monkeypatch.setattr(sending, "_PIECES_PER_WORKER", most)
     for expected in ([pieces] if row.block else [], []):  # the second session finds all results
         with make_executor(cache_directory=store, max_workers=1) as executor:
             for number in range(3):
                 for value in (number, Text(number)):
                     assert executor.submit(record, log, value).result(WAIT) == value
             # The executor's record of what workers keep.
-            assert [len(known) for known in executor._loop._known_pieces.values()] == expected
+            assert [len(known) for known in executor._loop._delivery._known_pieces.values()] == expected
             assert lines(log) == ["0", "0", "1", "1", "2", "2"]
 
 

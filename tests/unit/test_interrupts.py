@@ -17,7 +17,9 @@ import pytest
 from contract.functions import until
 from executorlib.core.fresh import FreshScheduler
 from executorlib.core.ledger import Ledger, Node
+from executorlib.core.lookup import Lookup
 from executorlib.core.loop import Loop, running_loops
+from executorlib.core.sending import Messages
 from executorlib.core.task import CallFuture
 from executorlib.futures.lean import LeanFuture
 from executorlib.launchers.contract import Events, Exit, Process
@@ -197,9 +199,8 @@ def make_loop(make_launcher: Callable[[Events], Any] = Launcher) -> Loop:
     return Loop(
         FreshScheduler(Ledger([Node("n", range(1), [])])),
         make_launcher,
+        Messages(Lookup()),
         block_resources=None,
-        init_function=None,
-        pin=False,
         log_sizes=False,
         name="tested",
     )

@@ -135,7 +135,7 @@ def launched(
     worker.calls.append(task)
     process = Process(worker, resources, single=True)
     if launcher is None:
-        launcher = JobLauncher(events, system, lambda _resources, program: program, False)
+        launcher = JobLauncher(events, events, system, lambda _resources, program: program, False)
         launcher.prepare()
     launcher.launch(process)
     return launcher, task, process
@@ -156,6 +156,8 @@ def test_result_that_is_there_before_the_call_was_told_that_it_runs(events: Even
     assert events.told == ["connected"]
     task.move(RUNNING)
     process.transport.flush()
+    assert events.told == ["connected"], "nothing comes back while it is sent"
+    events.run_timers()
     assert events.told == ["connected", "result", "exit"]
 
 
@@ -831,7 +833,11 @@ def ends(folder: Path, events: Events, monkeypatch: pytest.MonkeyPatch, fault: i
     with monkeypatch.context() as patch:
         faults = Faults(patch, fault)
         launcher = JobLauncher(
-            cast("Any", events), cast("Any", Queue(folder)), lambda _resources, program: program, False
+            cast("Any", events),
+            cast("Any", events),
+            cast("Any", Queue(folder)),
+            lambda _resources, program: program,
+            False,
         )
         processes = []
         for number, key in enumerate(("works", "dies", "submitted", "again", "unknown", "cancelled"), 1):
@@ -967,6 +973,8 @@ def test_results_are_not_kept_by_what_comes_after(events: Events, tmp_path: Path
     task.move(RUNNING)
     assert process.transport is not None
     process.transport.flush()
+    assert events.told == ["connected"], "nothing comes back while it is sent"
+    events.run_timers()
     assert events.told == ["connected", "result", "exit"]
     process.transport = system.answer = None
     events.timers.clear()

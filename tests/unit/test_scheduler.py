@@ -28,8 +28,10 @@ from executorlib.core import fresh as core_fresh
 from executorlib.core.block import LOOKAHEAD_SECONDS, MAX_LOOKAHEAD, BlockScheduler
 from executorlib.core.fresh import OVERTAKEN_PER_CORE, FreshScheduler
 from executorlib.core.ledger import Allocation, Ledger, Node
+from executorlib.core.lookup import Lookup
 from executorlib.core.loop import Loop
 from executorlib.core.scheduler import Effect, Fail, Kill, Launch, LookUp, Recall, Send, Stop, Worker
+from executorlib.core.sending import Messages
 from executorlib.core.task import CANCELLED, DONE, FAILED, LAUNCHING, READY, RUNNING, WAITING, CallFuture, Task
 from executorlib.errors import ExecutorlibSocketError
 from executorlib.jobs.executor import QueueExecutor
@@ -1911,9 +1913,8 @@ def loop_with(
     loop = Loop(
         scheduler or FreshScheduler(Ledger([node(1)])),
         make,
+        Messages(Lookup()),
         block_resources=Resources() if isinstance(scheduler, BlockScheduler) else None,
-        init_function=None,
-        pin=False,
         log_sizes=False,
         name="tested",
     )

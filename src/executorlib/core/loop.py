@@ -31,11 +31,10 @@ from pickle import PicklingError
 from typing import Any
 
 from executorlib import serialize
-from executorlib.cache import unpickle
 from executorlib.core.block import BlockScheduler
 from executorlib.core.fresh import FreshScheduler
-from executorlib.core.lookup import EqualCalls, Lookup
 from executorlib.core.scheduler import Effect, Fail, Kill, Launch, LookUp, Recall, Scheduler, Send, Stop, Worker
+from executorlib.core.sending import Delivery
 from executorlib.core.task import CANCELLED, FAILED, LAUNCHING, RUNNING, CallFuture, Task
 from executorlib.errors import (
     ExecutorlibSocketError,
@@ -47,21 +46,11 @@ from executorlib.errors import (
     with_source_lines,
 )
 from executorlib.futures.derived import when_done
-from executorlib.futures.inputs import (
-    Stored,
-    StoredCall,
-    StoredFuture,
-    failed_call,
-    fill_in,
-    input_error,
-    misplaced,
-    stored,
-)
+from executorlib.futures.inputs import failed_call, input_error, misplaced
 from executorlib.futures.locks import Event, RLock
 from executorlib.futures.unasked import Failures, Record
 from executorlib.launchers import streams
-from executorlib.launchers.contract import Exit, JobEvents, Launcher, Process, Timer, has_stack, tail_text
-from executorlib.launchers.session import settings
+from executorlib.launchers.contract import Events, Exit, Launcher, Process, Timer, has_stack, tail_text
 from executorlib.poller import Poller
 from executorlib.resources import Demand, Resources
 from executorlib.serialize import Frame
@@ -69,13 +58,6 @@ from executorlib.worker.call import traceback_text
 from executorlib.worker.protocol import PERMIT
 
 logger = logging.getLogger("executorlib")
-
-# Limits for what one worker of a block keeps: pickles of functions, and what is known about their sources. Beyond them
-# the worker forgets all, and pieces are sent again.
-_PIECES_PER_WORKER = 256
-_PIECE_BYTES_PER_WORKER = 256 * 1024 * 1024
-# Pickles larger than this are identified by their digest, so that they need not be kept here.
-_DIGEST_BYTES = 256 * 1024
 
 # Seconds between SIGINT, SIGTERM or the end of a time limit and SIGKILL: time to tidy up.
 _GRACE_SECONDS = 2.0
@@ -89,9 +71,6 @@ _LOOK_SECONDS, _MOST_LOOKS = 0.02, 25
 
 # What to call the cause when all workers were sent this signal.
 _ENDED_BY = {signal.SIGKILL: "kill_workers()", signal.SIGTERM: "terminate_workers()", signal.SIGINT: "Ctrl-C"}
-
-
-_loop_numbers = itertools.count()
 
 
 class _InputDone:
@@ -134,48 +113,34 @@ class _Cancelled:
         self._loop.post(self._loop.on_cancelled, self._task)
 
 
-class Loop(Poller, JobEvents):
+class Loop(Poller, Events):
     """Runs the calls of one executor, from `start` on.
 
     Args:
         scheduler: Decides what happens.
         make_launcher: Given the loop, makes the launcher that starts workers.
+        delivery: How calls travel.
         block_resources: Resources of each worker of a block; None if every call has a worker of its own.
-        init_function: Runs once in every worker of a block.
-        pin: Whether to pin workers to the cores of their allocation.
-        log_sizes: Whether to log the size of each message.
+        log_sizes: Whether to log the size of each result.
         name: Name of the thread.
-        jobs: Whether calls become jobs: they travel as files of the cache directory, need not wait for inputs that are
-            jobs, too, and go on when the executor is left.
-        cache_versions: As in `options.Common`.
-        log_records: As in `options.Common`.
     """
 
     def __init__(
         self,
         scheduler: FreshScheduler | BlockScheduler,
-        make_launcher: Callable[[JobEvents], Launcher],
+        make_launcher: Callable[[Events], Launcher],
+        delivery: Delivery,
         *,
         block_resources: Resources | None,
-        init_function: Callable[[], dict[str, Any]] | None,
-        pin: bool,
         log_sizes: bool,
         name: str,
-        jobs: bool = False,
-        cache_versions: str = "warn",
-        log_records: bool = False,
     ) -> None:
         # Nothing here may need to be freed: a Ctrl-C can strike at any line. See `start`.
-        self._number = next(_loop_numbers)
-        self._jobs = jobs
-        self._log_records = log_records
+        self._delivery = delivery
         self.scheduler: Scheduler = scheduler
         self._ledger = scheduler.ledger
         self._block = scheduler if isinstance(scheduler, BlockScheduler) else None
         self._block_resources = block_resources
-        self._lookup = Lookup(init_function, cache_versions, block=self._block is not None)
-        self._equal_calls = EqualCalls()
-        self._pin = pin
         self._log_sizes = log_sizes
         self._next_number = 1
         self._last_posted = 0  # number of the last call that was put into the inbox
@@ -195,11 +160,6 @@ class Loop(Poller, JobEvents):
         self._ended_by = ""  # what has ended all workers
         self._soon: list[Callable[[], None]] = []
         self._failures = Failures()
-        self._function_pickler = serialize.FunctionPickler()
-        self._piece_numbers: dict[bytes, int] = {}
-        self._piece_counter = itertools.count(1)
-        self._known_pieces: dict[int, dict[int, int]] = {}  # for each worker: number and size of its pieces
-        self._real_paths: dict[str, str] = {}
         self._deadlines: dict[int, tuple[float, int]] = {}  # by worker: when its call's time is over, and which call
         self._deadline = Timer(self, self._on_deadline)
         self._pid = os.getpid()
@@ -272,8 +232,7 @@ class Loop(Poller, JobEvents):
             task = Task(number, fn, args, kwargs, future, resources, demand, len(inputs))
             if isinstance(future, CallFuture):
                 future.on_cancel = _Cancelled(self, task)
-                if self._jobs:
-                    future.stored = Stored(StoredCall(self._number, number))
+            self._delivery.accept(task)
             self.post(self._on_submit, task, inputs)
             # Only now: a call that a Ctrl-C kept from being posted must not be counted forever.
             self._last_posted = number
@@ -341,8 +300,7 @@ class Loop(Poller, JobEvents):
     @property
     def waiting(self) -> int:
         """Calls that have not started."""
-        queued = self.scheduler.launching if self._jobs else 0  # a launched call has started, unless it becomes a job
-        return self.scheduler.not_started + queued + max(0, self._last_posted - self._last_taken)
+        return self._delivery.not_started(self.scheduler) + max(0, self._last_posted - self._last_taken)
 
     # -- events from the inbox ----------------------------------------------------------------------------------------
 
@@ -350,7 +308,7 @@ class Loop(Poller, JobEvents):
         self._tasks[task.number] = task
         # Callbacks are added here and not in submit, where a Ctrl-C could leave some of them out.
         for source in inputs:
-            producer = self._job_of(source) if self._jobs else None
+            producer = self._tasks.get(self._delivery.job_of(source))
             if producer is not None:
                 if producer.state >= LAUNCHING:
                     task.missing -= 1
@@ -361,13 +319,6 @@ class Loop(Poller, JobEvents):
             when_done(source, _InputDone(self, task, producer is not None))
         self._last_taken = task.number
         self.scheduler.on_submit(task)
-
-    def _job_of(self, source: Future[Any]) -> Task | None:
-        """The unfinished call of this executor whose result, or an item of whose result, the future stands for."""
-        found = getattr(source, "stored", None)
-        if found is None or found.call.executor != self._number:
-            return None
-        return self._tasks.get(found.call.number)
 
     def _on_known(self, task: Task) -> None:
         """A call has become a job, or is done, so calls that have it as an input can become jobs after it."""
@@ -392,9 +343,9 @@ class Loop(Poller, JobEvents):
                 if record and isinstance(task.future, CallFuture):
                     record.clear()  # the failure is reported, or asked for, as that of this call
             return
-        if task.missing == 1 and not self._jobs:  # the last one
+        if task.missing == 1:  # the last one
             try:
-                task.args, task.kwargs = fill_in(task.args), fill_in(task.kwargs)
+                self._delivery.inputs(task)
             except BaseException as caught:
                 self._fail(task, contained(caught, "filling in the results of its inputs"))
                 return
@@ -535,12 +486,13 @@ class Loop(Poller, JobEvents):
         files: a user who changed a file and then submitted did so before this. Calls that are submitted from now on
         wait in the inbox for the next decision, which looks again.
         """
-        self._lookup.remember()
+        lookup = self._delivery.lookup
+        lookup.remember()
         try:
             for effect in self.scheduler.take_effects():
                 self._carry_out(effect)
         finally:
-            self._lookup.forget()
+            lookup.forget()
 
     def _wait(self) -> None:
         """Sleep until something happens, and handle it.
@@ -605,10 +557,8 @@ class Loop(Poller, JobEvents):
                 self.scheduler.on_unsent(worker, task, CANCELLED)
                 self._drop(task)
                 continue
-            if self._jobs:
-                continue  # everything is in its entry in the cache directory
             try:
-                self._put_call(process, task, now)
+                seconds = self._delivery.hand(process, task, now)
             except BaseException as error:  # whatever the user's objects raise while being pickled
                 self._settled = False
                 self.scheduler.on_unsent(worker, task, FAILED)
@@ -618,62 +568,11 @@ class Loop(Poller, JobEvents):
             if process.permits is not None and not now:
                 held.append(task.number)
             now = False
-            if task.resources.run_time_max is not None:
-                self._set_deadline(process, task, task.resources.run_time_max)
+            if seconds is not None:
+                self._set_deadline(process, task, seconds)
         if held and process.permits is not None:
             process.permits[0].send(b"".join(map(PERMIT.pack, held)))
         transport.flush()
-
-    def _put_call(self, process: Process, task: Task, now: bool) -> None:
-        transport = process.transport
-        assert transport is not None
-        assert task.fn is not None
-        function = self._function_pickler.dumps(task.fn, task.number, self._next_number)
-        arguments = serialize.dumps_arguments(task.args, task.kwargs)
-        options: dict[str, Any] = {"now": True} if now else {}
-        resources = task.resources
-        if resources.error_log_file is not None:
-            options["error_log_file"] = resources.error_log_file
-        if resources.run_time_max is not None:
-            options["limit"] = [resources.run_time_max, time.time() + resources.run_time_max]
-        if task.cache_path is not None:
-            key = None if task.key is None else task.key[:-1]
-            options["cache"] = {"path": task.cache_path, "key": key, "resources": resources.as_dict()}
-        # Parts that are the same for many calls; a worker of a block keeps them.
-        pieces = [function, task.key.sources] if task.key is not None and task.key.sources else [function]
-        numbers: Sequence[int] = range(len(pieces))
-        known: dict[int, int] = {}
-        if self._block is not None:
-            numbers = [self._number_of(piece) for piece in pieces]
-            known = self._known_pieces.setdefault(process.worker.number, known)
-        new = {number: piece for number, piece in zip(numbers, pieces, strict=True) if number not in known}
-        if new and known:
-            size = sum(known.values()) + sum(map(len, new.values()))
-            if len(known) + len(new) > _PIECES_PER_WORKER or size > _PIECE_BYTES_PER_WORKER:
-                transport.put(["forget"])
-                known.clear()
-                new = dict(zip(numbers, pieces, strict=True))
-        if new:
-            options["new"] = [*new]
-        if len(pieces) > 1:
-            options["sources"] = numbers[1]
-        size = transport.put(["call", task.number, numbers[0], options], [*new.values(), *arguments])
-        known.update((number, len(piece)) for number, piece in new.items())
-        if self._log_sizes:
-            logger.warning("call %d of %s: sent %d bytes", task.number, task.name, size)
-
-    def _number_of(self, piece: bytes) -> int:
-        key = piece
-        if len(piece) > _DIGEST_BYTES:
-            import hashlib  # takes a millisecond, and few functions are that large
-
-            key = hashlib.sha256(piece).digest()
-        number = self._piece_numbers.get(key)
-        if number is None:
-            if len(self._piece_numbers) >= _PIECES_PER_WORKER:
-                self._piece_numbers.clear()
-            number = self._piece_numbers[key] = next(self._piece_counter)
-        return number
 
     def _kill(self, worker: Worker) -> None:
         process = self._processes.get(worker.number)
@@ -725,67 +624,20 @@ class Loop(Poller, JobEvents):
     def _look_up(self, task: Task, may_wait: bool = True) -> None:
         self._settled = False
         try:
-            output = self._lookup.find(task, self._identify(task))
+            output = self._delivery.look_up(task)
         except BaseException as error:
             self._fail(task, contained(error, f"pickling the arguments of {task.name}", PicklingError))
             return
         if output is not None:
             self.scheduler.on_found(task)
             self._conclude(task, output.value, output.error)
-        elif self._jobs or not may_wait or not self._equal_calls.join(task):
+        elif not may_wait or not self._delivery.joins(task):
             self.scheduler.on_missed(task)
-
-    def _identify(self, task: Task) -> str:
-        """Name a call's entry by the call's present state; returns the cache directory."""
-        directory = task.resources.cache_directory
-        assert directory is not None
-        args, kwargs = task.args, task.kwargs
-        if self._jobs:
-            directory = self._real_path(directory)
-            # The call must not keep the results of the jobs it depends on in memory.
-            args = task.args = fill_in(args, _by_name)
-            kwargs = task.kwargs = fill_in(kwargs, _by_name)
-            # The name of the call that makes a result is known before the result is.
-            args, kwargs = fill_in(args, _name_of_input), fill_in(kwargs, _name_of_input)
-        name = self._lookup.identify(task, directory, args, kwargs)
-        if self._jobs and isinstance(task.future, CallFuture):
-            task.future.stored.call.key, task.future.stored.call.path = name, task.cache_path
-        return directory
-
-    def _real_path(self, directory: str) -> str:
-        """One name for a directory that may be reached by several; found only once, because that takes a while."""
-        found = self._real_paths.get(directory)
-        if found is None:
-            found = self._real_paths[directory] = os.path.realpath(directory)
-        return found
 
     def _on_equal_over(self, task: Task) -> None:
         if not task.over:
             # If there is no result, run all of them at once: one after the other they would take long to fail.
             self._look_up(task, may_wait=False)
-
-    def inputs_of(self, task: Task) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Fill in the call's inputs; results of other jobs become references to their files."""
-        from executorlib.cache.entries import ResultOf, root_of
-
-        after: list[str] = []
-
-        def refer(future: Future[Any]) -> Any:
-            found = stored(future)
-            assert found is not None  # `_by_name` left only these
-            call = found.call
-            after.append(call.path)
-            return ResultOf(call.path, found.keys, root_of(call.path, call.key), call.batch)
-
-        inputs = fill_in(task.args, refer), fill_in(task.kwargs, refer)
-        task.after = tuple(dict.fromkeys(after))
-        return inputs
-
-    def is_changed(self, task: Task) -> bool:
-        """Derive the call's key again; true if it has become another one since the look-up."""
-        before = task.cache_path
-        self._identify(task)
-        return task.cache_path != before
 
     # -- launcher events ----------------------------------------------------------------------------------------------
 
@@ -793,46 +645,19 @@ class Loop(Poller, JobEvents):
         """Send the worker its set-up. A fresh worker, or a job, can then be handed its call."""
         if process.worker.number not in self._processes:
             return  # given up by `detach`
-        if self._jobs:
-            self._settled = False
-            self.scheduler.on_started(process.worker)
-            return
-        worker, resources = process.worker, process.resources
         setup = self._launcher.setup(process)
-        changed = {name: value for name, value in settings().items() if process.settings.get(name) != value}
-        if changed:
-            setup["settings"] = changed
-        if self._log_records:
-            setup["records"] = True
-        setup["slot"] = worker.slot
-        setup["threads"] = resources.threads_per_core
-        if resources.cwd is not None:
-            setup["cwd"] = resources.cwd
-        if self._pin:
-            setup["cores"] = worker.allocation.cores
-        setup["gpus"] = worker.allocation.gpus
-        transport = process.transport
-        assert transport is not None
-        frames: list[Frame] = []
-        init_function = self._lookup.init_function
-        if init_function is not None:
-            try:
-                frames = serialize.dumps(init_function)
-                if resources.cache_directory is not None and resources.cache_key is None:
-                    with contextlib.suppress(TypeError):  # the look-up of each call reports it
-                        key = self._lookup.key(init_function, (), {})
-                        setup["init_key"] = key[:-1]
-                        frames = [key.sources, *frames]
-            except BaseException as error:
-                self._break(contained(error, "pickling the init_function"))
-                self._kill(worker)
-                return
-        transport.put(["setup", setup], frames)
+        try:
+            self._delivery.set_up(process, setup)
+        except BaseException as error:
+            self._break(contained(error, "pickling the init_function"))
+            self._kill(process.worker)
+            return
         self._settled = False
         if self._block is None:
-            self.scheduler.on_started(worker)
+            self.scheduler.on_started(process.worker)
         else:
-            transport.flush()
+            assert process.transport is not None
+            process.transport.flush()
 
     def on_message(self, process: Process, header: list[Any], frames: list[Frame]) -> None:
         """Handle a message of a worker: it is ready, it logs, or a call is over."""
@@ -895,7 +720,7 @@ class Loop(Poller, JobEvents):
         self._settled = False
         if self._processes.pop(worker.number, None) is None:
             return  # given up by `detach`
-        self._known_pieces.pop(worker.number, None)
+        self._delivery.gone(worker)
         self._deadlines.pop(worker.number, None)
         recalled = self._take_back(process, len(worker.calls)) + self._held(worker, end.unstarted)
         expected = worker.stopping
@@ -1005,14 +830,14 @@ class Loop(Poller, JobEvents):
     def _resolve(self, task: Task, header: list[Any], frames: list[Frame]) -> None:
         kind, _, _, text, more = header
         if "other" in more:
-            self._lookup.tell_of_change(task)
+            self._delivery.lookup.tell_of_change(task)
         if kind == "error":
             self._conclude(task, None, self._load_error(frames, text, task.name))
             return
         if text:
             logger.warning("call %d of %s: %s", task.number, task.name, text)
         try:
-            value = _load_ranks(frames, more["counts"]) if "counts" in more else self._loads(frames)
+            value = _load_ranks(frames, more["counts"]) if "counts" in more else self._delivery.loads(frames)
         except BaseException as error:
             call = f"call {task.number} of {task.name}"
             told = f"{call} returned, but its result could not be unpickled here"
@@ -1023,14 +848,10 @@ class Loop(Poller, JobEvents):
             return
         self._conclude(task, value, None)
 
-    def _loads(self, frames: list[Frame]) -> Any:
-        # Another session may have made the job.
-        return unpickle.loads(frames[0]) if self._jobs else serialize.loads(frames)
-
     def _load_error(self, frames: list[Frame], text: str, subject: str) -> BaseException:
         error: BaseException
         try:
-            error = self._loads(frames)
+            error = self._delivery.loads(frames)
             if not isinstance(error, BaseException):
                 raise TypeError(f"{type(error).__name__} is no exception")
         except BaseException as reason:
@@ -1073,7 +894,7 @@ class Loop(Poller, JobEvents):
     def _drop(self, task: Task) -> None:
         self._tasks.pop(task.number, None)
         if task.cache_path is not None:
-            for other in self._equal_calls.leave(task):
+            for other in self._delivery.over(task):
                 self.post(self._on_equal_over, other)
         if isinstance(task.future, CallFuture):
             task.future.on_cancel = None
@@ -1115,8 +936,7 @@ class Loop(Poller, JobEvents):
             self.close_poll()
             os.close(self._wake_read)
             os.close(self._wake_write)
-            self._function_pickler.clear()
-            self._lookup.close()
+            self._delivery.close()
             if not self._ended_by:  # otherwise the user ended the calls, and knows
                 self._failures.tell()
             _loops.discard(self)
@@ -1135,19 +955,6 @@ class Loop(Poller, JobEvents):
                 os.close(fd)
         self._callbacks.clear()
         _loops.discard(self)
-
-
-def _by_name(future: Future[Any]) -> Any:
-    """An input while its call is not a job yet: the name for a job's result, the result itself for any other future."""
-    found = stored(future)
-    return future.result() if found is None else StoredFuture(found)
-
-
-def _name_of_input(future: Future[Any]) -> Any:
-    from executorlib.cache.entries import name_of_result
-
-    found = stored(future)
-    return future.result() if found is None else name_of_result(found.call.key, found.keys)
 
 
 def _load_ranks(frames: list[Frame], counts: list[int]) -> list[Any]:

@@ -13,10 +13,11 @@ from executorlib.flux.jobspec import FURTHER_KEYS
 from executorlib.flux.policy import Policy
 from executorlib.flux.system import FluxSystem
 from executorlib.flux.workers import FluxLauncher
+from executorlib.jobs.delivery import Entries
 from executorlib.jobs.executor import QueueExecutor
 from executorlib.jobs.launcher import JobLauncher
 from executorlib.jobs.templates import FLUX, Templates
-from executorlib.launchers.contract import Events, JobEvents, Launcher
+from executorlib.launchers.contract import Events, Launcher
 from executorlib.options import Common, refuse
 from executorlib.resources import Demand, ResourceDict, Resources, unknown_key
 
@@ -119,7 +120,7 @@ class FluxJobExecutor(BaseExecutor):
         if max_calls is None and max_cores is None and not block_allocation:
             max_calls = max(1, _AHEAD * total)
 
-        def make_launcher(events: JobEvents) -> Launcher:
+        def make_launcher(events: Events) -> Launcher:
             return FluxLauncher(
                 events,
                 policy=policy,
@@ -222,10 +223,10 @@ class FluxClusterExecutor(QueueExecutor):
         self._templates = Templates(None, configuration, FLUX)
 
     def _job_launcher(
-        self, events: JobEvents, configuration: str | None, pmi_mode: str | None, log_sizes: bool
+        self, events: Events, entries: Entries, configuration: str | None, pmi_mode: str | None, log_sizes: bool
     ) -> Launcher:
         system = FluxSystem(events, self._policy, pmi_mode, configuration)
-        return JobLauncher(events, system, system.command, log_sizes)
+        return JobLauncher(events, entries, system, system.command, log_sizes)
 
     def _worker_launcher(
         self, events: Events, configuration: str | None, pmi_mode: str | None, folder: str, hostname_localhost: bool

@@ -8,9 +8,11 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from executorlib.core.ledger import Ledger, Node, Unlimited
+from executorlib.core.lookup import Lookup
 from executorlib.executor import BaseExecutor
+from executorlib.jobs.delivery import Entries
 from executorlib.jobs.templates import Templates, check_keys
-from executorlib.launchers.contract import Events, JobEvents, Launcher
+from executorlib.launchers.contract import Events, Launcher
 from executorlib.options import Common
 from executorlib.resources import Demand, ResourceDict, Resources, check_ranks_of_nodes
 
@@ -63,12 +65,13 @@ class ClusterExecutor(BaseExecutor):
         self,
         common: Common,
         *,
-        make_launcher: Callable[[JobEvents], Launcher],
+        make_launcher: Callable[[Events], Launcher],
         ledger: Ledger,
         capacity: Ledger | None,
         max_calls: int | None,
         max_workers: int | None,
         settings: dict[str, Any],
+        entries: Entries | None,
     ) -> None:
         super().__init__(
             common,
@@ -80,7 +83,7 @@ class ClusterExecutor(BaseExecutor):
             max_calls=max_calls,
             pin=False,
             settings=settings,
-            jobs=not common.block,
+            entries=entries,
         )
 
     def _checked_demand(self, resources: Resources, subject: str) -> Demand:
@@ -152,9 +155,11 @@ class QueueExecutor(ClusterExecutor):
             self._check_system(configuration)
         limited = None if common.max_cores is None else Ledger([Node("cluster", range(common.max_cores))])
 
-        def make_launcher(events: JobEvents) -> Launcher:
-            if not block_allocation:
-                return self._job_launcher(events, configuration, pmi_mode, log_obj_size)
+        entries = None if block_allocation else Entries(Lookup(cache_versions=common.cache_versions))
+
+        def make_launcher(events: Events) -> Launcher:
+            if entries is not None:
+                return self._job_launcher(events, entries, configuration, pmi_mode, log_obj_size)
             folder = common.resources.cache_directory or os.path.abspath(_CACHE_DIRECTORY)
             return self._worker_launcher(events, configuration, pmi_mode, folder, common.hostname_localhost)
 
@@ -166,6 +171,7 @@ class QueueExecutor(ClusterExecutor):
             max_calls=common.max_workers,
             max_workers=common.max_workers,
             settings={"pysqa_config_directory": configuration, "pmi_mode": pmi_mode},
+            entries=entries,
         )
 
     def _check_system(self, configuration: str | None) -> None:
@@ -173,7 +179,7 @@ class QueueExecutor(ClusterExecutor):
         raise NotImplementedError
 
     def _job_launcher(
-        self, events: JobEvents, configuration: str | None, pmi_mode: str | None, log_sizes: bool
+        self, events: Events, entries: Entries, configuration: str | None, pmi_mode: str | None, log_sizes: bool
     ) -> Launcher:
         """Make the launcher that runs each call as a job."""
         raise NotImplementedError

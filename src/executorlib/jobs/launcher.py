@@ -29,11 +29,12 @@ from executorlib.cache import batch_directory, entries, trust
 from executorlib.core.task import RUNNING, CallFuture, Task
 from executorlib.errors import ExecutorlibSocketError, advise_unpicklable
 from executorlib.futures.inputs import misplaced
+from executorlib.jobs.delivery import Entries
 from executorlib.jobs.job import SUBMIT_SECONDS, Identity, Job, JobBatch, owner_of
 from executorlib.jobs.queue import JobState, Phase, means
 from executorlib.jobs.submitter import Submitter
 from executorlib.jobs.system import Cancellations, Holds, JobSystem, Refused, States
-from executorlib.launchers.contract import Exit, JobEvents, Process, Timer
+from executorlib.launchers.contract import Events, Exit, Process, Timer
 from executorlib.resources import Resources
 from executorlib.worker.job import RAISED, RESULT
 
@@ -63,7 +64,7 @@ _MOST_CHANGES = 10
 
 
 class JobTransport:
-    """Takes the place of a connection to a job: the call is in its file, and the result is passed on when asked for."""
+    """Takes the place of a connection to a job, whose call is in its file."""
 
     def __init__(self, launcher: JobLauncher, job: Job) -> None:
         self._launcher = launcher
@@ -74,9 +75,8 @@ class JobTransport:
         return 0
 
     def flush(self) -> None:
-        """Pass on the result, if it is there."""
-        if self._job.ending is not None:
-            self._launcher.deliver(self._job)
+        """The call knows that it runs."""
+        self._launcher.on_handed(self._job)
 
 
 class JobLauncher:
@@ -84,6 +84,7 @@ class JobLauncher:
 
     Args:
         events: The loop.
+        delivery: Names calls and their inputs.
         system: The system that runs the jobs.
         command: Makes the argument list of a job from the resources of its call and the Python source that it runs.
         log_sizes: Whether to log the size of each call.
@@ -91,12 +92,14 @@ class JobLauncher:
 
     def __init__(
         self,
-        events: JobEvents,
+        events: Events,
+        delivery: Entries,
         system: JobSystem,
         command: Callable[[Resources, list[str]], list[str]],
         log_sizes: bool,
     ) -> None:
         self._events = events
+        self._delivery = delivery
         self._system = system
         self._log_sizes = log_sizes
         self._submitter = Submitter(events, system, command, self._on_submitted, self._on_refused)
@@ -158,7 +161,8 @@ class JobLauncher:
         batch = job.batch
         twin = next((other for other in self._same[job.output].values() if other is not job), None)
         if twin is not None:
-            if self._by_output.get(job.output) is job:
+            # If the result is there, the other call finds it by itself.
+            if job.ending is None and self._by_output.get(job.output) is job:
                 # The batch and the dependents know this record, so it goes on for the other call.
                 job.trade_places(twin)
                 for each in (job, twin):
@@ -235,7 +239,7 @@ class JobLauncher:
             BaseException: Whatever the pickling raises.
         """
         task = job.task
-        args, kwargs = self._events.inputs_of(task)
+        args, kwargs = self._delivery.inputs_of(task)
         values = {
             "function": task.fn,
             "input_args": list(args),
@@ -275,7 +279,7 @@ class JobLauncher:
                 self._end(job, Exit(None, "", advise_unpicklable(error, task.number, task.name, hidden)))
                 return
             # The job runs what was pickled just now, so the entry has to be named by the key of that.
-            if self._events.is_changed(task):
+            if self._delivery.is_changed(task):
                 self._start_as_another(job)
                 return
             pending = [self._by_output[path] for path in task.after if path in self._by_output]
@@ -443,8 +447,8 @@ class JobLauncher:
                 if not job.begun:
                     self._begin(job)
                 elif job.task.state is RUNNING:
-                    self.deliver(job)
-                # Otherwise `JobTransport.flush` delivers it once the call knows that it runs.
+                    self._deliver(job)
+                # Otherwise it is delivered once the call knows that it runs.
                 return
         if job.gone_since is not None:
             self._on_gone(job, now)
@@ -463,10 +467,17 @@ class JobLauncher:
         job.process.transport = JobTransport(self, job)
         self._events.on_connected(job.process)
 
-    def deliver(self, job: Job) -> None:
-        """Pass on the result of a call that knows that it runs."""
+    def on_handed(self, job: Job) -> None:
+        """The call knows that it runs, so its result can be passed on if it is there."""
+        if job.ending is not None:
+            # In the next turn, because nothing may come back while calls are being handed out.
+            self._events.call_later(0.0, lambda: self._deliver(job))
+
+    def _deliver(self, job: Job) -> None:
+        """Pass on the result, if it is there and still of interest, of a call that knows that it runs."""
         ending, job.ending = job.ending, None  # later jobs refer to this one longer than the result is needed
-        assert ending is not None
+        if ending is None or self._jobs.get(job.process.worker.number) is not job:
+            return
         kind, text = ("error", ending.traceback) if ending.failed else ("result", "")
         frames: list[Frame] = [ending.data]
         more = {"leaving": True, "other": True} if ending.ran else {"leaving": True}

@@ -17,7 +17,6 @@ from executorlib.poller import Waiting
 
 if TYPE_CHECKING:
     from executorlib.core.scheduler import Worker
-    from executorlib.core.task import Task
     from executorlib.resources import Resources
     from executorlib.serialize import Frame
 
@@ -114,21 +113,6 @@ class Events(Waiting, Protocol):
 
     def on_node_lost(self, name: str) -> None:
         """Nothing more can be started on this node; an `on_exit` follows for each worker there."""
-        ...
-
-
-class JobEvents(Events, Protocol):
-    """Further methods for launchers that make each call a job, and so pickle calls themselves, into their entries."""
-
-    def inputs_of(self, task: Task) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of a call that becomes a job, with references in place of other jobs' results.
-
-        Sets `Task.after` to the files of those results.
-        """
-        ...
-
-    def is_changed(self, task: Task) -> bool:
-        """Whether the call's key has changed since the look-up; if so, the call is renamed to its new key."""
         ...
 
 

@@ -9,9 +9,11 @@ from typing import Any
 
 from executorlib import machine
 from executorlib.core.ledger import Ledger, Node, Unlimited
+from executorlib.core.lookup import Lookup
+from executorlib.jobs.delivery import Entries
 from executorlib.jobs.executor import _CACHE_DIRECTORY, ClusterExecutor
 from executorlib.jobs.launcher import JobLauncher
-from executorlib.launchers.contract import JobEvents, Launcher
+from executorlib.launchers.contract import Events, Launcher
 from executorlib.local_queue.system import LocalSystem
 from executorlib.options import Common
 from executorlib.resources import ResourceDict, Resources, listed
@@ -82,8 +84,10 @@ class TestClusterExecutor(ClusterExecutor):
         size = common.max_workers or common.max_cores or 1
         capacity = Ledger([Node("localhost", range(common.max_cores or size), machine.visible_gpus())])
 
-        def make_launcher(events: JobEvents) -> Launcher:
-            if block_allocation:
+        entries = None if block_allocation else Entries(Lookup(cache_versions=common.cache_versions))
+
+        def make_launcher(events: Events) -> Launcher:
+            if entries is None:
                 return LocalLauncher(
                     events,
                     spawn=False,
@@ -97,7 +101,8 @@ class TestClusterExecutor(ClusterExecutor):
                 "max_cores": None if max_cores is None else common.max_cores,
                 "preload": ["executorlib.worker.entry"],
             }
-            return JobLauncher(events, LocalSystem(events, options), lambda resources, program: program, log_obj_size)
+            system = LocalSystem(events, options)
+            return JobLauncher(events, entries, system, lambda resources, program: program, log_obj_size)
 
         super().__init__(
             common,
@@ -108,4 +113,5 @@ class TestClusterExecutor(ClusterExecutor):
             max_calls=None,
             max_workers=size,
             settings={},
+            entries=entries,
         )

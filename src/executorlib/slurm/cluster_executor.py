@@ -9,13 +9,14 @@ from dataclasses import replace
 from functools import partial
 
 from executorlib.jobs.command_system import open_system, open_templates
+from executorlib.jobs.delivery import Entries
 from executorlib.jobs.executor import QueueExecutor
 from executorlib.jobs.launcher import JobLauncher
 from executorlib.jobs.queue import Queue
 from executorlib.jobs.registry import DEFAULT, language
 from executorlib.jobs.templates import Templates
 from executorlib.jobs.workers import JobWorkerLauncher
-from executorlib.launchers.contract import Events, JobEvents, Launcher
+from executorlib.launchers.contract import Events, Launcher
 from executorlib.resources import Demand, Resources
 from executorlib.single_node.mpi import find_mpiexec
 
@@ -66,11 +67,11 @@ class SlurmClusterExecutor(QueueExecutor):
         return super()._checked_demand(resources, subject)
 
     def _job_launcher(
-        self, events: JobEvents, configuration: str | None, pmi_mode: str | None, log_sizes: bool
+        self, events: Events, entries: Entries, configuration: str | None, pmi_mode: str | None, log_sizes: bool
     ) -> Launcher:
         assert self._templates is not None
         system = open_system(events, self._templates)
-        return JobLauncher(events, system, partial(job_command, self._language, pmi_mode), log_sizes)
+        return JobLauncher(events, entries, system, partial(job_command, self._language, pmi_mode), log_sizes)
 
     def _worker_launcher(
         self, events: Events, configuration: str | None, pmi_mode: str | None, folder: str, hostname_localhost: bool
