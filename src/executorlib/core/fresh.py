@@ -63,6 +63,10 @@ class FreshScheduler(Scheduler):
         """Number of calls whose worker is being started."""
         return len(self._launching)
 
+    def on_connected(self, worker: Worker) -> None:
+        """The worker can be handed its call at once, together with its set-up."""
+        self.on_started(worker)
+
     def on_started(self, worker: Worker, lookahead: bool = False) -> None:
         """The worker is ready, so its call is handed over."""
         worker.ready = True

@@ -31,8 +31,6 @@ from pickle import PicklingError
 from typing import Any
 
 from executorlib import serialize
-from executorlib.core.block import BlockScheduler
-from executorlib.core.fresh import FreshScheduler
 from executorlib.core.scheduler import Effect, Fail, Kill, Launch, LookUp, Recall, Scheduler, Send, Stop, Worker
 from executorlib.core.sending import Delivery
 from executorlib.core.task import CANCELLED, FAILED, LAUNCHING, RUNNING, CallFuture, Task
@@ -127,7 +125,7 @@ class Loop(Poller, Events):
 
     def __init__(
         self,
-        scheduler: FreshScheduler | BlockScheduler,
+        scheduler: Scheduler,
         make_launcher: Callable[[Events], Launcher],
         delivery: Delivery,
         *,
@@ -137,9 +135,8 @@ class Loop(Poller, Events):
     ) -> None:
         # Nothing here may need to be freed: a Ctrl-C can strike at any line. See `start`.
         self._delivery = delivery
-        self.scheduler: Scheduler = scheduler
+        self.scheduler = scheduler
         self._ledger = scheduler.ledger
-        self._block = scheduler if isinstance(scheduler, BlockScheduler) else None
         self._block_resources = block_resources
         self._log_sizes = log_sizes
         self._next_number = 1
@@ -397,8 +394,7 @@ class Loop(Poller, Events):
 
     def _on_end_workers(self, signal_number: int) -> None:
         self._ended_by = self._ended_by or _ENDED_BY[signal.Signals(signal_number)]
-        if self._block is not None:
-            self._block.on_break("the workers were ended")
+        self.scheduler.on_break("the workers were ended")
         for process in list(self._processes.values()):
             # A worker that waits for calls has nothing to interrupt.
             idle = not process.worker.calls and signal_number == signal.SIGINT
@@ -412,8 +408,7 @@ class Loop(Poller, Events):
                 self._launcher.kill(process, signal.SIGKILL)
 
     def _on_resize(self, size: int) -> None:
-        if self._block is not None:
-            self._block.on_resize(size)
+        self.scheduler.on_resize(size)
 
     # -- the thread ---------------------------------------------------------------------------------------------------
 
@@ -431,8 +426,8 @@ class Loop(Poller, Events):
             while True:
                 self._work()
                 if self._closing and not self._tasks and not self._inbox:
-                    if self._block is not None and self._block.size:
-                        self._block.on_resize(0)
+                    if self.scheduler.size:
+                        self.scheduler.on_resize(0)
                         self._settled = False
                         continue
                     # Let workers end by themselves, so that their exit handlers and threads are not cut short.
@@ -534,7 +529,7 @@ class Loop(Poller, Events):
     def _launch(self, worker: Worker, task: Task | None) -> None:
         resources = task.resources if task is not None else self._block_resources
         assert resources is not None
-        process = Process(worker, resources, single=self._block is None)
+        process = Process(worker, resources, single=self._block_resources is None)
         self._processes[worker.number] = process
         try:
             self._launcher.launch(process)
@@ -600,9 +595,9 @@ class Loop(Poller, Events):
         self._on_given_back(process.worker, self._held(process.worker, numbers))
 
     def _on_given_back(self, worker: Worker, tasks: list[Task]) -> None:
-        if tasks and self._block is not None:
+        if tasks:
             self._settled = False
-            self._block.on_recalled(worker, tasks)
+            self.scheduler.on_recalled(worker, tasks)
 
     @staticmethod
     def _held(worker: Worker, numbers: Sequence[int]) -> list[Task]:
@@ -653,9 +648,8 @@ class Loop(Poller, Events):
             self._kill(process.worker)
             return
         self._settled = False
-        if self._block is None:
-            self.scheduler.on_started(process.worker)
-        else:
+        self.scheduler.on_connected(process.worker)
+        if not process.single:  # otherwise the call is sent along
             assert process.transport is not None
             process.transport.flush()
 
@@ -681,9 +675,9 @@ class Loop(Poller, Events):
             size = sum(map(serialize.nbytes, frames))
             logger.warning("call %d of %s: received %d bytes", task.number, task.name, size)
         self.scheduler.on_result(worker, task, seconds, failed=kind == "error", leaving="leaving" in more)
-        if kind == "error" and self._block is not None and process.resources.cores > 1 and "whole" not in more:
+        if kind == "error" and process.resources.cores > 1 and "whole" not in more:
             # The launcher ends and replaces the world, whose other ranks may wait forever for the one that failed.
-            self._block.on_planned_exit(worker)
+            self.scheduler.on_planned_exit(worker)
         self._results.append((task, header, frames))
 
     def _on_record(self, number: int, rank: int, values: dict[str, Any]) -> None:
@@ -709,10 +703,10 @@ class Loop(Poller, Events):
 
     def _on_setup_error(self, process: Process, frames: list[Frame], text: str) -> None:
         error = self._load_error(frames, text, "the worker's set-up")
-        if self._block is not None:
-            self._break(error)
-        else:
+        if process.single:
             process.verdict = error
+        else:
+            self._break(error)
 
     def on_exit(self, process: Process, end: Exit) -> None:
         """Conclude or requeue the calls of a worker that is gone."""
@@ -725,8 +719,8 @@ class Loop(Poller, Events):
         recalled = self._take_back(process, len(worker.calls)) + self._held(worker, end.unstarted)
         expected = worker.stopping
         # A worker that was never ready would end the same way every time, so it counts as a death.
-        if end.planned and self._block is not None and worker.ready:
-            self._block.on_planned_exit(worker)
+        if end.planned and worker.ready:
+            self.scheduler.on_planned_exit(worker)
         lost = self.scheduler.on_exit(worker, recalled)
         where = f" (process {process.pid} on {process.host})" if process.pid else ""
         tail = tail_text(process.stderr)
@@ -801,8 +795,7 @@ class Loop(Poller, Events):
             f"Call {number} of {task.name} ran longer than its run_time_max of {task.resources.run_time_max:g} s and "
             "was ended; give it more time with resource_dict={'run_time_max': seconds}."
         )
-        if self._block is not None:
-            self._block.on_planned_exit(worker)
+        self.scheduler.on_planned_exit(worker)
         self._kill(worker)
 
     def _end_leftover(self, worker_number: int) -> None:
@@ -910,8 +903,7 @@ class Loop(Poller, Events):
         """The workers of a block cannot be set up: fail all its calls with the reason."""
         self._broken_by = error
         self._settled = False
-        if self._block is not None:
-            self._block.on_break(f"the workers cannot be set up: {error}")
+        self.scheduler.on_break(f"the workers cannot be set up: {error}")
 
     def _crash(self, error: BaseException) -> None:
         """Fail all calls: a bug of ours must not leave futures pending."""

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import NamedTuple, TypeAlias
 
-from executorlib.core.ledger import Allocation, Node
+from executorlib.core.ledger import Allocation, Ledger, Node
 from executorlib.core.task import CANCELLED, DONE, FAILED, READY, WAITING, State, Task
 
 
@@ -149,7 +149,16 @@ class ReadyQueue:
 
 
 class Scheduler:
-    """The life of calls, whatever runs them. Subclasses decide in `_fill` which call goes where."""
+    """The life of calls, whatever runs them. Subclasses decide in `_fill` which call goes where.
+
+    Events that only concern workers which take call after call do nothing here.
+
+    Attributes:
+        size: How many workers are kept for further calls.
+    """
+
+    ledger: Ledger
+    size = 0
 
     def __init__(self) -> None:
         self._effects: list[Effect] = []
@@ -197,6 +206,9 @@ class Scheduler:
         if not task.over:
             self._end(task, CANCELLED)
 
+    def on_connected(self, worker: Worker) -> None:
+        """The worker can be sent messages. One that takes call after call is not ready before it says so."""
+
     def on_started(self, worker: Worker, lookahead: bool = False) -> None:
         """The worker can take calls from now on."""
         raise NotImplementedError
@@ -219,6 +231,12 @@ class Scheduler:
         """A call in a `Send` was not sent: it was cancelled just before, or it cannot be pickled."""
         raise NotImplementedError
 
+    def on_recalled(self, worker: Worker, tasks: list[Task]) -> None:
+        """The worker gave these calls back without having started them."""
+
+    def on_planned_exit(self, worker: Worker) -> None:
+        """We are ending this worker ourselves, so it must not count as one that died."""
+
     def on_exit(self, worker: Worker, recalled: list[Task]) -> list[Task]:
         """A worker is gone. It had not started the calls in ``recalled``, which run elsewhere instead.
 
@@ -234,6 +252,12 @@ class Scheduler:
             The workers that hold a part of it. `on_exit` must still be called for each of them.
         """
         raise NotImplementedError
+
+    def on_resize(self, size: int) -> None:
+        """So many workers are to be kept."""
+
+    def on_break(self, reason: str) -> None:
+        """No worker can be kept any more."""
 
     # -- what to do -------------------------------------------------------------------------------------------
 
