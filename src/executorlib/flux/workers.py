@@ -26,7 +26,7 @@ from executorlib.jobs.queue import Cause, Phase
 from executorlib.jobs.system import Refused
 from executorlib.launchers.boot import boot_command
 from executorlib.launchers.connecting import ConnectingWorker
-from executorlib.launchers.contract import STDERR_TAIL_BYTES, Events, Exit, Process
+from executorlib.launchers.contract import STDERR_TAIL_BYTES, Events, Exit, Launcher, Process
 from executorlib.relay.executor_side import RelayEnd, Relays, relay_program
 from executorlib.serialize import Frame
 from executorlib.transports.curve import CONNECTION_VARIABLE
@@ -78,7 +78,7 @@ class _Member:
         return self.worker.peer if self.relay is None else self.relay.peer
 
 
-class FluxLauncher:
+class FluxLauncher(Launcher):
     """Starts workers as jobs of the Flux instance that this process is in.
 
     Args:
@@ -208,18 +208,6 @@ class FluxLauncher:
         if signal_number == signal.SIGKILL or not member.log.started:
             self._instance.end(member.job, "cancel")
             self._later(_CANCEL_SECONDS, member.identity, lambda it: self._end(it, "Flux has not ended its job"))
-
-    def resume(self) -> None:
-        """Does nothing: Flux looks after the workers."""
-
-    @property
-    def busy(self) -> bool:
-        """Always false: nothing is left to do once all calls are over."""
-        return False
-
-    def detach(self, on_taken: Callable[[], None]) -> None:
-        """Nothing can go on: workers end with their executor."""
-        on_taken()
 
     def close(self) -> None:
         """Close the connections. Jobs whose workers have left end by themselves; all others are cancelled."""

@@ -34,7 +34,7 @@ from executorlib.jobs.job import SUBMIT_SECONDS, Identity, Job, JobBatch, owner_
 from executorlib.jobs.queue import JobState, Phase, means
 from executorlib.jobs.submitter import Submitter
 from executorlib.jobs.system import Cancellations, Holds, JobSystem, Refused, States
-from executorlib.launchers.contract import Events, Exit, Process, Timer
+from executorlib.launchers.contract import Events, Exit, Launcher, Process, Timer
 from executorlib.resources import Resources
 from executorlib.worker.job import RAISED, RESULT
 
@@ -79,7 +79,7 @@ class JobTransport:
         self._launcher.on_handed(self._job)
 
 
-class JobLauncher:
+class JobLauncher(Launcher):
     """Starts a job for each call.
 
     Args:
@@ -126,9 +126,6 @@ class JobLauncher:
 
     # -- Launcher -------------------------------------------------------------------------------------------------
 
-    def prepare(self) -> None:
-        """Does nothing: a session that finds all its results need not know the system at all."""
-
     def _on_prepared(self) -> None:
         self._prepared = True
         early, self._early = self._early, []
@@ -138,6 +135,7 @@ class JobLauncher:
     def launch(self, process: Process) -> None:
         """Claim the call's entry, or follow the session that has claimed it."""
         if not self._prepared:
+            # Not earlier: a session that finds all its results need not know the system at all.
             self._early.append(lambda: self.launch(process))
             if len(self._early) == 1:
                 self._system.prepare(self._on_prepared)
@@ -148,10 +146,6 @@ class JobLauncher:
             return
         process.host = self._system.name
         self._follow_or_claim(process, task)
-
-    def setup(self, process: Process) -> dict[str, Any]:
-        """Nothing: the batch directory has the setup."""
-        return {}
 
     def kill(self, process: Process, signal_number: int) -> None:
         """Cancel the job, unless an equal call needs it."""

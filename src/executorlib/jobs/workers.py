@@ -21,7 +21,7 @@ from executorlib.jobs.room import Room
 from executorlib.jobs.system import Cancellations, Holds, JobSystem, Refused, States, ask_whether_more_may_end
 from executorlib.launchers.boot import boot_file
 from executorlib.launchers.connecting import ConnectingWorker, dismiss
-from executorlib.launchers.contract import Events, Exit, Process, Timer
+from executorlib.launchers.contract import Events, Exit, Launcher, Process, Timer
 from executorlib.launchers.session import interpreter
 from executorlib.resources import Resources
 from executorlib.serialize import Frame
@@ -74,7 +74,7 @@ class _Array:
         self.members: dict[int, _Member] = {}
 
 
-class JobWorkerLauncher:
+class JobWorkerLauncher(Launcher):
     """Starts workers as jobs.
 
     Args:
@@ -153,17 +153,10 @@ class JobWorkerLauncher:
         if member.array.job_id:  # otherwise `_answered` cancels it
             self._cancellations.add(member.key)
 
-    def resume(self) -> None:
-        """Does nothing: the system looks after its jobs."""
-
     @property
     def busy(self) -> bool:
         """Whether cancellations or other requests are on their way."""
         return self._cancellations.pending or self._system.busy
-
-    def detach(self, on_taken: Callable[[], None]) -> None:
-        """Does nothing more: workers end with their executor."""
-        on_taken()
 
     def close(self) -> None:
         """Close all connections. Workers that still run notice that and end."""

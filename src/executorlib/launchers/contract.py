@@ -1,7 +1,7 @@
 """The interface between the loop and a launcher.
 
-A new launcher implements `Launcher` and reports through `Events`. Both sides live in the loop's thread, so nothing here
-needs a lock, and nothing may block.
+A new launcher derives from `Launcher` and reports through `Events`. Both sides live in the loop's thread, so nothing
+here needs a lock, and nothing may block.
 """
 
 from __future__ import annotations
@@ -116,48 +116,46 @@ class Events(Waiting, Protocol):
         ...
 
 
-class Launcher(Protocol):
-    """Starts workers and reports their ends."""
+class Launcher:
+    """Starts workers and reports their ends. What a launcher need not do has a default here."""
 
     def prepare(self) -> None:
-        """Do in advance what the first launch would otherwise have to wait for."""
-        ...
+        """Do in advance what the first launch would otherwise have to wait for; by default nothing."""
 
     def launch(self, process: Process) -> None:
         """Start a worker; `Events.on_connected` or `Events.on_exit` follows, possibly from within this call."""
-        ...
+        raise NotImplementedError
 
     def setup(self, process: Process) -> dict[str, Any]:
         """What the worker has to set up to see the user's process as it is now; for `worker.call.set_up`."""
-        ...
+        return {}
 
     def kill(self, process: Process, signal_number: int) -> None:
         """Signal a worker and everything it started; `Events.on_exit` follows once it is gone, or as good as gone.
 
         The worker may not have started yet, may have been signalled already, and questions about it may be open.
         """
-        ...
+        raise NotImplementedError
 
     def resume(self) -> None:
         """Continue the helpers that look after workers if they were suspended; called repeatedly during shutdown."""
-        ...
 
     @property
     def busy(self) -> bool:
         """Whether the launcher must go on although no call is left, to hand over what it was given."""
-        ...
+        return False
 
     def detach(self, on_taken: Callable[[], None]) -> None:
-        """Let the launched workers go on without us, if they can.
+        """Let the launched workers go on without us, if they can; by default they end with their executor.
 
         Args:
             on_taken: Called once nothing more is needed from the calls themselves; no event follows.
         """
-        ...
+        on_taken()
 
     def close(self) -> None:
         """End everything that was started and not detached, and free all resources; no event follows."""
-        ...
+        raise NotImplementedError
 
 
 class Timer:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from executorlib.launchers.boot import arguments, boot_command
-from executorlib.launchers.contract import Events, Process
+from executorlib.launchers.contract import Events, Launcher, Process
 from executorlib.single_node.agent import Agent
 from executorlib.single_node.mpi import MpiLauncher
 
 
-class LocalLauncher:
+class LocalLauncher(Launcher):
     """Starts workers on one node: forked or spawned by an agent, or as ranks of an MPI world.
 
     Args:
@@ -102,15 +102,6 @@ class LocalLauncher:
         """Continue the agents, and their workers that have no call."""
         for agent in self._agents.values():
             agent.resume()
-
-    @property
-    def busy(self) -> bool:
-        """Always false: nothing is left to do once all calls are over."""
-        return False
-
-    def detach(self, on_taken: Callable[[], None]) -> None:
-        """Nothing can go on: forked workers end with their executor."""
-        on_taken()
 
     def close(self) -> None:
         """End the agents, and with them all workers."""

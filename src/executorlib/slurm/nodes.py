@@ -17,13 +17,13 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from executorlib.errors import ExecutorlibSocketError
 from executorlib.launchers.boot import arguments, boot_command
 from executorlib.launchers.connecting import ConnectingWorker
-from executorlib.launchers.contract import Events, Exit, Process, tail_text
+from executorlib.launchers.contract import Events, Exit, Launcher, Process, tail_text
 from executorlib.launchers.session import settings
 from executorlib.launchers.subprocesses import Answer, Commands
 from executorlib.relay.executor_side import RelayEnd, Relays, relay_program
@@ -78,7 +78,7 @@ class _Relay(RelayEnd):
         self.waiting: dict[int, Process] = {}
 
 
-class NodesLauncher:
+class NodesLauncher(Launcher):
     """Starts workers on the nodes of the allocation that this process is in.
 
     Args:
@@ -188,15 +188,6 @@ class NodesLauncher:
         self._agent.resume()
         for peer in self._by_peer:
             self._router.send(peer, ["resume"], [])
-
-    @property
-    def busy(self) -> bool:
-        """Always false: nothing is left to do once all calls are over."""
-        return False
-
-    def detach(self, on_taken: Callable[[], None]) -> None:
-        """Nothing can go on: workers end with their executor."""
-        on_taken()
 
     def close(self) -> None:
         """End the agents with their workers, and wait for srun, which passes on their last output."""
