@@ -29,7 +29,7 @@ from executorlib.errors import EXECUTOR_ADVICE
 from executorlib.futures import unasked
 from executorlib.futures.derived import batched
 from executorlib.futures.inputs import find_futures_in_call
-from executorlib.launchers.contract import Events, Launcher
+from executorlib.launchers.contract import Events, Launcher, Lifetime
 from executorlib.options import positive
 from executorlib.resources import Demand, Resources, check_cache_key, whole_number
 from executorlib.worker.function import Function
@@ -138,7 +138,7 @@ class BaseExecutor(Executor):
             make_launcher,
             entries
             or Messages(
-                Lookup(common.init_function, common.cache_versions, block),
+                Lookup(common.init_function, common.cache_versions, Lifetime.BLOCK if block else Lifetime.CALL),
                 pin=pin,
                 log_sizes=common.log_sizes,
                 log_records=common.log_records,

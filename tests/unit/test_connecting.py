@@ -13,7 +13,7 @@ import pytest
 from executorlib.core.ledger import Allocation
 from executorlib.core.scheduler import Worker
 from executorlib.launchers.connecting import ConnectingWorker
-from executorlib.launchers.contract import Process
+from executorlib.launchers.contract import Lifetime, Process
 from executorlib.resources import Resources
 
 ABOUT = {"host": "node7", "pid": 70, "size": 1, "library": "Some MPI 1.0"}
@@ -43,7 +43,11 @@ class Bench:
         self.sent.append((peer, header))
 
     def make(self, ranks: int = 1, single: bool = True, **options: Any) -> ConnectingWorker:
-        process = Process(Worker(1, 0, Allocation.__new__(Allocation)), Resources(cores=ranks), single=single)
+        process = Process(
+            Worker(1, 0, Allocation.__new__(Allocation)),
+            Resources(cores=ranks),
+            lifetime=Lifetime.CALL if single else Lifetime.BLOCK,
+        )
         either = cast("Any", self)
         return ConnectingWorker(either, either, process, self.end, starter="a test", advice="Read on.", **options)
 

@@ -16,7 +16,7 @@ from executorlib.jobs.queue import JobState, Limit, Phase
 from executorlib.jobs.system import Refused
 from executorlib.jobs.workers import JobWorkerLauncher
 from executorlib.launchers import connecting
-from executorlib.launchers.contract import Exit, Process
+from executorlib.launchers.contract import Exit, Lifetime, Process
 from executorlib.resources import Resources
 
 
@@ -124,7 +124,7 @@ def make(
 
 
 def process(number: int, **resources: Any) -> Process:
-    return Process(Worker(number, 0, Allocation.__new__(Allocation)), Resources(**resources), single=False)
+    return Process(Worker(number, 0, Allocation.__new__(Allocation)), Resources(**resources), lifetime=Lifetime.BLOCK)
 
 
 def test_workers_start_where_their_executor_was_made(

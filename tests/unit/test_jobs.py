@@ -27,7 +27,7 @@ from executorlib.jobs.launcher import JobLauncher
 from executorlib.jobs.queue import Cause, Dependency, JobState, Limit, Phase
 from executorlib.jobs.submitter import Submitter
 from executorlib.jobs.system import Refused
-from executorlib.launchers.contract import Exit, Process
+from executorlib.launchers.contract import Exit, Lifetime, Process
 from executorlib.local_queue import process as local_queue
 from executorlib.resources import Resources
 from executorlib.worker import job
@@ -133,7 +133,7 @@ def launched(
     task.move(LAUNCHING)
     worker = Worker(number, 0, Allocation.__new__(Allocation))
     worker.calls.append(task)
-    process = Process(worker, resources, single=True)
+    process = Process(worker, resources, lifetime=Lifetime.CALL)
     if launcher is None:
         launcher = JobLauncher(events, events, system, lambda _resources, program: program, False)
         launcher.prepare()
@@ -848,7 +848,7 @@ def ends(folder: Path, events: Events, monkeypatch: pytest.MonkeyPatch, fault: i
                 task.move(state)
             worker = Worker(number, 0, Allocation.__new__(Allocation))
             worker.calls.append(task)
-            processes.append(Process(worker, resources, single=True))
+            processes.append(Process(worker, resources, lifetime=Lifetime.CALL))
             launcher.launch(processes[-1])
         launcher.kill(processes[-1], 9)
         for _ in range(60):

@@ -20,7 +20,7 @@ from executorlib import SlurmJobExecutor
 from executorlib.core.ledger import Allocation
 from executorlib.core.scheduler import Worker
 from executorlib.errors import ExecutorlibSocketError
-from executorlib.launchers.contract import Process
+from executorlib.launchers.contract import Lifetime, Process
 from executorlib.relay.executor_side import Relays
 from executorlib.relay.node_side import Relay
 from executorlib.resources import Resources
@@ -171,7 +171,13 @@ def test_signals_before_a_worker_is_there(sent: list[int], passed_on: int) -> No
         def watch(self, fileobj: Any, callback: Callable[[], None]) -> None: ...
 
     agent = Agent(
-        cast("Any", Events()), spawn=False, pooled=False, stock=0, preload=[], threads=1, on_exit=lambda *_: None
+        cast("Any", Events()),
+        spawn=False,
+        lifetime=Lifetime.CALL,
+        stock=0,
+        preload=[],
+        threads=1,
+        on_exit=lambda *_: None,
     )
     orders: list[Any] = []
     agent._put = orders.append  # type: ignore[method-assign]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from executorlib import serialize
 from executorlib.errors import CHANGED_CALL, advise_unpicklable
 from executorlib.futures.inputs import misplaced
+from executorlib.launchers.contract import Lifetime
 from executorlib.worker.call import named_inputs
 
 if TYPE_CHECKING:
@@ -48,18 +49,18 @@ class Lookup:
     Args:
         init_function: Runs once in every worker of a block, and is a part of all keys.
         cache_versions: As in `options.Common`.
-        block: Whether workers run call after call.
+        lifetime: How long workers live.
     """
 
     def __init__(
         self,
         init_function: Callable[[], dict[str, Any]] | None = None,
         cache_versions: str = "warn",
-        block: bool = False,
+        lifetime: Lifetime = Lifetime.CALL,
     ) -> None:
         self.init_function = init_function
         self._cache_versions = cache_versions
-        self._block = block
+        self._lifetime = lifetime
         self._seen: _Seen | None = None
         self._changed_functions: set[str] = set()  # functions whose calls were changed between look-up and run
 
@@ -170,7 +171,7 @@ class Lookup:
                 "It could not be sent to a worker either: create such objects (open files, locks, connections) inside "
                 "the function instead."
             )
-        elif self._block:
+        elif self._lifetime is Lifetime.BLOCK:
             advice = "A block takes no cache_key for its calls: do without that object, or without cache_directory."
         else:
             advice = 'Name the cache entry yourself with resource_dict={"cache_key": "..."}, or do without that object.'

@@ -48,7 +48,7 @@ from executorlib.futures.inputs import failed_call, input_error, misplaced
 from executorlib.futures.locks import Event, RLock
 from executorlib.futures.unasked import Failures, Record
 from executorlib.launchers import streams
-from executorlib.launchers.contract import Events, Exit, Launcher, Process, Timer, has_stack, tail_text
+from executorlib.launchers.contract import Events, Exit, Launcher, Lifetime, Process, Timer, has_stack, tail_text
 from executorlib.poller import Poller
 from executorlib.resources import Demand, Resources
 from executorlib.serialize import Frame
@@ -138,6 +138,7 @@ class Loop(Poller, Events):
         self.scheduler = scheduler
         self._ledger = scheduler.ledger
         self._block_resources = block_resources
+        self._lifetime = Lifetime.CALL if block_resources is None else Lifetime.BLOCK
         self._log_sizes = log_sizes
         self._next_number = 1
         self._last_posted = 0  # number of the last call that was put into the inbox
@@ -529,7 +530,7 @@ class Loop(Poller, Events):
     def _launch(self, worker: Worker, task: Task | None) -> None:
         resources = task.resources if task is not None else self._block_resources
         assert resources is not None
-        process = Process(worker, resources, single=self._block_resources is None)
+        process = Process(worker, resources, lifetime=self._lifetime)
         self._processes[worker.number] = process
         try:
             self._launcher.launch(process)
@@ -649,7 +650,7 @@ class Loop(Poller, Events):
             return
         self._settled = False
         self.scheduler.on_connected(process.worker)
-        if not process.single:  # otherwise the call is sent along
+        if self._lifetime is Lifetime.BLOCK:  # otherwise the call is sent along
             assert process.transport is not None
             process.transport.flush()
 
@@ -703,7 +704,7 @@ class Loop(Poller, Events):
 
     def _on_setup_error(self, process: Process, frames: list[Frame], text: str) -> None:
         error = self._load_error(frames, text, "the worker's set-up")
-        if process.single:
+        if self._lifetime is Lifetime.CALL:
             process.verdict = error
         else:
             self._break(error)
@@ -781,7 +782,7 @@ class Loop(Poller, Events):
         if process is None:
             return
         worker = process.worker
-        if process.single and (task is None or task.over):
+        if self._lifetime is Lifetime.CALL and (task is None or task.over):
             # The process may be about to exit, as it should.
             self.call_later(_GRACE_SECONDS, lambda: self._end_leftover(worker_number))
             return

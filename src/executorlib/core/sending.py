@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 from executorlib import serialize
 from executorlib.core.lookup import EqualCalls
 from executorlib.futures.inputs import fill_in
+from executorlib.launchers.contract import Lifetime
 from executorlib.launchers.session import settings
 
 if TYPE_CHECKING:
@@ -248,7 +249,7 @@ class Messages(Delivery):
         pieces = [function, task.key.sources] if task.key is not None and task.key.sources else [function]
         numbers: Sequence[int] = range(len(pieces))
         known: dict[int, int] = {}
-        if not process.single:
+        if process.lifetime is Lifetime.BLOCK:
             numbers = [self._number_of(piece) for piece in pieces]
             known = self._known_pieces.setdefault(process.worker.number, known)
         new = {number: piece for number, piece in zip(numbers, pieces, strict=True) if number not in known}

@@ -26,7 +26,7 @@ from executorlib.jobs.queue import Cause, Phase
 from executorlib.jobs.system import Refused
 from executorlib.launchers.boot import boot_command
 from executorlib.launchers.connecting import ConnectingWorker
-from executorlib.launchers.contract import STDERR_TAIL_BYTES, Events, Exit, Launcher, Process
+from executorlib.launchers.contract import STDERR_TAIL_BYTES, Events, Exit, Launcher, Lifetime, Process
 from executorlib.relay.executor_side import RelayEnd, Relays, relay_program
 from executorlib.serialize import Frame
 from executorlib.transports.curve import CONNECTION_VARIABLE
@@ -63,7 +63,7 @@ class _Member:
         self.process = process = worker.process
         self.worker = worker
         # Only for a worker that takes call after call, in one process.
-        self.relay = RelayEnd() if not process.single and process.resources.cores == 1 else None
+        self.relay = RelayEnd() if process.lifetime is Lifetime.BLOCK and process.resources.cores == 1 else None
         self.identity = str(process.worker.number)
         self.log = JobLog()
         self.job: int | None = None
@@ -110,7 +110,7 @@ class FluxLauncher(Launcher):
         self._log_files = log_files
         self._instance = FluxInstance(events, self._on_instance_lost, submit_by)
         self._router = Router(events, self._on_message, self._on_lost, tcp=True, hostname_localhost=hostname_localhost)
-        self._ways = Relays(events, self._router, True, self._on_worker_exit)
+        self._ways = Relays(events, self._router, Lifetime.BLOCK, self._on_worker_exit)
         self._members: dict[str, _Member] = {}  # by identity, the worker's number
 
     # -- Launcher -------------------------------------------------------------------------------------------------
@@ -126,7 +126,7 @@ class FluxLauncher(Launcher):
         identity = member.identity
         process.host = "Flux"
         resources = process.resources
-        if not process.single:
+        if process.lifetime is Lifetime.BLOCK:
             resources = replace(resources, run_time_max=None)  # that limit is for each of its calls
         files = ("flux_{{id.f58plain}}.out", "flux_{{id.f58plain}}.err") if self._log_files else ("", "")
         spec = jobspec(
@@ -175,16 +175,21 @@ class FluxLauncher(Launcher):
         ranks = process.resources.cores
         if member.relay is not None:
             # Its one worker is set up only once, so it gets the settings with that.
-            return relay_program(pooled=True, stock=0, preload=(), threads=process.resources.threads_per_core, given={})
+            threads = process.resources.threads_per_core
+            return relay_program(lifetime=Lifetime.BLOCK, stock=0, preload=(), threads=threads, given={})
         module = "executorlib.worker.mpi" if ranks > 1 else "executorlib.worker.remote"
-        program = boot_command(module, f"({process.single})" if ranks > 1 else "()")
+        program = boot_command(module, f"({process.lifetime is Lifetime.CALL})" if ranks > 1 else "()")
         # An instance of its own starts the program in a single process.
         return run_command(process.resources, self._pmi_mode, program) if self._nested and ranks > 1 else program
 
     @staticmethod
     def _name(process: Process) -> str:
         calls = process.worker.calls
-        return calls[0].name if process.single and calls else f"executorlib worker {process.worker.slot}"
+        return (
+            calls[0].name
+            if process.lifetime is Lifetime.CALL and calls
+            else f"executorlib worker {process.worker.slot}"
+        )
 
     def setup(self, process: Process) -> dict[str, Any]:
         """What the worker sets up beyond the environment and import path that its job was submitted with."""
@@ -354,7 +359,7 @@ class FluxLauncher(Launcher):
         if log.status is not None:
             text = f"it {describe_exit(log.status)}; {text}"
         error: BaseException | None = None
-        limit = member.process.resources.run_time_max if member.process.single else None
+        limit = member.process.resources.run_time_max if member.process.lifetime is Lifetime.CALL else None
         if state.cause is Cause.TIME_LIMIT and limit is not None:
             error = TimeLimitError(
                 f"{self._subject(member)} ran longer than its run_time_max of {limit:g} s and was ended; give it more "

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from executorlib.errors import describe_split_world
-from executorlib.launchers.contract import Events, Process
+from executorlib.launchers.contract import Events, Lifetime, Process
 from executorlib.serialize import Frame
 from executorlib.transports.router import Router, RouterTransport
 from executorlib.transports.zeromq import SILENCE_SECONDS
@@ -103,7 +103,7 @@ class ConnectingWorker:
             self._on_hello(peer, header[1])
         elif kind == "log":
             self._events.on_message(process, header, frames)
-        elif not process.single:
+        elif process.lifetime is Lifetime.BLOCK:
             self._events.on_message(process, header, frames)
             if split:
                 self._end()

@@ -6,6 +6,7 @@ here needs a lock, and nothing may block.
 
 from __future__ import annotations
 
+import enum
 import re
 import socket
 import time
@@ -22,6 +23,13 @@ if TYPE_CHECKING:
 
 # How much of a worker's last output on standard error is kept: it becomes part of the error text if the worker dies.
 STDERR_TAIL_BYTES = 16 * 1024
+
+
+class Lifetime(enum.Enum):
+    """How long a worker lives."""
+
+    CALL = "for one call"
+    BLOCK = "for call after call, as a part of a block"
 
 
 class Transport(Protocol):
@@ -69,7 +77,7 @@ class Process:
         host: Where it runs.
         stderr: The end of what it wrote to standard error.
         settings: Those of this session's settings (`session.settings`) that it was started with.
-        single: Whether it runs only one call.
+        lifetime: How long it lives.
         verdict: If we are ending it: the exception for the calls that are lost with it.
         on_gone: Called once it is gone.
     """
@@ -83,7 +91,7 @@ class Process:
     host: str = ""
     stderr: bytearray = field(default_factory=bytearray)
     settings: Mapping[str, Any] = field(default_factory=dict)
-    single: bool = True
+    lifetime: Lifetime = Lifetime.CALL
     verdict: BaseException | None = None
     on_gone: Callable[[], None] | None = None
 

@@ -13,7 +13,7 @@ from executorlib.core.lookup import Lookup
 from executorlib.jobs.delivery import Entries
 from executorlib.jobs.executor import _CACHE_DIRECTORY, ClusterExecutor
 from executorlib.jobs.launcher import JobLauncher
-from executorlib.launchers.contract import Events, Launcher
+from executorlib.launchers.contract import Events, Launcher, Lifetime
 from executorlib.local_queue.system import LocalSystem
 from executorlib.options import Common
 from executorlib.resources import ResourceDict, Resources, listed
@@ -91,7 +91,7 @@ class TestClusterExecutor(ClusterExecutor):
                 return LocalLauncher(
                     events,
                     spawn=False,
-                    pooled=True,
+                    lifetime=Lifetime.BLOCK,
                     stock=0,
                     preload=["executorlib.worker.entry", *(["executorlib.worker.records"] if log_records else [])],
                     default_threads=common.resources.threads_per_core,

@@ -13,7 +13,7 @@ from typing import Any, cast
 from executorlib import serialize
 from executorlib.errors import ExecutorlibSocketError
 from executorlib.launchers.boot import boot_command
-from executorlib.launchers.contract import Events, Exit, Process
+from executorlib.launchers.contract import Events, Exit, Lifetime, Process
 from executorlib.serialize import Frame, nbytes
 from executorlib.transports.messages import MAPPED_BYTES, Decoder, Message, encode
 from executorlib.transports.router import Router
@@ -21,12 +21,12 @@ from executorlib.worker.protocol import PERMIT
 
 
 def relay_program(
-    *, pooled: bool, stock: int, preload: Sequence[str], threads: int, given: Mapping[str, Any]
+    *, lifetime: Lifetime, stock: int, preload: Sequence[str], threads: int, given: Mapping[str, Any]
 ) -> list[str]:
     """The command that runs a relay, which expects its credentials in the environment.
 
     Args:
-        pooled: As in `LocalLauncher`.
+        lifetime: As in `LocalLauncher`.
         stock: As in `LocalLauncher`.
         preload: As in `LocalLauncher`.
         threads: As `default_threads` in `LocalLauncher`.
@@ -36,7 +36,7 @@ def relay_program(
     environ.pop("SLURM_JWT", None)  # no secret belongs on a command line; in a Slurm job the relay has it already
     launcher = {
         "spawn": False,
-        "pooled": pooled,
+        "lifetime": lifetime.name,
         "stock": stock,
         "preload": list(preload),
         "default_threads": threads,
@@ -149,14 +149,14 @@ class Relays:
     Args:
         events: The loop.
         router: The socket that they connect to.
-        pooled: Whether workers run call after call.
+        lifetime: How long workers live.
         on_exit: Called when a worker has ended; it must call `conclude`, unless it knows better what happened.
     """
 
-    def __init__(self, events: Events, router: Router, pooled: bool, on_exit: OnExit) -> None:
+    def __init__(self, events: Events, router: Router, lifetime: Lifetime, on_exit: OnExit) -> None:
         self._events = events
         self._router = router
-        self._pooled = pooled
+        self._lifetime = lifetime
         self._on_exit = on_exit
         self._dirty: dict[RelayEnd, None] = {}
 
@@ -167,12 +167,12 @@ class Relays:
         relay.processes[number] = process
         if resources.cores == 1:
             process.settings = relay.settings
-        if self._pooled and resources.cores == 1:
+        if self._lifetime is Lifetime.BLOCK and resources.cores == 1:
             process.transport = _StreamTransport(self, relay, number)
             process.recall = lambda count: self._recall(relay, number, count)
         else:
             process.transport = _RelayTransport(self, relay, number)
-        self.put(relay, number, ["start", {"resources": resources.sent, "single": process.single}])
+        self.put(relay, number, ["start", {"resources": resources.sent, "single": process.lifetime is Lifetime.CALL}])
         self._events.on_connected(process)
 
     def kill(self, relay: RelayEnd, number: int, signal_number: int) -> None:

@@ -32,7 +32,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from executorlib import machine, serialize
-from executorlib.launchers.contract import Exit, Process
+from executorlib.launchers.contract import Exit, Lifetime, Process
 from executorlib.poller import Poller
 from executorlib.resources import Resources
 from executorlib.serialize import Frame
@@ -84,7 +84,8 @@ class _Worker:
         self.handed = 0
         self.answered = 0
         self.leaving = False
-        self.process = Process(cast("Worker", self), resources, single=single)
+        lifetime = Lifetime.CALL if single else Lifetime.BLOCK
+        self.process = Process(cast("Worker", self), resources, lifetime=lifetime)
         self.waiting: list[tuple[list[Any], list[Frame]]] = []
 
     @property
@@ -318,6 +319,7 @@ def main(environ: dict[str, str], launcher: dict[str, Any]) -> None:
     for name in [name for name in os.environ if name.startswith("SLURM_") and name not in _KEPT]:
         del os.environ[name]
     os.environ.update(environ)
+    launcher["lifetime"] = Lifetime[launcher["lifetime"]]
     launcher["stock"] = min(launcher["stock"], len(machine.usable_cpus()))
     try:
         dealer = Dealer(credentials, credentials.identity)

@@ -22,7 +22,7 @@ from executorlib import serialize
 from executorlib.errors import ExecutorlibSocketError, describe_exit
 from executorlib.launchers import streams
 from executorlib.launchers.boot import arguments, boot_command, import_path
-from executorlib.launchers.contract import STDERR_TAIL_BYTES, Events, Exit, Process, tail_text
+from executorlib.launchers.contract import STDERR_TAIL_BYTES, Events, Exit, Lifetime, Process, tail_text
 from executorlib.launchers.session import settings
 from executorlib.serialize import Frame
 from executorlib.transports.messages import Channel, Message
@@ -121,7 +121,7 @@ class Agent:
     Args:
         events: The loop.
         spawn: Whether workers are new interpreters instead of forks.
-        pooled: Whether workers run call after call.
+        lifetime: How long workers live.
         stock: Number of forked children to keep ready.
         preload: Modules that the agent imports before it forks.
         threads: Value of the thread variables in the agent, for preloaded modules that read them.
@@ -134,7 +134,7 @@ class Agent:
         events: Events,
         *,
         spawn: bool,
-        pooled: bool,
+        lifetime: Lifetime,
         stock: int,
         preload: Sequence[str],
         threads: int,
@@ -145,8 +145,8 @@ class Agent:
         self._given = given
         self._on_exit = on_exit or events.on_exit
         self._spawn = spawn
-        self._pooled = pooled
-        self._stock_size = 0 if spawn or pooled else stock
+        self._pooled = lifetime is Lifetime.BLOCK
+        self._stock_size = 0 if spawn or self._pooled else stock
         self._preload = list(preload)
         self._threads = threads
         self._popen: subprocess.Popen[bytes] | None = None
@@ -393,7 +393,9 @@ class Agent:
         assert child.channel is not None
         self._events.unwatch(child.channel)
         process = child.process
-        if process is not None and (not process.single or any(not task.over for task in process.worker.calls)):
+        if process is not None and (
+            process.lifetime is Lifetime.BLOCK or any(not task.over for task in process.worker.calls)
+        ):
             self._events.call_later(_EXIT_SECONDS, lambda: self._end_disconnected(child.number))
 
     def _end_disconnected(self, number: int) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from executorlib import machine
 from executorlib.core.ledger import Ledger, Node
 from executorlib.executor import BaseExecutor
+from executorlib.launchers.contract import Lifetime
 from executorlib.options import Common, refuse
 from executorlib.resources import ResourceDict, Resources, whole_number
 from executorlib.single_node.launcher import LocalLauncher
@@ -152,7 +153,7 @@ class SingleNodeExecutor(BaseExecutor):
             make_launcher=lambda events: LocalLauncher(
                 events,
                 spawn=spawn,
-                pooled=block_allocation,
+                lifetime=Lifetime.BLOCK if block_allocation else Lifetime.CALL,
                 stock=stock,
                 preload=modules,
                 default_threads=defaults.threads_per_core,

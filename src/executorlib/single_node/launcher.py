@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from executorlib.launchers.boot import arguments, boot_command
-from executorlib.launchers.contract import Events, Launcher, Process
+from executorlib.launchers.contract import Events, Launcher, Lifetime, Process
 from executorlib.single_node.agent import Agent
 from executorlib.single_node.mpi import MpiLauncher
 
@@ -18,7 +18,7 @@ class LocalLauncher(Launcher):
     Args:
         events: The loop.
         spawn: Whether workers are new interpreters instead of forks.
-        pooled: Whether workers run call after call.
+        lifetime: How long workers live.
         stock: Number of forked children to keep ready.
         preload: Modules that an agent imports before it forks.
         default_threads: `threads_per_core` of the executor, for the agent that is started first.
@@ -31,7 +31,7 @@ class LocalLauncher(Launcher):
         events: Events,
         *,
         spawn: bool,
-        pooled: bool,
+        lifetime: Lifetime,
         stock: int,
         preload: Sequence[str],
         default_threads: int,
@@ -41,7 +41,7 @@ class LocalLauncher(Launcher):
         self._events = events
         self._given = given
         self._spawn = spawn
-        self._pooled = pooled
+        self._lifetime = lifetime
         self._stock = stock
         self._preload = preload
         self._agents: dict[int, Agent] = {}
@@ -63,7 +63,7 @@ class LocalLauncher(Launcher):
             agent = self._agents[key] = Agent(
                 self._events,
                 spawn=self._spawn,
-                pooled=self._pooled,
+                lifetime=self._lifetime,
                 stock=self._stock,
                 preload=self._preload,
                 threads=threads,
@@ -77,8 +77,9 @@ class LocalLauncher(Launcher):
         if process.resources.cores > 1:
             if self._mpi is None:
                 self._mpi = MpiLauncher(self._events, self._hidden)
+            single = process.lifetime is Lifetime.CALL
             self._mpi.launch(
-                process, agent, boot_command("executorlib.worker.mpi", f"({process.single}, local=True)", rank=True)
+                process, agent, boot_command("executorlib.worker.mpi", f"({single}, local=True)", rank=True)
             )
         else:
             agent.launch(process)

@@ -8,7 +8,7 @@ from typing import Any
 
 from executorlib.core.ledger import Ledger, Node, spread_over
 from executorlib.executor import BaseExecutor
-from executorlib.launchers.contract import Events, Launcher
+from executorlib.launchers.contract import Events, Launcher, Lifetime
 from executorlib.machine import NodeShape
 from executorlib.options import Common, refuse
 from executorlib.resources import Demand, ResourceDict, Resources
@@ -103,7 +103,7 @@ class SlurmJobExecutor(BaseExecutor):
             return NodesLauncher(
                 events,
                 nodes,
-                pooled=block_allocation,
+                lifetime=Lifetime.BLOCK if block_allocation else Lifetime.CALL,
                 preload=modules,
                 threads=defaults.threads_per_core,
                 pmi_mode=pmi_mode,

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, cast
 from executorlib.errors import ExecutorlibSocketError
 from executorlib.launchers.boot import arguments, boot_command
 from executorlib.launchers.connecting import ConnectingWorker
-from executorlib.launchers.contract import Events, Exit, Launcher, Process, tail_text
+from executorlib.launchers.contract import Events, Exit, Launcher, Lifetime, Process, tail_text
 from executorlib.launchers.session import settings
 from executorlib.launchers.subprocesses import Answer, Commands
 from executorlib.relay.executor_side import RelayEnd, Relays, relay_program
@@ -84,7 +84,7 @@ class NodesLauncher(Launcher):
     Args:
         events: The loop.
         nodes: The nodes.
-        pooled: Whether workers run call after call.
+        lifetime: How long workers live.
         preload: Modules that the agents import before they fork.
         threads: `threads_per_core` of the executor.
         pmi_mode: How `srun` and MPI find each other, such as ``"pmix"``; None for mpiexec.
@@ -96,24 +96,30 @@ class NodesLauncher(Launcher):
         events: Events,
         nodes: Sequence[Node],
         *,
-        pooled: bool,
+        lifetime: Lifetime,
         preload: Sequence[str],
         threads: int,
         pmi_mode: str | None,
         hostname_localhost: bool,
     ) -> None:
         self._events = events
-        self._pooled = pooled
+        self._lifetime = lifetime
         self._preload = preload
         self._threads = threads
         self._pmi_mode = pmi_mode
         self._relays = {node.name: _Relay(node) for node in nodes}
         self._by_peer: dict[bytes, _Relay] = {}
         self._router = Router(events, self._on_message, self._on_lost, tcp=True, hostname_localhost=hostname_localhost)
-        self._ways = Relays(events, self._router, pooled, self._on_worker_exit)
+        self._ways = Relays(events, self._router, lifetime, self._on_worker_exit)
         # It runs srun, which is thereby watched, and ends with us.
         self._agent = Agent(
-            events, spawn=False, pooled=False, stock=0, preload=[], threads=threads, on_exit=self._on_step_exit
+            events,
+            spawn=False,
+            lifetime=Lifetime.CALL,
+            stock=0,
+            preload=[],
+            threads=threads,
+            on_exit=self._on_step_exit,
         )
         self._step: Process | None = None  # of the relays
         self._steps: dict[str, ConnectingWorker] = {}  # of ranks, by identity
@@ -129,8 +135,10 @@ class NodesLauncher(Launcher):
             return
         given = settings()
         program = relay_program(
-            pooled=self._pooled,
-            stock=0 if self._pooled else max(relay.node.total_cores for relay in self._relays.values()),
+            lifetime=self._lifetime,
+            stock=0
+            if self._lifetime is Lifetime.BLOCK
+            else max(relay.node.total_cores for relay in self._relays.values()),
             preload=self._preload,
             threads=self._threads,
             given=given,
@@ -306,7 +314,7 @@ class NodesLauncher(Launcher):
         env.update(dict.fromkeys(THREAD_VARIABLES, str(resources.threads_per_core)))
         env[CONNECTION_VARIABLE] = self._router.credentials(identity).dumps()
         module = "executorlib.worker.mpi" if len(hosts) > 1 else "executorlib.worker.remote"
-        call = f"({process.single})" if len(hosts) > 1 else "()"
+        call = f"({process.lifetime is Lifetime.CALL})" if len(hosts) > 1 else "()"
         program = boot_command(module, call, rank=len(hosts) > 1)
         if len(hosts) > 1 and self._pmi_mode is None:
             try:
