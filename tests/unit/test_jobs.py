@@ -161,6 +161,29 @@ def test_result_that_is_there_before_the_call_was_told_that_it_runs(events: Even
     assert events.told == ["connected", "result", "exit"]
 
 
+def test_equal_call_of_one_that_is_killed_when_its_result_is_there(
+    events: Events, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It finds the result by itself, at its own turn."""
+    monkeypatch.setattr("executorlib.jobs.launcher._AT_ONCE_SECONDS", 0.0)  # one look at a time
+    launcher, task, process = launched(events, System(), tmp_path)
+    _, equal, other = launched(events, System(), tmp_path, launcher=launcher)
+    assert task.cache_path is not None
+    entries.write_output(task.cache_path, function=abs, args=[-1], kwargs={}, resource_dict={}, runtime=0.1, output=1)
+    while not events.told:
+        events.run_timers()
+    assert other.transport is None, "it does not know yet"
+    launcher.kill(process, 9)
+    assert events.exits == {1: "its job was cancelled"}
+    while other.transport is None:
+        events.run_timers()
+    equal.move(RUNNING)
+    other.transport.flush()
+    events.run_timers()
+    assert events.told == ["connected", "exit", "connected", "result", "exit"]
+    assert events.exits == {1: "its job was cancelled", 2: ""}
+
+
 # Jobs that others have submitted.
 
 
