@@ -30,7 +30,7 @@ from executorlib.futures import unasked
 from executorlib.futures.derived import batched
 from executorlib.futures.inputs import find_futures_in_call
 from executorlib.launchers.contract import Events, Launcher, Lifetime
-from executorlib.options import positive
+from executorlib.options import positive_or_none
 from executorlib.resources import Demand, Resources, check_cache_key, whole_number
 from executorlib.worker.function import Function
 
@@ -462,7 +462,7 @@ class BaseExecutor(Executor):
             raise _NotInThisModeError(
                 "max_workers can be changed only with block_allocation=True; otherwise make a new executor with it."
             )
-        size = positive("max_workers", value)
+        size = positive_or_none("max_workers", value)
         assert size is not None
         self._check_block(size)
         self._worker_count = size

@@ -76,8 +76,8 @@ class Common:
         has_template: bool = False,
         default_directory: str | None = None,
     ) -> None:
-        self.max_workers = positive("max_workers", max_workers)
-        self.max_cores = positive("max_cores", max_cores)
+        self.max_workers = positive_or_none("max_workers", max_workers)
+        self.max_cores = positive_or_none("max_cores", max_cores)
         self.restart_limit = whole_number(0)("restart_limit", restart_limit)
         self.block = block_allocation
         self.init_function = init_function
@@ -128,7 +128,7 @@ def _check_init_function(init_function: object, block_allocation: bool) -> None:
         raise TypeError(f"init_function is {init_function!r}, expected a callable that returns a dict.")
 
 
-def refuse(resources: Resources, subject: str, where: str, reasons: Mapping[str, str]) -> None:
+def reject_unsupported(resources: Resources, subject: str, where: str, reasons: Mapping[str, str]) -> None:
     """Make sure that a call requests nothing that a row cannot honour.
 
     Args:
@@ -145,7 +145,7 @@ def refuse(resources: Resources, subject: str, where: str, reasons: Mapping[str,
             raise ValueError(f"{subject}: {key} cannot be honoured {where}: {why}. Leave it out here.")
 
 
-def positive(name: str, value: int | None) -> int | None:
+def positive_or_none(name: str, value: int | None) -> int | None:
     """Check an optional count, which must be above 0."""
     if value is None:
         return None

@@ -74,7 +74,7 @@ _SEEN_TO = {
     "num_nodes",
     "slurm_cmd_args",
     "submission_template",
-    "further",
+    "template_keys",
 }
 
 
@@ -99,7 +99,7 @@ class Resources:
         slurm_cmd_args: Further options for Slurm's commands.
         submission_template: Template of the job script.
         openmpi_oversubscribe: Whether Open MPI may start more ranks than there are cores. MPICH always may.
-        further: Keys and values of the submission template, which are not ours.
+        template_keys: Keys and values of the submission template, which are not ours.
     """
 
     cores: int = 1
@@ -116,12 +116,12 @@ class Resources:
     slurm_cmd_args: tuple[str, ...] = ()
     submission_template: str | None = None
     openmpi_oversubscribe: bool = False
-    further: tuple[tuple[str, Any], ...] = ()
+    template_keys: tuple[tuple[str, Any], ...] = ()
 
     @property
     def template_values(self) -> dict[str, Any]:
-        """`further` as a dictionary."""
-        return dict(self.further)
+        """`template_keys` as a dictionary."""
+        return dict(self.template_keys)
 
     @functools.cached_property
     def sent(self) -> dict[str, Any]:
@@ -141,13 +141,13 @@ class Resources:
         """Return the demand spread over several nodes, each of which holds at least one rank."""
         return self.demand if nodes == 1 else self.demand._replace(nodes=nodes, ranks=self.cores)
 
-    def updated(self, changes: Mapping[str, Any], subject: str, allow_further: bool = False) -> Resources:
+    def updated(self, changes: Mapping[str, Any], subject: str, allow_template_keys: bool = False) -> Resources:
         """Return these resources with the changes that a user wrote.
 
         Args:
             changes: Keys and values of a ``resource_dict``. None means "as before".
             subject: Whose changes they are, for the error text, such as ``call of 'f'``.
-            allow_further: Whether keys that are unknown here go to a submission template.
+            allow_template_keys: Whether keys that are unknown here go to a submission template.
 
         Raises:
             TypeError: A value has the wrong type, or ``changes`` is not a mapping.
@@ -158,26 +158,26 @@ class Resources:
                 f"{subject}: resource_dict is a {type(changes).__name__}, expected a dict such as {{'cores': 2}}."
             )
         checked: dict[str, Any] = {}
-        further = self.template_values
+        template_keys = self.template_values
         for key, value in changes.items():
             check = _CHECKS.get(key)
-            if check is None and not allow_further:
+            if check is None and not allow_template_keys:
                 raise ValueError(unknown_key(key, subject))
             if value is None:
                 continue
             what = f"{subject}: resource_dict[{key!r}]"
             if check is None:
-                further[_text(f"{subject}: a key of resource_dict", key)] = _plain(what, value)
+                template_keys[_text(f"{subject}: a key of resource_dict", key)] = _plain(what, value)
             else:
                 checked[key] = check(what, value)
-        if further:
-            checked["further"] = tuple(sorted(further.items()))
+        if template_keys:
+            checked["template_keys"] = tuple(sorted(template_keys.items()))
         return replace(self, **checked) if checked else self
 
     def as_dict(self) -> dict[str, Any]:
         """Return the resources as a ``resource_dict``, without those that are None."""
-        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "further"}
-        values.update(self.further)
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "template_keys"}
+        values.update(self.template_keys)
         values["slurm_cmd_args"] = list(self.slurm_cmd_args)
         return {key: value for key, value in values.items() if value is not None}
 

@@ -9,7 +9,7 @@ import subprocess
 from executorlib.cache import directory, entries, trust
 from executorlib.flux.instance import FLUX_NAME, cancel_jobs
 from executorlib.jobs.command_system import open_queue
-from executorlib.jobs.queue import Queue, means
+from executorlib.jobs.queue import Queue, same_system
 
 _LOCAL = "the local queue"
 
@@ -114,10 +114,10 @@ def _queue_of(systems: dict[str, str], configuration: str | None) -> Queue:
         RuntimeError: It does not say which one it is.
     """
     queue = open_queue(configuration)
-    if any(system != queue.name and means(queue.name, system) for system in systems):
+    if any(system != queue.name and same_system(queue.name, system) for system in systems):
         queue = open_queue(configuration, _run(queue, list(queue.settings_command)))
     for system, path in systems.items():
-        if not means(system, queue.name):
+        if not same_system(system, queue.name):
             raise ValueError(
                 f"the job of {path} was submitted to {system}, but the commands here are those of {queue.name}, where "
                 "its number is another job's; nothing was cancelled. Run this where that system's commands work, or "

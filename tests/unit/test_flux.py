@@ -81,7 +81,7 @@ def test_requested_resources(resources: Resources, requested: dict[str, Any], co
 
 def test_the_rest_of_a_jobspec() -> None:
     further = (("account", "physics"), ("job_name", "mine"), ("memory_max", 4), ("queue", "debug"))
-    resources = Resources(threads_per_core=2, run_time_max=60.0, further=further)
+    resources = Resources(threads_per_core=2, run_time_max=60.0, template_keys=further)
     found = system(
         spec(resources, {"HOME": "/home/me", "PMI_RANK": "3", "SLURM_ARRAY_TASK_ID": "7"}, dependencies=[10099884032])
     )
@@ -293,7 +293,7 @@ QUEUES = {
 
 
 def in_queue(name: str, run_time_max: float | None = None) -> Resources:
-    return Resources(run_time_max=run_time_max, further=(("queue", name),))
+    return Resources(run_time_max=run_time_max, template_keys=(("queue", name),))
 
 
 @pytest.mark.parametrize(

@@ -166,10 +166,10 @@ def test_configuration(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="needs 5 cores, but its queue has cores_max: 4"):
         queue.script(batch(cores=5))
     templates = open_templates(str(tmp_path))
-    known = Resources().updated({"account": "a", "colour": "c"}, "f", allow_further=True)
+    known = Resources().updated({"account": "a", "colour": "c"}, "f", allow_template_keys=True)
     check_keys(known, "f", templates)
     with pytest.raises(ValueError, match="unknown key 'qualty'"):
-        check_keys(known.updated({"qualty": 1}, "f", allow_further=True), "f", templates)
+        check_keys(known.updated({"qualty": 1}, "f", allow_template_keys=True), "f", templates)
 
 
 @needs_pysqa

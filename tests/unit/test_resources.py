@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from executorlib.resources import Demand, OneRank, ResourceDict, Resources
 from unit.properties import repeatable
 
-KEYS = [field.name for field in dataclasses.fields(Resources) if field.name != "further"]
+KEYS = [field.name for field in dataclasses.fields(Resources) if field.name != "template_keys"]
 
 
 class Index:
@@ -262,20 +262,20 @@ def test_what_is_sent() -> None:
     """To where the process is started; files, nodes and scripts were seen to before."""
     assert Resources().sent == {}
     more = {"cache_key": "x", "num_nodes": 2, "slurm_cmd_args": ["--quiet"], "submission_template": "x", "queue": "y"}
-    resources = Resources().updated({"cores": 2, "cwd": "/", "priority": -1, **more}, "f", allow_further=True)
+    resources = Resources().updated({"cores": 2, "cwd": "/", "priority": -1, **more}, "f", allow_template_keys=True)
     assert resources.sent == {"cores": 2, "cwd": "/", "priority": -1}
     assert Resources().updated(resources.sent, "f") == Resources(cores=2, cwd="/", priority=-1)
 
 
 def test_further_keys_are_the_templates() -> None:
-    before = Resources().updated({"partition": "short", "memory_max": 2.5}, "f", allow_further=True)
-    after = before.updated({"partition": "long", "cores": 2, "account": None}, "f", allow_further=True)
+    before = Resources().updated({"partition": "short", "memory_max": 2.5}, "f", allow_template_keys=True)
+    after = before.updated({"partition": "long", "cores": 2, "account": None}, "f", allow_template_keys=True)
     assert after.template_values == {"partition": "long", "memory_max": 2.5}
     assert after.as_dict()["partition"] == "long"
-    assert "further" not in after.as_dict()
+    assert "template_keys" not in after.as_dict()
     assert hash(after) != hash(before)
 
 
 def test_further_keys_hold_plain_values() -> None:
     with pytest.raises(TypeError, match=r"partition.*str or a number"):
-        Resources().updated({"partition": ["short"]}, "f", allow_further=True)
+        Resources().updated({"partition": ["short"]}, "f", allow_template_keys=True)

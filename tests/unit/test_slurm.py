@@ -190,11 +190,11 @@ def test_keys_that_no_queue_of_a_configuration_has(configuration: Path, key: str
         script.write("# {{ walltime }}\n")
     templates = Templates(DEFAULT_TEMPLATE, str(configuration))
     known = {"walltime": 1, "account": "a", "qos": "q", "dependency_list": "none", "working_directory": "/"}
-    resources = Resources().updated(known, "f", allow_further=True)
+    resources = Resources().updated(known, "f", allow_template_keys=True)
     check_keys(resources, "call of f", templates)
     meant = f"; did you mean {near!r}" if near else ". No"
     with pytest.raises(ValueError, match=f"call of f: unknown key {key!r} in resource_dict{meant}"):
-        check_keys(resources.updated({key: 1}, "f", allow_further=True), "call of f", templates)
+        check_keys(resources.updated({key: 1}, "f", allow_template_keys=True), "call of f", templates)
 
 
 @needs_pysqa

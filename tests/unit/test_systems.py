@@ -205,7 +205,7 @@ def test_mpiexec_is_asked_where_a_call_is_submitted(
         asked.append(None)
         raise FileNotFoundError
 
-    monkeypatch.setattr("executorlib.slurm.cluster_executor.find_mpiexec", find)
+    monkeypatch.setattr("executorlib.single_node.mpi.find_mpiexec", find)
     # One that runs nothing needs no cluster.
     with SlurmClusterExecutor(pmi_mode=pmi_mode, export_workflow_filename=str(tmp_path / "graph.json")) as executor:
         executor.submit(shlex.quote, "a")

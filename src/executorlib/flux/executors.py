@@ -18,7 +18,7 @@ from executorlib.jobs.executor import QueueExecutor
 from executorlib.jobs.launcher import JobLauncher
 from executorlib.jobs.templates import FLUX, Templates
 from executorlib.launchers.contract import Events, Launcher
-from executorlib.options import Common, refuse
+from executorlib.options import Common, reject_unsupported
 from executorlib.resources import Demand, ResourceDict, Resources, unknown_key
 
 # Without max_workers and max_cores, Flux is given calls for this many times the cores of its instance: so the next one
@@ -161,7 +161,7 @@ class FluxJobExecutor(BaseExecutor):
 
     def _check(self, resources: Resources, subject: str) -> None:
         reasons = {**_USELESS, "submission_template": "no script is submitted"}
-        refuse(resources, subject, "by FluxJobExecutor", reasons)
+        reject_unsupported(resources, subject, "by FluxJobExecutor", reasons)
         for key in resources.template_values:
             if key not in FURTHER_KEYS:
                 raise ValueError(unknown_key(key, subject))
@@ -241,7 +241,7 @@ class FluxClusterExecutor(QueueExecutor):
         )
 
     def _check(self, resources: Resources, subject: str) -> None:
-        refuse(resources, subject, "by FluxClusterExecutor", _USELESS)
+        reject_unsupported(resources, subject, "by FluxClusterExecutor", _USELESS)
         if not self._has_configuration:  # a configuration has queues of its own
             by_script = resources.submission_template is not None
             named = not by_script and (self._loop is not None or self._block)

@@ -63,7 +63,7 @@ def jobspec(
         errors: The same for standard error; by default the same path as `output`.
         dependencies: Numbers of jobs that have to succeed first.
     """
-    further = {FURTHER_KEYS[key]: str(value) for key, value in resources.further if key in FURTHER_KEYS}
+    further = {FURTHER_KEYS[key]: str(value) for key, value in resources.template_keys if key in FURTHER_KEYS}
     options: dict[str, Any] = {}
     if nested:
         # One broker on each node; the first one runs the command that follows.

@@ -110,7 +110,7 @@ class FluxLauncher(Launcher):
         self._log_files = log_files
         self._instance = FluxInstance(events, self._on_instance_lost, submit_by)
         self._router = Router(events, self._on_message, self._on_lost, tcp=True, hostname_localhost=hostname_localhost)
-        self._ways = Relays(events, self._router, Lifetime.BLOCK, self._on_worker_exit)
+        self._relays = Relays(events, self._router, Lifetime.BLOCK, self._on_worker_exit)
         self._members: dict[str, _Member] = {}  # by identity, the worker's number
 
     # -- Launcher -------------------------------------------------------------------------------------------------
@@ -205,7 +205,7 @@ class FluxLauncher(Launcher):
             return  # it is on its way to Flux; see `_on_submitted`
         if member.relay is not None and member.relay.peer is not None:
             # Signal only the worker: its relay then reports which calls it has started.
-            self._ways.kill(member.relay, process.worker.number, signal_number)
+            self._relays.kill(member.relay, process.worker.number, signal_number)
             self._later(_FOLLOW_SECONDS, member.identity, self._end_without_word)
             return
         if member.log.started:
@@ -281,11 +281,11 @@ class FluxLauncher(Launcher):
         if relay is None:
             member.worker.on_message(peer, header, frames)
         elif header[0] == "done":
-            self._ways.on_done(relay, header[1], frames)
+            self._relays.on_done(relay, header[1], frames)
         elif header[0] == "hello" and relay.peer is None:
             relay.peer = peer
             member.process.host, member.process.pid = header[1]["host"], header[1]["pid"]
-            self._ways.start(relay, member.process)
+            self._relays.start(relay, member.process)
 
     def _on_worker_exit(self, relay: RelayEnd, number: int, about: dict[str, Any], error: BaseException | None) -> None:
         """A worker has ended, as its relay reports, so its job is to end, too."""
@@ -294,7 +294,7 @@ class FluxLauncher(Launcher):
             return
         self._instance.unwatch(member.watch, ends_soon=True)
         self._router.send(relay.peer, ["end"], [])
-        self._ways.conclude(relay, number, about, error)
+        self._relays.conclude(relay, number, about, error)
 
     def _on_lost(self, peer: bytes) -> None:
         member = self._members.get(worker_of(peer))

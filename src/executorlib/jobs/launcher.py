@@ -31,7 +31,7 @@ from executorlib.errors import ExecutorlibSocketError, advise_unpicklable
 from executorlib.futures.inputs import misplaced
 from executorlib.jobs.delivery import Entries
 from executorlib.jobs.job import SUBMIT_SECONDS, Identity, Job, JobBatch, owner_of
-from executorlib.jobs.queue import JobState, Phase, means
+from executorlib.jobs.queue import JobState, Phase, same_system
 from executorlib.jobs.submitter import Submitter
 from executorlib.jobs.system import Cancellations, Holds, JobSystem, Refused, States
 from executorlib.launchers.contract import Events, Exit, Launcher, Process, Timer
@@ -341,7 +341,7 @@ class JobLauncher(Launcher):
         directory = entry["batch"]
         own = self._system.name
         owner = {} if directory is None else owner_of(directory)
-        if directory is None or not means(owner.get("system", own), own):
+        if directory is None or not same_system(owner.get("system", own), own):
             if directory is not None and self._system.is_gone(owner):
                 entries.take_over(job.path, entries.job_name(job.path, directory), directory, job.root)
                 return False

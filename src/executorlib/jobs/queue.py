@@ -175,7 +175,7 @@ def shown_id(job_id: str, index: int | None) -> str:
     return f"{job_id[:-1]}{index}]" if job_id.endswith("[]") else f"{job_id}_{index}"
 
 
-def means(noted: str, name: str) -> bool:
+def same_system(noted: str, name: str) -> bool:
     """Whether the system that an entry notes has this name.
 
     A session that could not find out which system of its kind it has noted only the beginning of the name.

@@ -474,4 +474,4 @@ class Submitter:
 def _limited_by(batch: JobBatch) -> Any:
     """The values of which a limit on the number of jobs may depend, such as accounts and partitions."""
     needs = batch.key[0]
-    return needs.further, needs.slurm_cmd_args, needs.submission_template
+    return needs.template_keys, needs.slurm_cmd_args, needs.submission_template

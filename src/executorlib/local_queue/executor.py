@@ -34,7 +34,7 @@ class TestClusterExecutor(ClusterExecutor):
 
     def _check(self, resources: Resources, subject: str) -> None:
         slurms = [key for key in ("num_nodes", "slurm_cmd_args", "submission_template") if getattr(resources, key)]
-        if resources.further or slurms:
+        if resources.template_keys or slurms:
             keys = ", ".join([*filter(None, [listed(resources.template_values)]), *map(repr, slurms)])
             logger.warning("%s: there is no submission template here that would use %s", subject, keys)
 

@@ -80,8 +80,8 @@ class _RelayTransport:
         calls: How many calls were sent.
     """
 
-    def __init__(self, ways: Relays, relay: RelayEnd, number: int) -> None:
-        self._ways = ways
+    def __init__(self, relays: Relays, relay: RelayEnd, number: int) -> None:
+        self._relays = relays
         self._relay = relay
         self._number = number
         self.calls = 0
@@ -89,7 +89,7 @@ class _RelayTransport:
     def put(self, header: Any, frames: Sequence[Frame] = ()) -> int:
         """Append a message to the next one to the relay."""
         self.calls += header[0] == "call"
-        self._ways.put(self._relay, self._number, header, frames)
+        self._relays.put(self._relay, self._number, header, frames)
         return sum(map(nbytes, frames))
 
     def flush(self) -> None:
@@ -106,8 +106,8 @@ class _StreamTransport(_RelayTransport):
         broken: Whether the worker's messages can no longer be told apart.
     """
 
-    def __init__(self, ways: Relays, relay: RelayEnd, number: int) -> None:
-        super().__init__(ways, relay, number)
+    def __init__(self, relays: Relays, relay: RelayEnd, number: int) -> None:
+        super().__init__(relays, relay, number)
         self.broken = False
         self._decoder = Decoder()
         self._put: list[Frame] = []
@@ -133,7 +133,7 @@ class _StreamTransport(_RelayTransport):
         """Append the encoded bytes to the next message to the relay."""
         if self._put:
             frames: list[Frame] = [b"".join(map(PERMIT.pack, self._held)), b"".join(self._put)]
-            self._ways.put(self._relay, self._number, ["stream", self._put_calls], frames)
+            self._relays.put(self._relay, self._number, ["stream", self._put_calls], frames)
             self._put.clear()
             self._put_calls = 0
             self._held.clear()

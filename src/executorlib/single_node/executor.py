@@ -13,10 +13,10 @@ from executorlib import machine
 from executorlib.core.ledger import Ledger, Node
 from executorlib.executor import BaseExecutor
 from executorlib.launchers.contract import Lifetime
-from executorlib.options import Common, refuse
+from executorlib.options import Common, reject_unsupported
 from executorlib.resources import ResourceDict, Resources, whole_number
 from executorlib.single_node.launcher import LocalLauncher
-from executorlib.single_node.mpi import check_mpi
+from executorlib.single_node.mpi import ask_mpiexec_once
 
 # Where the next executor of this process starts taking CPUs, so that two small ones do not share a CPU.
 _first_cpu = itertools.count()
@@ -175,7 +175,7 @@ class SingleNodeExecutor(BaseExecutor):
 
     def _check(self, resources: Resources, subject: str) -> None:
         reasons = {"slurm_cmd_args": "there is no Slurm in between", "submission_template": "no job is submitted"}
-        refuse(resources, subject, "on a single node", reasons)
+        reject_unsupported(resources, subject, "on a single node", reasons)
         if resources.num_nodes is not None and resources.num_nodes > 1:
             raise ValueError(
                 f"{subject}: num_nodes={resources.num_nodes} cannot be honoured on a single node. Ask for 1, or leave "
@@ -183,7 +183,7 @@ class SingleNodeExecutor(BaseExecutor):
             )
 
     def _prepare_ranks(self) -> None:
-        check_mpi()  # asks mpiexec, once
+        ask_mpiexec_once()
 
     def _check_block(self, size: int) -> None:
         super()._check_block(size)

@@ -6,6 +6,7 @@ it is Open MPI or MPICH.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
@@ -121,8 +122,17 @@ def _ask(path: str) -> Mpiexec | str:
     return Mpiexec(path, is_open_mpi, text.strip().partition("\n")[0])
 
 
+def ask_mpiexec_once() -> None:
+    """Have the answer of `find_mpiexec` ready for the loop, because asking may take a tenth of a second.
+
+    A missing `mpiexec` is no error here: it is one of the call, or there may be one where the call's job runs.
+    """
+    with contextlib.suppress(OSError, RuntimeError):
+        find_mpiexec()
+
+
 def check_mpi() -> BaseException | None:
-    """The reason why MPI calls cannot run here, or None. Asks mpiexec once, which may take a tenth of a second."""
+    """The reason why MPI calls cannot run here, or None."""
     try:
         find_mpiexec()
     except (OSError, RuntimeError) as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import shutil
 from dataclasses import replace
@@ -18,7 +17,7 @@ from executorlib.jobs.templates import Templates
 from executorlib.jobs.workers import JobWorkerLauncher
 from executorlib.launchers.contract import Events, Launcher
 from executorlib.resources import Demand, Resources
-from executorlib.single_node.mpi import find_mpiexec
+from executorlib.single_node.mpi import ask_mpiexec_once, find_mpiexec
 
 
 class SlurmClusterExecutor(QueueExecutor):
@@ -62,8 +61,7 @@ class SlurmClusterExecutor(QueueExecutor):
 
     def _checked_demand(self, resources: Resources, subject: str) -> Demand:
         if resources.cores > 1 and self._pmi_mode is None:
-            with contextlib.suppress(OSError, RuntimeError):  # it may exist where the job runs
-                find_mpiexec()  # asks it once, here and not in the loop
+            ask_mpiexec_once()
         return super()._checked_demand(resources, subject)
 
     def _job_launcher(

@@ -10,9 +10,9 @@ from executorlib.core.ledger import Ledger, Node, spread_over
 from executorlib.executor import BaseExecutor
 from executorlib.launchers.contract import Events, Launcher, Lifetime
 from executorlib.machine import NodeShape
-from executorlib.options import Common, refuse
+from executorlib.options import Common, reject_unsupported
 from executorlib.resources import Demand, ResourceDict, Resources
-from executorlib.single_node.mpi import check_mpi
+from executorlib.single_node.mpi import ask_mpiexec_once
 from executorlib.slurm.allocation import slurm_allocation
 from executorlib.slurm.nodes import NodesLauncher
 
@@ -141,7 +141,7 @@ class SlurmJobExecutor(BaseExecutor):
         return {**info, "nodes": nodes}
 
     def _check(self, resources: Resources, subject: str) -> None:
-        refuse(resources, subject, "inside an allocation", {"submission_template": "no job is submitted"})
+        reject_unsupported(resources, subject, "inside an allocation", {"submission_template": "no job is submitted"})
         if resources.slurm_cmd_args and resources.cores > 1 and self._pmi_mode is None:
             raise ValueError(
                 f"{subject}: slurm_cmd_args are options of srun, but without pmi_mode it is mpiexec that starts ranks. "
@@ -149,7 +149,7 @@ class SlurmJobExecutor(BaseExecutor):
             )
 
     def _prepare_ranks(self) -> None:
-        check_mpi()  # asks mpiexec, once
+        ask_mpiexec_once()
 
     def _checked_demand(self, resources: Resources, subject: str) -> Demand:
         if self._capacity is None:

@@ -107,10 +107,10 @@ class NodesLauncher(Launcher):
         self._preload = preload
         self._threads = threads
         self._pmi_mode = pmi_mode
-        self._relays = {node.name: _Relay(node) for node in nodes}
+        self._by_node = {node.name: _Relay(node) for node in nodes}
         self._by_peer: dict[bytes, _Relay] = {}
         self._router = Router(events, self._on_message, self._on_lost, tcp=True, hostname_localhost=hostname_localhost)
-        self._ways = Relays(events, self._router, lifetime, self._on_worker_exit)
+        self._relays = Relays(events, self._router, lifetime, self._on_worker_exit)
         # It runs srun, which is thereby watched, and ends with us.
         self._agent = Agent(
             events,
@@ -138,24 +138,24 @@ class NodesLauncher(Launcher):
             lifetime=self._lifetime,
             stock=0
             if self._lifetime is Lifetime.BLOCK
-            else max(relay.node.total_cores for relay in self._relays.values()),
+            else max(relay.node.total_cores for relay in self._by_node.values()),
             preload=self._preload,
             threads=self._threads,
             given=given,
         )
-        for relay in self._relays.values():
+        for relay in self._by_node.values():
             relay.settings = given
         self._step = Process(cast("Worker", _NoWorker()), Resources())
         env = step_environment(os.environ)
         env[CONNECTION_VARIABLE] = self._router.credentials(_RELAYS).dumps()
-        self._agent.run(self._step, relays_command(list(self._relays), program), env, None)
+        self._agent.run(self._step, relays_command(list(self._by_node), program), env, None)
         self._events.call_later(_START_SECONDS, self._on_start_over)
         self._ask_time_left()
 
     def launch(self, process: Process) -> None:
         """Start a worker by the relay of its node, or as a step."""
         self.prepare()
-        relay = self._relays[process.worker.allocation.node.name]
+        relay = self._by_node[process.worker.allocation.node.name]
         if relay.lost:
             self._events.on_exit(process, Exit(None, relay.lost))
         elif self._is_step(process):
@@ -172,22 +172,22 @@ class NodesLauncher(Launcher):
             setup["argv"] = arguments()  # ranks do not get them on the command line, see `boot_command`
         if self._is_step(process):
             setup["shares"] = {
-                share.node.name: {"node": self._relays[share.node.name].size, "cores": share.cores, "gpus": share.gpus}
+                share.node.name: {"node": self._by_node[share.node.name].size, "cores": share.cores, "gpus": share.gpus}
                 for share in process.worker.allocation.shares
             }
         else:
-            setup["node"] = self._relays[process.worker.allocation.node.name].size
+            setup["node"] = self._by_node[process.worker.allocation.node.name].size
         return setup
 
     def kill(self, process: Process, signal_number: int) -> None:
         """Signal a worker, or end its step."""
         number = process.worker.number
-        relay = self._relays[process.worker.allocation.node.name]
+        relay = self._by_node[process.worker.allocation.node.name]
         if number in relay.waiting:
             del relay.waiting[number]
             self._events.on_exit(process, Exit(None, "it was not needed any more"))
         elif number in relay.processes:
-            self._ways.kill(relay, number, signal_number)
+            self._relays.kill(relay, number, signal_number)
         elif str(number) in self._steps:
             self._end_step(process)
 
@@ -218,7 +218,7 @@ class NodesLauncher(Launcher):
 
     def _start(self, relay: _Relay, process: Process) -> None:
         process.host = relay.node.name
-        self._ways.start(relay, process)
+        self._relays.start(relay, process)
 
     def _on_message(self, peer: bytes, header: list[Any], frames: list[Frame]) -> None:
         identity = worker_of(peer)
@@ -235,10 +235,10 @@ class NodesLauncher(Launcher):
         if header[0] == "bye":
             self._lose(relay, header[1])
             return
-        self._ways.on_done(relay, header[1], frames)
+        self._relays.on_done(relay, header[1], frames)
 
     def _on_hello(self, peer: bytes, about: dict[str, Any]) -> None:
-        relay = self._relays.get(about["node"])
+        relay = self._by_node.get(about["node"])
         if self._closing:
             self._router.send(peer, ["end"], [])
             return
@@ -259,7 +259,7 @@ class NodesLauncher(Launcher):
 
     def _tell_exit(self, relay: RelayEnd, number: int, about: dict[str, Any], error: BaseException | None) -> None:
         if not relay.lost:  # otherwise `_end_workers` reports it
-            self._ways.conclude(relay, number, about, error)
+            self._relays.conclude(relay, number, about, error)
 
     # -- nodes that are lost --------------------------------------------------------------------------------------
 
@@ -269,7 +269,7 @@ class NodesLauncher(Launcher):
             self._lose(relay, "the connection to the agent there has ended")
 
     def _on_start_over(self) -> None:
-        for relay in self._relays.values():
+        for relay in self._by_node.values():
             if relay.peer is None:
                 self._lose(relay, f"its agent has not connected within {_START_SECONDS:g} s")
 
@@ -325,7 +325,7 @@ class NodesLauncher(Launcher):
             counts = {share.node.name: count for share, count in zip(shares, ranks, strict=True)}
             # In Slurm's order, because srun starts the agents of MPICH's mpiexec, and they take their parts in that
             # order.
-            placed = [f"{name}:{counts[name]}" for name in self._relays if name in counts]
+            placed = [f"{name}:{counts[name]}" for name in self._by_node if name in counts]
             argv = mpiexec.command_on(placed, len(hosts), program, resources.openmpi_oversubscribe)
             # mpiexec has srun start its agents, which must be allowed beside the relays.
             env = {**mpiexec.environment(), **env, "SLURM_OVERLAP": "1"}
@@ -376,7 +376,7 @@ class NodesLauncher(Launcher):
             else:
                 self._on_ranks_exit(process, end)
             return
-        for relay in self._relays.values():
+        for relay in self._by_node.values():
             self._lose(relay, f"srun, which runs the agents, {end.text.removeprefix('it ')}")
 
     def _on_ranks_exit(self, process: Process, end: Exit) -> None:
