@@ -25,6 +25,7 @@ from executorlib.core.lookup import Lookup
 from executorlib.core.loop import Loop, running_loops
 from executorlib.core.sending import Delivery, Messages
 from executorlib.core.task import CallFuture, function_name
+from executorlib.docstrings import lists_keys
 from executorlib.errors import EXECUTOR_ADVICE
 from executorlib.futures import unasked
 from executorlib.futures.derived import batched
@@ -36,7 +37,7 @@ from executorlib.worker.function import Function
 
 if TYPE_CHECKING:
     from executorlib.graph.record import Graph
-    from executorlib.options import Common
+    from executorlib.options import Options
     from executorlib.resources import OneRank, ResourceDict
 
     _OneRank = OneRank | None
@@ -67,7 +68,7 @@ class BaseExecutor(Executor):
     ``super().submit(fn, *args, **kwargs)``.
 
     Args:
-        common: The arguments that all rows take.
+        options: The arguments that all rows take.
         make_launcher: Makes the launcher of workers, given the loop.
         ledger: The resources that the executor may use.
         capacity: The most that a call can have, for checking its needs; None if only the system knows.
@@ -87,7 +88,7 @@ class BaseExecutor(Executor):
 
     def __init__(
         self,
-        common: Common,
+        options: Options,
         *,
         make_launcher: Callable[[Events], Launcher],
         ledger: Ledger,
@@ -99,9 +100,9 @@ class BaseExecutor(Executor):
         settings: dict[str, Any],
         entries: Delivery | None = None,
     ) -> None:
-        resources, block = common.resources, common.block
+        resources, block = options.resources, options.block_allocation
         jobs = entries is not None
-        if jobs and common.log_records:
+        if jobs and options.log_records:
             raise ValueError(
                 f"{type(self).__name__}: log_records=True cannot be honoured for calls that are jobs: they go on "
                 "without this process and its handlers. Add a handler that writes a file inside the function, or have "
@@ -113,16 +114,16 @@ class BaseExecutor(Executor):
         self._worker_count = max_workers
         self._resources = resources
         self._block = block
-        self._disable_dependencies = common.disable_dependencies
-        self._wait = common.wait
-        self._graph = common.graph
-        self._finish_graph = common.finish_graph
-        self._settings = {**common.settings, **settings}
+        self._disable_dependencies = options.disable_dependencies
+        self._wait = options.wait
+        self._graph = options.graph
+        self._finish_graph = options.finish_graph
+        self._settings = {**options.settings, **settings}
         self._is_shut_down = False
         self._demand = self._checked_demand(resources, type(self).__name__)
         check_cache_key(resources, type(self).__name__)
         self._make_directories(resources, type(self).__name__)
-        if common.graph is not None:
+        if options.graph is not None:
             return
         imports.check_executor(type(self).__name__)
         scheduler: BlockScheduler | FreshScheduler
@@ -130,21 +131,21 @@ class BaseExecutor(Executor):
             self._check_block(max_workers)
             # A deadline counts from when a call is handed over, so calls with one are not handed over ahead.
             lookahead = resources.run_time_max is None
-            scheduler = BlockScheduler(max_workers, common.restart_limit, ledger, self._demand, lookahead)
+            scheduler = BlockScheduler(max_workers, options.restart_limit, ledger, self._demand, lookahead)
         else:
-            scheduler = FreshScheduler(ledger, max_calls, common.restart_limit)
+            scheduler = FreshScheduler(ledger, max_calls, options.restart_limit)
         loop = self._loop = Loop(
             scheduler,
             make_launcher,
             entries
             or Messages(
-                Lookup(common.init_function, common.cache_versions, Lifetime.BLOCK if block else Lifetime.CALL),
+                Lookup(options.init_function, options.cache_versions, Lifetime.BLOCK if block else Lifetime.CALL),
                 pin=pin,
-                log_sizes=common.log_sizes,
-                log_records=common.log_records,
+                log_sizes=options.log_obj_size,
+                log_records=options.log_records,
             ),
             block_resources=resources if block else None,
-            log_sizes=common.log_sizes,
+            log_sizes=options.log_obj_size,
             name=f"executorlib-{next(_executor_numbers)}",
         )
         # An executor that is dropped without shutdown finishes its calls and ends. The loop has no reference to it.
@@ -228,6 +229,7 @@ class BaseExecutor(Executor):
     def submit(
         self: _WithTemplate, fn: Callable[..., Any], /, *args: Any, resource_dict: Mapping[str, Any], **kwargs: Any
     ) -> Future[Any]: ...
+    @lists_keys
     def submit(
         self,
         fn: Callable[..., Any],
@@ -242,7 +244,7 @@ class BaseExecutor(Executor):
             fn: Any callable.
             *args: Positional arguments. Futures among them, at any depth of lists, tuples, sets, dicts and
                 dataclasses, are waited for and replaced by their results.
-            resource_dict: The resources of the call, as in `Resources`, if they differ from the executor's.
+            resource_dict: The resources of the call, with the keys below, if they differ from the executor's.
             **kwargs: Keyword arguments, with futures as above.
 
         Returns:
@@ -374,7 +376,18 @@ class BaseExecutor(Executor):
     @overload
     def batched(self, iterable: Iterable[Any], n: int) -> list[Future[list[Any]]]: ...
     def batched(self, iterable: Iterable[Any], n: int) -> list[Future[list[Any]]]:
-        """Group futures by ``n`` in the order in which they finish, as `executorlib.futures.derived.batched` does."""
+        """Group futures by ``n`` in the order in which they finish. Failed ones come last.
+
+        Args:
+            iterable: The futures. Anything else counts as a result that exists already.
+            n: Size of a group. The last group may be smaller.
+
+        Returns:
+            Futures of lists of results. A group that holds a failed input fails with that input's exception.
+
+        Raises:
+            ValueError: ``n`` is below 1.
+        """
         if self._graph is not None:
             sources = list(iterable)
             whole_number(1)("batched: n", n)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import InitVar, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from executorlib.resources import Resources, whole_number
@@ -12,109 +14,128 @@ if TYPE_CHECKING:
     from executorlib.graph.record import Graph
 
 _CACHE_VERSIONS = ("warn", "key", "ignore")
+# Arguments that `BaseExecutor.info` shows.
+_SETTINGS = (
+    "max_cores",
+    "block_allocation",
+    "init_function",
+    "hostname_localhost",
+    "disable_dependencies",
+    "refresh_rate",
+    "log_obj_size",
+    "wait",
+    "cache_versions",
+    "log_records",
+)
 
 
-class Common:
-    """The arguments that all rows take, checked and converted. The rows' own docstrings say more about each.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Options:
+    """The arguments that the constructors of all executors take, checked, and what follows from them.
+
+    This is the one place that describes them for users. `documented` copies a description to each executor whose
+    docstring has none of its own.
 
     Args:
-        name: The class, for error texts.
-        max_workers: Most calls at once, or the number of workers of a block.
-        cache_directory: The directory of cached results.
-        max_cores: Most cores in use at once.
-        resource_dict: Defaults for each call.
-        hostname_localhost: Whether workers connect to ``localhost``.
-        block_allocation: Whether a fixed set of workers runs the calls.
-        init_function: Runs once in each worker of a block.
-        disable_dependencies: Whether a future among the inputs is an error.
-        refresh_rate: Accepted for compatibility.
-        plot_dependency_graph: Whether to show a graph of the calls instead of running them.
-        plot_dependency_graph_filename: The file of such a graph.
-        export_workflow_filename: The file of a workflow definition, written instead of running the calls.
-        log_obj_size: Whether to log the size of calls and results.
+        max_workers: Most calls at once; in block mode the number of workers. By default as many as there is room for.
+        cache_directory: Keep results in this directory, and look calls up there before running them; the same as the
+            key in ``resource_dict``. By default nothing is kept.
+        max_cores: Most cores in use at once, where a call takes ``cores × threads_per_core``. By default all that there
+            are.
+        resource_dict: Defaults for each call, with the keys below; never changed. By default a call takes one core.
+        hostname_localhost: Listen on the loopback interface only, because all workers are on this machine. By default
+            workers may connect from other machines.
+        block_allocation: Start a fixed set of workers that run call after call, instead of a process for each call.
+        init_function: In block mode, runs once in each worker and returns a dict whose items fill parameters that later
+            calls leave out. None runs nothing.
+        disable_dependencies: Make a future among the inputs an error.
+        refresh_rate: Seconds; accepted for compatibility, as nothing here polls.
+        plot_dependency_graph: Run nothing, and show the graph of the calls when the `with` block is left (in a
+            notebook).
+        plot_dependency_graph_filename: If a file is named, run nothing, and write the graph to it: png, svg, pdf or dot
+            by its ending.
+        export_workflow_filename: If a file is named, run nothing, and write a Python Workflow Definition (JSON) to it.
+        log_obj_size: Log the sizes of calls and results, logger ``executorlib``, level WARNING.
         wait: Whether leaving the `with` block waits for the calls.
-        openmpi_oversubscribe: Whether Open MPI may start more ranks than there are cores.
-        cache_versions: The treatment of a cached result whose call reaches distributions that are now installed in
-            other versions: it is used with a single warning (``"warn"``), used silently (``"ignore"``), or not found
-            (``"key"``), because the versions are part of the key.
-        log_records: Whether this process's handlers get the log records of calls.
-        restart_limit: How often each worker is replaced when it dies.
-        restarts_calls: Whether `restart_limit` means something without a block.
+        restart_limit: In block mode, how often each worker is replaced when it dies.
+        openmpi_oversubscribe: Let Open MPI start more ranks than there are cores; MPICH always does.
+        cache_versions: Cached results that were made with other versions of libraries are used with a single warning
+            (``"warn"``), not found (``"key"``), or used silently (``"ignore"``).
+        log_records: Pass what calls log to this process's handlers. Each record has the call as ``executorlib_call``
+            and its rank as ``executorlib_rank``. The handlers run in the executor's thread, so they must not wait for
+            its futures.
+        name: The executor's class, for error texts.
         has_template: Whether unknown keys of ``resource_dict`` go to a submission template.
+        restarts_calls: Whether `restart_limit` means something without a block.
         default_directory: The cache directory if none is named.
 
     Attributes:
         resources: Defaults for each call.
         graph: Records calls instead of running them, if a graph was requested.
         finish_graph: Shows or writes the graph.
-        settings: The settings for `BaseExecutor.info`.
     """
 
-    def __init__(
-        self,
-        name: str,
-        *,
-        max_workers: int | None,
-        cache_directory: str | os.PathLike[str] | None,
-        max_cores: int | None,
-        resource_dict: Mapping[str, Any] | None,
-        hostname_localhost: bool | None,
-        block_allocation: bool,
-        init_function: Callable[[], dict[str, Any]] | None,
-        disable_dependencies: bool,
-        refresh_rate: float,
-        plot_dependency_graph: bool,
-        plot_dependency_graph_filename: str | None,
-        export_workflow_filename: str | None,
-        log_obj_size: bool,
-        wait: bool,
-        openmpi_oversubscribe: bool,
-        cache_versions: str,
-        log_records: bool,
-        restart_limit: int = 0,
-        restarts_calls: bool = False,
-        has_template: bool = False,
-        default_directory: str | None = None,
-    ) -> None:
-        self.max_workers = positive_or_none("max_workers", max_workers)
-        self.max_cores = positive_or_none("max_cores", max_cores)
-        self.restart_limit = whole_number(0)("restart_limit", restart_limit)
-        self.block = block_allocation
-        self.init_function = init_function
-        self.disable_dependencies = disable_dependencies
-        self.wait = wait
-        self.log_sizes = log_obj_size
-        self.hostname_localhost = bool(hostname_localhost)
-        if cache_versions not in _CACHE_VERSIONS:
+    max_workers: int | None
+    cache_directory: str | os.PathLike[str] | None
+    max_cores: int | None
+    resource_dict: Mapping[str, Any] | None
+    hostname_localhost: bool | None
+    block_allocation: bool
+    init_function: Callable[[], dict[str, Any]] | None
+    disable_dependencies: bool
+    refresh_rate: float
+    plot_dependency_graph: bool
+    plot_dependency_graph_filename: str | None
+    export_workflow_filename: str | None
+    log_obj_size: bool
+    wait: bool
+    restart_limit: int = 0  # executors of jobs have no such argument
+    openmpi_oversubscribe: bool
+    cache_versions: str
+    log_records: bool
+    # What the executor's class says of itself.
+    name: InitVar[str]
+    has_template: InitVar[bool] = False
+    restarts_calls: InitVar[bool] = False
+    default_directory: InitVar[str | None] = None
+    # What follows from the arguments.
+    resources: Resources = field(init=False)
+    graph: Graph | None = field(init=False)
+    finish_graph: Callable[[Graph], None] | None = field(init=False)
+
+    def __post_init__(self, name: str, has_template: bool, restarts_calls: bool, default_directory: str | None) -> None:
+        put = functools.partial(object.__setattr__, self)  # only here may a frozen object still be changed
+        put("max_workers", positive_or_none("max_workers", self.max_workers))
+        put("max_cores", positive_or_none("max_cores", self.max_cores))
+        put("restart_limit", whole_number(0)("restart_limit", self.restart_limit))
+        if self.cache_versions not in _CACHE_VERSIONS:
             expected = ", ".join(map(repr, _CACHE_VERSIONS))
-            raise ValueError(f"cache_versions is {cache_versions!r}, expected one of {expected}.")
-        self.cache_versions = cache_versions
-        self.log_records = log_records
-        _check_init_function(init_function, block_allocation)
-        if restart_limit and not block_allocation and not restarts_calls:
+            raise ValueError(f"cache_versions is {self.cache_versions!r}, expected one of {expected}.")
+        _check_init_function(self.init_function, self.block_allocation)
+        if self.restart_limit and not self.block_allocation and not restarts_calls:
             raise ValueError(
                 "restart_limit needs block_allocation=True: without it every call has a process of its own anyway."
             )
-        self.resources = Resources(openmpi_oversubscribe=openmpi_oversubscribe).updated(
-            resource_dict or {}, name, has_template
+        resources = Resources(openmpi_oversubscribe=self.openmpi_oversubscribe).updated(
+            self.resource_dict or {}, name, has_template
         )
-        if cache_directory is not None or (default_directory is not None and self.resources.cache_directory is None):
-            self.resources = self.resources.updated({"cache_directory": cache_directory or default_directory}, name)
-        self.graph, self.finish_graph = _graph_mode(
-            plot_dependency_graph, plot_dependency_graph_filename, export_workflow_filename, disable_dependencies
+        directory = self.cache_directory
+        if directory is not None or (default_directory is not None and resources.cache_directory is None):
+            resources = resources.updated({"cache_directory": directory or default_directory}, name)
+        put("resources", resources)
+        graph, finish_graph = _graph_mode(
+            self.plot_dependency_graph,
+            self.plot_dependency_graph_filename,
+            self.export_workflow_filename,
+            self.disable_dependencies,
         )
-        self.settings = {
-            "max_cores": self.max_cores,
-            "block_allocation": block_allocation,
-            "init_function": init_function,
-            "hostname_localhost": hostname_localhost,
-            "disable_dependencies": disable_dependencies,
-            "refresh_rate": refresh_rate,
-            "log_obj_size": log_obj_size,
-            "wait": wait,
-            "cache_versions": cache_versions,
-            "log_records": log_records,
-        }
+        put("graph", graph)
+        put("finish_graph", finish_graph)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings for `BaseExecutor.info`, except those that are in `resources`."""
+        return {name: getattr(self, name) for name in _SETTINGS}
 
 
 def _check_init_function(init_function: object, block_allocation: bool) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import BrokenExecutor, Executor
@@ -125,6 +127,67 @@ def test_api_function(name: str) -> None:
     assert parameters(getattr(executorlib.api, name)) == promised.API_FUNCTIONS[name]
 
 
+def described(function: Any) -> dict[str, str]:
+    """The arguments that a docstring describes, in order; an error if one is described twice."""
+    section = re.search(r"^Args:\n((?: .*\n)+)", f"{inspect.getdoc(function)}\n", re.MULTILINE)
+    items = [] if section is None else re.split(r"^    (?=\S)", section[1], flags=re.MULTILINE)[1:]
+    names, texts = zip(*[item.split(": ", 1) for item in items], strict=True) if items else ((), ())
+    assert len(set(names)) == len(names), names
+    return {name.lstrip("*"): " ".join(text.split()) for name, text in zip(names, texts, strict=True)}
+
+
+def with_arguments() -> dict[str, Any]:
+    """All that is public and takes arguments, by name."""
+    found = {name: find(name) for name in ["BaseExecutor", *promised.CONSTRUCTORS]}
+    found.update({f"BaseExecutor.{name}": getattr(executorlib.BaseExecutor, name) for name in promised.METHODS})
+    found.update({name: getattr(executorlib, name) for name in promised.FUNCTIONS})
+    found.update({name: getattr(executorlib.api, name) for name in promised.API_FUNCTIONS})
+    return found
+
+
+@pytest.mark.skipif(sys.flags.optimize > 1, reason="there are no docstrings")
+@pytest.mark.parametrize("name", sorted(with_arguments()))
+def test_docstring_describes_every_argument(name: str) -> None:
+    """... once, in the order of the signature, and without sending the reader elsewhere for it."""
+    function = with_arguments()[name]
+    texts = described(function)
+    assert list(texts) == [parameter for parameter, _, _ in parameters(function)]
+    elsewhere = re.compile(r"\bSee\b|, see `|[Ll]ikewise|[Oo]ther arguments are|[Tt]akes the arguments of|as in `")
+    assert not elsewhere.search(inspect.getdoc(function) or "")
+
+
+@pytest.mark.skipif(sys.flags.optimize > 1, reason="there are no docstrings")
+@pytest.mark.parametrize("name", sorted(promised.CONSTRUCTORS))
+def test_docstring_says_what_none_stands_for(name: str) -> None:
+    """Other defaults speak for themselves in the signature, which `help` shows, too."""
+    texts = described(find(name))
+    for parameter, _, default in parameters(find(name)):
+        if default is None:
+            assert re.search(r"default|None|If a file is named|compatibility", texts[parameter]), parameter
+
+
+@pytest.mark.skipif(sys.flags.optimize > 1, reason="there are no docstrings")
+@pytest.mark.parametrize("name", ["BaseExecutor.submit", *sorted(promised.CONSTRUCTORS)])
+def test_docstring_describes_every_resource_key(name: str) -> None:
+    _, _, section = (inspect.getdoc(with_arguments()[name]) or "").partition("\nKeys of resource_dict:\n")
+    keys = re.findall(r"^    - ``(\w+)``: \S", section, re.MULTILINE)
+    assert sorted(keys) == sorted(promised.RESOURCE_KEYS)
+
+
+def test_what_all_executors_take_is_described_once() -> None:
+    """`Options` has exactly the arguments that all rows have, besides the one that rows of jobs lack."""
+    from executorlib.options import Options
+
+    taken = [{parameter for parameter, _, _ in parameters(find(name))} for name in promised.CONSTRUCTORS]
+    fields = {field.name for field in dataclasses.fields(Options) if field.init}
+    assert fields - {"restart_limit"} == set.intersection(*taken)
+
+
+def test_executors_need_no_docstrings() -> None:
+    """`python -OO` removes them."""
+    loaded_by("from executorlib import *\nfrom executorlib.api import *", "-OO")
+
+
 @pytest.mark.parametrize("name", sorted(promised.API_METHODS))
 def test_api_class(name: str) -> None:
     found = getattr(executorlib.api, name)
@@ -144,9 +207,9 @@ def test_resource_key(key: str) -> None:
     assert "unknown" not in str(caught.value)
 
 
-def loaded_by(statement: str) -> set[str]:
+def loaded_by(statement: str, *options: str) -> set[str]:
     done = subprocess.run(
-        [sys.executable, "-c", f"{statement}\nimport sys\nprint(*sys.modules)"],
+        [sys.executable, *options, "-c", f"{statement}\nimport sys\nprint(*sys.modules)"],
         capture_output=True,
         text=True,
         check=True,

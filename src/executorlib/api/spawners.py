@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from executorlib.api.program import _KEYS_VARIABLE
+from executorlib.docstrings import documented
 from executorlib.futures.locks import RLock
 from executorlib.launchers import streams
 from executorlib.worker import protocol
@@ -183,6 +184,7 @@ class SubprocessSpawner:
             self._relay = None
 
 
+@documented(SubprocessSpawner)
 class MpiExecSpawner(SubprocessSpawner):
     """Starts a program with MPI: ``cores`` ranks on this node; without mpiexec if ``cores`` is 1."""
 

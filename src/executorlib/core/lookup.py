@@ -48,7 +48,7 @@ class Lookup:
 
     Args:
         init_function: Runs once in every worker of a block, and is a part of all keys.
-        cache_versions: As in `options.Common`.
+        cache_versions: As in `options.Options`.
         lifetime: How long workers live.
     """
 

@@ -154,7 +154,7 @@ class Messages(Delivery):
         lookup: Derives keys and reads the cache.
         pin: Whether to pin workers to the cores of their allocation.
         log_sizes: Whether to log the size of each call.
-        log_records: As in `options.Common`.
+        log_records: As in `options.Options`.
     """
 
     def __init__(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from executorlib.core.ledger import Ledger, Node, Unlimited, spread_over
+from executorlib.docstrings import documented
 from executorlib.executor import BaseExecutor
 from executorlib.flux.instance import known_instance
 from executorlib.flux.jobspec import FURTHER_KEYS
@@ -18,7 +19,7 @@ from executorlib.jobs.executor import QueueExecutor
 from executorlib.jobs.launcher import JobLauncher
 from executorlib.jobs.templates import FLUX, Templates
 from executorlib.launchers.contract import Events, Launcher
-from executorlib.options import Common, reject_unsupported
+from executorlib.options import Options, reject_unsupported
 from executorlib.resources import Demand, ResourceDict, Resources, unknown_key
 
 # Without max_workers and max_cores, Flux is given calls for this many times the cores of its instance: so the next one
@@ -32,24 +33,27 @@ _USELESS = {
 }
 
 
+@documented(Options)
 class FluxJobExecutor(BaseExecutor):
     """Runs calls as jobs of the Flux instance that this program is in, each in a fresh process or in a block.
 
-    Other arguments are those of `SingleNodeExecutor`. While jobs run, Flux's own commands can show them, cancel them
+    While jobs run, Flux's own commands can show them, cancel them
     and attach to them. Flux's store keeps what calls print (`flux job attach`).
 
     Args:
-        max_workers: Most calls at once; in block mode the number of workers. By default as many as the instance holds.
-        cache_directory: Keep results in this directory, which all nodes must see; the same as the key in
-            ``resource_dict``.
-        max_cores: Most cores in use at once, where a call takes ``cores × threads_per_core``.
+        cache_directory: Keep results in this directory, which all nodes must see, and look calls up there before
+            running them; the same as the key in ``resource_dict``. By default nothing is kept.
+        resource_dict: Defaults for each call, with the keys below and with ``queue``, ``bank`` and ``job_name``, which
+            are Flux's; never changed. By default a call takes one core.
         pmi_mode: What Flux offers to the MPI library of a call with several ranks, such as ``"pmix"``, which Open MPI
             needs and which Flux has with its plugin flux-pmix; None for PMI-1, which MPICH finds.
-        flux_executor: A `flux.job.FluxExecutor` for this instance, which then submits the jobs.
+        flux_executor: A `flux.job.FluxExecutor` for this instance, which then submits the jobs. By default a connection
+            of this executor does.
         flux_executor_nesting: Give each call, or each worker of a block, a Flux instance of its own, with everything
             that it asked for; its function can use that with another executor.
         flux_log_files: Write what calls print to ``flux_<job id>.out`` and ``.err`` in their working directories.
-        hostname_localhost: Listen on the loopback interface only, for an instance of just this machine.
+        openmpi_oversubscribe: Accepted for compatibility. True is an error, because Flux starts no more ranks than
+            there are cores.
 
     Raises:
         RuntimeError: No Flux instance can be reached.
@@ -86,8 +90,8 @@ class FluxJobExecutor(BaseExecutor):
         cache_versions: str = "warn",
         log_records: bool = False,
     ) -> None:
-        common = Common(
-            type(self).__name__,
+        options = Options(
+            name=type(self).__name__,
             max_workers=max_workers,
             cache_directory=cache_directory,
             max_cores=max_cores,
@@ -108,10 +112,10 @@ class FluxJobExecutor(BaseExecutor):
             restart_limit=restart_limit,
             has_template=True,
         )
-        max_workers, max_cores = common.max_workers, common.max_cores
+        max_workers, max_cores = options.max_workers, options.max_cores
         if flux_executor is not None and not callable(getattr(flux_executor, "submit", None)):
             raise TypeError(f"flux_executor is {flux_executor!r}, expected a flux.job.FluxExecutor.")
-        shapes, policy = ([], Policy({})) if common.graph is not None else known_instance()
+        shapes, policy = ([], Policy({})) if options.graph is not None else known_instance()
         self._policy = policy
         self._nodes = [Node.of(shape) for shape in shapes]
         self._max_cores = max_cores
@@ -127,18 +131,18 @@ class FluxJobExecutor(BaseExecutor):
                 pmi_mode=pmi_mode,
                 nested=flux_executor_nesting,
                 log_files=flux_log_files,
-                hostname_localhost=common.hostname_localhost,
+                hostname_localhost=bool(options.hostname_localhost),
                 submit_by=flux_executor,
             )
 
         super().__init__(
-            common,
+            options,
             make_launcher=make_launcher,
             # Flux decides which cores they are.
             ledger=Unlimited("Flux") if max_cores is None else Ledger([Node("Flux", range(max_cores))]),
             capacity=Ledger(self._nodes) if self._nodes else None,
             count_cores=True,
-            max_workers=max_workers or max(1, self._fitting(common.resources)),
+            max_workers=max_workers or max(1, self._fitting(options.resources)),
             max_calls=max_calls,
             pin=False,
             settings={
@@ -193,23 +197,27 @@ class FluxJobExecutor(BaseExecutor):
         return fitting if self._max_cores is None else min(fitting, self._max_cores // resources.demand.cores)
 
 
+@documented(QueueExecutor)
 class FluxClusterExecutor(QueueExecutor):
     """Submits each call to Flux as a job, through a cache directory, so that the session may end before its calls do.
 
     The jobs belong to the instance that this program is in, and end with it. So it is useful with a lasting instance,
-    such as the system's own. Other arguments are those of `ClusterExecutor`.
+    such as the system's own.
 
     Args:
         pysqa_config_directory: A pysqa configuration of type FLUX (``queue.yaml`` and templates);
             ``resource_dict["queue"]`` chooses a script from it. A call with a script, also with one of its own
             (``submission_template``), is submitted by `flux batch`: it runs in a Flux instance of its own, which its
-            function can use.
+            function can use. None needs no configuration.
         pmi_mode: What Flux offers to the MPI library of a call with several ranks, such as ``"pmix"``, which Open MPI
             needs and which Flux has with its plugin flux-pmix; None for PMI-1, which MPICH finds.
+        openmpi_oversubscribe: Accepted for compatibility. True is an error, because Flux starts no more ranks than
+            there are cores.
 
     Raises:
         RuntimeError: No Flux instance can be reached.
         ImportError: Flux's Python bindings cannot be loaded, or pysqa if there is a script.
+        ValueError: An argument cannot be honoured; the text says why and what to do.
     """
 
     _instance: Ledger | None = None

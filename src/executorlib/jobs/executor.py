@@ -9,11 +9,12 @@ from typing import Any, Literal
 
 from executorlib.core.ledger import Ledger, Node, Unlimited
 from executorlib.core.lookup import Lookup
+from executorlib.docstrings import documented
 from executorlib.executor import BaseExecutor
 from executorlib.jobs.delivery import Entries
 from executorlib.jobs.templates import Templates, check_keys
 from executorlib.launchers.contract import Events, Launcher
-from executorlib.options import Common
+from executorlib.options import Options
 from executorlib.resources import Demand, ResourceDict, Resources, check_ranks_of_nodes
 
 _CACHE_DIRECTORY = "executorlib_cache"
@@ -27,35 +28,13 @@ class ClusterExecutor(BaseExecutor):
     directory until it is cleaned (``executorlib cache prune``).
 
     Args:
-        max_workers: Most jobs at once; in block mode the number of workers, one job each. By default as many as the
-            system takes. Further calls wait in this process, and are given up when it ends.
-        cache_directory: The directory of calls and results, which all nodes see; by default ``executorlib_cache`` in
-            the working directory. The same as the key in ``resource_dict``.
-        max_cores: Most cores in use at once, where a job takes ``cores × threads_per_core``. Further calls wait as with
-            ``max_workers``.
-        resource_dict: Defaults for each call, see `executorlib.resources.Resources`; never changed. Further keys, such
-            as ``partition``, ``memory_max`` (GB) or ``job_name``, go to the submission template.
-        hostname_localhost: In block mode, have workers connect to ``localhost`` instead of this machine's addresses.
-        block_allocation: Start a fixed set of workers, each a job, that run call after call.
-        init_function: In block mode, runs once in each worker and returns a dict whose items fill parameters that later
-            calls leave out.
-        disable_dependencies: Make a future among the inputs an error.
-        refresh_rate: Seconds; accepted for compatibility, because the cost of looking decides how often results are
-            looked for.
-        plot_dependency_graph: Run nothing, and show the graph of the calls when the `with` block is left (in a
-            notebook).
-        plot_dependency_graph_filename: Run nothing, and write the graph to this file: png, svg, pdf or dot by its
-            ending.
-        export_workflow_filename: Run nothing, and write a Python Workflow Definition (JSON) to this file.
-        log_obj_size: Log the size of each call and result, logger ``executorlib``, level WARNING.
-        wait: Whether leaving the `with` block waits for the calls. Otherwise jobs go on, and futures become cancelled.
-        openmpi_oversubscribe: Let Open MPI start more ranks than there are cores; MPICH always does.
-        cache_versions: Cached results that were made with other versions of libraries are used with a single warning
-            (``"warn"``), not found (``"key"``), or used silently (``"ignore"``).
-        log_records: In block mode, pass what calls log to this process's handlers, as in `SingleNodeExecutor`.
-
-    Raises:
-        ValueError: An argument cannot be honoured; the text says why and what to do.
+        options: The arguments that all rows take.
+        make_launcher: Makes the launcher, given the loop.
+        ledger: The resources that the executor may use.
+        capacity: The most that a call can have; None if only the system knows.
+        max_calls: Most jobs at once; None for as many as the system takes.
+        max_workers: The number of workers of a block, or what `max_workers` says otherwise; None if nothing limits it.
+        settings: Further settings for `info`, besides those of all rows.
     """
 
     _has_template: Literal[True] = True
@@ -63,7 +42,7 @@ class ClusterExecutor(BaseExecutor):
 
     def __init__(
         self,
-        common: Common,
+        options: Options,
         *,
         make_launcher: Callable[[Events], Launcher],
         ledger: Ledger,
@@ -74,12 +53,12 @@ class ClusterExecutor(BaseExecutor):
         entries: Entries | None,
     ) -> None:
         super().__init__(
-            common,
+            options,
             make_launcher=make_launcher,
             ledger=ledger,
             capacity=capacity,
-            count_cores=common.max_cores is not None,
-            max_workers=max_workers or (1 if common.block else _MANY),
+            count_cores=options.max_cores is not None,
+            max_workers=max_workers or (1 if options.block_allocation else _MANY),
             max_calls=max_calls,
             pin=False,
             settings=settings,
@@ -95,13 +74,33 @@ class ClusterExecutor(BaseExecutor):
 _MANY = 1_000_000
 
 
+@documented(Options)
 class QueueExecutor(ClusterExecutor):
-    """The base class of the rows of real queuing systems. Other arguments are those of `ClusterExecutor`.
+    """The base class of the rows of real queuing systems. All rows whose calls are jobs share its descriptions.
 
     Args:
+        max_workers: Most jobs at once; in block mode the number of workers, one job each. By default as many as the
+            system takes. Further calls wait in this process, and are given up when it ends.
+        cache_directory: The directory of calls and results, which all nodes see; by default ``executorlib_cache`` in
+            the working directory. The same as the key in ``resource_dict``.
+        max_cores: Most cores in use at once, where a job takes ``cores × threads_per_core``. By default as many as the
+            system gives. Further calls wait as with ``max_workers``.
+        resource_dict: Defaults for each call, with the keys below; never changed. Further keys, such as ``partition``,
+            ``memory_max`` (GB) or ``job_name``, go to the submission template. By default a call takes one core.
         pysqa_config_directory: A pysqa configuration (``queue.yaml`` and templates); ``resource_dict["queue"]`` chooses
-            the script from it.
-        pmi_mode: How the ranks of a call find each other, such as ``"pmix"`` or ``"pmi2"``; the row says more.
+            the script from it. None needs no configuration.
+        pmi_mode: How the ranks of a call find each other, such as ``"pmix"`` or ``"pmi2"``; None leaves that to
+            the MPI library's own `mpiexec`.
+        hostname_localhost: In block mode, have workers connect to ``localhost``. By default they connect to this
+            machine's addresses.
+        block_allocation: Start a fixed set of workers, each a job, that run call after call, instead of a job for each
+            call.
+        refresh_rate: Seconds; accepted for compatibility, because the cost of looking decides how often results are
+            looked for.
+        wait: Whether leaving the `with` block waits for the calls. Otherwise jobs go on, and futures become cancelled.
+        log_records: In block mode, pass what calls log to this process's handlers. Each record has the call as
+            ``executorlib_call`` and its rank as ``executorlib_rank``. The handlers run in the executor's thread, so
+            they must not wait for its futures.
     """
 
     def __init__(
@@ -127,8 +126,8 @@ class QueueExecutor(ClusterExecutor):
         cache_versions: str = "warn",
         log_records: bool = False,
     ) -> None:
-        common = Common(
-            type(self).__name__,
+        options = Options(
+            name=type(self).__name__,
             max_workers=max_workers,
             cache_directory=cache_directory,
             max_cores=max_cores,
@@ -151,25 +150,25 @@ class QueueExecutor(ClusterExecutor):
         )
         configuration = None if pysqa_config_directory is None else os.fspath(pysqa_config_directory)
         self._pmi_mode = pmi_mode
-        if common.graph is None:
+        if options.graph is None:
             self._check_system(configuration)
-        limited = None if common.max_cores is None else Ledger([Node("cluster", range(common.max_cores))])
+        limited = None if options.max_cores is None else Ledger([Node("cluster", range(options.max_cores))])
 
-        entries = None if block_allocation else Entries(Lookup(cache_versions=common.cache_versions))
+        entries = None if block_allocation else Entries(Lookup(cache_versions=options.cache_versions))
 
         def make_launcher(events: Events) -> Launcher:
             if entries is not None:
                 return self._job_launcher(events, entries, configuration, pmi_mode, log_obj_size)
-            folder = common.resources.cache_directory or os.path.abspath(_CACHE_DIRECTORY)
-            return self._worker_launcher(events, configuration, pmi_mode, folder, common.hostname_localhost)
+            folder = options.resources.cache_directory or os.path.abspath(_CACHE_DIRECTORY)
+            return self._worker_launcher(events, configuration, pmi_mode, folder, bool(options.hostname_localhost))
 
         super().__init__(
-            common,
+            options,
             make_launcher=make_launcher,
             ledger=limited or Unlimited("cluster"),
             capacity=limited,
-            max_calls=common.max_workers,
-            max_workers=common.max_workers,
+            max_calls=options.max_workers,
+            max_workers=options.max_workers,
             settings={"pysqa_config_directory": configuration, "pmi_mode": pmi_mode},
             entries=entries,
         )

@@ -10,24 +10,39 @@ from typing import Any
 from executorlib import machine
 from executorlib.core.ledger import Ledger, Node, Unlimited
 from executorlib.core.lookup import Lookup
+from executorlib.docstrings import documented
 from executorlib.jobs.delivery import Entries
-from executorlib.jobs.executor import _CACHE_DIRECTORY, ClusterExecutor
+from executorlib.jobs.executor import _CACHE_DIRECTORY, ClusterExecutor, QueueExecutor
 from executorlib.jobs.launcher import JobLauncher
 from executorlib.launchers.contract import Events, Launcher, Lifetime
 from executorlib.local_queue.system import LocalSystem
-from executorlib.options import Common
+from executorlib.options import Options
 from executorlib.resources import ResourceDict, Resources, listed
 from executorlib.single_node.launcher import LocalLauncher
 
 logger = logging.getLogger("executorlib")
 
 
+@documented(QueueExecutor)
 class TestClusterExecutor(ClusterExecutor):
     """Runs calls as a cluster executor does, with files and jobs, but on this machine and with nothing installed.
 
-    For tests of programs that will use a cluster, and for calls that are to go on after a notebook is closed. It takes
-    the arguments of `ClusterExecutor`. If neither ``max_workers`` nor ``max_cores`` is given, ``max_cores`` is the
-    number of this machine's CPUs. Calls beyond the limits wait in the local queue, which outlives this process.
+    For tests of programs that will use a cluster, and for calls that are to go on after a notebook is closed. Calls
+    beyond the limits wait in the local queue, which outlives this process.
+
+    Args:
+        max_workers: Most calls at once; in block mode the number of workers. By default ``max_cores`` decides.
+        max_cores: Most cores in use at once, where a call takes ``cores × threads_per_core``. If neither limit is
+            given, the default is the number of this machine's CPUs.
+        cache_directory: The directory of calls and results; by default ``executorlib_cache`` in the working directory.
+            The same as the key in ``resource_dict``.
+        resource_dict: Defaults for each call, with the keys below; never changed. Further keys, which a cluster's
+            submission template would use, cause a warning. By default a call takes one core.
+        hostname_localhost: Accepted for compatibility; nothing here connects by host name.
+        block_allocation: Start a fixed set of workers that run call after call, instead of a job for each call.
+
+    Raises:
+        ValueError: An argument cannot be honoured; the text says why and what to do.
     """
 
     __test__ = False  # keeps pytest from collecting it because of its name
@@ -59,8 +74,8 @@ class TestClusterExecutor(ClusterExecutor):
         cache_versions: str = "warn",
         log_records: bool = False,
     ) -> None:
-        common = Common(
-            type(self).__name__,
+        options = Options(
+            name=type(self).__name__,
             max_workers=max_workers,
             cache_directory=cache_directory,
             max_cores=len(machine.usable_cpus()) if max_workers is None and max_cores is None else max_cores,
@@ -81,10 +96,10 @@ class TestClusterExecutor(ClusterExecutor):
             has_template=True,
             default_directory=None if block_allocation else _CACHE_DIRECTORY,
         )
-        size = common.max_workers or common.max_cores or 1
-        capacity = Ledger([Node("localhost", range(common.max_cores or size), machine.visible_gpus())])
+        size = options.max_workers or options.max_cores or 1
+        capacity = Ledger([Node("localhost", range(options.max_cores or size), machine.visible_gpus())])
 
-        entries = None if block_allocation else Entries(Lookup(cache_versions=common.cache_versions))
+        entries = None if block_allocation else Entries(Lookup(cache_versions=options.cache_versions))
 
         def make_launcher(events: Events) -> Launcher:
             if entries is None:
@@ -94,18 +109,19 @@ class TestClusterExecutor(ClusterExecutor):
                     lifetime=Lifetime.BLOCK,
                     stock=0,
                     preload=["executorlib.worker.entry", *(["executorlib.worker.records"] if log_records else [])],
-                    default_threads=common.resources.threads_per_core,
+                    default_threads=options.resources.threads_per_core,
                 )
-            options = {
-                "max_workers": common.max_workers,
-                "max_cores": None if max_cores is None else common.max_cores,
+            limits = {
+                "max_workers": options.max_workers,
+                "max_cores": None if max_cores is None else options.max_cores,
                 "preload": ["executorlib.worker.entry"],
             }
-            system = LocalSystem(events, options)
-            return JobLauncher(events, entries, system, lambda resources, program: program, log_obj_size)
+            return JobLauncher(
+                events, entries, LocalSystem(events, limits), lambda resources, program: program, log_obj_size
+            )
 
         super().__init__(
-            common,
+            options,
             make_launcher=make_launcher,
             # Nothing is held back before the local queue, because it would be lost with this process.
             ledger=capacity if block_allocation else Unlimited("localhost"),

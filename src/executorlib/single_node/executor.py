@@ -11,9 +11,10 @@ from typing import Any
 
 from executorlib import machine
 from executorlib.core.ledger import Ledger, Node
+from executorlib.docstrings import documented
 from executorlib.executor import BaseExecutor
 from executorlib.launchers.contract import Lifetime
-from executorlib.options import Common, reject_unsupported
+from executorlib.options import Options, reject_unsupported
 from executorlib.resources import ResourceDict, Resources, whole_number
 from executorlib.single_node.launcher import LocalLauncher
 from executorlib.single_node.mpi import ask_mpiexec_once
@@ -22,38 +23,17 @@ from executorlib.single_node.mpi import ask_mpiexec_once
 _first_cpu = itertools.count()
 
 
+@documented(Options)
 class SingleNodeExecutor(BaseExecutor):
     """Runs calls on this machine: each in a fresh process of its own, or in a block of workers.
 
     Args:
         max_workers: Most calls at once; in block mode the number of workers. If only this is given, cores are not
             counted. Each worker takes up to four open files of this process; its soft limit (``ulimit -n``) is raised
-            if needed.
-        cache_directory: Keep results in this directory, and look calls up there before running them; the same as the
-            key in ``resource_dict``.
+            if needed. By default ``max_cores`` decides.
         max_cores: Most cores in use at once, where a call takes ``cores × threads_per_core``. If neither limit is
-            given: the CPUs that this process may use, by affinity and container limits.
-        resource_dict: Defaults for each call, see `executorlib.resources.Resources`; never changed.
+            given, the default is the CPUs that this process may use, by affinity and container limits.
         hostname_localhost: Accepted for compatibility; nothing here connects by host name.
-        block_allocation: Start a fixed set of workers that run call after call.
-        init_function: In block mode, runs once in each worker and returns a dict whose items fill parameters that later
-            calls leave out.
-        disable_dependencies: Make a future among the inputs an error.
-        refresh_rate: Seconds; accepted for compatibility, as nothing here polls.
-        plot_dependency_graph: Run nothing, and show the graph of the calls when the `with` block is left (in a
-            notebook).
-        plot_dependency_graph_filename: Run nothing, and write the graph to this file: png, svg, pdf or dot by its
-            ending.
-        export_workflow_filename: Run nothing, and write a Python Workflow Definition (JSON) to this file.
-        log_obj_size: Log the size of each message, logger ``executorlib``, level WARNING.
-        wait: Whether leaving the `with` block waits for the calls.
-        restart_limit: In block mode, how often each worker is replaced when it dies.
-        openmpi_oversubscribe: Let Open MPI start more ranks than there are cores; MPICH always does.
-        cache_versions: Cached results that were made with other versions of libraries are used with a single warning
-            (``"warn"``), not found (``"key"``), or used silently (``"ignore"``).
-        log_records: Pass what calls log to this process's handlers. Each record has the call as ``executorlib_call``
-            and its rank as ``executorlib_rank``. The handlers run in the executor's thread, so they must not wait for
-            its futures.
         preload: Modules to import once, before any worker is forked, so that calls need not import them; with "spawn",
             every worker imports them when it starts.
         gpus: Number of GPUs, or their device names; None asks the machine.
@@ -91,8 +71,8 @@ class SingleNodeExecutor(BaseExecutor):
         cache_versions: str = "warn",
         log_records: bool = False,
     ) -> None:
-        common = Common(
-            type(self).__name__,
+        options = Options(
+            name=type(self).__name__,
             max_workers=max_workers,
             cache_directory=cache_directory,
             max_cores=max_cores,
@@ -114,8 +94,8 @@ class SingleNodeExecutor(BaseExecutor):
         )
         spawn = _is_spawn(start_method)
         modules = _preload_modules(preload)
-        defaults = common.resources
-        max_workers, max_cores = common.max_workers, common.max_cores
+        defaults = options.resources
+        max_workers, max_cores = options.max_workers, options.max_cores
         devices = _devices(gpus)
         count_cores = max_cores is not None or max_workers is None
         cpus = machine.usable_cpus()
@@ -146,10 +126,10 @@ class SingleNodeExecutor(BaseExecutor):
             modules.append("executorlib.worker.records")
         # A larger stock than can run at once would only take memory.
         stock = min(size, len(cpus)) if defaults.cores == 1 else 0
-        if common.graph is None and not block_allocation:
+        if options.graph is None and not block_allocation:
             _check_files(size, stock)
         super().__init__(
-            common,
+            options,
             make_launcher=lambda events: LocalLauncher(
                 events,
                 spawn=spawn,

@@ -7,6 +7,7 @@ import shutil
 from dataclasses import replace
 from functools import partial
 
+from executorlib.docstrings import documented
 from executorlib.jobs.command_system import open_system, open_templates
 from executorlib.jobs.delivery import Entries
 from executorlib.jobs.executor import QueueExecutor
@@ -20,21 +21,25 @@ from executorlib.resources import Demand, Resources
 from executorlib.single_node.mpi import ask_mpiexec_once, find_mpiexec
 
 
+@documented(QueueExecutor)
 class SlurmClusterExecutor(QueueExecutor):
     """Submits each call to Slurm as a job, by `sbatch`. Calls with the same needs that come together are one job array.
 
-    Other arguments are those of `ClusterExecutor`.
+    A call is a file in the cache directory. The job reads it and leaves the result beside it. So the session may end,
+    and another one that submits the same calls finds their results or joins the jobs that still wait or run. Results
+    stay in the directory until it is cleaned (``executorlib cache prune``).
 
     Args:
         pysqa_config_directory: A pysqa configuration (``queue.yaml`` and templates); ``resource_dict["queue"]`` chooses
             the script from it. It may be for another queuing system instead of Slurm, such as PBS Professional or Grid
-            Engine.
+            Engine. By default Slurm gets a script of executorlib's own.
         pmi_mode: How `srun` and the MPI library of a call with several ranks find each other, such as ``"pmix"`` or
             ``"pmi2"``; None starts the ranks with the MPI library's own `mpiexec`.
 
     Raises:
         RuntimeError: The queuing system's commands are not on this machine.
         ImportError: pysqa is not installed.
+        ValueError: An argument cannot be honoured; the text says why and what to do.
     """
 
     def _check_system(self, configuration: str | None) -> None:

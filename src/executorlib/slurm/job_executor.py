@@ -7,32 +7,31 @@ from collections.abc import Callable
 from typing import Any
 
 from executorlib.core.ledger import Ledger, Node, spread_over
+from executorlib.docstrings import documented
 from executorlib.executor import BaseExecutor
 from executorlib.launchers.contract import Events, Launcher, Lifetime
 from executorlib.machine import NodeShape
-from executorlib.options import Common, reject_unsupported
+from executorlib.options import Options, reject_unsupported
 from executorlib.resources import Demand, ResourceDict, Resources
 from executorlib.single_node.mpi import ask_mpiexec_once
 from executorlib.slurm.allocation import slurm_allocation
 from executorlib.slurm.nodes import NodesLauncher
 
 
+@documented(Options)
 class SlurmJobExecutor(BaseExecutor):
     """Runs calls on the nodes of the Slurm job that this program is in, each in a fresh process or in a block.
 
-    Other arguments are those of `SingleNodeExecutor`. One `srun` starts an agent on every node. Calls then need nothing
-    from Slurm, except those with ranks on several nodes, ``pmi_mode`` or ``slurm_cmd_args``, which are steps.
+    One `srun` starts an agent on every node. Calls then need nothing from Slurm, except those with ranks on several
+    nodes, ``pmi_mode`` or ``slurm_cmd_args``, which are steps.
 
     Args:
-        max_workers: Most calls at once; in block mode the number of workers. By default as many as the allocation
-            holds.
-        cache_directory: Keep results in this directory, which all nodes must see; the same as the key in
-            ``resource_dict``.
+        cache_directory: Keep results in this directory, which all nodes must see, and look calls up there before
+            running them; the same as the key in ``resource_dict``. By default nothing is kept.
         max_cores: Most cores in use at once, where a call takes ``cores × threads_per_core``. They are those of the
             first nodes that together have as many; by default all of the allocation.
         pmi_mode: How `srun` and the MPI library of a call with several ranks find each other, such as ``"pmix"`` or
             ``"pmi2"``; None starts the ranks with the MPI library's own `mpiexec`.
-        hostname_localhost: Listen on the loopback interface only, for an allocation of just this machine.
         restart_limit: How often a call is run again when a node that it runs on is lost; if only its process dies, the
             call fails. In block mode, how often each worker is replaced when it dies.
 
@@ -64,8 +63,8 @@ class SlurmJobExecutor(BaseExecutor):
         cache_versions: str = "warn",
         log_records: bool = False,
     ) -> None:
-        common = Common(
-            type(self).__name__,
+        options = Options(
+            name=type(self).__name__,
             max_workers=max_workers,
             cache_directory=cache_directory,
             max_cores=max_cores,
@@ -87,8 +86,8 @@ class SlurmJobExecutor(BaseExecutor):
             restarts_calls=True,
         )
         self._pmi_mode = pmi_mode
-        defaults = common.resources
-        shapes = [] if common.graph is not None else allocated_nodes(common.max_cores)
+        defaults = options.resources
+        shapes = [] if options.graph is not None else allocated_nodes(options.max_cores)
         nodes = [Node.of(shape) for shape in shapes]
         ledger = Ledger(nodes)
         self._ledger = ledger
@@ -107,18 +106,18 @@ class SlurmJobExecutor(BaseExecutor):
                 preload=modules,
                 threads=defaults.threads_per_core,
                 pmi_mode=pmi_mode,
-                hostname_localhost=common.hostname_localhost,
+                hostname_localhost=bool(options.hostname_localhost),
             )
 
         super().__init__(
-            common,
+            options,
             make_launcher=make_launcher,
             ledger=ledger,
             # All original nodes: calls that fit only on nodes lost since then fail by their futures, not at submit.
-            capacity=None if common.graph is not None else Ledger([Node.of(shape) for shape in shapes]),
+            capacity=None if options.graph is not None else Ledger([Node.of(shape) for shape in shapes]),
             count_cores=True,
-            max_workers=common.max_workers or max(1, fitting),
-            max_calls=common.max_workers,
+            max_workers=options.max_workers or max(1, fitting),
+            max_calls=options.max_workers,
             pin=True,
             settings={"restart_limit": restart_limit, "pmi_mode": pmi_mode},
         )
