@@ -17,6 +17,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 def documented(source: type) -> Callable[[C], C]:
     """Complete a class's docstring: all arguments of the constructor in order, and any keys of ``resource_dict``.
 
+    A section of arguments must have no blank line.
+
     Args:
         source: The class whose docstring describes the arguments that the class's own docstring leaves out.
     """
@@ -28,7 +30,7 @@ def documented(source: type) -> Callable[[C], C]:
         described = {**_split(source.__doc__ or "", "Args")[1], **own}
         names = inspect.signature(cls).parameters
         arguments = "".join(f"    {described[name]}\n" for name in names)
-        cls.__doc__ = f"{before.rstrip()}\n\nArgs:\n{arguments}\n{after}"
+        cls.__doc__ = f"{before.rstrip()}\n\nArgs:\n{arguments}\n{after}".rstrip()
         return lists_keys(cls) if "resource_dict" in names else cls
 
     return complete

@@ -174,6 +174,21 @@ def test_docstring_describes_every_resource_key(name: str) -> None:
     assert sorted(keys) == sorted(promised.RESOURCE_KEYS)
 
 
+@pytest.mark.skipif(sys.flags.optimize > 1, reason="there are no docstrings")
+def test_reference_shows_what_help_shows() -> None:
+    """Its generator reads the source, where docstrings are not complete yet."""
+    griffe = pytest.importorskip("griffe", exc_type=ImportError)
+    extension = Path(__file__).parents[2] / "docs" / "docstrings_of_help.py"
+    loader = griffe.GriffeLoader(
+        search_paths=[Path(executorlib.__file__).parents[1]], extensions=griffe.load_extensions(str(extension))
+    )
+    package = loader.load("executorlib")
+    for name in ["BaseExecutor.submit", *promised.CONSTRUCTORS]:
+        function = with_arguments()[name]
+        path = f"{function.__module__}.{function.__qualname__}".removeprefix("executorlib.")
+        assert package[path].docstring.value == inspect.getdoc(function)
+
+
 def test_what_all_executors_take_is_described_once() -> None:
     """`Options` has exactly the arguments that all rows have, besides the one that rows of jobs lack."""
     from executorlib.options import Options

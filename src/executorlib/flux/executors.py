@@ -37,8 +37,8 @@ _USELESS = {
 class FluxJobExecutor(BaseExecutor):
     """Runs calls as jobs of the Flux instance that this program is in, each in a fresh process or in a block.
 
-    While jobs run, Flux's own commands can show them, cancel them
-    and attach to them. Flux's store keeps what calls print (`flux job attach`).
+    While jobs run, Flux's own commands can show them, cancel them and attach to them. Flux's store keeps what calls
+    print (`flux job attach`).
 
     Args:
         cache_directory: Keep results in this directory, which all nodes must see, and look calls up there before

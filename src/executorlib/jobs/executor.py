@@ -33,7 +33,7 @@ class ClusterExecutor(BaseExecutor):
         ledger: The resources that the executor may use.
         capacity: The most that a call can have; None if only the system knows.
         max_calls: Most jobs at once; None for as many as the system takes.
-        max_workers: The number of workers of a block, or what `max_workers` says otherwise; None if nothing limits it.
+        max_workers: The number of workers of a block, otherwise most calls at once; None if nothing limits it.
         settings: Further settings for `info`, besides those of all rows.
     """
 
