@@ -525,6 +525,10 @@ def pytest_configure(config: pytest.Config) -> None:
         "essential: runs over every row (see --rows)",
     ):
         config.addinivalue_line("markers", line)
+    # Images of containers often forbid bytecode files. Then each of the thousands of interpreters that tests start
+    # would compile all that it imports, which takes as long as the rest of what it does.
+    sys.dont_write_bytecode = False
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         # As a shell has it for what it runs in the background; programs of these tests would inherit it.
         signal.signal(signal.SIGINT, signal.default_int_handler)

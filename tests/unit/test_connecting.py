@@ -5,54 +5,41 @@ from __future__ import annotations
 import gc
 import subprocess
 import sys
-from collections.abc import Callable
 from typing import Any, cast
 
 import pytest
 
-from executorlib.core.ledger import Allocation
-from executorlib.core.scheduler import Worker
+import fakes
 from executorlib.launchers.connecting import ConnectingWorker
 from executorlib.launchers.contract import Lifetime, Process
-from executorlib.resources import Resources
+from fakes import Events
 
 ABOUT = {"host": "node7", "pid": 70, "size": 1, "library": "Some MPI 1.0"}
 RESULT: list[Any] = ["result", 1, 0.1, "", {}]
 ERROR: list[Any] = ["error", 1, 0.1, "", {}]
 
 
-class Bench:
+class Bench(Events):
     """Loop and router in one: notes what they are told."""
 
     def __init__(self) -> None:
-        self.said: list[Any] = []  # to the loop
+        super().__init__()
         self.sent: list[Any] = []  # to the worker
-        self.ends = 0
-        self.timers: list[Callable[[], None]] = []
-
-    def on_connected(self, process: Process) -> None:
-        self.said.append("connected")
+        self.ended = 0
 
     def on_message(self, process: Process, header: list[Any], frames: list[Any]) -> None:
-        self.said.append(header)
-
-    def call_later(self, seconds: float, callback: Callable[[], None]) -> None:
-        self.timers.append(callback)
+        self.told.append(header)
 
     def send(self, peer: bytes, header: list[Any], frames: list[Any]) -> None:
         self.sent.append((peer, header))
 
     def make(self, ranks: int = 1, single: bool = True, **options: Any) -> ConnectingWorker:
-        process = Process(
-            Worker(1, 0, Allocation.__new__(Allocation)),
-            Resources(cores=ranks),
-            lifetime=Lifetime.CALL if single else Lifetime.BLOCK,
-        )
-        either = cast("Any", self)
-        return ConnectingWorker(either, either, process, self.end, starter="a test", advice="Read on.", **options)
+        process = fakes.process(lifetime=Lifetime.CALL if single else Lifetime.BLOCK, cores=ranks)
+        router = cast("Any", self)
+        return ConnectingWorker(self, router, process, self.end, starter="a test", advice="Read on.", **options)
 
     def end(self) -> None:
-        self.ends += 1
+        self.ended += 1
 
 
 @pytest.fixture
@@ -72,7 +59,7 @@ def test_it_is_known_by_its_hello(bench: Bench) -> None:
     worker = bench.make()
     connect(worker)
     assert (worker.peer, worker.process.host, worker.process.pid) == (b"1.0", "node7", 70)
-    assert bench.said == ["connected"]
+    assert bench.told == ["connected"]
 
 
 def test_what_its_launcher_knows_of_it_stays(bench: Bench) -> None:
@@ -88,13 +75,13 @@ def test_a_worker_of_one_call_is_told_to_stop(bench: Bench) -> None:
     connect(worker)
     say(worker, "ready")
     say(worker, *RESULT)
-    assert bench.said == ["connected", RESULT]
+    assert bench.told == ["connected", RESULT]
     assert bench.sent == [(b"1.0", ["stop"])]
     assert worker.done
-    assert bench.ends == 0
+    assert bench.ended == 0
     (give_up,) = bench.timers
     give_up()
-    assert bench.ends == 1
+    assert bench.ended == 1
 
 
 def test_a_timer_does_not_keep_a_worker(bench: Bench) -> None:
@@ -105,7 +92,7 @@ def test_a_timer_does_not_keep_a_worker(bench: Bench) -> None:
     gc.collect()
     (give_up,) = bench.timers
     give_up()
-    assert bench.ends == 0
+    assert bench.ended == 0
 
 
 @pytest.mark.parametrize("leaves", [False, True])
@@ -113,7 +100,7 @@ def test_what_it_holds_may_be_free_before_its_end(bench: Bench, leaves: bool) ->
     worker = bench.make(leaves=leaves)
     connect(worker)
     say(worker, "result", 1, 0.1, "", {})
-    assert bench.said[-1][4] == ({"leaving": True} if leaves else {})
+    assert bench.told[-1][4] == ({"leaving": True} if leaves else {})
 
 
 @pytest.mark.parametrize("single", [True, False])
@@ -122,9 +109,9 @@ def test_a_world_with_a_failed_rank_is_ended(bench: Bench, single: bool) -> None
     worker = bench.make(ranks=2, single=single)
     connect(worker)
     say(worker, *ERROR, peer=b"1.1")
-    assert bench.said == ["connected", ERROR]
+    assert bench.told == ["connected", ERROR]
     assert bench.sent == []
-    assert bench.ends == 1
+    assert bench.ended == 1
 
 
 def test_a_single_process_outlives_an_error(bench: Bench) -> None:
@@ -133,8 +120,8 @@ def test_a_single_process_outlives_an_error(bench: Bench) -> None:
     say(worker, "ready")
     say(worker, *ERROR)
     say(worker, *RESULT)
-    assert bench.said == ["connected", ["ready"], ERROR, RESULT]
-    assert (bench.sent, bench.ends, bench.timers) == ([], 0, [])
+    assert bench.told == ["connected", ["ready"], ERROR, RESULT]
+    assert (bench.sent, bench.ended, bench.timers) == ([], 0, [])
 
 
 def test_ranks_that_do_not_find_each_other(bench: Bench) -> None:
@@ -142,8 +129,8 @@ def test_ranks_that_do_not_find_each_other(bench: Bench) -> None:
     worker = bench.make(ranks=2)
     for peer in (b"1.0", b"1.0b"):
         say(worker, "hello", ABOUT, peer=peer)
-    assert bench.said == []
-    assert bench.ends == 1
+    assert bench.told == []
+    assert bench.ended == 1
     text = str(worker.process.verdict)
     assert "2 ranks were started by a test" in text
     assert "world of size 1" in text
@@ -156,7 +143,7 @@ def test_a_job_that_comes_up_again(bench: Bench) -> None:
     worker = bench.make(single=False)
     connect(worker)
     say(worker, "hello", ABOUT, peer=b"1.0b")
-    assert bench.said == ["connected"]
+    assert bench.told == ["connected"]
     assert bench.sent == [(b"1.0b", ["stop"])]
     assert worker.peer == b"1.0"
 

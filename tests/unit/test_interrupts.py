@@ -22,8 +22,9 @@ from executorlib.core.loop import Loop, running_loops
 from executorlib.core.sending import Messages
 from executorlib.core.task import CallFuture
 from executorlib.futures.lean import LeanFuture
-from executorlib.launchers.contract import Events, Exit, Process
+from executorlib.launchers.contract import Events
 from executorlib.resources import Demand, Resources
+from fakes import NoWorkers
 
 WAIT = 30
 
@@ -177,25 +178,7 @@ def test_wait_for_futures_of_both_kinds(return_when: str) -> None:
 # The loop.
 
 
-class Launcher:
-    """Has no workers: calls stay where they are until the loop ends."""
-
-    busy = False
-
-    def __init__(self, events: Events) -> None:
-        self.events = events
-
-    def prepare(self) -> None: ...
-
-    def launch(self, process: Process) -> None:
-        self.events.on_exit(process, Exit(None, "there are no workers"))
-
-    def kill(self, process: Process, signal_number: int) -> None: ...
-
-    def close(self) -> None: ...
-
-
-def make_loop(make_launcher: Callable[[Events], Any] = Launcher) -> Loop:
+def make_loop(make_launcher: Callable[[Events], Any] = NoWorkers) -> Loop:
     return Loop(
         FreshScheduler(Ledger([Node("n", range(1), [])])),
         make_launcher,

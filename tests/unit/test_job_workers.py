@@ -9,66 +9,24 @@ from typing import Any, cast
 
 import pytest
 
-from executorlib.core.ledger import Allocation
-from executorlib.core.scheduler import Worker
+import fakes
 from executorlib.jobs import workers as job_workers
 from executorlib.jobs.queue import JobState, Limit, Phase
 from executorlib.jobs.system import Refused
 from executorlib.jobs.workers import JobWorkerLauncher
-from executorlib.launchers import connecting
-from executorlib.launchers.contract import Exit, Lifetime, Process
-from executorlib.resources import Resources
+from executorlib.launchers.contract import Lifetime, Process
+from fakes import Clock, Events, System
 
 
-class Events:
-    """Timers of no time are due at once, others when a test says so."""
-
-    def __init__(self) -> None:
-        self.ends: list[str] = []
-        self.timers: list[Callable[[], None]] = []
-
-    def on_connected(self, process: Process) -> None:
-        pass
-
-    def on_exit(self, process: Process, end: Exit) -> None:
-        self.ends.append(end.text)
-
-    def run_timers(self) -> None:
-        timers, self.timers = self.timers, []
-        for callback in timers:
-            callback()
-
-    def watch(self, fileobj: Any, callback: Callable[[], None]) -> None:
-        pass
-
-    def unwatch(self, fileobj: Any) -> None:
-        pass
-
-    def call_later(self, seconds: float, callback: Callable[[], None]) -> None:
-        if seconds:
-            self.timers.append(callback)
-        else:
-            callback()
-
-
-class System:
-    """Notes what is submitted."""
-
-    name = "a queue"
-    first_query = last_query = 0.0
-    array_limit = 10
-    element_variables = ()
-    busy = False
+class Asked(System):
+    """Notes what it is asked, and leaves the answers to the test."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.batches: list[Any] = []
         self.answers: list[Callable[[Any], None]] = []
         self.asked: list[tuple[Any, Callable[[Any], None]]] = []
-        self.cancels: list[list[Any]] = []
         self.queries: list[Callable[[Any], None]] = []
-
-    def prepare(self, on_ready: Callable[[], None]) -> None:
-        on_ready()
 
     def submit(self, batch: Any, on_done: Callable[[Any], None]) -> None:
         self.batches.append(batch)
@@ -77,33 +35,23 @@ class System:
     def detail(self, job: Any, on_state: Callable[[Any], None]) -> None:
         self.asked.append((job, on_state))
 
-    def cancel(self, jobs: Any) -> None:
-        self.cancels.append(list(jobs))
-
-    @property
-    def cancelled(self) -> list[Any]:
-        return [job for jobs in self.cancels for job in jobs]
-
     def query(self, job_ids: Any, on_states: Callable[[Any], None]) -> None:
         self.queries.append(on_states)
 
-    def close(self) -> None:
-        pass
-
 
 @pytest.fixture
-def system() -> System:
-    return System()
+def system() -> Asked:
+    return Asked()
 
 
 @pytest.fixture
 def events() -> Events:
-    return Events()
+    return Events(prompt=True)
 
 
 @pytest.fixture
 def make(
-    system: System, events: Events, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    system: Asked, events: Events, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[[], JobWorkerLauncher]]:
     """Makes launchers."""
     monkeypatch.setattr("executorlib.jobs.workers._LINGER", 0.0)
@@ -111,9 +59,7 @@ def make(
 
     def make() -> JobWorkerLauncher:
         made.append(
-            JobWorkerLauncher(
-                cast("Any", events), cast("Any", system), lambda _resources, program: program, str(tmp_path), True
-            )
+            JobWorkerLauncher(events, cast("Any", system), lambda _resources, program: program, str(tmp_path), True)
         )
         made[-1].prepare()
         return made[-1]
@@ -124,11 +70,11 @@ def make(
 
 
 def process(number: int, **resources: Any) -> Process:
-    return Process(Worker(number, 0, Allocation.__new__(Allocation)), Resources(**resources), lifetime=Lifetime.BLOCK)
+    return fakes.process(number, lifetime=Lifetime.BLOCK, **resources)
 
 
 def test_workers_start_where_their_executor_was_made(
-    make: Callable[[], JobWorkerLauncher], system: System, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make: Callable[[], JobWorkerLauncher], system: Asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whenever that is, and unless they are to start elsewhere."""
     (tmp_path / "made").mkdir()
@@ -141,7 +87,7 @@ def test_workers_start_where_their_executor_was_made(
 
 
 def test_executor_that_is_made_in_a_directory_that_was_removed(
-    make: Callable[[], JobWorkerLauncher], system: System, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make: Callable[[], JobWorkerLauncher], system: Asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gone = tmp_path / "gone"
     gone.mkdir()
@@ -167,7 +113,7 @@ def lose(launcher: JobWorkerLauncher) -> Process:
 
 
 def test_the_system_tells_how_a_worker_ended(
-    make: Callable[[], JobWorkerLauncher], system: System, events: Events
+    make: Callable[[], JobWorkerLauncher], system: Asked, events: Events
 ) -> None:
     """That may take a moment; and it has not said yet what the job is called, where that was quick."""
     lose(make())
@@ -184,7 +130,7 @@ def test_the_system_tells_how_a_worker_ended(
 
 
 def test_a_job_that_goes_on_without_its_worker_is_cancelled(
-    make: Callable[[], JobWorkerLauncher], system: System, events: Events, monkeypatch: pytest.MonkeyPatch
+    make: Callable[[], JobWorkerLauncher], system: Asked, events: Events, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its node is cut off, or it was stopped: nobody would end it."""
     monkeypatch.setattr(job_workers, "_KNOW_SECONDS", -1.0)
@@ -200,7 +146,7 @@ def test_a_job_that_goes_on_without_its_worker_is_cancelled(
 
 
 def test_a_worker_that_is_ended_while_the_system_is_asked(
-    make: Callable[[], JobWorkerLauncher], system: System, events: Events
+    make: Callable[[], JobWorkerLauncher], system: Asked, events: Events
 ) -> None:
     """Its end is told once, whatever the system answers afterwards."""
     launcher = make()
@@ -214,7 +160,7 @@ def test_a_worker_that_is_ended_while_the_system_is_asked(
 
 
 def test_a_job_that_comes_up_when_nobody_wants_it(
-    make: Callable[[], JobWorkerLauncher], system: System, events: Events, monkeypatch: pytest.MonkeyPatch
+    make: Callable[[], JobWorkerLauncher], system: Asked, events: Events, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It was put back into the queue after its worker was given up: it is sent away instead of waiting for a call."""
     launcher = make()
@@ -228,7 +174,7 @@ def hello(launcher: JobWorkerLauncher, peer: bytes) -> None:
     launcher._on_message(peer, ["hello", {"host": "node7", "pid": 70, "size": 1, "library": ""}], [])
 
 
-def test_a_query_that_misses_a_job(make: Callable[[], JobWorkerLauncher], system: System, events: Events) -> None:
+def test_a_query_that_misses_a_job(make: Callable[[], JobWorkerLauncher], system: Asked, events: Events) -> None:
     """Where the system, asked again, has it, or the worker connects, it is as healthy as any."""
     launcher = make()
     launcher.launch(process(1))
@@ -247,7 +193,7 @@ def test_a_query_that_misses_a_job(make: Callable[[], JobWorkerLauncher], system
 
 
 def test_jobs_that_are_not_needed_are_cancelled_together(
-    make: Callable[[], JobWorkerLauncher], system: System, events: Events, monkeypatch: pytest.MonkeyPatch
+    make: Callable[[], JobWorkerLauncher], system: Asked, events: Events, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(system, "prepare", lambda on_ready: None)
     launcher = make()
@@ -266,28 +212,27 @@ def test_jobs_that_are_not_needed_are_cancelled_together(
 
 
 def test_a_system_that_does_not_answer_after_a_long_time(
-    make: Callable[[], JobWorkerLauncher], system: System, events: Events, monkeypatch: pytest.MonkeyPatch
+    make: Callable[[], JobWorkerLauncher], system: Asked, events: Events, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A worker that is replaced late in a session has as much patience as the first one; in the end it is an error."""
-    now = 0.0
-    monkeypatch.setattr(job_workers.time, "monotonic", lambda: now)
+    clock = Clock(monkeypatch, 0.0)
     launcher = make()
     launcher.launch(process(1))
     system.answers.pop()("17")
     away = Refused("the controller cannot be reached", transient=True)
-    now = 10_000.0
+    clock.now = 10_000.0
     launcher.launch(process(2))
     for moment in (10_000.0, 10_200.0, 10_400.0):
-        now = moment
+        clock.now = moment
         assert events.ends == []
         system.answers.pop()(away)
-        now += 6.0
+        clock.now += 6.0
         events.run_timers()
     assert "did not take its job: the controller cannot be reached" in events.ends[0]
 
 
 def test_a_worker_that_an_administrator_holds(
-    make: Callable[[], JobWorkerLauncher], system: System, events: Events, caplog: pytest.LogCaptureFixture
+    make: Callable[[], JobWorkerLauncher], system: Asked, events: Events, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It waits, and the user is told why."""
     make().launch(process(1))
@@ -305,7 +250,7 @@ def test_a_worker_that_an_administrator_holds(
 TOO_MANY = Refused("too many jobs", limit=Limit.OWN)
 
 
-def submitted(system: System) -> tuple[list[int], Callable[[Any], None]]:
+def submitted(system: Asked) -> tuple[list[int], Callable[[Any], None]]:
     """How many workers each request that is not answered has, and the answer to the last one."""
     sizes = [batch.count for batch in system.batches[-len(system.answers) :]] if system.answers else []
     return sizes, system.answers.pop()
@@ -313,14 +258,13 @@ def submitted(system: System) -> tuple[list[int], Callable[[Any], None]]:
 
 def test_more_workers_than_the_system_lets_in(
     make: Callable[[], JobWorkerLauncher],
-    system: System,
+    system: Asked,
     events: Events,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Those that fit start, and the others when there is room; the user is told at once."""
-    now = 100.0
-    monkeypatch.setattr(job_workers.time, "monotonic", lambda: now)
+    clock = Clock(monkeypatch, 100.0)
     monkeypatch.setattr(system, "prepare", lambda on_ready: None)
     launcher = make()
     workers = [process(number) for number in range(1, 9)]
@@ -342,7 +286,7 @@ def test_more_workers_than_the_system_lets_in(
     launcher.kill(workers[0], 9)
     launcher.kill(workers[1], 9)
     assert not system.answers, "the system has to see their ends first"
-    now += 1.0
+    clock.now += 1.0
     events.run_timers()
     sizes, answer = submitted(system)
     assert sizes == [2]
@@ -353,11 +297,10 @@ def test_more_workers_than_the_system_lets_in(
 
 
 def test_a_limit_under_which_no_worker_ever_fits(
-    make: Callable[[], JobWorkerLauncher], system: System, events: Events, monkeypatch: pytest.MonkeyPatch
+    make: Callable[[], JobWorkerLauncher], system: Asked, events: Events, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While the user has other jobs, they may end; else it is an error after some minutes."""
-    now = 100.0
-    monkeypatch.setattr(job_workers.time, "monotonic", lambda: now)
+    clock = Clock(monkeypatch, 100.0)
     make().launch(process(1))
     for states in ({("1", None): JobState(Phase.RUNNING, "RUNNING")},) * 20 + ({("1", None): ENDED}, {}) * 8:
         if not system.answers:
@@ -365,7 +308,7 @@ def test_a_limit_under_which_no_worker_ever_fits(
         assert events.ends == []
         system.answers.pop()(TOO_MANY)
         system.queries.pop()(states)
-        now += 60.0
+        clock.now += 60.0
         events.run_timers()
     assert "did not take its job: too many jobs" in events.ends[0]
     assert len(system.batches) > 20
@@ -374,14 +317,13 @@ def test_a_limit_under_which_no_worker_ever_fits(
 @pytest.mark.parametrize("seconds", [0.1, 25.0])
 def test_a_worker_that_was_told_to_stop(
     make: Callable[[], JobWorkerLauncher],
-    system: System,
+    system: Asked,
     events: Events,
     monkeypatch: pytest.MonkeyPatch,
     seconds: float,
 ) -> None:
     """It closes its connection at once, then takes its time. One that is suspended does not, and is cancelled."""
-    now = 100.0
-    monkeypatch.setattr(connecting.time, "monotonic", lambda: now)
+    clock = Clock(monkeypatch, 100.0)
     launcher = make()
     worker = process(1)
     launcher.launch(worker)
@@ -391,7 +333,7 @@ def test_a_worker_that_was_told_to_stop(
     assert worker.transport is not None
     monkeypatch.setattr(launcher._router, "send", lambda *message: None)
     worker.transport.put(["stop"])
-    now += seconds
+    clock.now += seconds
     launcher._on_lost(PEER)
     assert events.ends == ["it ended"]
     assert bool(system.cancelled) == (seconds > 1)

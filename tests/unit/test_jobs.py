@@ -8,101 +8,30 @@ import json
 import os
 import pickle
 import socket
-import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
+import fakes
 from executorlib.cache import batch_directory, entries
 from executorlib.cache import directory as cache
-from executorlib.core.ledger import Allocation
-from executorlib.core.scheduler import Worker
 from executorlib.core.task import LAUNCHING, READY, RUNNING, Task
 from executorlib.errors import ExecutorlibSocketError
 from executorlib.jobs.launcher import JobLauncher
 from executorlib.jobs.queue import Cause, Dependency, JobState, Limit, Phase
 from executorlib.jobs.submitter import Submitter
 from executorlib.jobs.system import Refused
-from executorlib.launchers.contract import Exit, Lifetime, Process
+from executorlib.launchers.contract import Process
 from executorlib.local_queue import process as local_queue
 from executorlib.resources import Resources
 from executorlib.worker import job
+from fakes import Clock, Events, System
 
 pytestmark = pytest.mark.cache
-
-
-class Events:
-    """Notes what it is told; timers run when the test says so."""
-
-    def __init__(self) -> None:
-        self.told: list[str] = []
-        self.timers: list[Callable[[], None]] = []
-        self.exits: dict[int, str] = {}  # by the worker's number: why it ended without a result
-
-    def call_later(self, seconds: float, callback: Callable[[], None]) -> None:
-        self.timers.append(callback)
-
-    def inputs_of(self, task: Task) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return task.args, task.kwargs
-
-    def is_changed(self, task: Task) -> bool:
-        return False
-
-    def run_timers(self) -> None:
-        timers, self.timers = self.timers, []
-        for timer in timers:
-            timer()
-
-    def on_connected(self, process: Process) -> None:
-        self.told.append("connected")
-
-    def on_message(self, process: Process, header: list[Any], frames: list[Any]) -> None:
-        self.told.append(header[0])
-
-    def on_exit(self, process: Process, end: Exit) -> None:
-        self.told.append("exit")
-        number = process.worker.number
-        assert number not in self.exits
-        self.exits[number] = "" if end.status == 0 else str(end.error or end.text)
-
-
-class System:
-    """Takes every batch; says of its jobs what the test wants."""
-
-    name = "a queue"
-    first_query = last_query = 0.0
-    array_limit = 10
-    element_variables = ()
-    busy = False
-    answer: Any = None
-
-    def can_wait_for(self, dependency: Dependency) -> bool:
-        return True
-
-    def about(self) -> dict[str, str]:
-        return {}
-
-    def is_gone(self, owner: Mapping[str, Any]) -> bool:
-        return False
-
-    def listen(self, on_change: Callable[[], None]) -> None:
-        pass
-
-    def prepare(self, on_ready: Callable[[], None]) -> None:
-        on_ready()
-
-    def setup(self) -> dict[str, Any]:
-        return {}
-
-    def submit(self, batch: Any, on_done: Callable[[Any], None]) -> None:
-        on_done("7")
-
-    def query(self, job_ids: Any, on_states: Callable[[Any], None]) -> None:
-        self.answer = on_states
 
 
 @pytest.fixture
@@ -131,9 +60,7 @@ def launched(
     task.after = tuple(str(each.cache_path) for each in after)
     task.move(READY)
     task.move(LAUNCHING)
-    worker = Worker(number, 0, Allocation.__new__(Allocation))
-    worker.calls.append(task)
-    process = Process(worker, resources, lifetime=Lifetime.CALL)
+    process = fakes.process(number, task, cache_directory=str(folder))
     if launcher is None:
         launcher = JobLauncher(events, events, system, lambda _resources, program: program, False)
         launcher.prepare()
@@ -141,15 +68,24 @@ def launched(
     return launcher, task, process
 
 
+def until_asked(system: System, events: Events) -> None:
+    while system.answer is None:
+        events.run_timers()
+
+
+def finish(task: Task) -> None:
+    assert task.cache_path is not None
+    entries.write_output(task.cache_path, function=abs, args=[-1], kwargs={}, resource_dict={}, runtime=0.1, output=1)
+
+
 def test_result_that_is_there_before_the_call_was_told_that_it_runs(events: Events, tmp_path: Path) -> None:
     """A job that the system says runs, and that ends at the same moment."""
     system = System()
     _launcher, task, process = launched(events, system, tmp_path)
-    while system.answer is None:
-        events.run_timers()
+    until_asked(system, events)
     system.answer({("7", None): JobState(Phase.RUNNING, "RUNNING")})
     assert events.told == ["connected"]
-    entries.write_output(task.cache_path, function=abs, args=[-1], kwargs={}, resource_dict={}, runtime=0.1, output=1)
+    finish(task)
     assert process.transport is not None
     while process.transport._job.ending is None:
         events.run_timers()
@@ -168,8 +104,7 @@ def test_equal_call_of_one_that_is_killed_when_its_result_is_there(
     monkeypatch.setattr("executorlib.jobs.launcher._AT_ONCE_SECONDS", 0.0)  # one look at a time
     launcher, task, process = launched(events, System(), tmp_path)
     _, equal, other = launched(events, System(), tmp_path, launcher=launcher)
-    assert task.cache_path is not None
-    entries.write_output(task.cache_path, function=abs, args=[-1], kwargs={}, resource_dict={}, runtime=0.1, output=1)
+    finish(task)
     while not events.told:
         events.run_timers()
     assert other.transport is None, "it does not know yet"
@@ -210,8 +145,7 @@ def test_a_dead_job_whose_key_is_as_long_as_can_be(
     system = Vanishing()
     system.end = JobState(Phase.ENDED, "NODE_FAIL", cause=Cause.NODE_FAILED)
     _launcher, _task, _process = launched(events, system, tmp_path, key)
-    while system.answer is None:
-        events.run_timers()
+    until_asked(system, events)
     system.answer({("17", None): system.end})
     system.answer = None
     while system.answer is None and not events.exits:
@@ -242,8 +176,7 @@ def test_only_of_its_own_jobs_a_system_is_asked(
     for _ in range(10):
         events.run_timers()
     assert (system.answer is not None) is asks
-    assert task.cache_path is not None
-    entries.write_output(task.cache_path, function=abs, args=[-1], kwargs={}, resource_dict={}, runtime=0.1, output=1)
+    finish(task)
     events.run_timers()
     assert events.told == ["connected"]
 
@@ -252,12 +185,11 @@ def test_many_jobs_of_others_on_a_slow_file_system(
     events: Events, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Asking a server about each takes time, in which the loop does nothing else: it is done a few at a time."""
-    clock, waited = time.monotonic, 0.0
+    clock = Clock(monkeypatch, running=True)
     asked: list[str] = []
 
     def is_there(path: str) -> bool:
-        nonlocal waited
-        waited += 0.04
+        clock.now += 0.04
         asked.append(path)
         return os.path.exists(path)
 
@@ -269,7 +201,6 @@ def test_many_jobs_of_others_on_a_slow_file_system(
         outputs.append(task.cache_path)
     monkeypatch.setattr("executorlib.jobs.launcher._is_on_local_disk", lambda job: False)
     monkeypatch.setattr("executorlib.jobs.launcher.trust.is_there", is_there)
-    monkeypatch.setattr("executorlib.jobs.launcher.time.monotonic", lambda: clock() + waited)
     while len(asked) < len(outputs):
         timers, events.timers = events.timers, []
         for timer in timers:
@@ -287,48 +218,30 @@ HELD = JobState(Phase.PENDING, "PENDING", "JobHeldAdmin", held=True)
 
 def test_a_job_that_an_administrator_holds(events: Events, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """It waits until they release it, and the user is told why; once for a job, whatever is said of it again."""
-    system = Cancelling()
+    system = System()
     launcher, _task, _process = launched(events, system, tmp_path)
     launched(events, system, tmp_path, "b", launcher)
     for _ in range(3):
-        system.asked(events)
+        until_asked(system, events)
         system.say({("7", None): HELD})
     assert events.told == system.cancelled == []
     (record,) = caplog.records
     assert (record.name, record.levelname) == ("executorlib", "WARNING")
     assert "call 1 of abs waits: an administrator holds its job 7_0 (JobHeldAdmin)" in record.getMessage()
-    system.asked(events)
+    until_asked(system, events)
     system.say({("7", None): JobState(Phase.RUNNING, "RUNNING")})
     assert events.told == ["connected", "connected"]
-
-
-class Cancelling(System):
-    """Notes which jobs are cancelled."""
-
-    def __init__(self) -> None:
-        self.cancelled: list[Any] = []
-
-    def cancel(self, jobs: Any) -> None:
-        self.cancelled += jobs
-
-    def say(self, states: Any) -> None:
-        answer, self.answer = self.answer, None
-        answer(states)
-
-    def asked(self, events: Events) -> None:
-        while self.answer is None:
-            events.run_timers()
 
 
 def test_a_job_of_another_session_that_would_wait_for_ever(events: Events, tmp_path: Path) -> None:
     """It is cancelled, and the call submitted once more; where that does not help, it fails with the reason."""
     claimed(tmp_path, System.name)
-    system = Cancelling()
+    system = System()
     _launcher, _task, process = launched(events, system, tmp_path)
-    system.asked(events)
+    until_asked(system, events)
     system.say({("17", None): HOPELESS})
     assert system.cancelled == [("17", None)]
-    system.asked(events)
+    until_asked(system, events)
     assert not events.told
     system.say({("7", None): HOPELESS})
     assert system.cancelled == [("17", None), ("7", None)]
@@ -339,9 +252,9 @@ def test_a_job_of_another_session_that_would_wait_for_ever(events: Events, tmp_p
 
 def test_a_job_that_would_wait_for_ever_and_was_taken_over(events: Events, tmp_path: Path) -> None:
     """The other session's call stays its own, and this session, whose job it was, has the error."""
-    system = Cancelling()
+    system = System()
     _launcher, _task, process = launched(events, system, tmp_path)
-    system.asked(events)
+    until_asked(system, events)
     (tmp_path / "a_i.h5").unlink()
     batch = claimed(tmp_path, System.name)
     system.say({("7", None): HOPELESS})
@@ -362,6 +275,7 @@ class Limited(System):
     array_limit = 1000
 
     def __init__(self, limit: int) -> None:
+        super().__init__()
         self.limit = limit
         self.others = 0
         self.whose = Limit.OWN
@@ -371,7 +285,6 @@ class Limited(System):
         self.most = 0
         self.taken: list[Any] = []
         self.refused: list[Any] = []
-        self.cancelled: list[Any] = []
 
     def submit(self, batch: Any, on_done: Callable[[Any], None]) -> None:
         if len(self.jobs) + self.others + batch.count > self.limit:
@@ -400,7 +313,7 @@ class Limited(System):
         )
 
     def cancel(self, jobs: Any) -> None:
-        self.cancelled += jobs
+        super().cancel(jobs)
         for element in jobs:
             self.jobs.pop(element, None)
 
@@ -509,23 +422,22 @@ def test_calls_that_wait_under_a_limit_can_be_cancelled(impatient: Loop, tmp_pat
 
 def test_others_that_fill_a_limit(impatient: Loop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While there are jobs of this user's, or where others' count, it is waited; else it is an error in the end."""
-    now = 0.0
-    monkeypatch.setattr("executorlib.jobs.submitter.time.monotonic", lambda: now)
+    clock = Clock(monkeypatch, 0.0)
     system = Limited(3)
     system.others = 3
     _launcher, _, process = launched(impatient, system, tmp_path)
     for _ in range(20):
-        now += 100.0
+        clock.now += 100.0
         impatient.run_timers()
     assert not impatient.exits
     system.limit, system.others, system.whose = 0, 0, Limit.SHARED
     for _ in range(20):
-        now += 100.0
+        clock.now += 100.0
         impatient.run_timers()
     assert not impatient.exits
     system.whose = Limit.OWN
     for _ in range(4):
-        now += 100.0
+        clock.now += 100.0
         impatient.run_timers()
     assert "a queue did not take its job: too many jobs" in impatient.exits[process.worker.number]
 
@@ -534,20 +446,19 @@ def test_a_session_that_leaves_with_calls_under_a_limit(
     impatient: Loop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """What the limit does not let in soon is given up, and said; it can be submitted again."""
-    now = 100.0
-    monkeypatch.setattr("executorlib.jobs.submitter.time.monotonic", lambda: now)
+    clock = Clock(monkeypatch, 100.0)
     system = Limited(2)
     launcher = None
     for number in range(1, 7):
         launcher, _, _ = launched(impatient, system, tmp_path, f"a{number}", launcher, number)
     while len(system.jobs) < 2:
-        now += 1.0
+        clock.now += 1.0
         impatient.run_timers()
     assert launcher is not None
     launcher.detach(lambda: None)
     caplog.clear()
     while launcher.busy:
-        now += 1.0
+        clock.now += 1.0
         impatient.run_timers()
     assert "did not take jobs of this session, which has left: too many jobs" in caplog.text
     assert sorted(path.name for path in tmp_path.glob("*_i.h5")) == ["a1_i.h5", "a2_i.h5"]
@@ -637,6 +548,7 @@ class Alone(System):
     array_limit = 1
 
     def __init__(self) -> None:
+        super().__init__()
         self.submitted: list[str] = []
         self.answers: list[Callable[[Any], None]] = []
 
@@ -665,11 +577,6 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> list[None]:
 
     monkeypatch.setattr(Submitter, "_dependencies", look)
     return looks
-
-
-def finish(task: Task) -> None:
-    assert task.cache_path is not None
-    entries.write_output(task.cache_path, function=abs, args=[-1], kwargs={}, resource_dict={}, runtime=0.1, output=1)
 
 
 def test_calls_that_wait_for_inputs_are_looked_at_when_these_change(
@@ -762,15 +669,14 @@ def test_how_long_a_result_may_take_to_show(
     system = Vanishing()
     system.end = end
     _launcher, task, _process = launched(events, system, tmp_path)
-    while system.answer is None:
-        events.run_timers()
+    until_asked(system, events)
     system.answer({})
     for _ in range(5):
         events.run_timers()
     assert (events.told == ["exit"]) is not waits
     if waits:
         assert task.cache_path is not None
-        entries.write_output(task.cache_path, function=abs, args=[], kwargs={}, resource_dict={}, runtime=0.1, output=1)
+        finish(task)
         events.run_timers()
         assert events.told == ["connected"]
 
@@ -806,9 +712,8 @@ class Faults:
 class Queue(System):
     """Takes batches one after the other, the second only when asked again; one job dies, the others leave results."""
 
-    first_query = last_query = 0.0
-
     def __init__(self, store: Path) -> None:
+        super().__init__()
         self.store = store
         self.submitted = 0
 
@@ -831,9 +736,6 @@ class Queue(System):
 
     def cause_in(self, output: str) -> Cause:
         return Cause.NONE
-
-    def cancel(self, jobs: Any) -> None:
-        pass
 
 
 def ends(folder: Path, events: Events, monkeypatch: pytest.MonkeyPatch, fault: int) -> tuple[list[str], int]:
@@ -869,9 +771,7 @@ def ends(folder: Path, events: Events, monkeypatch: pytest.MonkeyPatch, fault: i
             task.cache_path = str(folder / f"{key}_o.h5")
             for state in (READY, LAUNCHING):
                 task.move(state)
-            worker = Worker(number, 0, Allocation.__new__(Allocation))
-            worker.calls.append(task)
-            processes.append(Process(worker, resources, lifetime=Lifetime.CALL))
+            processes.append(fakes.process(number, task, cache_directory=str(folder), priority=number))
             launcher.launch(processes[-1])
         launcher.kill(processes[-1], 9)
         for _ in range(60):
@@ -923,8 +823,7 @@ def test_batch_that_cannot_be_made_ready(
     assert not list(tmp_path.glob("*_i.h5"))
     assert not list((tmp_path / batch_directory.FOLDER).iterdir())
     launched(events, system, tmp_path, "b", launcher)
-    while system.answer is None:
-        events.run_timers()
+    until_asked(system, events)
     assert [path.name for path in tmp_path.glob("*_i.h5")] == ["b_i.h5"]
 
 
@@ -932,8 +831,7 @@ def test_leaving_while_the_system_is_asked(events: Events, tmp_path: Path) -> No
     """Its answer is about calls that are not ours any more."""
     system = System()
     launcher, _, _ = launched(events, system, tmp_path)
-    while system.answer is None:
-        events.run_timers()
+    until_asked(system, events)
     launcher.detach(lambda: events.told.append("taken"))
     system.answer({("7", None): JobState(Phase.RUNNING, "RUNNING")})
     assert events.told == ["taken"]
@@ -950,8 +848,7 @@ def test_input_of_another_system(events: Events, tmp_path: Path) -> None:
     for _ in range(5):
         events.run_timers()
     assert submitted == []
-    assert task.cache_path is not None
-    entries.write_output(task.cache_path, function=abs, args=[], kwargs={}, resource_dict={}, runtime=0.1, output=1)
+    finish(task)
     for _ in range(5):
         events.run_timers()
     (batch,) = submitted
@@ -962,21 +859,20 @@ def test_submissions_are_repeated_from_their_first_refusal_on(
     events: Events, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not from when the call was made: it may have waited for its inputs for hours."""
-    now = 0.0
-    monkeypatch.setattr("executorlib.jobs.submitter.time.monotonic", lambda: now)
+    clock = Clock(monkeypatch, 0.0)
     system = System()
     answers: list[Callable[[Any], None]] = []
     system.submit = lambda batch, on_done: answers.append(on_done)  # type: ignore[method-assign]
     launched(events, system, tmp_path)
-    now = 1.0
+    clock.now = 1.0
     events.run_timers()
     away = Refused("the controller cannot be reached", transient=True)
     tries = 0
-    now = 10_000.0
+    clock.now = 10_000.0
     while answers:
         tries += 1
         answers.pop()(away)
-        now += 100.0
+        clock.now += 100.0
         for _ in range(3):
             events.run_timers()
     assert tries in (3, 4)
@@ -989,8 +885,7 @@ def test_results_are_not_kept_by_what_comes_after(events: Events, tmp_path: Path
     launcher, task, process = launched(events, system, tmp_path)
     _, last, _ = launched(events, system, tmp_path, "b", launcher, after=[task])
     job = weakref.ref(launcher._jobs[process.worker.number])
-    assert task.cache_path is not None
-    entries.write_output(task.cache_path, function=abs, args=[], kwargs={}, resource_dict={}, runtime=0.1, output=1)
+    finish(task)
     for _ in range(5):
         events.run_timers()
     task.move(RUNNING)
@@ -1018,8 +913,7 @@ def test_a_job_of_another_session_that_is_cancelled(
     submitted: list[Any] = []
     system.submit = lambda batch, on_done: (submitted.append(batch), on_done("18"))[0]  # type: ignore[method-assign]
     launched(events, system, tmp_path)
-    while system.answer is None:
-        events.run_timers()
+    until_asked(system, events)
     if terminated:
         entries.terminate(str(tmp_path / "a_i.h5"), str(batch))
     system.answer({("17", None): system.end})

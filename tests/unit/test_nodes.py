@@ -11,19 +11,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
+import fakes
 from conftest import Scripts
 from executorlib import SlurmJobExecutor
-from executorlib.core.ledger import Allocation
-from executorlib.core.scheduler import Worker
 from executorlib.errors import ExecutorlibSocketError
 from executorlib.launchers.contract import Lifetime, Process
 from executorlib.relay.executor_side import Relays
 from executorlib.relay.node_side import Relay
-from executorlib.resources import Resources
 from executorlib.single_node.agent import Agent
 from unit.node_functions import (
     agent_and_relay,
@@ -166,12 +164,8 @@ def test_call_that_is_a_step_and_fails(allocation: Callable[..., Any]) -> None:
 )
 def test_signals_before_a_worker_is_there(sent: list[int], passed_on: int) -> None:
     """It gets the last one, unless that could be less than what it was to get."""
-
-    class Events:
-        def watch(self, fileobj: Any, callback: Callable[[], None]) -> None: ...
-
     agent = Agent(
-        cast("Any", Events()),
+        fakes.Events(),
         spawn=False,
         lifetime=Lifetime.CALL,
         stock=0,
@@ -182,7 +176,7 @@ def test_signals_before_a_worker_is_there(sent: list[int], passed_on: int) -> No
     orders: list[Any] = []
     agent._put = orders.append  # type: ignore[method-assign]
     agent._flush = lambda: None  # type: ignore[method-assign]
-    process = Process(Worker(1, 0, Allocation.__new__(Allocation)), Resources())
+    process = fakes.process()
     agent._wanted[7] = process
     for number in sent:
         agent.kill(process, number)

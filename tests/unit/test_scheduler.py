@@ -23,11 +23,12 @@ from hypothesis import assume, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+import fakes
 from contract.functions import until
 from executorlib.core import fresh as core_fresh
 from executorlib.core.block import LOOKAHEAD_SECONDS, MAX_LOOKAHEAD, BlockScheduler
 from executorlib.core.fresh import OVERTAKEN_PER_CORE, FreshScheduler
-from executorlib.core.ledger import Allocation, Ledger, Node
+from executorlib.core.ledger import Ledger, Node
 from executorlib.core.lookup import Lookup
 from executorlib.core.loop import Loop
 from executorlib.core.scheduler import Effect, Fail, Kill, Launch, LookUp, Recall, Send, Stop, Worker
@@ -37,6 +38,7 @@ from executorlib.errors import ExecutorlibSocketError
 from executorlib.jobs.executor import QueueExecutor
 from executorlib.launchers.contract import Events, Exit, Process
 from executorlib.resources import Demand, Resources
+from fakes import InstantLauncher
 from unit.properties import examples, repeatable
 
 pytestmark = pytest.mark.timeout(240)  # some ten seconds of computing; a loaded machine may take long
@@ -1859,49 +1861,6 @@ def test_cluster_loses_no_call() -> None:
 # With the loop: what happens within one of its turns, by a launcher whose workers are there, or gone, at once.
 
 
-class Silent:
-    """A transport into nowhere."""
-
-    def put(self, header: Any, frames: Any = ()) -> int:
-        return 0
-
-    def flush(self) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class InstantLauncher:
-    """Connects a worker while it is being launched, then does what the test says."""
-
-    busy = False
-
-    def __init__(self, events: Events, then: Callable[[Events, Process], None]) -> None:
-        self.events = events
-        self.then = then
-        self.alive: set[int] = set()
-
-    def prepare(self) -> None: ...
-
-    def launch(self, process: Process) -> None:
-        process.transport = Silent()
-        self.alive.add(process.worker.number)
-        self.events.on_connected(process)
-        self.then(self.events, process)
-
-    def setup(self, process: Process) -> dict[str, Any]:
-        return {}
-
-    def kill(self, process: Process, signal_number: int) -> None:
-        self.events.call_later(0, lambda: self.exit(process))
-
-    def exit(self, process: Process) -> None:
-        if process.worker.number in self.alive:
-            self.alive.remove(process.worker.number)
-            self.events.on_exit(process, Exit(signal.SIGKILL, "it was killed"))
-
-    def close(self) -> None: ...
-
-
 @contextlib.contextmanager
 def loop_with(
     then: Callable[[InstantLauncher, Process], None], scheduler: FreshScheduler | BlockScheduler | None = None
@@ -1969,7 +1928,7 @@ def test_loop_cancel_just_before_the_cache_is_asked(tmp_path: Path) -> None:
 
 def test_loop_news_of_a_worker_that_it_has_given_up() -> None:
     with loop_with(lambda launcher, process: launcher.exit(process)) as loop:
-        unknown = Process(Worker(99, 0, Allocation.__new__(Allocation)), Resources())
+        unknown = fakes.process(99)
         loop.post(lambda: loop.on_connected(unknown))
         with pytest.raises(ExecutorlibSocketError, match="it was killed"):
             submit_to(loop).result(10)

@@ -6,7 +6,7 @@ import os
 import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
@@ -16,21 +16,7 @@ from executorlib.jobs.queue import Batch, JobState
 from executorlib.jobs.system import Refused
 from executorlib.launchers.subprocesses import Answer, Commands
 from executorlib.resources import Resources
-
-
-class Events:
-    """Runs what is to be called later when the test says so."""
-
-    def __init__(self) -> None:
-        self.timers: list[Callable[[], None]] = []
-
-    def call_later(self, seconds: float, callback: Callable[[], None]) -> None:
-        self.timers.append(callback)
-
-    def run_timers(self) -> None:
-        timers, self.timers = self.timers, []
-        for timer in timers:
-            timer()
+from fakes import Events
 
 
 class Stumbles:
@@ -184,7 +170,7 @@ def test_system_that_cannot_be_used_here() -> None:
     def broken(settings: str) -> Any:
         raise ImportError("no pysqa")
 
-    events: Any = Events()
+    events = Events()
     broken_system = CommandSystem(events, "a queue", broken, ["settings"])
     answers: list[Any] = []
     broken_system.query(["7"], answers.append)
@@ -265,7 +251,7 @@ def test_leaving_while_the_queue_is_silent(
 def test_command_that_cannot_be_run(argv: list[str], cwd: str | None, said: str) -> None:
     """That is an answer like others, and names what is not there."""
     events, answers = Events(), []
-    Commands(cast("Any", events)).run(argv, answers.append, cwd=cwd)
+    Commands(events).run(argv, answers.append, cwd=cwd)
     for _ in range(3):
         events.run_timers()
     assert [(answer.ok, answer.error) for answer in answers] == [(False, said)]
