@@ -454,7 +454,7 @@ def test_a_future_of_an_entry_that_ends_damaged_says_so(tmp_path: Path) -> None:
     (tmp_path / "junk").replace(tmp_path / "a_o.h5")
     error = future.exception(timeout=SECONDS)
     assert isinstance(error, OSError)
-    assert "a_o.h5 is damaged, or holds what is not kept" in str(error)
+    assert "a_o.h5 is damaged, or holds a result that was not kept" in str(error)
 
 
 @pytest.mark.usefixtures("quick")
@@ -926,7 +926,7 @@ def test_the_directory_of_a_stranger(tmp_path: Path, mode: int, capsys: pytest.C
         lambda: cache.get_cache_data(store),
         lambda: batch_directory.make(str(store), batch_directory.new_name(1)),
     ):
-        with pytest.raises(PermissionError, match=f"{store} is not used as a cache directory: it is nobody's"):
+        with pytest.raises(PermissionError, match=f"{store} is not used as a cache directory: it belongs to nobody"):
             read()
     for row in (SingleNodeExecutor, TestClusterExecutor):
         with pytest.raises(ValueError, match="it is nobody's"):

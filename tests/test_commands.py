@@ -432,7 +432,7 @@ def test_prune_to_a_size_removes_the_oldest(tmp_path: Path, call: Call) -> None:
     assert files(tmp_path) == ["0_o.h5", "1_o.h5", "2_o.h5", "waits_i.h5"]
     code, _, errors = call("cache", "prune", "-d", tmp_path, "--max-size", "1B")
     assert (code, files(tmp_path)) == (0, ["waits_i.h5"])
-    assert "1.0K remain, all of entries that wait or run" in errors
+    assert "1.0K remain, all in entries that wait or run" in errors
 
 
 def test_a_dry_run_lists_and_removes_nothing(directory: Path, call: Call) -> None:

@@ -39,8 +39,8 @@ _SIZE_UNITS = "BKMGTP"
 _AGE_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 _SHOW_WARNING = (
-    "Reading an entry unpickles it, and unpickling runs whatever the file says: "
-    "show only entries of directories whose writers you trust."
+    "Reading an entry unpickles it, and unpickling runs whatever code the file contains: show only entries of "
+    "directories whose writers you trust."
 )
 
 
@@ -92,7 +92,9 @@ def _parser() -> argparse.ArgumentParser:
         default=DEFAULT_DIRECTORY,
         help="the cache directory (default: %(default)s, that of the cluster executors)",
     )
-    common.add_argument("--json", action="store_true", help="one JSON object a line; sizes in bytes, times in seconds")
+    common.add_argument(
+        "--json", action="store_true", help="one JSON object per line; sizes in bytes, times in seconds"
+    )
 
     def add(name: str, command: Callable[[argparse.Namespace], int], text: str, more: str) -> argparse.ArgumentParser:
         description = f"{text[0].upper()}{text[1:]}. {more}"
@@ -104,25 +106,31 @@ def _parser() -> argparse.ArgumentParser:
         "ls",
         _ls,
         "list the entries and their total",
-        "No entry is read, and no queuing system asked: a call is 'running' when its job has started and left no "
+        "ls neither reads entries nor asks a queuing system: a call is 'running' when its job has started but left no "
         "result yet, 'done' when it has returned or raised, and 'failed' when its job ended without a result.",
     )
-    ls.add_argument("--state", action="append", choices=get_args(State), help="only these; may be repeated")
+    ls.add_argument(
+        "--state", action="append", choices=get_args(State), help="only entries in this state; may be repeated"
+    )
     ls.add_argument(
         "--sort",
         choices=["none", *_SORT_KEYS],
         default="none",
-        help="size: largest first; age: newest first; none (default): as they are found, at once and without "
-        "keeping them in memory",
+        help="size: largest first; age: newest first; none (default): in the order found, printed at once and not kept "
+        "in memory",
     )
-    ls.add_argument("--reverse", action="store_true", help="the other way round")
-    ls.add_argument("--limit", type=_count, metavar="N", help="list the first N; the total is that of all")
+    ls.add_argument("--reverse", action="store_true", help="reverse the order")
+    ls.add_argument("--limit", type=_count, metavar="N", help="list only the first N; the total still counts all")
 
     show = add("show", _show, "show what an entry holds", _SHOW_WARNING)
     show.add_argument("key", metavar="KEY", help="as listed by ls")
-    show.add_argument("--full", action="store_true", help=f"cut no value after {_SHOWN_CHARACTERS} characters")
+    show.add_argument(
+        "--full",
+        action="store_true",
+        help=f"show values whole instead of cutting them after {_SHOWN_CHARACTERS} characters",
+    )
 
-    rm = add("rm", _rm, "remove entries", "The calls run again when they are submitted again.")
+    rm = add("rm", _rm, "remove entries", "A call whose entry was removed runs again when it is submitted again.")
     rm.add_argument("keys", metavar="KEY", nargs="+", help="as listed by ls")
     rm.add_argument("--force", action="store_true", help="also entries that wait or run; cancels no job")
 
@@ -130,10 +138,10 @@ def _parser() -> argparse.ArgumentParser:
         "prune",
         _prune,
         "remove entries by age and size, and what crashed processes left behind",
-        "An entry is removed when all of --older-than, --larger-than, --failed and --outdated that are given hold. "
-        "Entries that wait or run stay, unless --pending is given. Without any of these only leftovers are removed: "
-        "temporary files and inputs of finished calls, after an hour, and batch directories of which no call waits or "
-        "runs.",
+        "An entry is removed if it meets every condition given among --older-than, --larger-than, --failed and "
+        "--outdated. Entries that wait or run stay unless --pending is given. Without any of these options, only "
+        "leftovers are removed: temporary files and inputs of finished calls after an hour, and batch directories "
+        "without waiting or running calls.",
     )
     prune.add_argument("--older-than", type=_age, metavar="AGE", help="not written for this long: 30d, 12h; s m h d w")
     prune.add_argument("--larger-than", type=_size, metavar="SIZE", help="1G, 500M; K M G T are powers of 1024")
@@ -143,10 +151,10 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument(
         "--outdated",
         action="store_true",
-        help="ran with other versions of the distributions that it used than those installed here; reads each file",
+        help="it ran with versions of its distributions that differ from those installed here; reads each file",
     )
     prune.add_argument(
-        "--max-size", type=_size, metavar="SIZE", help="then remove the oldest until the rest is not larger than this"
+        "--max-size", type=_size, metavar="SIZE", help="then remove the oldest until the rest is no larger than this"
     )
     prune.add_argument("--pending", action="store_true", help="also entries that wait or run; cancels no job")
     prune.add_argument("--dry-run", action="store_true", help="remove nothing, list what would be removed")
@@ -203,9 +211,9 @@ def _show(options: argparse.Namespace) -> int:
     values = entries.read_entry(entry.path, options.directory) if entry.state != "failed" else {}
     if values is None:
         raise CommandFailed(
-            f"{entry.path} cannot be read; a warning above tells why. Where a module is missing, run "
-            "`python -m executorlib cache show` in the folder of that module and with the Python that has what the "
-            "call used; where the file is damaged, remove it with `executorlib cache rm`"
+            f"{entry.path} cannot be read; a warning above says why. If a module is missing, run `python -m "
+            "executorlib cache show` in the folder of that module, with the Python that has the packages the call "
+            "used; if the file is damaged, remove it with `executorlib cache rm`"
         )
     limit = None if options.full else _SHOWN_CHARACTERS
     for name, value in values.items():
@@ -255,7 +263,7 @@ def _rm(options: argparse.Namespace) -> int:
             elif found[0].state in ("waiting", "running") and not options.force:
                 problem = (
                     f"the entry {key!r} is {found[0].state}: cancel its job with terminate_task_in_cache() in Python, "
-                    "which removes it, or add --force to remove its files alone"
+                    "which also removes the entry, or add --force to remove only its files"
                 )
             else:
                 removed.append(found[0])
@@ -340,7 +348,9 @@ def _chosen(options: argparse.Namespace, now: float) -> list[Entry]:
             chosen.append(entry)
             size -= entry.size
         if size > options.max_size:
-            _complain(f"{_human_size(size)} remain, all of entries that wait or run, which stay without --pending")
+            _complain(
+                f"{_human_size(size)} remain, all in entries that wait or run; add --pending to remove those, too"
+            )
     return chosen
 
 
@@ -379,7 +389,7 @@ def _no_directory(directory: str) -> str:
 
 
 def _no_entry(directory: str, key: str) -> str:
-    return f"{directory} has no entry {key!r}; `executorlib cache ls -d {directory}` lists those it has"
+    return f"{directory} has no entry {key!r}; `executorlib cache ls -d {directory}` lists its entries"
 
 
 # -- printing and parsing -----------------------------------------------------------------------------------------

@@ -175,12 +175,13 @@ def with_source_lines(text: str) -> str:
 
 
 FUTURE_ADVICE = (
-    "Futures are replaced by their results where they are arguments of a call, or in lists, tuples, sets, dicts and "
-    "dataclasses of its arguments, at any depth. Nobody looks for them in arrays, data frames, attributes, partials, "
-    "closures and the like: pass the future as an argument of its own, or its result, future.result(), once it is done."
+    "A future is replaced by its result if it is an argument of a call, or is inside lists, tuples, sets, dicts and "
+    "dataclasses in one, at any depth. It is not looked for in arrays, data frames, attributes, partials, closures and "
+    "the like: pass the future as an argument of its own, or pass future.result() once it is done."
 )
 EXECUTOR_ADVICE = (
-    "An executor belongs to the process that made it. Make one inside the function, or pass what it is to be made with."
+    "An executor belongs to the process that made it. Make one inside the function, or pass the arguments to make it "
+    "with."
 )
 
 
@@ -194,10 +195,10 @@ def refuse_future(self: Any) -> NoReturn:
 
 
 CHANGED_CALL = (
-    "what ran is not what was looked up in the cache: its function, an argument, a global that it reads, or the file "
-    "of a module of yours was changed between submit and run. Its result is that of what ran, and is not kept under "
-    "the key of what was looked up. Submit copies of what you go on changing, such as array.copy(), and change no "
-    "module while calls that use it wait."
+    "it ran with other code or inputs than were looked up in the cache: its function, an argument, a global that it "
+    "reads, or the file of one of your modules was changed between submit and run. Its result is that of the changed "
+    "call and is not kept under the key that was looked up. Submit copies of objects that you go on changing, such as "
+    "array.copy(), and change no module while calls that use it wait."
 )
 
 
@@ -218,8 +219,8 @@ def advise_unpicklable(error: BaseException, number: int, name: str, misplaced: 
         return told
     if isinstance(error, (OSError, MemoryError)):
         reason = (
-            "the system gave out as its function and arguments were pickled. Submit less at once, or raise this "
-            "process's limits (`ulimit -a`)."
+            "the system ran out of resources while its function and arguments were pickled. Submit less at once, or "
+            "raise this process's limits (`ulimit -a`)."
         )
     else:
         reason = (
@@ -245,8 +246,8 @@ def describe_split_world(ranks: int, starter: str, size: int, library: str, advi
         advice: What to do.
     """
     return (
-        f"{ranks} ranks were started by {starter}, but mpi4py sees a world of size {size}: its MPI ({library}) does "
-        f"not find what started it. Results would be wrong. {advice}"
+        f"{starter} started {ranks} ranks, but mpi4py sees a world of size {size}: its MPI ({library}) cannot find the "
+        f"program that started it. Results would be wrong. {advice}"
     )
 
 
@@ -268,5 +269,5 @@ def describe_exit(wait_status: int) -> str:
         name = "an unknown signal"
     phrase = f"was killed by {name} (signal {number})"
     if number == signal.SIGKILL:
-        phrase += "; where nobody sent it, the kernel's out-of-memory killer did"
+        phrase += "; if nobody sent it, the kernel's out-of-memory killer did"
     return phrase

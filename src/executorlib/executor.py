@@ -105,8 +105,8 @@ class BaseExecutor(Executor):
         if jobs and options.log_records:
             raise ValueError(
                 f"{type(self).__name__}: log_records=True cannot be honoured for calls that are jobs: they go on "
-                "without this process and its handlers. Add a handler that writes a file inside the function, or have "
-                "workers run the calls, with block_allocation=True."
+                "without this process and its handlers. Add a handler that writes to a file inside the function, or "
+                "let workers run the calls with block_allocation=True."
             )
         self._capacity = capacity
         self._jobs = jobs
@@ -359,13 +359,13 @@ class BaseExecutor(Executor):
         subject = f"map of {function_name(fn)}"
         if self._graph is not None:
             raise ValueError(
-                f"{subject}: a future stands for an iterable, but no call runs where a graph is made of them, so "
-                "nobody knows how many there are. Pass futures of its elements (split_future)."
+                f"{subject}: an iterable is a future, but no call runs while a graph is recorded, so its length is "
+                "unknown. Pass futures of its elements (split_future)."
             )
         if self._disable_dependencies:
             raise ValueError(
-                f"{subject}: a future stands for an iterable, but the executor was made with "
-                "disable_dependencies=True. Pass future.result()."
+                f"{subject}: an iterable is a future, but the executor was made with disable_dependencies=True. Pass "
+                "future.result()."
             )
         self._check_open()
         elements: Iterable[Any] = iterable.result(None if deadline is None else deadline - time.monotonic())
@@ -473,7 +473,7 @@ class BaseExecutor(Executor):
         self._check_open()
         if not self._block or self._loop is None:
             raise _NotInThisModeError(
-                "max_workers can be changed only with block_allocation=True; otherwise make a new executor with it."
+                "max_workers can be changed only with block_allocation=True; otherwise, make a new executor."
             )
         size = positive_or_none("max_workers", value)
         assert size is not None
@@ -511,8 +511,8 @@ class BaseExecutor(Executor):
         if demand.gpus > most_gpus:
             raise ValueError(
                 f"{subject} needs {demand.gpus} GPUs (cores={resources.cores} × "
-                f"gpus_per_core={resources.gpus_per_core}), but there are {most_gpus}. Ask for fewer, or state the "
-                "devices with the executor's argument gpus=…."
+                f"gpus_per_core={resources.gpus_per_core}), but the executor has {most_gpus}. Ask for fewer, or state "
+                "the devices with the executor's argument gpus=…."
             )
         if not self._count_cores:
             return Demand(1, demand.gpus, demand.exclusive)
@@ -546,7 +546,7 @@ class BaseExecutor(Executor):
                 raise ValueError(f"{subject}: {error}") from error
             except OSError as error:
                 raise ValueError(
-                    f"{subject}: the directory {key}={path!r} cannot be made: {error.strerror}. Name another."
+                    f"{subject}: the directory {key}={path!r} cannot be created: {error.strerror}. Name another one."
                 ) from error
 
     def _check(self, resources: Resources, subject: str) -> None:
@@ -558,7 +558,7 @@ class BaseExecutor(Executor):
             demand = self._resources.demand
             raise ValueError(
                 f"max_workers={size} workers of {demand.cores} cores and {demand.gpus} GPUs do not fit: there is room "
-                f"for {room} (max_cores, or all that there is). Ask for fewer workers."
+                f"for {room} (in max_cores, or in all the cores there are). Ask for fewer workers."
             )
 
     def _room(self) -> int | None:

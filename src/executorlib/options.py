@@ -142,8 +142,8 @@ def _check_init_function(init_function: object, block_allocation: bool) -> None:
     """Raise an error if the two arguments do not go together."""
     if init_function is not None and not block_allocation:
         raise ValueError(
-            "init_function needs block_allocation=True: without it every call has a process of its own, and "
-            "nothing would be left of the initialisation."
+            "init_function needs block_allocation=True: without it every call has a process of its own, and the "
+            "initialisation would be lost."
         )
     if init_function is not None and not callable(init_function):
         raise TypeError(f"init_function is {init_function!r}, expected a callable that returns a dict.")

@@ -195,8 +195,8 @@ def check_ranks_of_nodes(resources: Resources, subject: str) -> None:
     if resources.num_nodes is not None and resources.num_nodes > resources.cores:
         raise ValueError(
             f"{subject}: num_nodes={resources.num_nodes} with cores={resources.cores} cannot be honoured: each node "
-            f"runs one rank of a call at least. Ask for cores={resources.num_nodes} or more, where the result is the "
-            "list of all ranks' results, or leave num_nodes out."
+            f"runs at least one rank of a call. Ask for cores={resources.num_nodes} or more (the result is then the "
+            "list of all ranks' results), or leave num_nodes out."
         )
 
 
@@ -208,8 +208,8 @@ def check_cache_key(resources: Resources, subject: str) -> None:
     """
     if resources.cache_key is not None and resources.cache_directory is None:
         raise ValueError(
-            f"{subject}: cache_key={resources.cache_key!r} names an entry of a cache directory, but there is none, so "
-            "nothing would be kept. Name one with cache_directory, or leave cache_key out."
+            f"{subject}: cache_key={resources.cache_key!r} names an entry of a cache directory, but no directory was "
+            "named, so nothing would be kept. Name one with cache_directory, or leave cache_key out."
         )
 
 
@@ -232,9 +232,9 @@ _OF_EXECUTORS = ("pmi_mode", "restart_limit", "max_workers", "max_cores", "block
 def unknown_key(key: object, subject: str) -> str:
     """Return the text of the error about a key that would be ignored."""
     if key in OF_JOBS:
-        return f"{subject}: {key!r} in resource_dict is for executors that submit jobs; nothing here would heed it."
+        return f"{subject}: {key!r} in resource_dict is for executors that submit jobs; this executor would ignore it."
     if key in _OF_EXECUTORS:
-        return f"{subject}: {key!r} is no key of resource_dict, but an argument of executors that have it."
+        return f"{subject}: {key!r} is not a key of resource_dict, but an argument of executors that have it."
     near = nearest_key(key)
     hint = f"did you mean {near!r}?" if near else f"known keys are {', '.join(_CHECKS)}."
     return f"{subject}: unknown key {key!r} in resource_dict; {hint}"

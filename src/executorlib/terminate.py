@@ -120,8 +120,8 @@ def _queue_of(systems: dict[str, str], configuration: str | None) -> Queue:
         if not same_system(system, queue.name):
             raise ValueError(
                 f"the job of {path} was submitted to {system}, but the commands here are those of {queue.name}, where "
-                "its number is another job's; nothing was cancelled. Run this where that system's commands work, or "
-                "give the pysqa_config_directory that the call was submitted with."
+                "its number belongs to another job; nothing was cancelled. Run this where that system's commands work, "
+                "or give the pysqa_config_directory that the call was submitted with."
             )
     return queue
 

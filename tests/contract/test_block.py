@@ -213,5 +213,5 @@ def test_init_function_without_a_key(make_executor: Callable[..., Any], tmp_path
         for number in range(2):
             error = executor.submit(one, number).exception(WAIT)
             assert isinstance(error, TypeError)
-            assert "as they depend on its init_function, which has no key" in str(error)
+            assert "because they depend on its init_function, for which no key can be derived" in str(error)
             assert "closure variable 'held'" in str(error)

@@ -151,7 +151,10 @@ def test_name_of_an_entry_without_a_cache_directory(
     make_executor: Callable[..., Any], row: Any, tmp_path: Path
 ) -> None:
     """Nothing would be kept under it."""
-    named, said = {"cache_key": "answer"}, "cache_key='answer' names an entry of a cache directory, but there is none"
+    named, said = (
+        {"cache_key": "answer"},
+        "cache_key='answer' names an entry of a cache directory, but no directory was named",
+    )
     with pytest.raises(ValueError, match=said):
         make_executor(resource_dict=named)
     if not row.block:
@@ -169,7 +172,7 @@ def test_advice_for_calls_without_a_key(make_executor: Callable[..., Any], row: 
     with open(__file__) as file, make_executor(cache_directory=str(tmp_path)) as executor:
         error = executor.submit(add, 1, file).exception(WAIT)
         assert isinstance(error, TypeError)
-        expected = "A block takes no cache_key for its calls" if row.block else "Name the cache entry yourself"
+        expected = "Calls of a block take no cache_key" if row.block else "Name the cache entry yourself"
         assert expected in str(error)
         error = executor.submit(add, 1, threading.Lock()).exception(WAIT)
         assert isinstance(error, TypeError)

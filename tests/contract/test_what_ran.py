@@ -83,7 +83,7 @@ def test_argument_that_never_stays_the_same(make_executor: Callable[..., Any], s
     with make_executor(cache_directory=store) as executor:
         error = executor.submit(see, log, changing).exception(WAIT)
         assert executor.submit(identity, 1).result(WAIT) == 1
-    assert "change while they are submitted" in str(error)
+    assert "times while they were being submitted" in str(error)
     assert "copies" in str(error)
     assert not lines(log)
 

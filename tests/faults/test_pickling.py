@@ -165,7 +165,7 @@ def test_futures_where_nobody_looks_for_them(executor: Any, place: str) -> None:
         error = executor.submit(*call(future)).exception(WAIT)
         assert isinstance(error, TypeError)
         assert f"{where} a future" in str(error)
-        assert "as an argument of its own, or its result" in str(error)
+        assert "as an argument of its own, or pass future.result()" in str(error)
     assert executor.submit(add, source, 1).result(WAIT) == 4
 
 

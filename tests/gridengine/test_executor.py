@@ -217,7 +217,7 @@ def test_job_that_cannot_be_started(make: Callable[..., Any], tmp_path: Path) ->
         job = job_of("homeless")
         directory.rmdir()
         output_of("qrls", job)
-        assert_broken(future, "would wait for ever and was cancelled: .* has it as .*working directory")
+        assert_broken(future, "would wait forever and was cancelled: .* reports it as .*working directory")
         until(lambda: job not in jobs(), WAIT)
 
 

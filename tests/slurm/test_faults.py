@@ -228,7 +228,7 @@ TABLE = {
     "gpus": refused("sbatch.*not available", gpus_per_core=9),
     "long": refused("PENDING.*PartitionTimeLimit", partition="short", run_time_max=86400, account="physics"),
     "no script": refused("sbatch.*batch script", submission_template="hostname\n"),
-    "no template": refused("no valid Jinja template", submission_template="{% if"),
+    "no template": refused("is not a valid Jinja template", submission_template="{% if"),
     # The script.
     "no Python": dies(
         "calm",

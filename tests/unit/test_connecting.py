@@ -132,7 +132,7 @@ def test_ranks_that_do_not_find_each_other(bench: Bench) -> None:
     assert bench.told == []
     assert bench.ended == 1
     text = str(worker.process.verdict)
-    assert "2 ranks were started by a test" in text
+    assert "a test started 2 ranks" in text
     assert "world of size 1" in text
     assert "Some MPI 1.0" in text
     assert text.endswith("Read on.")

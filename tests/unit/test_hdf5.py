@@ -153,7 +153,7 @@ def test_what_inflates_to_more_than_it_says() -> None:
     forged[-16:-4] = struct.pack("<QI", header, crc)
     tracemalloc.start()
     try:
-        with pytest.raises(hdf5.Damaged, match=r"has 2 bytes, of 1"):
+        with pytest.raises(hdf5.Damaged, match=r"has 2 of 1"):
             hdf5.unpack(bytes(forged))
         assert tracemalloc.get_traced_memory()[1] < 10_000_000
     finally:

@@ -228,7 +228,7 @@ def test_a_system_that_does_not_answer_after_a_long_time(
         system.answers.pop()(away)
         clock.now += 6.0
         events.run_timers()
-    assert "did not take its job: the controller cannot be reached" in events.ends[0]
+    assert "did not accept its job: the controller cannot be reached" in events.ends[0]
 
 
 def test_a_worker_that_an_administrator_holds(
@@ -293,7 +293,7 @@ def test_more_workers_than_the_system_lets_in(
     answer("200")
     assert len(caplog.records) == 1
     launcher.kill(workers[7], 9)
-    assert events.ends == ["its job was cancelled"] * 2 + ["it was not needed any more"]
+    assert events.ends == ["its job was cancelled"] * 2 + ["it was no longer needed"]
 
 
 def test_a_limit_under_which_no_worker_ever_fits(
@@ -310,7 +310,7 @@ def test_a_limit_under_which_no_worker_ever_fits(
         system.queries.pop()(states)
         clock.now += 60.0
         events.run_timers()
-    assert "did not take its job: too many jobs" in events.ends[0]
+    assert "did not accept its job: too many jobs" in events.ends[0]
     assert len(system.batches) > 20
 
 

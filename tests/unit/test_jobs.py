@@ -246,7 +246,9 @@ def test_a_job_of_another_session_that_would_wait_for_ever(events: Events, tmp_p
     system.say({("7", None): HOPELESS})
     assert system.cancelled == [("17", None), ("7", None)]
     error = events.exits[process.worker.number]
-    assert "job 7 would wait for ever and was cancelled: a queue has it as PENDING (reason PartitionTimeLimit)" in error
+    assert (
+        "job 7 would wait forever and was cancelled: a queue reports it as PENDING (reason PartitionTimeLimit)" in error
+    )
     assert not list(tmp_path.glob("*_i.h5"))
 
 
@@ -258,7 +260,7 @@ def test_a_job_that_would_wait_for_ever_and_was_taken_over(events: Events, tmp_p
     (tmp_path / "a_i.h5").unlink()
     batch = claimed(tmp_path, System.name)
     system.say({("7", None): HOPELESS})
-    assert "would wait for ever" in events.exits[process.worker.number]
+    assert "would wait forever" in events.exits[process.worker.number]
     assert entries.claimed_for(str(tmp_path / "a_i.h5")) == str(batch)
 
 
@@ -439,7 +441,7 @@ def test_others_that_fill_a_limit(impatient: Loop, tmp_path: Path, monkeypatch: 
     for _ in range(4):
         clock.now += 100.0
         impatient.run_timers()
-    assert "a queue did not take its job: too many jobs" in impatient.exits[process.worker.number]
+    assert "a queue did not accept its job: too many jobs" in impatient.exits[process.worker.number]
 
 
 def test_a_session_that_leaves_with_calls_under_a_limit(
@@ -460,7 +462,7 @@ def test_a_session_that_leaves_with_calls_under_a_limit(
     while launcher.busy:
         clock.now += 1.0
         impatient.run_timers()
-    assert "did not take jobs of this session, which has left: too many jobs" in caplog.text
+    assert "did not accept jobs of this session, which has left: too many jobs" in caplog.text
     assert sorted(path.name for path in tmp_path.glob("*_i.h5")) == ["a1_i.h5", "a2_i.h5"]
 
 

@@ -223,7 +223,7 @@ def test_job_id(output: str, expected: str) -> None:
 
 @pytest.mark.parametrize("output", ["", "qsub: thanks\n", "17 hours left\n"])
 def test_no_job_id(output: str) -> None:
-    with pytest.raises(ValueError, match="qsub printed no job id"):
+    with pytest.raises(ValueError, match=r"qsub printed .* instead of a job id"):
         PbsQueue().parse_job_id(output)
 
 
@@ -466,7 +466,7 @@ def test_whether_there_are_jobs_at_all() -> None:
     "printed", ["", "Job id  Name\n", answer({"7.pbs01": job("R")})[:-30], "qstat: cannot connect to server pbs01"]
 )
 def test_answer_that_is_incomplete(printed: str) -> None:
-    with pytest.raises(ValueError, match="no list of jobs"):
+    with pytest.raises(ValueError, match="instead of a list of jobs"):
         PbsQueue().parse_status(printed, ["7"])
 
 

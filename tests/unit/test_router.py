@@ -287,10 +287,10 @@ def test_a_worker_that_reaches_nobody_names_all_that_it_tried(bench: Bench, monk
     monkeypatch.setattr(address, "resolve", resolve_slowly)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         expected = {
-            f"tcp://127.0.0.1:{closed_port()}": "nobody listens there, or it cannot be reached",
+            f"tcp://127.0.0.1:{closed_port()}": "nothing listens there, or it cannot be reached",
             f"tcp://127.0.0.1:{silent.getsockname()[1]}": "connected, but it does not answer",
             made.endpoints[0]: "it refuses this worker's key",
-            other.endpoints[0]: "who listens there is not this worker's executor",
+            other.endpoints[0]: "the listener there is not this worker's executor",
             "tcp://no.such.host.invalid:1234": "its name cannot be resolved: ",
             "tcp://slow:1234": "its name was not resolved in time",
         }
@@ -322,7 +322,7 @@ def test_a_worker_does_not_wait_for_an_executor_that_has_ended(bench: Bench, mon
     monkeypatch.setattr(dealer, "_REFUSED_SECONDS", 0.1)
     made = bench.router(tcp=True, hostname_localhost=True)
     gone = [f"tcp://127.0.0.1:{closed_port()}" for _ in range(2)]
-    with pytest.raises(ConnectionError, match="nobody listens there"):
+    with pytest.raises(ConnectionError, match="nothing listens there"):
         bench.connect(with_endpoints(made.credentials("1"), *gone), seconds=1000.0)
 
 

@@ -132,7 +132,7 @@ def test_template_of_the_call() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("#!/bin/sh\n{% if cores %}", r"submission_template is no valid Jinja template: line 2: Unexpected end"),
+        ("#!/bin/sh\n{% if cores %}", r"submission_template is not a valid Jinja template: line 2: Unexpected end"),
         ("{{ cores + job_name }}", r"submission_template cannot be rendered: unsupported operand"),
         ("{{ a.b.c }}", r"submission_template cannot be rendered: 'a' is undefined"),
     ],
@@ -225,7 +225,7 @@ def test_configuration(configuration: Path) -> None:
         (None, "No such file"),
         ("queues: [", "queue.yaml cannot be used"),
         ("queue_type: SLURM", "it needs the keys queue_type and queues"),
-        ("queue_type: MOAB\nqueues: {}", "queues of type 'MOAB' cannot be driven here, only SLURM, SGE, TORQUE, LSF"),
+        ("queue_type: MOAB\nqueues: {}", "queues of type 'MOAB' cannot be used here, only SLURM, SGE, TORQUE, LSF"),
         ("queue_type: SLURM\nqueues: {a: {script: missing.sh}}", "missing.sh"),
         ("queue_type: SLURM\nqueues: {a: {script: queue.yaml}} # {% if %}", "Expected an expression"),
     ],
@@ -301,7 +301,7 @@ def test_job_id(output: str) -> None:
 
 
 def test_no_job_id() -> None:
-    with pytest.raises(ValueError, match="no job id but 'thanks, 5 hours'"):
+    with pytest.raises(ValueError, match="'thanks, 5 hours' instead of a job id"):
         SlurmQueue().parse_job_id("thanks, 5 hours\n")
 
 
@@ -446,7 +446,7 @@ def test_jobs_that_were_not_asked_for() -> None:
 @pytest.mark.parametrize("indices", ["0-4294967295", "4294967295", "0-99999999999999999999", "0-4000001", "0-9:0"])
 def test_indices_that_no_cluster_gives(indices: str) -> None:
     """That is no answer, and nothing that memory would have to hold."""
-    with pytest.raises(ValueError, match="none that Slurm can have given"):
+    with pytest.raises(ValueError, match="Slurm cannot have assigned"):
         SlurmQueue().parse_status(f"7|{indices}|PENDING|0||Priority|\n", ["7"])
 
 
@@ -677,7 +677,7 @@ def test_grid_engine(tmp_path: Path) -> None:
     }
     assert queue.parse_status(QSTAT.format(running="", waiting=""), []) == {}
     for wrong in ("", "error: commlib error: got select error (Connection refused)"):
-        with pytest.raises(ValueError, match="no list of jobs"):
+        with pytest.raises(ValueError, match="instead of a list of jobs"):
             queue.parse_status(wrong, [])
     assert queue.is_transient("error: commlib error: got select error (Connection refused)")
     assert not queue.is_transient("Unable to run job: unknown queue")
@@ -712,7 +712,7 @@ def test_torque_and_lsf(
     assert queue.parse_job_id(printed) == "42"
     assert queue.parse_status(listing, [])["42", 0].phase is expected
     assert queue.detail_command("42", None) == []
-    with pytest.raises(ValueError, match="no job id"):
+    with pytest.raises(ValueError, match="instead of a job id"):
         queue.parse_job_id("thanks\n")
     with pytest.raises(ValueError, match="one by one"):
         queue.submit_command(batch(2), "/s")

@@ -114,8 +114,8 @@ def test_what_is_said_of_a_job_that_is_taken_is_told_once(
         queue.submit(batch(tmp_path), answers.append)
     assert answers == ["20001", "20002", "20003", "20004"]
     assert [record.getMessage() for record in caplog.records] == [
-        f"submit took the job of a and said: {warning}",
-        "submit took the job of a and said: submit: job 20003 costs nothing",
+        f"submit accepted the job of a with the message: {warning}",
+        "submit accepted the job of a with the message: submit: job 20003 costs nothing",
     ]
 
 
@@ -128,7 +128,7 @@ def test_silence_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
     silence.failed(46.0, 47.0, "squeue: no controller")
     (record,) = caplog.records
     assert (record.name, record.levelname) == ("executorlib", "WARNING")
-    assert "Slurm has not said for 36 s" in record.message
+    assert "Slurm has not answered status queries for 36 s" in record.message
     assert "squeue: still no controller" in record.message
     caplog.clear()
     silence.answered()

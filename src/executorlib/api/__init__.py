@@ -85,7 +85,7 @@ def get_command_path(executable: str) -> str:
     path = _BACKEND / executable
     if not path.is_file():
         known = ", ".join(sorted(each.name for each in _BACKEND.glob("*.py")))
-        raise ValueError(f"There is no program {executable!r}; there are {known}.")
+        raise ValueError(f"There is no program {executable!r}; the programs are {known}.")
     return str(path)
 
 

@@ -267,8 +267,8 @@ class SocketInterface:
         """The error for a program that is not there."""
         if not self._booted:
             return ExecutorlibSocketError(
-                "There is no program to exchange messages with: bootup() was not called, or the "
-                "spawner or the stop_function did not let it start one."
+                "There is no program to exchange messages with: bootup() was not called, or the spawner or the "
+                "stop_function kept it from starting one."
             )
         process = getattr(self._spawner, "_process", None)
         if process is not None and process.poll() is not None:

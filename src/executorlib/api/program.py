@@ -52,9 +52,8 @@ class _ProgramSocket(zmq.Socket[bytes]):
             atexit.register(_abort_other_ranks)
             address = self.getsockopt_string(zmq.LAST_ENDPOINT)
             raise ExecutorlibSocketError(
-                f"Nobody at {address} takes messages of this program (any more): the process that "
-                "started it has ended or has shut its interface down, or it is another one than "
-                "the one whose keys this program has."
+                f"Nothing at {address} accepts messages from this program: the process that started it has ended or "
+                "has shut down its interface, or this program holds the keys of another process."
             )
 
     def close(self, linger: int | None = None) -> None:
@@ -99,9 +98,9 @@ def interface_connect(host: str, port: str) -> tuple[zmq.Context[Any], zmq.Socke
         keys = ClientKeys.parse(os.environ[_KEYS_VARIABLE])
     except (KeyError, ValueError):
         raise ExecutorlibSocketError(
-            f"The environment variable {_KEYS_VARIABLE} does not hold the keys of an interface. "
-            "Start this program with interface_bootup() of the same version of executorlib; what "
-            "starts it in between has to pass its environment on."
+            f"The environment variable {_KEYS_VARIABLE} does not hold the keys of an interface. Start this program "
+            "with interface_bootup() of the same version of executorlib; every program in between must pass its "
+            "environment on."
         ) from None
     getaddrinfo(host, port, AF_INET)  # libzmq would silently try forever
     context = zmq.Context()

@@ -10,6 +10,6 @@ if __name__ == "__main__":
     try:
         from mpi4py import MPI
     except ImportError as error:
-        sys.exit(f'{error}. For several ranks: pip install "executorlib[mpi]"')
+        sys.exit(f'{error}. To run several ranks: pip install "executorlib[mpi]"')
     # A communicator of its own: the functions' messages are not mistaken for ours.
     serve_functions(MPI.COMM_WORLD.Dup())

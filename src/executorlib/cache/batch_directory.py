@@ -71,8 +71,8 @@ def _make(fd: int, root: str, folder: str, directory: str) -> None:
     ):
         if mode & stat.S_IWOTH and not (mode & stat.S_ISVTX and trust.is_trusted(owner)):
             raise trust.UntrustedFile(
-                f"jobs are not run from {below}, which is {trust.name_of(owner)}'s: everybody may write to {above}, "
-                f"so anybody could put other programs in the place of those that jobs run. {trust.advice_for(above)}"
+                f"jobs are not run from {below}, which belongs to {trust.name_of(owner)}: everybody may write to "
+                f"{above}, so anybody could replace the programs that jobs run. {trust.advice_for(above)}"
             )
     os.mkdir(os.path.basename(directory), trust.FOLDER_MODE, dir_fd=fd)
 

@@ -104,8 +104,8 @@ def get_future_from_cache(cache_directory: str | os.PathLike[str], cache_key: st
         output = read_output(path, cache_directory)
     if output is None and not running and not trust.is_there(input_of(path)):
         raise FileNotFoundError(
-            f"the cache directory {os.fspath(cache_directory)} has no entry {cache_key!r}; "
-            "get_cache_data() lists those it has"
+            f"the cache directory {os.fspath(cache_directory)} has no entry {cache_key!r}; get_cache_data() lists the "
+            "entries it has"
         )
     future: Future[Any] = LeanFuture()
     if output is None:
@@ -236,7 +236,9 @@ class _Watcher:
         try:
             output = read_output(path, root)
             if output is None:
-                raise OSError(f"the cache file {path} is damaged, or holds what is not kept; run the call again")
+                raise OSError(
+                    f"the cache file {path} is damaged, or holds a result that was not kept; run the call again"
+                )
             error = output.error
         except Exception as failure:
             output, error = None, failure

@@ -168,9 +168,9 @@ def _load_result(path: str, keys: tuple[Any, ...], root: str | None = None, batc
         if there and (output := _read_input_result(path, root, batch)) is not None:
             break
         if there or time.monotonic() > give_up:
-            what = "is damaged, or was not to be kept" if there else "is not there (any more)"
+            what = "is damaged, or was not to be kept" if there else "no longer exists"
             raise FileNotFoundError(
-                f"an input of this call is the result of {path}, which {what}. Submit that call again, and this one."
+                f"an input of this call is the result of {path}, which {what}. Submit that call again, then this one."
             )
         time.sleep(1.0)
     if output.error is not None:
@@ -186,9 +186,9 @@ def _read_input_result(path: str, root: str | None, batch: str | None) -> Output
     if values is not None and RAN in values:
         if values.get("batch") != batch:
             raise FileNotFoundError(
-                f"an input of this call is the result of {path}, which holds the result of other code or inputs than "
-                "its key says: another session's job left it there, whose function, inputs or modules were changed "
-                "between submit and run. Submit that call again, and this one."
+                f"an input of this call is the result of {path}, which does not match its key: another session's job "
+                "wrote it after its function, inputs or modules were changed between submit and run. Submit that call "
+                "again, then this one."
             )
         _others[path] = values[RAN]
         del values[NOT_KEPT]
@@ -634,7 +634,7 @@ def read_entry(path: str | os.PathLike[str], root: str | os.PathLike[str] | None
 
 class _PlainUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"{module}.{name} is no plain data")
+        raise pickle.UnpicklingError(f"{module}.{name} is not plain data")
 
 
 def versions_of(path: str | os.PathLike[str], root: str | os.PathLike[str] | None = None) -> dict[str, str]:
@@ -711,7 +711,7 @@ def _read_pickles(
         pickles = _datasets(trust.read(path, root), {*names, NAME})
         name = pickle.loads(pickles.pop(NAME)) if NAME in pickles else None
         if name not in (None, _name_of(path)):
-            raise hdf5.Damaged(f"it is a copy of the entry {name!r}, and no result of this call")
+            raise hdf5.Damaged(f"it is a copy of the entry {name!r}, not a result of this call")
         return pickles
     except (FileNotFoundError, NotADirectoryError):
         return None

@@ -174,7 +174,7 @@ def unpack(file: bytes, names: Collection[str] | None = None) -> dict[str, bytes
         Damaged: The file is not HDF5, or not as it was written.
     """
     if not file.startswith(SIGNATURE):
-        raise Damaged("it is no HDF5 file")
+        raise Damaged("it is not an HDF5 file")
     try:
         return _unpack(file, names)
     except _OtherForm:
@@ -199,7 +199,7 @@ def _unpack(file: bytes, names: Collection[str] | None) -> dict[str, bytes]:
     if (version, offsets, lengths, base) != (3, 8, 8, 0):
         raise _OtherForm
     if end != len(file):
-        raise Damaged(f"it has {len(file)} bytes, of {end}")
+        raise Damaged(f"it has {len(file)} of {end} bytes")
     links = _messages(file, root)
     checked = _are_headers_right(file, root, links)
     if not checked:
@@ -247,12 +247,12 @@ def _dataset(file: bytes, address: int, checked: bool) -> bytes:
     if not checked:
         _check(file, address, end)
     if chunk > len(file) or stored > len(file) - chunk or size > most_inflated(stored):
-        raise Damaged(f"a dataset of {size} bytes is not in {stored} bytes at {chunk}")
+        raise Damaged(f"a dataset of {size} bytes cannot be in {stored} bytes at {chunk}")
     stream = zlib.decompressobj()
     # Asking for one byte more reaches the end of the stream, where zlib verifies the stream's own checksum.
     data = stream.decompress(memoryview(file)[chunk : chunk + stored], size + 1)
     if len(data) != size or not stream.eof or stream.unused_data:
-        raise Damaged(f"a dataset has {len(data)} bytes, of {size}")
+        raise Damaged(f"a dataset has {len(data)} of {size} bytes")
     return data
 
 
@@ -265,7 +265,7 @@ def _messages(file: bytes, address: int) -> list[tuple[int, bytes]]:
     position = address + _HEADER.size
     end = position + size
     if end > len(file) - _CHECKSUM.size:
-        raise Damaged(f"it ends before what is at {address}")
+        raise Damaged(f"it ends inside the header at {address}")
     found = []
     while position < end:
         kind, length, _ = _MESSAGE.unpack_from(file, position)
@@ -273,7 +273,7 @@ def _messages(file: bytes, address: int) -> list[tuple[int, bytes]]:
         found.append((kind, file[position : position + length]))
         position += length
     if position != end:
-        raise Damaged(f"what is at {address} ends elsewhere than it says")
+        raise Damaged(f"the header at {address} does not end where it says")
     return found
 
 

@@ -32,7 +32,7 @@ PRIVATE_MODE = 0o600
 # For passing through a folder: on Linux this needs no right to list it and does not bother a network file system.
 _STEP = os.O_DIRECTORY | os.O_CLOEXEC | getattr(os, "O_PATH", os.O_RDONLY)
 LIST = os.O_DIRECTORY | os.O_CLOEXEC | os.O_RDONLY | os.O_NOFOLLOW
-# Opened without blocking, because a pipe in the place of a file would block its reader for ever.
+# Opened without blocking, because a pipe in the place of a file would block its reader forever.
 _READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
 # How often to make a folder again if another process finds it empty and removes it at the same moment.
@@ -82,8 +82,8 @@ def _open_folder(folder: str, root: str | os.PathLike[str] | None) -> tuple[int,
             status = os.fstat(fd)
             if exposed is not None and not is_trusted(status.st_uid):
                 raise UntrustedFile(
-                    f"{top} is not used: it is {name_of(status.st_uid)}'s, and everybody may write to {above}, so "
-                    f"anybody could have made it, with anything in it. Remove it. {advice_for(exposed)}"
+                    f"{top} is not used: it belongs to {name_of(status.st_uid)}, and everybody may write to {above}, "
+                    f"so anybody could have created it with any content. Remove it. {advice_for(exposed)}"
                 )
             if exposed is None and status.st_mode & stat.S_IWOTH:
                 exposed = top
@@ -125,8 +125,9 @@ def _is_link(fd: int, name: str) -> bool:
 
 def _link_text(path: str) -> str:
     return (
-        f"{path} is not used: it is a symbolic link, and links inside a cache directory are not followed, as they can "
-        "lead to another call's result or to any other file. Put what it points to in its place, or remove it."
+        f"{path} is not used: it is a symbolic link, and links inside a cache directory are not followed, because they "
+        "can lead to another call's result or to any other file. Replace it by the file or folder it points to, or "
+        "remove it."
     )
 
 
@@ -140,10 +141,10 @@ def _checked_top(top: str, fd: int) -> os.stat_result:
     if not (is_trusted(status.st_uid) or _is_shared(top, status) or _is_own_under_another_name(fd, status)):
         owner = name_of(status.st_uid)
         raise UntrustedFile(
-            f"{top} is not used as a cache directory: it is {owner}'s, who can put anything into it, and reading an "
-            f"entry runs what is in it. Use a directory of your own. If you trust {owner}, copy what you need "
-            f"(cp -r), or have {owner} share it with a group that you are in (chgrp GROUP {top}; chmod g+ws {top}). "
-            "As root, run this as the user whose directory it is."
+            f"{top} is not used as a cache directory: it belongs to {owner}, who can put anything into it, and reading "
+            f"an entry runs code that it contains. Use a directory of your own. If you trust {owner}, copy what you "
+            f"need (cp -r), or have {owner} share it with a group that you are in (chgrp GROUP {top}; chmod g+ws "
+            f"{top}). As root, run this as the user who owns the directory."
         )
     return status
 
@@ -431,8 +432,8 @@ def read(path: str | os.PathLike[str], root: str | os.PathLike[str] | None = Non
             raise OSError(errno.EINVAL, "it is not a regular file", path)
         if exposed is not None and not is_trusted(status.st_uid):
             raise UntrustedFile(
-                f"{path} is not read: it is {name_of(status.st_uid)}'s, and everybody may write to {exposed}, so "
-                f"anybody could have put it there, with anything in it. Remove it. {advice_for(exposed)}"
+                f"{path} is not read: it belongs to {name_of(status.st_uid)}, and everybody may write to {exposed}, so "
+                f"anybody could have put it there with any content. Remove it. {advice_for(exposed)}"
             )
         # Read no more than the file has now, because one that keeps growing has no end.
         size = status.st_size
@@ -499,4 +500,4 @@ def name_of(owner: int) -> str:
 
 def advice_for(folder: str) -> str:
     """Return advice for the end of an error text about a folder that everybody may write to."""
-    return f"Then take the right to write from others (chmod o-w {folder}), or use another cache_directory."
+    return f"Then forbid others to write to the folder (chmod o-w {folder}), or use another cache_directory."

@@ -163,7 +163,7 @@ class FreshScheduler(Scheduler):
             Fail(
                 task,
                 f"it needs {demand.cores} cores and {demand.gpus} GPUs on {where}{whole}, which the "
-                f"{len(self.ledger.nodes)} nodes that are left do not have since {', '.join(self._lost[-8:])} failed",
+                f"{len(self.ledger.nodes)} remaining nodes do not have after {', '.join(self._lost[-8:])} failed",
             )
         )
 

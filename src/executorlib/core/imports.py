@@ -27,8 +27,8 @@ _MOST_DEPTH = 5
 _own_depth: int | None = None
 
 _ADVICE = (
-    "Open executors and submit calls in a function that is called once the import is over, or, in the file that is "
-    "run, below `if __name__ == '__main__':`."
+    "Open executors and submit calls in a function that is called after the import, or, in the script itself, below "
+    "`if __name__ == '__main__':`."
 )
 
 
@@ -66,9 +66,9 @@ def check_executor(name: str) -> None:
     depth = _own_depth + 1
     if depth > _MOST_DEPTH:
         raise RuntimeError(
-            f"{name} is opened by importing the module {module!r}, in a worker of an executor that was opened by an "
-            f"import in a worker, and so on, {_MOST_DEPTH} times: importing {module!r} submits a call that imports it "
-            f"again. {_ADVICE}"
+            f"importing the module {module!r} opens {name} in a worker, whose executor was opened by an import in a "
+            f"worker, and so on, {_MOST_DEPTH} times: importing {module!r} submits a call that imports it again. "
+            f"{_ADVICE}"
         )
     os.environ[_DEPTH_VARIABLE] = str(depth)
 
@@ -94,9 +94,8 @@ def check_call(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     found = _module_of(fn, unfinished) or (_find(unfinished, (fn, args, kwargs)) if _module_here() else None)
     if found is not None:
         raise RuntimeError(
-            f"call of {function_name(fn)}: it was submitted while the module {found!r}, which it needs, is still being "
-            f"imported. Its worker would import {found!r}, too, and submit the same call, and so on without end. "
-            f"{_ADVICE}"
+            f"call of {function_name(fn)}: it needs the module {found!r}, which was still being imported when it was "
+            f"submitted. Its worker would import {found!r}, too, submit the same call, and so on without end. {_ADVICE}"
         )
 
 

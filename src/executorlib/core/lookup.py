@@ -150,8 +150,8 @@ class Lookup:
             name = self.key(self.init_function, (), {}).name
         except TypeError as error:
             raise TypeError(
-                "the results of this executor cannot be kept in its cache_directory, as they depend on its "
-                f"init_function, which has no key: {error}"
+                "the results of this executor cannot be kept in its cache_directory, because they depend on its "
+                f"init_function, for which no key can be derived: {error}"
             ) from error
         if self._seen is not None:
             self._seen.init = name
@@ -172,9 +172,9 @@ class Lookup:
                 "the function instead."
             )
         elif self._lifetime is Lifetime.BLOCK:
-            advice = "A block takes no cache_key for its calls: do without that object, or without cache_directory."
+            advice = "Calls of a block take no cache_key: avoid that object, or leave cache_directory out."
         else:
-            advice = 'Name the cache entry yourself with resource_dict={"cache_key": "..."}, or do without that object.'
+            advice = 'Name the cache entry yourself with resource_dict={"cache_key": "..."}, or avoid that object.'
         raise TypeError(f"{error} {advice}") from error.__cause__
 
 

@@ -804,7 +804,7 @@ class Loop(Poller, Events):
         process = self._processes.get(worker_number)
         if process is not None:
             logger.warning(
-                "process %d on %s was killed: its calls are over, but what they left (exit handlers, threads) went on "
+                "process %d on %s was killed: its calls were over, but exit handlers or threads that they left went on "
                 "beyond their run_time_max of %g s",
                 process.pid,
                 process.host,
@@ -847,7 +847,7 @@ class Loop(Poller, Events):
         try:
             error = self._delivery.loads(frames)
             if not isinstance(error, BaseException):
-                raise TypeError(f"{type(error).__name__} is no exception")
+                raise TypeError(f"{type(error).__name__} is not an exception")
         except BaseException as reason:
             error = RuntimeError(
                 f"{subject} raised an exception that cannot be unpickled here ({type(reason).__name__}: {reason}); "

@@ -46,8 +46,8 @@ _MOST_PIECES = 16
 _NO_EVENT = "executorlib.none"
 _INSTALL = (
     "Flux's Python bindings are part of flux-core (conda install -c conda-forge flux-core) and belong to one version "
-    "of Python. Install executorlib[flux] into the Python that `flux python` runs, or into another of the same "
-    "version, and add to PYTHONPATH what `flux python --get-path` prints."
+    "of Python. Install executorlib[flux] into the Python that `flux python` runs, or into another Python of the same "
+    "version, and add the output of `flux python --get-path` to PYTHONPATH."
 )
 
 
@@ -105,8 +105,9 @@ def cancel_jobs(instance: str, names: Sequence[str]) -> None:
     nearest = instance_name(connection)
     if instance not in ("", nearest):
         raise RuntimeError(
-            f"the jobs belong to {instance}, but what can be reached from here is {nearest}. Set FLUX_URI to the "
-            "former; if it has ended, so have its jobs, and their entries can be removed (`executorlib cache rm`)."
+            f"the jobs belong to {instance}, but the instance that can be reached from here is {nearest}. Set FLUX_URI "
+            "to the former; if it has ended, so have its jobs, and their entries can be removed (`executorlib cache "
+            "rm`)."
         )
     from flux.job import cancel_async
 
@@ -202,7 +203,7 @@ class FluxInstance:
         if seconds > 0 and not self.lost:
             self._timer.stop()
         if ended < 0:
-            self._lose("its broker has ended, or the connection to it")
+            self._lose("its broker or the connection to it has ended")
 
     def _lose(self, why: str) -> None:
         if not self.lost:
@@ -243,7 +244,7 @@ class FluxInstance:
 
         problem = _not_text(spec)
         if problem is not None:
-            refused = Refused(f"Flux can only be told what is UTF-8, and {problem!r} is not")
+            refused = Refused(f"Flux accepts only UTF-8, and {problem!r} is not UTF-8")
             self._events.call_later(0.0, lambda: on_answer(refused))
             return
         text = json.dumps(spec)
@@ -541,7 +542,7 @@ class FluxInstance:
 def _refused(error: OSError, text: str | None) -> Refused:
     """Flux's reason for refusing a job."""
     if error.errno == errno.ENOSYS:
-        return Refused("it takes no jobs any more, as it is being shut down")
+        return Refused("it no longer accepts jobs, because it is shutting down")
     return Refused(text or str(error))
 
 

@@ -45,7 +45,7 @@ class Policy:
         queue = self.queue_of(resources)
         if self.queues and queue not in self.queues and (queue or named):
             said = f"the Flux instance has no queue {queue!r}" if queue else "the Flux instance has no default queue"
-            return f"{said}. Name one with resource_dict={{'queue': …}}; there are {', '.join(self.queues)}."
+            return f"{said}. Name one with resource_dict={{'queue': …}}; the queues are {', '.join(self.queues)}."
         seconds, limit = resources.run_time_max, self._limit(queue)
         if limit and seconds is not None and seconds > limit:
             where = f" for queue {queue!r}" if queue else ""

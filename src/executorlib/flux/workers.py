@@ -239,7 +239,7 @@ class FluxLauncher(Launcher):
                 self._instance.end(answer, "cancel")
             return
         if isinstance(answer, Refused):
-            text = f"Flux did not take its job: {answer}"
+            text = f"Flux did not accept its job: {answer}"
             self._end(member, text, ExecutorlibSocketError(f"{self._subject(member)} was not run: {text}"))
             return
         member.job = answer
@@ -265,7 +265,7 @@ class FluxLauncher(Launcher):
                 # The worker's last messages may still be on their way.
                 self._later(_FOLLOW_SECONDS, identity, self._end_as_told)
         elif not event and member.log.state.phase is not Phase.ENDED:
-            self._end(member, f"Flux has lost sight of its job {self._job_text(member)}")
+            self._end(member, f"Flux has lost track of its job {self._job_text(member)}")
 
     def _on_instance_lost(self, why: str) -> None:
         for member in list(self._members.values()):

@@ -69,7 +69,7 @@ def when_done(future: Future[Any], receiver: Callable[[Future[Any]], object]) ->
 class _Derive:
     """Resolves a derived future once its source is done, and keeps neither of them afterwards.
 
-    Futures keep their callbacks for ever, so a plain reference would keep the result of one as long as the other lives.
+    Futures keep their callbacks forever, so a plain reference would keep the result of one as long as the other lives.
     """
 
     __slots__ = ("_compute", "_derived")

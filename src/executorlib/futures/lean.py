@@ -1,7 +1,7 @@
 """A small future that no Ctrl-C can leave locked.
 
 The standard future is locked by a `threading.Condition`, which a Ctrl-C can leave locked; the thread that should
-resolve the future then waits for ever. This one uses a condition from `locks`.
+resolve the future then waits forever. This one uses a condition from `locks`.
 
 The standard library's `concurrent.futures.wait` and `as_completed` cannot be changed. They keep futures from being
 resolved while they look at them, and wait for events with locks, so this module replaces what they use of a future.

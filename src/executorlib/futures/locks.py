@@ -2,7 +2,7 @@
 
 Python runs signal handlers in the main thread, between any two steps of Python code; only a step written in C is
 atomic. The conditions and events of `threading` lock themselves in Python code: a Ctrl-C inside them leaves them
-locked, and the next thread waits for ever. Here, everything that another thread may wait for is locked by the ``with``
+locked, and the next thread waits forever. Here, everything that another thread may wait for is locked by the ``with``
 statement of a lock made in C, which is one step.
 
 Python 3.14 is the exception: a handler may run after the lock is taken and before the block is entered that releases it

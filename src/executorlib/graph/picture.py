@@ -41,9 +41,8 @@ def check_filename(filename: str | os.PathLike[str] | None) -> None:
             )
     if needed != "dot" and not (find_spec("pygraphviz") or shutil.which("dot")):
         raise ValueError(
-            f"drawing the dependency graph as {needed} takes Graphviz: pip install"
-            ' "executorlib[graph]", or install Graphviz itself (apt install graphviz, brew install'
-            " graphviz). A file that ends in .dot needs neither."
+            f'drawing the dependency graph as {needed} needs Graphviz: pip install "executorlib[graph]", or install '
+            "Graphviz itself (apt install graphviz, brew install graphviz). A file that ends in .dot needs neither."
         )
 
 

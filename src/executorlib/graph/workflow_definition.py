@@ -178,8 +178,8 @@ def _import_path(fn: Callable[..., Any]) -> str:
     """
     if not inspect.isfunction(fn):
         raise ValueError(
-            f"{_short(fn)} is not a Python function, and the format calls nothing else; wrap"
-            " it in a function of a module"
+            f"{_short(fn)} is not a Python function, and the format can call nothing else; wrap it in a function of a "
+            "module"
         )
     module = fn.__module__
     found = sys.modules.get(module)
@@ -202,8 +202,8 @@ def _complete(call: _Call) -> dict[str, _Value]:
     for argument in call.arguments:
         if not argument.by_name:
             raise ValueError(
-                f"the format passes arguments by name, and {argument.name!r} has to go by position;"
-                " wrap the function in one whose parameters have names"
+                f"the format passes arguments by name, and {argument.name!r} can only be passed by position; wrap the "
+                "function in one whose parameters have names"
             )
         arguments[argument.name] = argument.value
     parameters = inspect.signature(call.fn).parameters
@@ -235,8 +235,7 @@ def _result(future: Future[Any]) -> Any:
         raise ValueError("it is a call recorded by another executor; submit both calls to the same executor")
     if not future.done():
         raise ValueError(
-            "it is the future of another executor and not done yet, so that its value cannot be"
-            " stored; wait for it first"
+            "it is the future of another executor and not done yet, so its value cannot be stored; wait for it first"
         )
     if future.cancelled() or (error := future.exception()) is not None:
         reason = "was cancelled" if future.cancelled() else f"failed with {error!r}"

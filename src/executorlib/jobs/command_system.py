@@ -53,8 +53,8 @@ class Silence:
         if not self._told and now - self._since >= _SILENT_SECONDS:
             self._told = True
             logger.warning(
-                "%s has not said for %.0f s how its jobs are: %s. Jobs go on, and their results are found; only those "
-                "that end without one are not noticed until it answers. It is asked again and again.",
+                "%s has not answered status queries for %.0f s: %s. Jobs go on and their results are found, but a job "
+                "that ends without a result goes unnoticed until it answers. It is asked again and again.",
                 self._name,
                 now - self._since,
                 said,
@@ -207,7 +207,7 @@ class CommandSystem:
             try:
                 taken = queue.parse_job_id(answer.output)
             except Exception as error:  # whatever the reason, this is no job id
-                taken = Refused(f"{argv[0]} was not understood: {error}")
+                taken = Refused(f"the answer of {argv[0]} was not understood: {error}")
             on_done(taken)
 
         # Some queues start a job in the directory from which it was submitted.
@@ -219,7 +219,7 @@ class CommandSystem:
             words = re.sub(r"\d{3,}", "", line)  # messages that differ only in a job's number count as one
             if words not in self._warned:
                 self._warned.add(words)
-                logger.warning("%s took the job of %s and said: %s", program, name, line)
+                logger.warning("%s accepted the job of %s with the message: %s", program, name, line)
 
     def query(self, job_ids: Sequence[str], on_states: Callable[[States | None], None]) -> None:
         """Ask for the states of all these jobs with one command."""

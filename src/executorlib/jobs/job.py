@@ -129,17 +129,17 @@ class Job:
         tail = tail_text(read_tail(os.path.join(batch.directory, f"output.{self.index}")))
         said = f" Its output ended with:\n{tail}" if tail else " It wrote no output."
         if state is None:
-            text = f"{subject} is not known to {system.name} any more, and left no result in {self.output}."
+            text = f"{subject} is no longer known to {system.name} and left no result in {self.output}."
             return ExecutorlibSocketError(f"{text} {_GENERAL_ADVICE}{said}")
         if state.phase is not Phase.ENDED:
             advice = state.cause.advice or "Change what the call asks for in its resource_dict"
             return ExecutorlibSocketError(
-                f"{subject} would wait for ever and was cancelled: {system.name} has it as "
+                f"{subject} would wait forever and was cancelled: {system.name} reports it as "
                 f"{state.state}{state.facts()}. {advice}; only this call fails."
             )
         text = f"{subject} ended as {state.state}{state.facts()}."
         if self.damaged is not None:
-            text += f" What it left in {self.output} cannot be read."
+            text += f" Its result in {self.output} cannot be read."
         limit = task.resources.run_time_max
         # MPICH's mpiexec exits with the number of the signal that a rank died of.
         alarmed = signal.SIGALRM in (state.died_of, state.code if task.resources.cores > 1 else 0)

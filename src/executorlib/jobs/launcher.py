@@ -248,14 +248,14 @@ class JobLauncher(Launcher):
         task = job.task
         if job.again:
             raise ExecutorlibSocketError(
-                f"Call {task.number} of {task.name} was not run: the job that it waited for left no result, and what "
-                "it would run itself was changed since it was submitted. Submit it again, with copies of what you go "
-                "on changing."
+                f"Call {task.number} of {task.name} was not run: the job that it waited for left no result, and its "
+                "own function or inputs were changed since it was submitted. Submit it again, with copies of objects "
+                "that you go on changing."
             )
         if job.changes == _MOST_CHANGES:
             raise ExecutorlibSocketError(
-                f"Call {task.number} of {task.name} was not run: its inputs change while they are submitted, "
-                f"{job.changes} times so far. Submit copies of what another thread goes on changing (array.copy())."
+                f"Call {task.number} of {task.name} was not run: its inputs changed {job.changes} times while they "
+                "were being submitted. Submit copies of objects that another thread goes on changing (array.copy())."
             )
         self._forget(job)
         self._follow_or_claim(job.process, task, job.changes + 1)
@@ -309,8 +309,8 @@ class JobLauncher(Launcher):
             if batch is not None and not batch.size:
                 batch.remove_files()
         text = (
-            f"another session claims its entry {job.path} and gives it up again and again. Look for other programs "
-            f"that use the cache directory {job.root}, and submit the call again"
+            f"another session keeps claiming its entry {job.path} and giving it up. Look for other programs that use "
+            f"the cache directory {job.root}, and submit the call again"
         )
         self._end(job, Exit(None, text))
 
@@ -349,11 +349,11 @@ class JobLauncher(Launcher):
             if job.task.number not in self._told:
                 self._told.add(job.task.number)
                 logger.warning(
-                    "call %d of %s waits for a job of another system (%s). If that has ended, remove the entry: "
+                    "call %d of %s waits for a job of another system (%s). If that job has ended, remove the entry: "
                     "executorlib cache rm --force",
                     job.task.number,
                     job.task.name,
-                    owner.get("system", "which is not known"),
+                    owner.get("system", "of an unknown name"),
                 )
             self._follow(job, None, 0)
             return True
@@ -392,11 +392,13 @@ class JobLauncher(Launcher):
 
     def _on_refused(self, batch: JobBatch, refusal: Refused) -> None:
         if self._leaving:
-            logger.error("%s did not take jobs of this session, which has left: %s", self._system.name, refusal)
+            logger.error("%s did not accept jobs of this session, which has left: %s", self._system.name, refusal)
         same = [twin for job in batch.jobs.values() for twin in self._same.get(job.output, {}).values()]
         for job in [job for job in same if job.batch is batch and job.submitted is None]:
             _remove_input(job)
-            text = f"Call {job.task.number} of {job.task.name} was not run: {self._system.name} did not take its job: "
+            text = (
+                f"Call {job.task.number} of {job.task.name} was not run: {self._system.name} did not accept its job: "
+            )
             self._end(job, Exit(None, "", ExecutorlibSocketError(f"{text}{refusal}")))
 
     # -- results --------------------------------------------------------------------------------------------------

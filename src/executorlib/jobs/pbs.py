@@ -199,7 +199,7 @@ class PbsQueue(Queue):
     def problem_with(folder: str) -> str:
         """The reason if there is a colon in the path."""
         if ":" in folder:
-            return "has a colon in its path, and PBS takes what is before it for the name of a machine"
+            return "has a colon in its path, and PBS takes the part before it for the name of a machine"
         return ""
 
     @property
@@ -260,7 +260,7 @@ class PbsQueue(Queue):
         # Sites may print lines of their own first.
         found = re.findall(r"^(\d+(?:\[\])?)(?:\.\S+)?\s*$", output, re.MULTILINE)
         if not found:
-            raise ValueError(f"qsub printed no job id but {output.strip()!r}.")
+            raise ValueError(f"qsub printed {output.strip()!r} instead of a job id.")
         return str(found[-1])
 
     @staticmethod
@@ -432,7 +432,7 @@ def _jobs(output: str) -> Iterator[tuple[str, int | None, Mapping[str, Any]]]:
     """
     text = output.strip()
     if not (text.startswith("{") and text.endswith("}")):
-        raise ValueError(f"qstat printed no list of jobs but {text[-200:]!r}.")
+        raise ValueError(f"qstat printed {text[-200:]!r} instead of a list of jobs.")
     try:
         told = json.loads(text, strict=False)
         jobs = told.get("Jobs", {})

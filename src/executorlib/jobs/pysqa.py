@@ -22,7 +22,9 @@ _PENDING = re.compile("pending|h?R?qw|PSUSP")
 _ENDED = re.compile("DONE|EXIT")
 # Grid Engine could not start the job, and will not try again. It tells the reason only in answer to another query.
 _FAILED_TO_START = re.compile("error|E.*qw")
-_WHY_NOT_STARTED = "a node could not start it; often its working directory or output file cannot be reached from there"
+_WHY_NOT_STARTED = (
+    "a node could not start it; often because its working directory or output file cannot be reached from there"
+)
 # Grid Engine's history: it ended the job at a limit, nearly always its time limit.
 _AT_LIMIT = "37"
 _TRANSIENT = re.compile(
@@ -87,7 +89,7 @@ class PysqaQueue(Queue):
         try:
             return str(self._commands.get_job_id_from_output(output))
         except (ValueError, IndexError) as error:
-            raise ValueError(f"the queue printed no job id but {output.strip()!r}.") from error
+            raise ValueError(f"the queue printed {output.strip()!r} instead of a job id.") from error
 
     @staticmethod
     def is_own(refusal: str) -> bool:
@@ -102,12 +104,12 @@ class PysqaQueue(Queue):
         """Read the states of jobs."""
         if self._templates.queue_type == "SGE" and "<job_list" not in output:
             if "</job_info>" not in output:
-                raise ValueError(f"qstat printed no list of jobs but {output.strip()!r}.")
+                raise ValueError(f"qstat printed {output.strip()!r} instead of a list of jobs.")
             return {}  # pysqa cannot read an empty list
         try:
             frame = self._commands.convert_queue_status(output)
         except Exception as error:  # whatever pysqa's reason, the output is not a list of jobs
-            raise ValueError(f"the queue printed no list of jobs but {output.strip()!r}: {error}") from error
+            raise ValueError(f"the queue printed {output.strip()!r} instead of a list of jobs: {error}") from error
         states: dict[tuple[str, int | None], JobState] = {}
         for job_id, word in zip(frame["jobid"], frame["status"], strict=True):
             states[str(job_id), 0] = _state(str(word))

@@ -404,7 +404,7 @@ class Submitter:
         try:
             batch_directory.write_text(batch.directory, batch_directory.JobIds.file(part.name), job_id)
         except Exception as error:  # its jobs run nevertheless
-            logger.warning("the id of job %s cannot be noted in %s: %s", job_id, batch.directory, error)
+            logger.warning("the id of job %s cannot be written to %s: %s", job_id, batch.directory, error)
         jobs = [job for index, job in batch.jobs.items() if part.first <= index <= part.last]
         self._in_system.update(jobs)
         cancelled = [index for index in sorted(batch.cancelled) if part.first <= index <= part.last]
@@ -426,8 +426,8 @@ class Submitter:
             self._rooms[key] = Room()
             calls = sum(job.submitted is None for each in self._waiting for job in each.jobs.values())
             logger.warning(
-                "%d calls, the first of %s, are more jobs than %s takes now. They wait in this session and become jobs "
-                "as others end; those that still wait when it ends are not run. %s",
+                "%d calls, the first of %s, are more jobs than %s accepts now. They wait in this session and become "
+                "jobs as others end. Calls that still wait when the session ends are not run. %s",
                 calls,
                 batch.name,
                 self._system.name,

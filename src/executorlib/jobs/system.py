@@ -191,7 +191,7 @@ class Holds:
         if state.held and job_id not in self._told:
             self._told.add(job_id)
             logger.warning(
-                "%s waits: an administrator holds its job %s (%s). It starts when they release it; they know why they "
+                "%s waits: an administrator holds its job %s (%s). It starts when they release it; ask them why they "
                 "hold it.",
                 who,
                 shown_id(job_id, index),

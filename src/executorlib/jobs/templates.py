@@ -183,7 +183,7 @@ class Templates:
         if cores < values["cores"]:
             raise ValueError(
                 f"the call needs {values['cores']} cores, but its queue has cores_max: {cores} in "
-                f"{self._directory}/queue.yaml; choose another one by resource_dict['queue']."
+                f"{self._directory}/queue.yaml; choose another one with resource_dict['queue']."
             )
         values.update(cores=cores, run_time_max=run_time_max, memory_max=memory_max)
         values["queue"] = values.get("queue") or adapter.config.get("queue_primary")
@@ -218,8 +218,8 @@ def check_keys(resources: Resources, subject: str, templates: Templates | None) 
             near = nearest_key(key, [*OF_JOBS, *used])
             meant = f"; did you mean {near!r}?" if near else "."
             raise ValueError(
-                f"{subject}: unknown key {key!r} in resource_dict{meant} No submission template here uses it. A key "
-                "of your own goes with a template that has it (submission_template, or pysqa_config_directory)."
+                f"{subject}: unknown key {key!r} in resource_dict{meant} No submission template here uses it. A key of "
+                "your own needs a template that uses it (submission_template, or pysqa_config_directory)."
             )
 
 
@@ -235,7 +235,7 @@ def warn_of_unused(keys: Iterable[str], warned: set[str]) -> None:
         warned.update(new)
         logger.warning(
             "the submission template does not use these keys of resource_dict: %s; leave them out, or use a template "
-            "that has them",
+            "that uses them",
             listed(new),
         )
 
@@ -257,10 +257,10 @@ def load_commands(queue_type: str) -> Any:
         return get_queue_commands(queue_type)
     except ImportError as error:
         if error.name == "defusedxml":
-            text = f"Grid Engine's answers are read by the package defusedxml. {_INSTALL}"
+            text = f"Grid Engine's answers need the package defusedxml. {_INSTALL}"
             raise ImportError(text, name=error.name) from error
         raise ImportError(
-            f"job scripts are rendered by the package pysqa, which cannot be loaded ({error}). {_INSTALL}",
+            f"job scripts need the package pysqa, which cannot be loaded ({error}). {_INSTALL}",
             name=error.name,
         ) from error
 
@@ -289,7 +289,7 @@ def _read_configuration(directory: str, types: Sequence[str]) -> tuple[Any, str]
             known = config["queue_type"] in (*FLUX, *_BY_COMMANDS)
             hint = f"; use {other}" if known else ""
             raise ValueError(
-                f"queues of type {config['queue_type']!r} cannot be driven here, only {', '.join(types)}{hint}"
+                f"queues of type {config['queue_type']!r} cannot be used here, only {', '.join(types)}{hint}"
             )
         queue_type = str(config["queue_type"])
         if not _is_known_to_pysqa(queue_type):
@@ -314,7 +314,7 @@ def _variables(text: str, where: str) -> set[str]:
     try:
         return set(meta.find_undeclared_variables(Environment().parse(text)))
     except TemplateSyntaxError as error:
-        raise ValueError(f"{where} is no valid Jinja template: line {error.lineno}: {error.message}") from error
+        raise ValueError(f"{where} is not a valid Jinja template: line {error.lineno}: {error.message}") from error
 
 
 def _read(path: str) -> str:

@@ -141,7 +141,7 @@ class JobWorkerLauncher(Launcher):
         """Cancel the worker's job."""
         if process in self._wanted:
             self._wanted.remove(process)
-            self._events.on_exit(process, Exit(None, "it was not needed any more"))
+            self._events.on_exit(process, Exit(None, "it was no longer needed"))
             return
         identity = self._by_worker.get(process.worker.number)
         if identity is None:
@@ -272,15 +272,15 @@ class JobWorkerLauncher(Launcher):
     def _refuse(self, array: _Array, refusal: Refused) -> None:
         for member in list(array.members.values()):
             identity = self._by_worker[member.process.worker.number]
-            self._end(identity, f"{self._system.name} did not take its job: {refusal}")
+            self._end(identity, f"{self._system.name} did not accept its job: {refusal}")
 
     def _over_limit(self, array: _Array, refusal: Refused, now: float) -> None:
         """There would be too many jobs, so try fewer, and then wait until some have ended."""
         if self._room is None:
             self._room = Room()
             logger.warning(
-                "%d workers are more jobs than %s takes now. Those that wait start as other jobs end; calls go to "
-                "those that run. %s",
+                "%d workers are more jobs than %s accepts now. Those that wait start as other jobs end; until then, "
+                "calls go to those that run. %s",
                 array.size + len(self._wanted),
                 self._system.name,
                 refusal,
@@ -318,7 +318,7 @@ class JobWorkerLauncher(Launcher):
             return
         if member.process.worker.stopping:
             if member.worker.left_in_silence():
-                self._cancel(member)  # it would hold its resources for ever
+                self._cancel(member)  # it would hold its resources forever
             self._end(identity, "it ended")
             return
         member.lost = True
@@ -345,7 +345,7 @@ class JobWorkerLauncher(Launcher):
             elif not member.lost and (state is not None or member.worker.peer is not None):
                 member.lost_at = None  # the query came too early, or missed the job
             elif time.monotonic() - (member.lost_at or 0.0) > _KNOW_SECONDS:
-                # It is stopped, or on a node that is cut off, and would hold its resources for ever.
+                # It is stopped, or on a node that is cut off, and would hold its resources forever.
                 self._cancel(member)
                 self._end(identity, self._how(member))
             else:
@@ -387,7 +387,7 @@ class JobWorkerLauncher(Launcher):
                 self._holds.note(f"worker {member.process.worker.number}", member.key, state)
             if state is not None and state.hopeless:
                 self._cancel(member)
-                self._end(identity, f"{self._system.name} would let it wait for ever: {state.state}, {state.reason}")
+                self._end(identity, f"{self._system.name} would let it wait forever: {state.state}, {state.reason}")
             elif state is None or state.phase is Phase.ENDED:
                 self._begin_to_find_out(identity, member)
         self._ask_after = min(1.5 * self._ask_after, self._system.last_query)

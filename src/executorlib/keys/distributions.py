@@ -177,9 +177,9 @@ def tell_of_others(made_with: Mapping[str, str], here: Mapping[str, str], direct
     _told.update(names)
     changes = ", ".join(f"{name} {made_with[name]} (now {here[name]})" for name in names)
     logging.getLogger("executorlib").warning(
-        "results in the cache directory %s were made with other versions: %s. They are used all the same; `executorlib "
-        'cache prune --outdated -d %s` removes them, cache_versions="key" has such calls run again, and "ignore" does '
-        "without this warning.",
+        "results in the cache directory %s were made with other versions: %s. They are used anyway; `executorlib cache "
+        'prune --outdated -d %s` removes them, cache_versions="key" runs such calls again, and "ignore" turns this '
+        "warning off.",
         directory,
         changes,
         directory,

@@ -41,7 +41,7 @@ class Answer:
     @property
     def text(self) -> str:
         """What the command said, for an error text."""
-        return (self.error.strip() or self.output.strip() or f"exit code {self.code}, without a word").strip()
+        return (self.error.strip() or self.output.strip() or f"exit code {self.code}, without any message").strip()
 
 
 class Commands:

@@ -119,7 +119,7 @@ def _state(future: Future[Any]) -> tuple[str, str, str, str, str]:
     if status is None:
         return "ended", "FAILED", _reason(error), "", "none"
     code = os.waitstatus_to_exitcode(status)
-    killed = "where nobody sent SIGKILL, the kernel's out-of-memory killer did" if code == -signal.SIGKILL else ""
+    killed = "if nobody sent SIGKILL, the kernel's out-of-memory killer did" if code == -signal.SIGKILL else ""
     return "ended", "FAILED", killed, f"{max(code, 0)}:{max(-code, 0)}", "none"
 
 

@@ -247,15 +247,15 @@ class Relays:
         except (ValueError, IndexError):
             transport.broken = True
             process.verdict = process.verdict or ExecutorlibSocketError(
-                f"What came from a worker process on {process.host} cannot be read, so it was killed: what it ran "
-                "wrote into the file descriptor of its connection."
+                f"A worker process on {process.host} sent data that cannot be read, so it was killed: its call wrote "
+                "into the file descriptor of its connection."
             )
             self.kill(relay, process.worker.number, signal.SIGKILL)
             return
         for message in messages:
             if message.error is not None:
                 _, number, seconds, text, more = message.header
-                text += "what the call gave could not be received on its node"
+                text += "the result of the call could not be received on its node"
                 header = ["error", number, seconds, text, more]
                 self._events.on_message(process, header, serialize.dumps(message.error))
             else:

@@ -335,7 +335,7 @@ class Agent:
             # Nobody can talk to this worker.
             self._put(["kill", number, signal.SIGKILL])
             self._flush()
-            self._on_not_started(number, f"its connection cannot be taken here: {message.error}")
+            self._on_not_started(number, f"its connection cannot be accepted here: {message.error}")
         elif kind == "exited":
             child = self._children.get(number)
             if child is not None:
@@ -406,7 +406,7 @@ class Agent:
         process = child.process
         process.verdict = process.verdict or ExecutorlibSocketError(
             f"The connection of worker process {process.pid} on {process.host} ended although the process ran on, so "
-            "it was killed: what it ran closed the connection's file descriptor, or wrote into it."
+            "it was killed: its call closed the connection's file descriptor, or wrote into it."
         )
         self.kill(process, signal.SIGKILL)
 
@@ -419,7 +419,7 @@ class Agent:
             message = messages.pop(0)
             if process is not None and message.error is not None:
                 _, number, seconds, text, more = message.header
-                text += "what the call gave could not be received here"
+                text += "the result of the call could not be received here"
                 frames = serialize.dumps(message.error)
                 self._events.on_message(process, ["error", number, seconds, text, more], frames)
             elif process is not None:

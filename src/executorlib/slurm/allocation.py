@@ -47,8 +47,8 @@ def slurm_allocation(environ: Mapping[str, str]) -> list[NodeShape]:
         return shapes_from_environment(environ)
     if "Invalid job id" in done.stderr:
         raise ValueError(
-            f"Slurm does not know job {job}, which SLURM_JOB_ID names: it is long over, or another cluster's. Start "
-            "the script anew with sbatch or salloc, or unset SLURM_JOB_ID and use another executor."
+            f"Slurm does not know job {job}, which SLURM_JOB_ID names: it ended long ago, or belongs to another "
+            "cluster. Start the script anew with sbatch or salloc, or unset SLURM_JOB_ID and use another executor."
         )
     if done.returncode != 0:
         return shapes_from_environment(environ)
@@ -95,8 +95,8 @@ def shapes_from_environment(environ: Mapping[str, str]) -> list[NodeShape]:
     if not hosts or len(hosts) != len(cpus):
         raise ValueError(
             f"SLURM_JOB_NODELIST={environ.get('SLURM_JOB_NODELIST')!r} and "
-            f"SLURM_JOB_CPUS_PER_NODE={environ.get('SLURM_JOB_CPUS_PER_NODE')!r} do not tell the CPUs of each node, "
-            "and scontrol does not, either: is Slurm's bin folder on PATH?"
+            f"SLURM_JOB_CPUS_PER_NODE={environ.get('SLURM_JOB_CPUS_PER_NODE')!r} do not give the CPUs of each node, "
+            "and neither does scontrol: is Slurm's bin folder on PATH?"
         )
     gpus: tuple[str, ...] = ()
     if indices := environ.get("SLURM_JOB_GPUS"):

@@ -60,7 +60,7 @@ class SlurmClusterExecutor(QueueExecutor):
         problem = "" if folder is None else self._language.problem_with(folder)
         if problem:
             raise ValueError(
-                f"{subject}: the cache directory {folder!r} {problem}. Choose a directory without one, by "
+                f"{subject}: the cache directory {folder!r} {problem}. Choose a directory without one with "
                 "cache_directory."
             )
 
@@ -105,7 +105,7 @@ def check_queue(configuration: str | None) -> Templates:
     if shutil.which(submit) is None:
         raise RuntimeError(
             f"jobs are submitted with `{submit}`, which is not on PATH. Run this where jobs can be submitted (a login "
-            "node, after loading the module that brings the command), or use SingleNodeExecutor on this machine."
+            "node, after loading the module that provides the command), or use SingleNodeExecutor on this machine."
         )
     return templates
 

@@ -143,8 +143,8 @@ class SlurmJobExecutor(BaseExecutor):
         reject_unsupported(resources, subject, "inside an allocation", {"submission_template": "no job is submitted"})
         if resources.slurm_cmd_args and resources.cores > 1 and self._pmi_mode is None:
             raise ValueError(
-                f"{subject}: slurm_cmd_args are options of srun, but without pmi_mode it is mpiexec that starts ranks. "
-                "Give the executor a pmi_mode ('pmi2' for MPICH, 'pmix' for Open MPI), or leave them out here."
+                f"{subject}: slurm_cmd_args are options of srun, but without pmi_mode mpiexec starts the ranks. Give "
+                "the executor a pmi_mode ('pmi2' for MPICH, 'pmix' for Open MPI), or leave them out here."
             )
 
     def _prepare_ranks(self) -> None:

@@ -185,7 +185,7 @@ class NodesLauncher(Launcher):
         relay = self._by_node[process.worker.allocation.node.name]
         if number in relay.waiting:
             del relay.waiting[number]
-            self._events.on_exit(process, Exit(None, "it was not needed any more"))
+            self._events.on_exit(process, Exit(None, "it was no longer needed"))
         elif number in relay.processes:
             self._relays.kill(relay, number, signal_number)
         elif str(number) in self._steps:
@@ -399,7 +399,7 @@ class NodesLauncher(Launcher):
             self._events.call_later(left - _WARN_SECONDS + 1, self._ask_time_left)
         else:
             logger.warning(
-                "the time limit of Slurm job %s is %d s away; calls that run then are lost",
+                "Slurm job %s reaches its time limit in %d s; calls that still run then are lost",
                 os.environ.get("SLURM_JOB_ID"),
                 left,
             )

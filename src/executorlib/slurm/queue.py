@@ -295,8 +295,8 @@ class SlurmQueue(Queue):
         for option in options:
             if _RESERVED.match(option) or (batch.dependencies and re.match(r"-d|--dependency", option)):
                 raise ValueError(
-                    f"resource_dict['slurm_cmd_args'] has {option!r}, an option of sbatch that is set for every call "
-                    "by what the call needs; leave it out."
+                    f"resource_dict['slurm_cmd_args'] has {option!r}, an option of sbatch that executorlib sets from "
+                    "each call's resources; leave it out."
                 )
         # Slurm takes a % in the names of output files for the start of a placeholder.
         directory = batch.directory.replace("%", "%%")
@@ -316,7 +316,7 @@ class SlurmQueue(Queue):
         # A number, on some clusters followed by ";cluster"; sites may print lines of their own before it.
         found = re.findall(r"^(?:Submitted batch job )?(\d+)(?:;\S*)?\s*$", output, re.MULTILINE)
         if not found:
-            raise ValueError(f"sbatch printed no job id but {output.strip()!r}.")
+            raise ValueError(f"sbatch printed {output.strip()!r} instead of a job id.")
         return str(found[-1])
 
     @staticmethod
@@ -346,7 +346,7 @@ class SlurmQueue(Queue):
                 continue
             parts = line.split("|", len(_SQUEUE_FIELDS) - 1)
             if len(parts) < len(_SQUEUE_FIELDS):
-                raise ValueError(f"squeue printed a line that is incomplete: {line!r}.")
+                raise ValueError(f"squeue printed an incomplete line: {line!r}.")
             job_id, indices, word, exit_code, node, reason = (part.strip() for part in parts)
             state = _state(word, reason.rstrip("|"), exit_code, node)
             if job_id not in asked:
@@ -478,7 +478,7 @@ def _expand(indices: str) -> Iterator[int]:
             raise ValueError(f"array indices {indices!r} are incomplete; SLURM_BITSTR_LEN=0 has squeue print all.")
         first, last, step = match.groups()
         if max(len(first), len(last or "")) > 7 or int(last or first) >= _MOST_ELEMENTS or step == "0":
-            raise ValueError(f"array indices {indices!r} are none that Slurm can have given.")
+            raise ValueError(f"Slurm cannot have assigned the array indices {indices!r}.")
         yield from range(int(first), int(last or first) + 1, int(step or 1))
 
 

@@ -91,8 +91,8 @@ def socket_directory(name: str) -> str:
         failures.append(f"{parent or tempfile.gettempdir()}: its path is too long")
     raise OSError(
         errno.ENAMETOOLONG,
-        f"there is no place for a Unix socket, whose path may have {_MOST_PATH_BYTES} bytes ({'; '.join(failures)}). "
-        "Set TMPDIR to a short path that can be written to",
+        f"no Unix socket can be created; its path may have at most {_MOST_PATH_BYTES} bytes ({'; '.join(failures)}). "
+        "Set TMPDIR to a short path to a writable folder",
     )
 
 

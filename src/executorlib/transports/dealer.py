@@ -46,7 +46,7 @@ _RESOLVE_SECONDS = 0.05
 _LINGER_SECONDS = 30.0
 
 _NO_ANSWER = "no answer"
-_NOBODY = "nobody listens there, or it cannot be reached"
+_NOBODY = "nothing listens there, or it cannot be reached"
 # If every address has refused connections for this many seconds, the executor has ended, because it listens until then.
 _REFUSED_SECONDS = 3.0
 _REFUSED = "it refuses this worker's key"
@@ -130,7 +130,7 @@ class Dealer:
         """
         while not self._lost.is_set():
             self._wait(zmq.POLLOUT)
-            # The connection may end at this point, and a blocking call would then wait for ever.
+            # The connection may end at this point, and a blocking call would then wait forever.
             with contextlib.suppress(zmq.Again):
                 self._socket.send_multipart(pack(header, frames), zmq.NOBLOCK, copy=False)
                 return
@@ -241,7 +241,7 @@ class _Attempt:
             self._pause()
         elif event == zmq.EVENT_DISCONNECTED:
             if self.outcome != _REFUSED:
-                self.outcome = "who listens there is not this worker's executor"
+                self.outcome = "the listener there is not this worker's executor"
             self._pause()
         return bool(event == zmq.EVENT_HANDSHAKE_SUCCEEDED)
 
@@ -349,9 +349,9 @@ class _Search:
         tried_for = self._seconds - max(0.0, self._give_up - time.monotonic())
         tried = "; ".join(f"{endpoint} ({outcome})" for endpoint, outcome in outcomes.items())
         raise ConnectionError(
-            f"the executor was not reached from {socket.gethostname()}. Tried for {tried_for:.0f} s: {tried}. "
-            "Either it has ended, or its machine cannot be reached from here: see that no firewall keeps this machine "
-            "from the ports of that one."
+            f"the executor could not be reached from {socket.gethostname()}. Tried for {tried_for:.0f} s: {tried}. "
+            "Either it has ended, or its machine cannot be reached from here: check that no firewall keeps this "
+            "machine from the ports of that one."
         )
 
     def _is_refused(self) -> bool:

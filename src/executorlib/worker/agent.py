@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 # The descriptors at which an exec'ed worker finds its connection and its permits.
 CONNECTION_FD = 3
 PERMITS_FD = 4
-# MPICH's mpiexec waits for ever if the process that it uses to start ranks is killed at a bad moment. So such a program
+# MPICH's mpiexec waits forever if the process that it uses to start ranks is killed at a bad moment. So such a program
 # may be without a process of its own for this long, in seconds; and how often to look.
 _ALONE_SECONDS, _LOOK_SECONDS = 10.0, 1.0
 

@@ -241,7 +241,7 @@ class Defaults:
     def _key_of(function: Callable[[], Any], key: Key | None) -> Key:
         """Derive the key of the function that runs here, as for every call; see `worker.entry`."""
         if key is None:
-            raise ValueError("none could be derived as this worker was started")
+            raise ValueError("none could be derived when this worker was started")
         from executorlib.keys import fingerprint
 
         return fingerprint.recompute(key, function, (), {})

@@ -131,7 +131,7 @@ def _claimed(directory: str, index: int, part: str, setup: dict[str, Any]) -> di
     if entry is None and trust.is_there(path):
         entry = entries.read_input(path, root)
     if entry is None:
-        raise FileNotFoundError(f"the call {path} was removed, or is damaged; it can be submitted again")
+        raise FileNotFoundError(f"the call {path} was removed or is damaged; it can be submitted again")
     queue_id = int(job_id) if job_id.isdecimal() else job_id or None
     return {
         **entry,
@@ -196,7 +196,7 @@ class Claim:
             expected = fingerprint.Key(*job["key"])
             key = fingerprint.recompute(expected, fn, args, call.named_inputs(named, job["ranks"], ""))
         except Exception as error:
-            self.ran = f"what has no key: {error}"
+            self.ran = f"inputs without a key: {error}"
         else:
             self.ran = "" if key.name == expected.name else key.name
             self.versions = key.versions
@@ -361,7 +361,7 @@ def _run_ranks(directory: str, index: int, part: str, setup: dict[str, Any], out
     code = RESULT
     if gathered is not None:
         if any(ran != claim.ran for *_, ran in gathered):
-            claim.ran, claim.versions = "what differs between ranks: a module changed as they began", None
+            claim.ran, claim.versions = "code that differs between ranks: a module changed while they started", None
         ending = next((call.Answer([data], text, loaded=loaded) for data, text, loaded, _ in gathered if text), None)
         if ending is None:
             results = [serialize.Pickled(data) for data, *_ in gathered]

@@ -195,7 +195,9 @@ class Rank:
         more: dict[str, Any] = {"counts": list(map(len, everything))}
         if entry is not None:
             if any(other != ran for _, other, _ in gathered):
-                entry.problem = entry.problem or "its ranks did not all run the same: a module changed as they began"
+                entry.problem = (
+                    entry.problem or "its ranks did not all run the same code: a module changed while they started"
+                )
             # With an entry, each rank's result is one frame (see `call.run`). It is not rebuilt here, because that runs
             # the user's code, which may fail or make something else of it.
             results = [serialize.Pickled(*rank_frames) for rank_frames in everything]
