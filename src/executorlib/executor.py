@@ -588,7 +588,7 @@ class CallQueue:
         return len(self._executor)
 
     def empty(self) -> bool:
-        """Whether there are no calls."""
+        """Return whether there are no calls."""
         return self.qsize() == 0
 
 

@@ -1,4 +1,4 @@
-"""What this machine has: the CPUs that this process may use, and the GPUs."""
+"""Finds the CPUs that this process may use, and the machine's GPUs."""
 
 from __future__ import annotations
 

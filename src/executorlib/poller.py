@@ -15,7 +15,7 @@ _READABLE, _WRITABLE = select.POLLIN, select.POLLOUT
 
 
 class Waiting(Protocol):
-    """What an object that waits for descriptors and timers offers."""
+    """The methods of an object that waits for descriptors and timers."""
 
     def watch(self, fileobj: Any, callback: Callable[[], None]) -> None:
         """Call ``callback`` whenever ``fileobj`` can be read."""

@@ -1,4 +1,4 @@
-"""What a call needs: the keys of ``resource_dict``, defined, checked and documented only here."""
+"""The resources of a call: the keys of ``resource_dict``, defined, checked and documented only here."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, SupportsIndex, TypedDict
 
 
 class Demand(NamedTuple):
-    """What a call takes from the ledger while it runs. Calls with equal demands are interchangeable.
+    """The share of the ledger that a call takes while it runs. Calls with equal demands are interchangeable.
 
     Attributes:
         cores: Cores, on all nodes together.
@@ -80,7 +80,7 @@ _SEEN_TO = {
 
 @dataclass(frozen=True)
 class Resources:
-    """What one call needs.
+    """The resources that one call needs.
 
     Attributes:
         cores: MPI ranks. Above 1, the function runs on every rank and the result is the list of all ranks' results.
@@ -134,7 +134,7 @@ class Resources:
 
     @property
     def demand(self) -> Demand:
-        """What a ledger that counts cores has to provide on one node."""
+        """The demand on one node, for a ledger that counts cores."""
         return Demand(self.cores * self.threads_per_core, self.cores * self.gpus_per_core, self.exclusive)
 
     def demand_over(self, nodes: int) -> Demand:

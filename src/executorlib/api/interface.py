@@ -127,7 +127,7 @@ class SocketInterface:
 
     @property
     def status(self) -> bool:
-        """Whether the program was started and has not been shut down since. It may have died in the meantime."""
+        """True if the program was started and has not been shut down since. It may have died in the meantime."""
         return self._booted
 
     def bind_to_random_port(self) -> int:

@@ -152,7 +152,7 @@ class SubprocessSpawner:
         return self.poll()
 
     def poll(self) -> bool:
-        """Whether the program is running. Also shows what it has written to standard error."""
+        """Return whether the program is running. Also shows what it has written to standard error."""
         running = self._process is not None and self._process.poll() is None
         if self._relay is not None:
             self._relay.forward()
@@ -173,7 +173,7 @@ class SubprocessSpawner:
         self._forget()
 
     def _environment(self) -> dict[str, str]:
-        """What the program needs in its environment."""
+        """Return the variables that the program needs in its environment."""
         environment = dict.fromkeys(protocol.THREAD_VARIABLES, str(self._threads_per_core))
         return {**environment, _KEYS_VARIABLE: self._keys}
 

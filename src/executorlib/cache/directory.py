@@ -1,4 +1,4 @@
-"""What users can ask of a cache directory: its entries, as a list or as futures.
+"""Gives users the entries of a cache directory, as a list or as futures.
 
 Reading an entry unpickles it, and unpickling runs whatever the file says, so use only cache directories whose writers
 you trust. If everybody may write to the directory, only files of this user and of root are read.

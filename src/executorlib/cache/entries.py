@@ -81,7 +81,7 @@ _MARKER_SECONDS = 60.0
 
 
 class Output(NamedTuple):
-    """What is left of a call that is done.
+    """The outcome of a call that is done.
 
     Attributes:
         value: What the function returned; None if it raised.
@@ -406,7 +406,7 @@ def read_input(path: str, root: str | None = None) -> dict[str, Any] | None:
 
 
 class Ending(NamedTuple):
-    """How a call ended, known without unpickling anything of the user's.
+    """The end of a call, described without unpickling any of the user's objects.
 
     Attributes:
         data: The pickle of what the function returned or raised.

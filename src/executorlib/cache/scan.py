@@ -1,4 +1,4 @@
-"""What is in a cache directory, and which of its files no call needs any more."""
+"""Lists the contents of a cache directory, and finds the files that no call needs any longer."""
 
 from __future__ import annotations
 

@@ -125,7 +125,7 @@ class FreshScheduler(Scheduler):
         return [task]
 
     def _may_run_again(self, task: Task) -> bool:
-        """Whether a call whose node is lost may run elsewhere; counts the attempt if the call may have begun."""
+        """Return whether a call whose node is lost may run elsewhere; counts the attempt if the call may have begun."""
         if not self.ledger.could_hold(task.demand):
             return False
         if task.state is RUNNING:

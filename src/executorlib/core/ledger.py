@@ -87,23 +87,23 @@ class Node:
 
     @property
     def lost(self) -> bool:
-        """Whether the node was removed from its ledger."""
+        """True if the node was removed from its ledger."""
         return self.row is None
 
     @property
     def idle(self) -> bool:
-        """Whether nothing on the node is held, and nothing is kept for a call."""
+        """True if nothing on the node is held or kept for a call."""
         return len(self.free_cores) == self.total_cores and self.kept_for is None
 
     @property
     def keeps_all(self) -> bool:
-        """Whether everything that is kept for a call is free by now."""
+        """True if everything that is kept for a call is free by now."""
         cores, gpus = self.kept
         return len(self.free_cores) >= cores and len(self.free_gpus) >= gpus
 
 
 class Share(NamedTuple):
-    """What is held on one node.
+    """The resources that are held on one node.
 
     Attributes:
         node: The node.
@@ -117,7 +117,7 @@ class Share(NamedTuple):
 
 
 class Allocation:
-    """What one call or worker holds until `Ledger.release` gives it back.
+    """The resources that one call or worker holds until `Ledger.release` gives it back.
 
     Attributes:
         node: The node, or the first of several.
@@ -136,7 +136,7 @@ class Allocation:
 
     @property
     def shares(self) -> list[Share]:
-        """What is held on each node; nodes with more ranks come first."""
+        """The share held on each node; nodes with more ranks come first."""
         return [Share(self.node, self.cores, self.gpus), *self.further]
 
     def __repr__(self) -> str:
@@ -180,18 +180,18 @@ class Ledger:
             self._insert(node)
 
     def could_hold(self, demand: Demand) -> bool:
-        """Whether the demand can ever be met, once enough is free."""
+        """Return whether the demand can ever be met, once enough is free."""
         shares = demand.shares()
         largest, smallest = shares[0], shares[-1]
         return self._able(largest) >= shares.count(largest) and self._able(smallest) >= len(shares)
 
     def _able(self, share: tuple[int, int]) -> int:
-        """How many nodes could hold the share when empty."""
+        """Return how many nodes could hold the share if they were empty."""
         cores, gpus = share
         return sum(count for (most, devices), count in self._shapes.items() if most >= cores and devices >= gpus)
 
     def room_for(self, demand: Demand) -> int:
-        """How many calls of this demand fit at once when all is free; an upper bound if its shares differ."""
+        """Return how many calls of this demand fit at once when all is free: an upper bound if its shares differ."""
         cores, gpus = demand.shares()[-1]
         places = []
         for (most, devices), count in self._shapes.items():

@@ -29,7 +29,7 @@ logger = logging.getLogger("executorlib")
 
 
 class _Seen:
-    """What the user's code was found to be, from `Lookup.remember` to `Lookup.forget`.
+    """Findings about the user's code, kept from `Lookup.remember` to `Lookup.forget`.
 
     Attributes:
         reached: What calls reach in modules.
@@ -127,7 +127,7 @@ class Lookup:
         return fingerprint.key_of(fn, args, kwargs, by_version=self._cache_versions == "key", reached=reached)
 
     def tell_of_change(self, task: Task) -> None:
-        """What ran is not what was looked up. Warn once for each function, since it may concern every call."""
+        """Warn, once per function, that a call ran with other code or inputs than were looked up."""
         if task.name not in self._changed_functions:
             self._changed_functions.add(task.name)
             logger.warning("call %d of %s: %s", task.number, task.name, CHANGED_CALL)
@@ -193,7 +193,7 @@ class EqualCalls:
         self._calls: dict[str, list[Task]] = {}  # by file in the cache: the call that runs, then those waiting
 
     def join(self, task: Task) -> bool:
-        """Whether the call waits for an equal one. If not, later ones wait for this one."""
+        """Return whether the call waits for an equal one. If not, later ones wait for this one."""
         assert task.cache_path is not None
         equal = self._calls.setdefault(task.cache_path, [])
         equal.append(task)

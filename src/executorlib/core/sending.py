@@ -1,4 +1,4 @@
-"""How calls reach those who run them, and how results are read.
+"""Sends calls to those who run them, and reads the results.
 
 The loop asks a `Delivery` and does not know of which kind it is. `Messages` is for workers; `jobs.delivery.Entries` is
 for calls that become jobs. In the order of a call's life:
@@ -97,7 +97,7 @@ class Delivery:
         raise NotImplementedError
 
     def joins(self, task: Task) -> bool:
-        """Whether a call that the cache does not have waits for an equal one: `over` returns it then."""
+        """Return whether a call that the cache does not have waits for an equal one: `over` returns it then."""
         return False
 
     def set_up(self, process: Process, setup: dict[str, Any]) -> None:
@@ -187,7 +187,7 @@ class Messages(Delivery):
         return self.lookup.find(task, directory)
 
     def joins(self, task: Task) -> bool:
-        """Whether an equal call runs already, whose result will be in the cache."""
+        """Return whether an equal call runs already, whose result will be in the cache."""
         return self._equal_calls.join(task)
 
     def over(self, task: Task) -> Sequence[Task]:

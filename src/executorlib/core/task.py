@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class State(enum.IntEnum):
-    """How far a call has come."""
+    """The progress of a call."""
 
     WAITING = 0  # for its input futures
     READY = 1  # for resources
@@ -157,7 +157,7 @@ class Task:
 
     @property
     def over(self) -> bool:
-        """Whether the call has ended, in whatever way."""
+        """True if the call has ended, in whatever way."""
         return self.state > RUNNING
 
     @property

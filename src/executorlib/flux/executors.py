@@ -190,7 +190,7 @@ class FluxJobExecutor(BaseExecutor):
         return None if self._capacity is None else self._fitting(self._resources)
 
     def _fitting(self, resources: Resources) -> int:
-        """How many workers fit into the instance, or into ``max_cores`` of its cores."""
+        """Return how many workers fit into the instance, or into ``max_cores`` of its cores."""
         nodes = Ledger(self._nodes)
         demand = nodes.spread(resources)
         fitting = 0 if demand is None else nodes.room_for(demand)

@@ -158,7 +158,7 @@ def untold_environment(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def is_text(value: str) -> bool:
-    """Whether the value consists of characters only, without undecodable bytes (PEP 383)."""
+    """Return whether the value consists of characters only, without undecodable bytes (PEP 383)."""
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -223,7 +223,7 @@ _WORDS = {"cancel": "CANCELED", "timeout": "TIMEOUT"}
 
 
 class JobLog:
-    """What the events of a job have said so far.
+    """The state of a job, from the events so far.
 
     Attributes:
         state: Its present state.
@@ -274,7 +274,7 @@ class JobLog:
 
 
 def _where(context: Mapping[str, Any]) -> str:
-    """Where a job was placed, in the scheduler's words, such as ``rank0/core[0-1]``."""
+    """Return where a job was placed, in the scheduler's words, such as ``rank0/core[0-1]``."""
     scheduled = context.get("annotations", {}).get("sched", {})
     return str(scheduled.get("resource_summary", ""))
 
@@ -330,7 +330,7 @@ def _errors_of(line: bytes) -> bytes:
 
 
 def blobs_of(value: Mapping[str, Any]) -> tuple[bytes, list[bytes]]:
-    """Where a value of Flux's key-value store is (RFC 11).
+    """Find the blobs that hold a value of Flux's key-value store (RFC 11).
 
     Args:
         value: Its tree object.

@@ -1,4 +1,4 @@
-"""What a Flux instance's configuration demands of jobs: queues and time limits (RFC 33). Flux is not asked here."""
+"""The limits that a Flux instance's configuration sets for jobs: queues and times (RFC 33). Flux is not asked here."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Policy:
         return str(further.get("queue") or further.get("partition") or self.default_queue)
 
     def problem(self, resources: Resources, named: bool = True) -> str:
-        """Why a call would be refused; empty if it would not be.
+        """Return the reason why a call would be refused; empty if it would not be.
 
         Args:
             resources: What it needs.

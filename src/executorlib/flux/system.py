@@ -101,7 +101,7 @@ class FluxSystem:
 
     @property
     def busy(self) -> bool:
-        """Whether jobs are being submitted."""
+        """True while jobs are being submitted."""
         return self._submitting > 0 or self._commands.busy
 
     def about(self) -> dict[str, str]:
@@ -109,7 +109,7 @@ class FluxSystem:
         return {"socket": self._instance.socket}
 
     def is_gone(self, owner: Mapping[str, Any]) -> bool:
-        """Whether it was an instance on this machine and nobody listens at its socket any more."""
+        """Return whether it was an instance on this machine and nobody listens at its socket any more."""
         path = owner.get("socket")
         return bool(path) and owner.get("host") == socket.gethostname() and not _is_listening(str(path))
 
@@ -127,7 +127,7 @@ class FluxSystem:
         on_ready()
 
     def setup(self) -> dict[str, Any]:
-        """What jobs set up beyond the environment that they were submitted with."""
+        """Return the settings of jobs beyond the environment that they were submitted with."""
         untold = untold_environment(os.environ)
         return {"shown_gpus": True, "id_variables": ("FLUX_JOB_ID",), "env": untold}
 
@@ -168,7 +168,7 @@ class FluxSystem:
         self._instance.submit(spec, urgency(batch.resources.priority, self._instance.is_owner), answered)
 
     def has_script(self, resources: Resources) -> bool:
-        """Whether a call is submitted as a script."""
+        """Return whether a call is submitted as a script."""
         return self._has_configuration or resources.submission_template is not None
 
     def command(self, resources: Resources, program: list[str]) -> list[str]:
@@ -317,7 +317,7 @@ def _for_flux(path: str) -> str:
 
 
 def _is_listening(path: str) -> bool:
-    """Whether anybody listens at a socket. The file alone is no proof: a killed process leaves it behind."""
+    """Return whether anybody listens at a socket. The file alone is no proof: a killed process leaves it behind."""
     with socket.socket(socket.AF_UNIX) as probe:
         try:
             probe.connect(path)

@@ -192,7 +192,7 @@ class FluxLauncher(Launcher):
         )
 
     def setup(self, process: Process) -> dict[str, Any]:
-        """What the worker sets up beyond the environment and import path that its job was submitted with."""
+        """Return the worker's settings beyond the environment and import path that its job was submitted with."""
         return {"shown_gpus": True, "env": untold_environment(os.environ)}
 
     def kill(self, process: Process, signal_number: int) -> None:

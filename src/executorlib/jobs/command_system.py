@@ -118,7 +118,7 @@ class CommandSystem:
         return self._queue.element_variables if self._queue is not None else ()
 
     def can_wait_for(self, dependency: Dependency) -> bool:
-        """Whether the queue has dependencies, on elements of arrays if this one names elements."""
+        """Return whether the queue has dependencies, on elements of arrays if this one names elements."""
         if self._queue is None or not self._queue.has_dependencies:
             return False
         is_whole = dependency.index is None and not dependency.corresponding
@@ -129,7 +129,7 @@ class CommandSystem:
 
     @property
     def busy(self) -> bool:
-        """Whether any command is running."""
+        """True while any command is running."""
         return self._commands.busy
 
     def about(self) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""How calls that become jobs travel: as entries in the cache directory.
+"""Delivers calls that become jobs: they travel as entries of the cache directory.
 
 Everything that a job needs is in its call's entry, and its result is in another one, which `jobs.launcher` finds. So
 there is nothing to send, and a call need not wait for inputs that are jobs, too: it refers to their entries, by names
@@ -96,7 +96,7 @@ class Entries(Delivery):
         return inputs
 
     def is_changed(self, task: Task) -> bool:
-        """Whether the call's key has changed since the look-up; if so, the call is renamed to its new key."""
+        """Return whether the call's key has changed since the look-up; if so, the call is renamed to its new key."""
         before = task.cache_path
         self._identify(task)
         return task.cache_path != before

@@ -104,14 +104,14 @@ class Job:
         self.claimed, self.again = False, True
 
     def ended_well(self, codes: tuple[int, ...]) -> bool:
-        """Whether it ended by itself with one of these exit codes, which say that it has left a result."""
+        """Return whether it ended by itself with one of these exit codes, which say that it has left a result."""
         state = self.last
         if state is None or state.cause is not Cause.NONE:
             return False  # the system may have made up its exit code
         return state.code in codes and state.signal_number == 0
 
     def ended_unseen(self) -> bool:
-        """Whether it has ended just now and nobody knows how, so that it may have left a result."""
+        """Return whether it has ended just now and nobody knows how, so that it may have left a result."""
         state, batch = self.last, self.batch
         is_unknown = state is None or (state.cause is Cause.NONE and not state.exit_code)
         return is_unknown and (self.seen or (batch is not None and batch.ours))
@@ -220,7 +220,7 @@ class JobBatch:
 
     @property
     def has_entries(self) -> bool:
-        """Whether the entries of a batch of another session are known."""
+        """True if the entries of a batch of another session are known."""
         return self._indices is not None
 
     def index_of(self, path: str) -> int | None:
@@ -239,7 +239,7 @@ class JobBatch:
             batch_directory.remove(self.directory)
 
     def is_abandoned(self) -> bool:
-        """Whether the session that made it ended before submitting it. A job that runs nevertheless will notice."""
+        """Return whether the session that made it ended before submitting it. A job that runs anyway will notice."""
         owner = owner_of(self.directory)
         if owner.get("host") != socket.gethostname() or "pid" not in owner:
             return not trust.is_there(self.directory) or trust.is_older(self.directory, SUBMIT_SECONDS)

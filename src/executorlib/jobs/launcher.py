@@ -177,7 +177,7 @@ class JobLauncher(Launcher):
 
     @property
     def busy(self) -> bool:
-        """Whether submissions, cancellations or other requests are on their way."""
+        """True while submissions, cancellations or other requests are on their way."""
         return bool(self._early or self._submitter.busy or self._cancellations.pending or self._system.busy)
 
     def detach(self, on_taken: Callable[[], None]) -> None:
@@ -621,7 +621,7 @@ class JobLauncher(Launcher):
         return _RESULT_GRACE if job.ended_unseen() and not _is_on_local_disk(job) else _GRACE
 
     def _waits_for_inputs_end(self, job: Job) -> bool:
-        """Whether the job of an input has ended, too, and is being looked into, so that the call can tell about it."""
+        """Return whether the job of an input has ended, too, and its end is being looked into, for the error text."""
         inputs = [self._by_output[path] for path in job.task.after if path in self._by_output]
         return any(each.gone_since is not None and not each.over for each in inputs) or not self._ended_now.isdisjoint(
             job.task.after

@@ -214,7 +214,7 @@ class PbsQueue(Queue):
 
     @property
     def has_dependencies(self) -> bool:
-        """Whether the server has a history.
+        """True if the server has a history.
 
         Without one, PBS denies any knowledge of a job that ended well while its dependent was being submitted.
         """
@@ -265,7 +265,7 @@ class PbsQueue(Queue):
 
     @staticmethod
     def is_own(refusal: str) -> bool:
-        """Whether the refusal speaks of the user, or is about the length of an array."""
+        """Return whether the refusal speaks of the user, or is about the length of an array."""
         return _LIMIT_OF_OWN.search(refusal) is not None
 
     def status_command(self, job_ids: Sequence[str]) -> list[str]:

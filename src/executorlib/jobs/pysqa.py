@@ -93,7 +93,7 @@ class PysqaQueue(Queue):
 
     @staticmethod
     def is_own(refusal: str) -> bool:
-        """Whether the refusal speaks of the user."""
+        """Return whether the refusal speaks of the user."""
         return "user" in refusal
 
     def status_command(self, job_ids: Sequence[str]) -> list[str]:

@@ -29,7 +29,7 @@ class Phase(enum.Enum):
 
 
 class Cause(enum.Enum):
-    """Why a job ended other than by its own program, in words that all queues share.
+    """The reason why a job ended other than by its own program, in words that all queues share.
 
     These decide the consequences (advice, and whether a worker is replaced); a queue's own words are only shown.
     `DEADLINE` is a point in time that the user gave, `TIME_LIMIT` a length of time.
@@ -45,7 +45,7 @@ class Cause(enum.Enum):
 
     @property
     def ends_early(self) -> bool:
-        """Whether the job could have gone on. If it was a worker, another one takes its place."""
+        """True if the job could have gone on. If it was a worker, another one takes its place."""
         return self in (Cause.TIME_LIMIT, Cause.DEADLINE, Cause.PREEMPTED)
 
     @property
@@ -55,7 +55,7 @@ class Cause(enum.Enum):
 
 
 class Limit(enum.Enum):
-    """Whose jobs count under a limit on the number of jobs."""
+    """The users whose jobs count under a limit on the number of jobs."""
 
     NONE = "none"  # there is no such limit, or it has not been reached
     OWN = "own"
@@ -176,7 +176,7 @@ def shown_id(job_id: str, index: int | None) -> str:
 
 
 def same_system(noted: str, name: str) -> bool:
-    """Whether the system that an entry notes has this name.
+    """Return whether the system that an entry notes has this name.
 
     A session that could not find out which system of its kind it has noted only the beginning of the name.
     """
@@ -260,7 +260,7 @@ class Queue:
 
     @staticmethod
     def problem_with(folder: str) -> str:
-        """Why jobs cannot write their output files into a folder, as the end of a sentence; empty if they can."""
+        """Return why jobs cannot write their output into a folder, as the end of a sentence; empty if they can."""
         return ""
 
     @property
@@ -280,7 +280,7 @@ class Queue:
 
     @property
     def has_dependencies(self) -> bool:
-        """Whether the queue takes care of `Batch.dependencies`; otherwise the session waits for inputs first."""
+        """True if the queue takes care of `Batch.dependencies`; otherwise the session waits for inputs first."""
         return False
 
     def handed_on(self, environ: Mapping[str, str]) -> dict[str, str]:
@@ -321,7 +321,7 @@ class Queue:
         raise NotImplementedError
 
     def is_transient(self, error_text: str) -> bool:
-        """Whether a command that failed with this text may succeed if it is repeated as it is."""
+        """Return whether a command that failed with this text may succeed if it is repeated as it is."""
         return self.transient.search(error_text) is not None
 
     def limit_in(self, error_text: str) -> Limit:
@@ -333,7 +333,7 @@ class Queue:
 
     @staticmethod
     def is_own(refusal: str) -> bool:
-        """Whether only the user's own jobs count under the limit that was found in an error text."""
+        """Return whether only the user's own jobs count under the limit that was found in an error text."""
         raise NotImplementedError
 
     def status_command(self, job_ids: Sequence[str]) -> list[str]:
@@ -361,7 +361,7 @@ class Queue:
         return None
 
     def cause_in(self, output: str) -> Cause:
-        """Why a job ended, if the queue tells that only in the job's output.
+        """Return why a job ended, if the queue tells it only in the job's output.
 
         Args:
             output: The end of the output.

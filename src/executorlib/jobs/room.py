@@ -27,7 +27,7 @@ class Room:
 
     @property
     def is_full(self) -> bool:
-        """Whether no job fits before others have ended."""
+        """True if no job fits before others have ended."""
         return self._most == 0
 
     def size(self, now: float) -> int:
@@ -66,7 +66,7 @@ class Room:
             self._most += 1
 
     def is_hopeless(self, now: float, may_end: bool) -> bool:
-        """Whether to give up waiting, after even a single job was refused.
+        """Return whether to give up waiting, after even a single job was refused.
 
         Args:
             now: The time.

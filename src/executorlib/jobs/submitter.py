@@ -109,7 +109,7 @@ class Submitter:
 
     @property
     def busy(self) -> bool:
-        """Whether any batch has not been submitted."""
+        """True while any batch has not been submitted."""
         return bool(self._waiting)
 
     def place(self, job: Job, after: list[Job]) -> tuple[JobBatch, int]:

@@ -57,7 +57,7 @@ class JobSystem(Protocol):
         ...
 
     def can_wait_for(self, dependency: Dependency) -> bool:
-        """Whether a batch may have this dependency; otherwise it waits in this session for the job's result."""
+        """Return whether a batch may have this dependency; otherwise it waits in this session for the job's result."""
         ...
 
     def about(self) -> dict[str, str]:
@@ -65,7 +65,7 @@ class JobSystem(Protocol):
         ...
 
     def is_gone(self, owner: Mapping[str, Any]) -> bool:
-        """Whether another system of this kind is known to be gone, with all of its jobs.
+        """Return whether another system of this kind is known to be gone, with all of its jobs.
 
         Args:
             owner: A session's record of itself and that system: ``host``, and the facts from `about`.
@@ -78,7 +78,7 @@ class JobSystem(Protocol):
 
     @property
     def busy(self) -> bool:
-        """Whether an answer is awaited."""
+        """True while an answer is awaited."""
         ...
 
     def listen(self, on_change: Callable[[], None]) -> None:
@@ -113,7 +113,7 @@ class JobSystem(Protocol):
         ...
 
     def cause_in(self, output: str) -> Cause:
-        """Why a job ended, if the system has written that at the end of the job's output."""
+        """Return why a job ended, if the system has written it at the end of the job's output."""
         ...
 
     def cancel(self, jobs: Sequence[JobKey]) -> None:
@@ -159,7 +159,7 @@ class Cancellations:
 
     @property
     def pending(self) -> bool:
-        """Whether any cancellation has not been requested yet."""
+        """True while any cancellation has not been requested."""
         return bool(self._jobs)
 
     def add(self, job: JobKey) -> None:

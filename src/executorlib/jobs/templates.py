@@ -58,7 +58,7 @@ class Templates:
             self._default = language(self.queue_type).default_template if self.queue_type in LANGUAGES else None
 
     def is_default(self, batch: Batch) -> bool:
-        """Whether a batch gets the default template."""
+        """Return whether a batch gets the default template."""
         return self._template(batch)[0] is self._default
 
     def render(self, batch: Batch, **more: Any) -> str:
@@ -266,7 +266,7 @@ def load_commands(queue_type: str) -> Any:
 
 
 def _is_known_to_pysqa(queue_type: str) -> bool:
-    """Whether pysqa has its own way of rendering templates for a type of queue."""
+    """Return whether pysqa has its own way of rendering templates for a type of queue."""
     load_commands(DEFAULT)
     from pysqa.base.core import queue_type_dict
 

@@ -155,7 +155,7 @@ class JobWorkerLauncher(Launcher):
 
     @property
     def busy(self) -> bool:
-        """Whether cancellations or other requests are on their way."""
+        """True while cancellations or other requests are on their way."""
         return self._cancellations.pending or self._system.busy
 
     def close(self) -> None:

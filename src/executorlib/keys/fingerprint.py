@@ -409,7 +409,7 @@ class _Walk:
 
 
 class _Home(NamedTuple):
-    """How a module counts in a key.
+    """The way in which a module counts in a key.
 
     Attributes:
         users: True if it is the user's own.

@@ -103,7 +103,7 @@ _MOST_SLICES = 4096
 
 
 class Module(NamedTuple):
-    """Where a module is, and whose it is.
+    """A module's place, and its owner: the user or a distribution.
 
     Attributes:
         path: Its file; empty if it has none.
@@ -276,7 +276,7 @@ def _read(path: str) -> bytes:
 
 
 class Slice(NamedTuple):
-    """What can be reached from some names, as plain data.
+    """The definitions that can be reached from some names, as plain data.
 
     Attributes:
         digest: A digest of it, in hexadecimal.

@@ -87,7 +87,7 @@ class ConnectingWorker:
         self.done = False
 
     def left_in_silence(self) -> bool:
-        """Whether a connection ended only long after its worker was told to stop, as when the worker was suspended.
+        """Return whether a connection ended long after its worker was told to stop, as when the worker was suspended.
 
         Other workers close it at once, before they run exit handlers.
         """

@@ -26,7 +26,7 @@ STDERR_TAIL_BYTES = 16 * 1024
 
 
 class Lifetime(enum.Enum):
-    """How long a worker lives."""
+    """The lifetime of a worker."""
 
     CALL = "for one call"
     BLOCK = "for call after call, as a part of a block"
@@ -46,7 +46,7 @@ class Transport(Protocol):
 
 @dataclass
 class Exit:
-    """How a worker ended.
+    """The end of a worker.
 
     Attributes:
         status: Wait status, as `os.waitpid` returns it; None if it is not known.
@@ -135,7 +135,7 @@ class Launcher:
         raise NotImplementedError
 
     def setup(self, process: Process) -> dict[str, Any]:
-        """What the worker has to set up to see the user's process as it is now; for `worker.call.set_up`."""
+        """Return the settings that make the worker see the user's process as it is now; for `worker.call.set_up`."""
         return {}
 
     def kill(self, process: Process, signal_number: int) -> None:
@@ -150,7 +150,7 @@ class Launcher:
 
     @property
     def busy(self) -> bool:
-        """Whether the launcher must go on although no call is left, to hand over what it was given."""
+        """True if the launcher must go on although no call is left, to hand over what it was given."""
         return False
 
     def detach(self, on_taken: Callable[[], None]) -> None:
@@ -205,7 +205,7 @@ _OURS = re.compile(
 
 
 def has_stack(stderr: bytes | bytearray) -> bool:
-    """Whether a process has written where it is, as `faulthandler` does."""
+    """Return whether a process has written where it is, as `faulthandler` does."""
     return _STACK.encode() in stderr
 
 

@@ -142,7 +142,7 @@ def _format(formatter: Any) -> tuple[str | None, str | None, str]:
 
 @functools.lru_cache(maxsize=64)
 def _is_plain(text: str, date: str | None, style: Any) -> bool:
-    """Whether a plain formatter can apply the format to a plain record."""
+    """Return whether a plain formatter can apply the format to a plain record."""
     record = logging.LogRecord("", logging.INFO, "", 0, "", (), None)
     try:
         logging.Formatter(text, date, style, validate=False).format(record)

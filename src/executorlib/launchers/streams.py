@@ -20,7 +20,7 @@ def fill() -> None:
 
 
 def is_users(number: int) -> bool:
-    """Whether a standard stream (1 or 2) is the user's, and not another file with the same number.
+    """Return whether a standard stream (1 or 2) is the user's, and not another file with the same number.
 
     A standard stream is inherited, or put in place by `os.dup2`, so it is inheritable. Files that Python opens are not.
     """

@@ -35,12 +35,12 @@ class Answer:
 
     @property
     def ok(self) -> bool:
-        """Whether the command succeeded."""
+        """True if the command succeeded."""
         return self.code == 0
 
     @property
     def text(self) -> str:
-        """What the command said, for an error text."""
+        """The command's message, for an error text."""
         return (self.error.strip() or self.output.strip() or f"exit code {self.code}, without any message").strip()
 
 
@@ -70,7 +70,7 @@ class Commands:
 
     @property
     def busy(self) -> bool:
-        """Whether any command has not answered yet."""
+        """True while any command has not answered."""
         return bool(self._waiting or self._running)
 
     def _start(self) -> None:

@@ -55,7 +55,7 @@ class LocalSystem:
         self._surroundings = Surroundings()
 
     def can_wait_for(self, dependency: Dependency) -> bool:
-        """Whether the job is in this session's queue; other sessions have other processes."""
+        """Return whether the job is in this session's queue; other sessions have other processes."""
         return self._has(dependency.job_id)
 
     def _has(self, job_id: str) -> bool:
@@ -70,7 +70,7 @@ class LocalSystem:
 
     @property
     def busy(self) -> bool:
-        """Whether requests are still to be sent."""
+        """True while requests have not been sent."""
         return bool(self._unsent)
 
     def about(self) -> dict[str, str]:
@@ -89,7 +89,7 @@ class LocalSystem:
         on_ready()
 
     def setup(self) -> dict[str, Any]:
-        """What has changed in this process since the queue was started."""
+        """Return the changes in this process since the queue was started."""
         return self._surroundings.changes()
 
     def _start(self) -> None:
@@ -233,7 +233,7 @@ class LocalSystem:
 
 
 def is_alive(job_id: str) -> bool:
-    """Whether the process that runs a job is still there; true if that cannot be known from here."""
+    """Return whether the process that runs a job is still there; true if that cannot be known from here."""
     host, pid, started, _ = [*job_id.rsplit(":", 3), "", "", ""][:4]
     if host != socket.gethostname() or not pid.isdigit():
         return True  # it cannot be known from here

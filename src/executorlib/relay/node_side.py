@@ -90,7 +90,7 @@ class _Worker:
 
     @property
     def calls(self) -> list[_Call]:
-        """What launchers need of `scheduler.Worker.calls`."""
+        """The part of `scheduler.Worker.calls` that launchers need."""
         return [_Call()] * (self.handed - self.answered)
 
 

@@ -53,7 +53,7 @@ class Surroundings:
         self._changes: dict[str, str | None] = {}
 
     def changes(self) -> dict[str, Any]:
-        """What a worker has to set up to see this process as it is now."""
+        """Return the settings that make a worker see this process as it is now."""
         # Compare the encoded form of os.environ if it has one: decoding all of it takes longer than a fork.
         seen = dict(getattr(os.environ, "_data", os.environ))
         if seen != self._seen:
@@ -169,7 +169,7 @@ class Agent:
 
     @property
     def runs(self) -> bool:
-        """Whether an agent is running, as far as is known."""
+        """True if an agent is running, as far as is known."""
         return self._popen is not None
 
     def start(self) -> None:

@@ -85,7 +85,7 @@ class LocalLauncher(Launcher):
             agent.launch(process)
 
     def setup(self, process: Process) -> dict[str, Any]:
-        """What has changed in this process since the worker's agent was started."""
+        """Return the changes in this process since the worker's agent was started."""
         setup = self._agent(process.resources.threads_per_core).surroundings.changes()
         if process.resources.cores > 1:
             setup["argv"] = arguments()  # ranks do not get them on the command line, see `boot_command`

@@ -104,7 +104,7 @@ def find_mpiexec() -> Mpiexec:
 
 @functools.lru_cache
 def _ask(path: str) -> Mpiexec | str:
-    """What a program answers to `--version`, or why it does not. Failures are kept, too, as finding out may be slow."""
+    """Return a program's answer to `--version`, or why there is none. Failures are kept, too, as asking may be slow."""
     environ = {**os.environ, "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     try:
         answer = subprocess.run(

@@ -166,7 +166,7 @@ class NodesLauncher(Launcher):
             self._start(relay, process)
 
     def setup(self, process: Process) -> dict[str, Any]:
-        """What has changed in this process since the agents started, and what the worker has on each of its nodes."""
+        """Return the changes in this process since the agents started, and the worker's share of each of its nodes."""
         setup = self._agent.surroundings.changes()
         if process.resources.cores > 1:
             setup["argv"] = arguments()  # ranks do not get them on the command line, see `boot_command`

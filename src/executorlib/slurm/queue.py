@@ -321,7 +321,7 @@ class SlurmQueue(Queue):
 
     @staticmethod
     def is_own(refusal: str) -> bool:
-        """Whether the refusal names no limit that all users share."""
+        """Return whether the refusal names no limit that all users share."""
         return _LIMIT_OF_ALL.search(refusal) is None
 
     def status_command(self, job_ids: Sequence[str]) -> list[str]:

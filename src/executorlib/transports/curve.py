@@ -1,4 +1,4 @@
-"""Who may connect: the keys of everything that uses ZeroMQ, how they travel, and who is let in.
+"""Decides who may connect: the keys of everything that uses ZeroMQ, how they travel, and who is let in.
 
 Every listening socket has its own CURVE keys (https://rfc.zeromq.org/spec/26/) and makes the one pair of keys by which
 it knows its clients. All traffic is encrypted, and both ends prove who they are: libzmq asks about each connection
@@ -64,7 +64,7 @@ class ClientKeys(NamedTuple):
 
 
 class Credentials(NamedTuple):
-    """What a worker needs in order to connect.
+    """The address and keys that a worker needs in order to connect.
 
     Attributes:
         endpoints: Where the executor may be reached; any of them will do.

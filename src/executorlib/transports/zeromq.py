@@ -1,4 +1,4 @@
-"""What both ends of a ZeroMQ connection share: the form of messages, and how they notice that a connection is lost.
+"""The parts that both ends of a ZeroMQ connection share: the form of messages, and how a lost connection is noticed.
 
 On the wire, a message is its header and the lengths of its frames as JSON, followed by the frames. Small frames in a
 row are sent as one part, because every part of a message has its price. Large ones are sent in pieces: each piece that

@@ -84,7 +84,7 @@ class OnlyHere:
 
 
 class Answer:
-    """How a call ended: ``frames`` hold the pickled result, or the exception if ``traceback`` is not empty.
+    """The outcome of a call: ``frames`` hold the pickled result, or the exception if ``traceback`` is not empty.
 
     The function took ``seconds``. Unless ``loaded``, the call did not begin because its surroundings lack something,
     such as a module or a file of its inputs.

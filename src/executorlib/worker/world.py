@@ -1,4 +1,4 @@
-"""What the ranks of an MPI world do together, in a world that serves an executor as well as in a job."""
+"""The steps that all ranks of an MPI world take together, in a world that serves an executor and in a job."""
 
 from __future__ import annotations
 
