@@ -2,13 +2,13 @@
 #
 #   make test                      with the newest Python found, in .venv
 #   make test PYTHON=python3.12    with another one, in .venvs/3.12
-#   make test-debian SUITE=forky SUITE_PYTHON=python3.15              with one of another release of Debian
-#   make test-debian SUITE=forky SUITE_PYTHON=python3.14 GOAL=test-slurm   on its Slurm, too
+#   make test-debian SUITE=forky SUITE_PYTHON=python3.15              with the Python of another Debian release
+#   make test-debian SUITE=forky SUITE_PYTHON=python3.14 GOAL=test-slurm   and on that release's Slurm
 
 .PHONY: help demo test quick stress check lint docs bench bench-slurm bench-flux release-check test-slurm test-gridengine test-flux test-debian clean
 .DEFAULT_GOAL := help
 
-# Found is not enough: a shim may be there without its Python, and a Python without venv.
+# Finding a program is not enough: it may be a shim without its Python, or a Python without venv.
 USABLE := -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))'
 
 ifdef PYTHON
@@ -22,26 +22,26 @@ endif
 BIN := $(VENV)/bin
 
 help:
-	@echo "make demo       run examples/equation_of_state.py, about a minute"
-	@echo "make quick      run the tests of the parts, and the essential ones over two ways to run calls: a minute"
-	@echo "make test       run the tests (ARGS=--rows=all: each of them over every way to run calls)"
-	@echo "make check      ruff, mypy, import-linter, the documentation and the tests"
-	@echo "make bench      measure against other executors, results into docs/performance.md"
-	@echo "make docs       build the documentation into site/"
-	@echo "make test-slurm run the tests that need Slurm, on a throw-away cluster (Debian or Ubuntu, as root)"
-	@echo "make test-gridengine  likewise, Grid Engine"
-	@echo "make stress     Ctrl-C and SIGKILL at random moments, for half an hour: STRESS='--seed 2 --rounds 50', CHAOS='--seconds 60'"
-	@echo "make bench-slurm measure jobs on such a cluster, into docs/performance.md"
-	@echo "make bench-flux measure calls as Flux jobs (where flux is on the PATH), into docs/performance.md"
-	@echo "make test-flux  run the tests that need Flux, in an instance of pretended nodes (where flux is on the PATH)"
-	@echo "make test-debian SUITE=forky  run the tests in a folder with another release of Debian (as root)"
+	@echo "make demo           run examples/equation_of_state.py, about a minute"
+	@echo "make quick          run the unit tests, and the essential tests of two ways to run calls: a minute"
+	@echo "make test           run all tests (ARGS=--rows=all: each of them for every way to run calls)"
+	@echo "make check          ruff, mypy, import-linter, the documentation and the tests"
+	@echo "make bench          compare with other executors, and write the results into docs/performance.md"
+	@echo "make docs           build the documentation into site/"
+	@echo "make test-slurm     run the tests that need Slurm, on a throw-away cluster (Debian or Ubuntu, as root)"
+	@echo "make test-gridengine run the tests that need Grid Engine, on a throw-away cluster (Debian or Ubuntu, as root)"
+	@echo "make stress         send Ctrl-C and SIGKILL at random moments, for half an hour (STRESS='--seed 2 --rounds 50', CHAOS='--seconds 60')"
+	@echo "make bench-slurm    measure jobs on such a cluster, and write the results into docs/performance.md"
+	@echo "make bench-flux     measure calls as Flux jobs, and write the results into docs/performance.md (flux must be on the PATH)"
+	@echo "make test-flux      run the tests that need Flux, in an instance of simulated nodes (flux must be on the PATH)"
+	@echo "make test-debian    run the tests on another Debian release, unpacked into a folder (as root): SUITE=forky"
 	@echo "make release-check  build the package, and run the README's program where only that is installed"
-	@echo "make clean      remove what the other targets made"
+	@echo "make clean          remove what the other targets made"
 
 demo: $(VENV)/installed-demo
 	@$(BIN)/python examples/equation_of_state.py
 
-# One process more than there are cores, as tests often wait; ARGS=-n0 has all in one, for a debugger.
+# One process more than there are cores, because tests often wait. For a debugger, ARGS=-n0 runs all tests in one process.
 TEST_PROCESSES ?= $(shell $(PYTHON) -c 'import os; print(min(len(os.sched_getaffinity(0)) + 1 if hasattr(os, "sched_getaffinity") else 4, 8))')
 test: $(VENV)/installed-dev
 	@$(BIN)/python -m pytest -n $(TEST_PROCESSES) $(ARGS)
@@ -50,7 +50,7 @@ quick: $(VENV)/installed-dev
 	@$(BIN)/python -m pytest -n $(TEST_PROCESSES) --hypothesis-profile=quick --rows=fork,block-fork --ignore=tests/compat/test_types.py \
 		tests/compat tests/unit tests/contract $(ARGS)
 
-# Not part of the tests: it takes long, and what it finds depends on chance. Each program tells its seed.
+# Not part of the tests: it takes long, and its findings depend on chance. Each program prints its seed.
 stress: $(VENV)/installed-dev
 	@$(BIN)/python tests/stress/interrupts.py $(STRESS)
 	@$(BIN)/python tests/stress/chaos.py $(CHAOS)
@@ -68,20 +68,20 @@ docs: $(VENV)/installed-dev
 
 check: lint docs test
 
-# The systems that are measured, this package among them, get environments of their own in .venvs/.
+# Each measured system, including this package, gets an environment of its own in .venvs/.
 bench: $(BIN)/python
 	@$(BIN)/python benchmarks/run.py $(ARGS)
 
-# For some of the figures run one of the two alone: ARGS are for both, such as --rounds 1.
+# ARGS, such as --rounds 1, go to both programs. For some of the figures, run one of them by itself.
 bench-slurm: $(BIN)/python
 	@tests/slurm/cluster run $(BIN)/python benchmarks/cluster.py $(ARGS)
 	@tests/slurm/cluster run $(BIN)/python benchmarks/allocation.py $(ARGS)
 
-# In an instance of this machine as it is; the program finds Flux's bindings by PYTHONPATH.
+# The instance has this machine's cores, unlike that of the tests. The program finds Flux's bindings through PYTHONPATH.
 bench-flux: $(BIN)/python
 	@PYTHONPATH=$$(flux python --get-path) flux start $(abspath $(BIN)/python) benchmarks/in_flux.py $(ARGS)
 
-# The cluster goes down again also after a failure or Ctrl-C. Its settings: tests/slurm/cluster help.
+# The cluster is shut down even after a failure or Ctrl-C. `tests/slurm/cluster help` lists its settings.
 test-slurm: $(VENV)/installed-dev
 	@tests/slurm/cluster run $(BIN)/python -m pytest -m slurm $(ARGS)
 
@@ -91,7 +91,7 @@ test-gridengine: $(VENV)/installed-dev
 test-flux: $(VENV)/installed-dev
 	@tests/on_flux/instance $(BIN)/python -m pytest -m flux $(ARGS)
 
-# The environment works in the folder only, where its Python is; GOAL is what to make there.
+# GOAL is the target to make in the folder. The environment works only there, because its Python is there.
 GOAL ?= test
 SUITE_PYTHON ?= python3
 test-debian:
