@@ -22,21 +22,21 @@ endif
 BIN := $(VENV)/bin
 
 help:
-	@echo "make demo           run examples/equation_of_state.py, about a minute"
-	@echo "make quick          run the unit tests, and the essential tests of two ways to run calls: a minute"
-	@echo "make test           run all tests (ARGS=--rows=all: each of them for every way to run calls)"
-	@echo "make check          ruff, mypy, import-linter, the documentation and the tests"
-	@echo "make bench          compare with other executors, and write the results into docs/performance.md"
-	@echo "make docs           build the documentation into site/"
-	@echo "make test-slurm     run the tests that need Slurm, on a throw-away cluster (Debian or Ubuntu, as root)"
-	@echo "make test-gridengine run the tests that need Grid Engine, on a throw-away cluster (Debian or Ubuntu, as root)"
-	@echo "make stress         send Ctrl-C and SIGKILL at random moments, for half an hour (STRESS='--seed 2 --rounds 50', CHAOS='--seconds 60')"
-	@echo "make bench-slurm    measure jobs on such a cluster, and write the results into docs/performance.md"
-	@echo "make bench-flux     measure calls as Flux jobs, and write the results into docs/performance.md (flux must be on the PATH)"
-	@echo "make test-flux      run the tests that need Flux, in an instance of simulated nodes (flux must be on the PATH)"
-	@echo "make test-debian    run the tests on another Debian release, unpacked into a folder (as root): SUITE=forky"
-	@echo "make release-check  build the package, and run the README's program where only that is installed"
-	@echo "make clean          remove what the other targets made"
+	@echo "make demo             run examples/equation_of_state.py, about a minute"
+	@echo "make quick            run the unit tests, and the essential tests of two ways to run calls: a minute"
+	@echo "make test             run all tests (ARGS=--rows=all: each of them for every way to run calls)"
+	@echo "make check            run ruff, mypy and import-linter, build the documentation and run the tests"
+	@echo "make bench            compare with other executors, and write the results into docs/performance.md"
+	@echo "make docs             build the documentation into site/"
+	@echo "make test-slurm       run the tests that need Slurm, on a throw-away cluster (Debian or Ubuntu, as root)"
+	@echo "make test-gridengine  run the tests that need Grid Engine, on a throw-away cluster (Debian or Ubuntu, as root)"
+	@echo "make stress           send Ctrl-C and SIGKILL at random moments, for half an hour (STRESS='--seed 2 --rounds 50', CHAOS='--seconds 60')"
+	@echo "make bench-slurm      measure jobs on such a cluster, and write the results into docs/performance.md"
+	@echo "make bench-flux       measure calls as Flux jobs, and write the results into docs/performance.md (flux must be on the PATH)"
+	@echo "make test-flux        run the tests that need Flux, in an instance of simulated nodes (flux must be on the PATH)"
+	@echo "make test-debian      run the tests on another Debian release, unpacked into a folder (as root): SUITE=forky"
+	@echo "make release-check    build the package, and run the README's program where only that is installed"
+	@echo "make clean            remove what the other targets made"
 
 demo: $(VENV)/installed-demo
 	@$(BIN)/python examples/equation_of_state.py
