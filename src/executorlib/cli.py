@@ -1,6 +1,6 @@
 """The command line: `executorlib cache ls`, `show`, `rm` and `prune`.
 
-All commands but `show` go by the names, sizes and times of files; `prune --failed` also looks whether a file has a
+All commands but `show` go by the names, sizes and times of files; `prune --failed` also checks whether a file has a
 dataset `error`, and `prune --outdated` which versions it names, which are plain data. Only `show` unpickles anything
 else. No command asks a queuing system.
 

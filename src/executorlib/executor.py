@@ -83,7 +83,7 @@ class BaseExecutor(Executor):
 
     _loop: Loop | None = None
     _graph: Graph | None = None
-    # Whether unknown keys of a resource_dict go to a submission template instead of being errors.
+    # If True, unknown keys of a resource_dict go to a submission template instead of being errors.
     _has_template: bool = False
 
     def __init__(

@@ -93,12 +93,12 @@ class Options:
     openmpi_oversubscribe: bool
     cache_versions: str
     log_records: bool
-    # What the executor's class says of itself.
+    # Facts about the executor's class.
     name: InitVar[str]
     has_template: InitVar[bool] = False
     restarts_calls: InitVar[bool] = False
     default_directory: InitVar[str | None] = None
-    # What follows from the arguments.
+    # Derived from the arguments.
     resources: Resources = field(init=False)
     graph: Graph | None = field(init=False)
     finish_graph: Callable[[Graph], None] | None = field(init=False)

@@ -49,8 +49,8 @@ def unpickled(data: bytes) -> Any:
 _PLAIN = frozenset({int, float, complex, bool, str, bytes, type(None)})
 
 
-# What `functools` makes of a function. By itself, each of these pickles either not at all, or as a name, which is
-# useless without the program that defines it. A cache arrives empty.
+# The types that `functools` makes of functions. Pickle either refuses them or stores only a name, which is useless
+# without the program that defines it. A cache arrives empty.
 _CachedFunction = type(functools.cache(len))
 _dispatching: Any = functools.singledispatch(len)
 _DISPATCHING = _dispatching.__code__

@@ -103,7 +103,7 @@ def _terminate(root: str | os.PathLike[str], paths: list[str], configuration: st
 
 
 def _queue_of(systems: dict[str, str], configuration: str | None) -> Queue:
-    """The queue here, if it is the one of these systems: in another one, their jobs' numbers are other jobs.
+    """Return the queue here, if it is that of these systems: in any other, the numbers belong to other jobs.
 
     Args:
         systems: Names of systems, and for each an entry with a job there.

@@ -67,7 +67,7 @@ _RESUME_SECONDS = 1.0
 # the report at this interval, in seconds, and this many times; then end the worker without it.
 _LOOK_SECONDS, _MOST_LOOKS = 0.02, 25
 
-# What to call the cause when all workers were sent this signal.
+# The name of the cause in error texts, if all workers were sent this signal.
 _ENDED_BY = {signal.SIGKILL: "kill_workers()", signal.SIGTERM: "terminate_workers()", signal.SIGINT: "Ctrl-C"}
 
 
@@ -544,7 +544,7 @@ class Loop(Poller, Events):
         process = self._processes[worker.number]
         transport = process.transport
         assert transport is not None
-        # Whether the worker may start the call without asking: only the first one, and only if the worker is idle.
+        # The worker may start a call without asking only if it is the first one and the worker is idle.
         now = len(worker.calls) == len(tasks)
         held = []
         for task in tasks:

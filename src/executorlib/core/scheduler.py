@@ -254,10 +254,10 @@ class Scheduler:
         raise NotImplementedError
 
     def on_resize(self, size: int) -> None:
-        """So many workers are to be kept."""
+        """Keep this many workers from now on."""
 
     def on_break(self, reason: str) -> None:
-        """No worker can be kept any more."""
+        """No worker can be kept from now on."""
 
     # -- what to do -------------------------------------------------------------------------------------------
 

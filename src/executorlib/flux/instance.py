@@ -525,9 +525,9 @@ class FluxInstance:
             self.lost = "the executor has ended"
 
     def _release(self) -> None:
-        """Have Flux let go of the futures that it will not answer any more, and by that of the connection.
+        """Let Flux release the futures that it will never answer, which also releases the connection.
 
-        It keeps a future until that has called back, so each gets an answer, which nobody is told.
+        Flux keeps a future until the future has called back, so each gets an answer, which is ignored.
         """
         if not self._pending:
             return

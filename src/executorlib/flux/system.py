@@ -35,7 +35,7 @@ from executorlib.launchers.subprocesses import Answer, Commands
 from executorlib.resources import Resources
 from executorlib.worker.job import OUTPUT_VARIABLE
 
-# Directives by which a script says what its instance has; without them it gets what the call asks for.
+# Directives by which a script sets the resources of its instance; without them it gets what the call asks for.
 _HAS_RESOURCES = re.compile(r"^#+\s*flux:.*?\s(-n|-N|--nslots|--num-slots|--nodes)\b", re.MULTILINE)
 # At its run_time_max a call ends itself by a signal, which it may ignore. This many seconds later Flux ends it.
 _LATE_SECONDS = 2.0

@@ -105,7 +105,7 @@ def derived_future(source: Future[Any], compute: Callable[[Any], Any]) -> Future
     return derived
 
 
-# What a tuple or another result has at a key is not known, so it is Any; a union would refuse what is right.
+# The type of an item of a result is not known, so it is Any; a union would reject correct programs.
 @overload
 def get_item_from_future(future: Future[list[T]], key: SupportsIndex) -> Future[T]: ...
 @overload

@@ -515,7 +515,7 @@ def _describe(walk: _Walk, obj: Any) -> bytes:
 
 
 def _wrapper(walk: _Walk, obj: Any, wrapped: Any) -> bytes:
-    """Describe what a library has made of a function: by the function and everything that goes with it."""
+    """Describe an object that a library has made of a function: by the function and everything that goes with it."""
     kind = type(obj)
     if kind is functools._lru_cache_wrapper:
         held: Any = obj.cache_parameters()

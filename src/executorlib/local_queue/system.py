@@ -151,7 +151,7 @@ class LocalSystem:
 
     def query(self, job_ids: Sequence[str], on_states: Callable[[States | None], None]) -> None:
         """Ask the queue's process for the states of its jobs, and look whether those of other sessions are alive."""
-        # All that can be found out about jobs of other sessions is whether the process that runs them is there.
+        # For jobs of other sessions, we can only find out whether the process that runs them still exists.
         foreign: dict[JobKey, JobState] = {
             (job_id, None): JobState(Phase.RUNNING, "RUNNING")
             for job_id in job_ids

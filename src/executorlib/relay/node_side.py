@@ -49,12 +49,12 @@ if TYPE_CHECKING:
 
 # These would make a node's own mpiexec start its ranks as steps of the allocation; the last ones since Slurm 23.11.
 _OF_SLURM = ("SLURM_", "HYDRA_BOOTSTRAP", "HYDRA_LAUNCHER_EXTRA_ARGS", "I_MPI_HYDRA_BOOTSTRAP")
-# What Slurm tells a program about the node it runs on. Its other variables describe the step that the relays are.
+# Slurm's variables about the node that a program runs on. Its other variables describe the step of the relays.
 _KEPT = ("SLURMD_NODENAME", "SLURM_NODEID", "SLURM_TOPOLOGY_ADDR", "SLURM_TOPOLOGY_ADDR_PATTERN", "SLURM_JWT")
 # Workers that are handed several calls at a time give many answers. These are gathered for this many seconds, because
 # a message costs both ends about as much as ten calls do, and the workers have calls for longer than that.
 _GATHER_SECONDS = 0.001
-# That a process has exited after saying that it had nothing else left to do is no news. So the report travels with the
+# If a process has said that it is about to exit, its exit is no news. So the report travels with the
 # next message within this many seconds: a message of its own costs as much as a tenth of a fresh call.
 _PLAIN_EXIT_SECONDS = 0.005
 # More than the number of calls that a worker ever holds.

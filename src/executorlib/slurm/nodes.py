@@ -111,7 +111,7 @@ class NodesLauncher(Launcher):
         self._by_peer: dict[bytes, _Relay] = {}
         self._router = Router(events, self._on_message, self._on_lost, tcp=True, hostname_localhost=hostname_localhost)
         self._relays = Relays(events, self._router, lifetime, self._on_worker_exit)
-        # It runs srun, which is thereby watched, and ends with us.
+        # It runs srun, reports srun's end, and ends with this process.
         self._agent = Agent(
             events,
             spawn=False,

@@ -80,7 +80,7 @@ _ENDED = {
     "REVOKED",
     "TIMEOUT",
 }
-# What ended a job that did not end by itself. Its exit code is often 0 in that case.
+# The causes of the end of jobs that did not end by themselves. Its exit code is often 0 in that case.
 _CAUSES = {
     "BOOT_FAIL": Cause.NODE_FAILED,
     "CANCELLED": Cause.CANCELLED,

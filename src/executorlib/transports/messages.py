@@ -49,7 +49,7 @@ MAPPED_BYTES = 192 * 1024
 _ALIGNMENT = 64
 # Just below malloc's default threshold for mmap, so that receiving does not map and fault in new pages.
 _RECEIVE_BYTES = 120 * 1024
-# What a worker receives at a time if its calls have left no memory for more. Most messages are shorter.
+# The most that a worker receives at a time if its calls have left no memory for more. Most messages are shorter.
 _LITTLE_BYTES = 4 * 1024
 # The largest thing in a header is an environment. A longer header is not a message.
 _MOST_HEADER_BYTES = 16 * 1024 * 1024
