@@ -74,7 +74,7 @@ def default_mode(count: int) -> Found:
 
 
 def counted(count: int) -> Found:
-    """A session of so many calls: requests to the controller."""
+    """Requests to the controller in a session of this many calls."""
     from executorlib import SlurmJobExecutor
 
     before = requests()
@@ -178,7 +178,7 @@ def session(name: str, source: Path, folder: Path) -> Found:
 
 
 def measure(rounds: int, only: list[str], work: Path) -> Rounds:
-    """Measure everything so many times; a list of values for each measured quantity."""
+    """Measure everything in this many rounds; return a list of values for each quantity."""
     values = Rounds()
     for turn in range(rounds):
         print(f"round {turn + 1} of {rounds}, load {os.getloadavg()[0]:.1f}", flush=True)

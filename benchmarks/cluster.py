@@ -54,7 +54,7 @@ PEER_TEMPLATE = """\
 #SBATCH --ntasks={{cores}}
 {{command}}
 """
-# What slurmd tells the controller, and sdiag's own question.
+# The messages of slurmd to the controller, and sdiag's own request.
 NOT_OURS = {
     "MESSAGE_EPILOG_COMPLETE",
     "MESSAGE_NODE_REGISTRATION_STATUS",
@@ -366,7 +366,7 @@ def main() -> None:
 
 
 def output(*command: str) -> str:
-    """What a command prints."""
+    """Return the output of a command."""
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 

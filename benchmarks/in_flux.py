@@ -102,7 +102,7 @@ SESSIONS: dict[str, Callable[[], Found]] = {
     "block": block_mode,
     "cluster": single_calls,
 }
-# What runs in which environment; that of ours is also the bare executor's.
+# The environment of each session. The bare executor shares ours.
 STEPS = [
     ("default", "ours"),
     ("bare", "ours"),

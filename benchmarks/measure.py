@@ -187,7 +187,7 @@ def first_result(system: System, seconds: float) -> Figures:
 
 
 def import_time(system: System, seconds: float) -> Figures:
-    """What ``import executorlib`` adds to the start of Python, and which heavy modules it loads."""
+    """Time that ``import executorlib`` adds to the start of Python, and the heavy modules that it loads."""
 
     def start(code: str) -> None:
         subprocess.run([sys.executable, "-c", code], check=True)

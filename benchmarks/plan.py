@@ -1,4 +1,4 @@
-"""What is measured, on which systems, and what it must show: the two tables of the benchmark."""
+"""The two tables of the benchmark: the measurements with their systems, and the targets."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Target:
-    """What a figure must show.
+    """The target for a figure.
 
     With ``rival``, this package must be at least ``bound`` times as good as that system in the same
     round. Without, the measured value itself must be at most ``bound`` (at least, with

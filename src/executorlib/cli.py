@@ -4,9 +4,9 @@ All commands but `show` go by the names, sizes and times of files; `prune --fail
 dataset `error`, and `prune --outdated` which versions it names, which are plain data. Only `show` unpickles anything
 else. No command asks a queuing system.
 
-What a call's job left beside its entry is in a batch directory, ``.executorlib/<batch>/`` in the cache directory:
-`entries` names the `_i.h5` of each call and its index in the job array, `job_id` names the job, and
-``output.<index>`` has what the job of that call printed. That file exists from the moment the job starts.
+The files of a call's job are in a batch directory, ``.executorlib/<batch>/`` in the cache directory: `entries` names
+the `_i.h5` of each call and its index in the job array, `job_id` names the job, and ``output.<index>`` has the output
+of that call's job. The last one exists from the moment the job starts.
 """
 
 from __future__ import annotations

@@ -127,7 +127,7 @@ class Poller:
             callback()
 
     def close_poll(self) -> None:
-        """Free epoll's descriptor. What is watched stays open."""
+        """Free epoll's descriptor. Watched descriptors stay open."""
         if _HAS_EPOLL:
             self._poll.close()
 

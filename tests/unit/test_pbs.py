@@ -385,7 +385,7 @@ STATES = [
     (ended(-27, 93, " and exceeded resource mem"),
      JobState(Phase.ENDED, "failed", "it exceeded mem (-27)", "", "node1", cause=Cause.OUT_OF_MEMORY)),
     (ended(-4, 93, " and failed"),
-     JobState(Phase.ENDED, "failed", "its node's daemon was started anew (-4)", "", "node1", cause=Cause.NODE_FAILED)),
+     JobState(Phase.ENDED, "failed", "its node's daemon was restarted (-4)", "", "node1", cause=Cause.NODE_FAILED)),
     (ended(-1, 93, " and failed"), JobState(Phase.ENDED, "failed", "it could not be started (-1)", "", "node1")),
     (ended(271, 91, " and terminated by me@login1"),
      JobState(Phase.ENDED, "terminated", "", "0:15", "node1", cause=Cause.CANCELLED)),

@@ -53,7 +53,7 @@ DATASETS = (
 VERSIONS = "versions"
 # A dataset which says that the result is only for those who wait for this job and must not be kept.
 NOT_KEPT = "not_kept"
-# What a job printed (as text; of long output only the end), and how many bytes it printed in all.
+# The output of a job (as text, cut to its end if it is long), and how many bytes the job printed in all.
 PRINTED, PRINTED_BYTES = "printed", "printed_bytes"
 # A dataset that goes with NOT_KEPT. It holds the name of what ran, if that is not what the entry is named after; then
 # `batch` is the batch directory of the job.

@@ -1,6 +1,6 @@
 """Keys of calls, and looking calls up in the cache.
 
-The key that is derived here only serves the look-up. What runs is what is pickled later, so a result is stored under
+The key that is derived here only serves the look-up. The call that runs is pickled later, so a result is stored under
 the key that the worker derives from what it was sent (`worker.entry`).
 
 Everything here belongs to the loop's thread.

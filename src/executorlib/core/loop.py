@@ -9,8 +9,8 @@ One turn: (1) hand the events in the inbox to the scheduler, (2) carry out its e
 (4) sleep until a descriptor is ready, a timer is due or another thread posts.
 
 All state of calls and workers belongs to this thread; other threads only append to the inbox. Apart from the sleep
-itself, and `close` at the very end, nothing here waits for another process. What does take time is pickling, callbacks
-of futures, and reading the cache.
+itself, and `close` at the very end, nothing here waits for another process. Pickling, callbacks of futures
+and reading the cache do take time.
 """
 
 from __future__ import annotations
@@ -236,7 +236,7 @@ class Loop(Poller, Events):
             self._last_posted = number
 
     def check_open(self) -> None:
-        """Raise RuntimeError if calls are not accepted (any more)."""
+        """Raise RuntimeError unless calls are accepted."""
         if self._refusal:
             raise RuntimeError(self._refusal)
 

@@ -81,9 +81,9 @@ _TERMINATED, _FAILED = 91, 93
 # Negative exit codes are PBS's own. Codes that are not listed mean that the job could not be started.
 _OWN_CODES = {
     -3: ("it could not be started, and would have been tried again", Cause.NODE_FAILED),
-    -4: ("its node's daemon was started anew", Cause.NODE_FAILED),
-    -5: ("its node's daemon was started anew", Cause.NODE_FAILED),
-    -6: ("its node's daemon was started anew", Cause.NODE_FAILED),
+    -4: ("its node's daemon was restarted", Cause.NODE_FAILED),
+    -5: ("its node's daemon was restarted", Cause.NODE_FAILED),
+    -6: ("its node's daemon was restarted", Cause.NODE_FAILED),
     -10: ("the user or group is not known on its node", Cause.NONE),
     -11: ("it was to be run again", Cause.PREEMPTED),
     -14: ("a node of it could not be reached", Cause.NODE_FAILED),

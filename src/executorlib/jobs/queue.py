@@ -186,7 +186,7 @@ def same_system(noted: str, name: str) -> bool:
 class Queue:
     """The language of one kind of batch queue. All that is known about the kind is here; `registry` finds it.
 
-    What a language does not say is as it is for a queue without job arrays, dependencies and ranks of its own.
+    The defaults suit a queue without job arrays, dependencies and ranks of its own.
 
     Args:
         templates: The templates of job scripts.
@@ -357,7 +357,7 @@ class Queue:
         return []
 
     def parse_detail(self, output: str) -> JobState | None:
-        """Read how the job of `detail_command` ended; None if the queue does not know it (any more)."""
+        """Read how the job of `detail_command` ended; None if the queue has no record of it."""
         return None
 
     def cause_in(self, output: str) -> Cause:

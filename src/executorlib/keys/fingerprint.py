@@ -8,10 +8,10 @@ Each object becomes a *token*: short plain values are their own token, anything 
 description, which holds the tokens of its parts.
 
 - Data: by value. Dictionaries count their order, sets do not, arrays count dtype, shape and elements.
-- What the standard library and installed packages define: by name; if it is the called function itself, also by the
-  version of its package. Their code is not followed, because their globals are often caches.
-- What a module of the user's defines: by name, and by what the module's file says, because a worker imports it from
-  there; see `sources`.
+- Definitions of the standard library and of installed packages: by name; the called function itself also by the version
+  of its package. Their code is not followed, because their globals are often caches.
+- Definitions of a user's module: by name, and by the text of the module's file, because a worker imports them from
+  there (`sources`).
 - Functions of `__main__` and those without a name of their own, which are sent to workers by value: by code, defaults,
   closure, the modules they import and the globals they read, and so on through the functions and classes found there.
   File names, line numbers and annotations of functions do not count.

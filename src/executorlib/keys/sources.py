@@ -1,13 +1,13 @@
 """Finds what a call reaches in its user's modules, by reading their files.
 
-What a module defines travels to a worker by name, and the worker imports the module anew. So in a key it counts by what
-the module's file says, not by what this process has in memory. Nothing is imported to find out.
+Functions and classes of a module travel to a worker by name, and the worker imports the module from its file. So in a
+key they count by the text of that file, not by their state in this process. Nothing is imported to find out.
 
 A module is a row of statements. From the statement that defines a name, all names in it are followed into the functions
 and classes of this module and of others, and through all imports. In every module that the import of a reached one
 runs, each statement also counts that may change what others define (a call, a decorator of the user's, an assignment to
-an item). What cannot be followed counts as a whole: a module that uses `globals()`, one that is passed on as an object,
-one without source.
+an item). Anything that cannot be followed counts as a whole: a module that uses `globals()`, one that is passed on as
+an object, one without source.
 
 Modules of the standard library and of installed distributions are not followed.
 """

@@ -125,7 +125,7 @@ class Events(Waiting, Protocol):
 
 
 class Launcher:
-    """Starts workers and reports their ends. What a launcher need not do has a default here."""
+    """Starts workers and reports their ends. Optional methods have defaults here."""
 
     def prepare(self) -> None:
         """Do in advance what the first launch would otherwise have to wait for; by default nothing."""

@@ -20,8 +20,8 @@ def slurm_allocation(environ: Mapping[str, str]) -> list[NodeShape]:
     """Find out what the Slurm job that this process runs in has.
 
     `scontrol` is asked, because it knows the shape of each node. If it cannot be run or cannot reach the controller,
-    the environment has to do, and GPUs are assumed to be the same on all nodes. Of a heterogeneous job (`salloc … : …`)
-    this is the component named by ``SLURM_JOB_ID``.
+    the environment is read instead, and GPUs are assumed to be the same on all nodes. For a heterogeneous job
+    (`salloc … : …`), this is the component named by ``SLURM_JOB_ID``.
 
     Args:
         environ: The environment, such as ``os.environ``.

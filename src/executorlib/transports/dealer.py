@@ -66,7 +66,7 @@ class Dealer:
 
     Args:
         credentials: Where the executor is, and the keys.
-        name: The worker's identity. What follows a dot distinguishes ranks of one world.
+        name: The worker's identity. The text after a dot distinguishes ranks of one world.
         on_lost: Called in a thread of its own when the connection is lost, whatever the worker is doing then.
         seconds: How long to try to connect.
 

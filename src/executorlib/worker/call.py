@@ -3,11 +3,11 @@
 This is the same for forked and spawned workers, and for one call or many. Ranks of an MPI world use `run`, too.
 
 Messages to a worker are ``["setup", {...}]`` (once), ``["call", number, function number, options]``, ``["forget"]`` and
-``["stop"]``. What many calls have in common, the function's pickle and the sources of its key, has a number. If the
-worker does not have it yet, it comes first among a call's frames, and the option ``new`` lists its number. Answers are
-``["ready"]``, ``["result", number, seconds, warning, more]`` and ``["error", number, seconds, traceback, more]``. The
-number of the init function is 0. ``more`` may say ``leaving`` (the process has nothing left to do but exit) and
-``other`` (what ran is not what was looked up in the cache). `worker.records` also sends what calls log.
+``["stop"]``. The parts that many calls share, the function's pickle and the sources of its key, have numbers. A part
+that the worker does not have yet comes first among a call's frames, and the option ``new`` lists its number. Answers
+are ``["ready"]``, ``["result", number, seconds, warning, more]`` and ``["error", number, seconds, traceback, more]``.
+The number of the init function is 0. ``more`` may say ``leaving`` (the process has nothing left to do but exit) and
+``other`` (the call ran with other code or inputs than were looked up). `worker.records` also sends what calls log.
 """
 
 from __future__ import annotations

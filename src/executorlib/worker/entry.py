@@ -1,6 +1,6 @@
 """A call's entry in the cache, prepared before the call runs, in the process that runs it.
 
-The key under which a session looked a call up is that of what the session held at that time. What runs was pickled
+The key under which a session looked a call up describes the session's objects at that time. The call was pickled
 later, with modules that were imported later still, and any of it may have changed in between. So the key is derived
 here again, from exactly what was unpickled and is about to run, and the result is stored under that key and no other.
 Thus the key always stands for what ran.

@@ -110,7 +110,7 @@ def _print_to(output: str) -> None:
 
 
 def _claimed(directory: str, index: int, part: str, setup: dict[str, Any]) -> dict[str, Any] | int:
-    """Return the entry to run, or the exit code if it is done or not ours (any more)."""
+    """Return the entry to run, or the exit code if it is done, or is no longer ours."""
     root = batch_directory.root_of(directory)
     job_id = _job_id(setup)
     noted = batch_directory.JobIds.read(directory, index).of(index)
@@ -147,8 +147,8 @@ def _claimed(directory: str, index: int, part: str, setup: dict[str, Any]) -> di
 def _job_id(setup: dict[str, Any]) -> str:
     """Return this job's id in the queuing system; empty if the system does not say.
 
-    Only that system's own variables count, because this may run within a job of another system. What follows a dot is
-    the name of the server, of PBS or Torque.
+    Only that system's own variables count, because this may run within a job of another system. The text after a
+    dot is the name of a server of PBS or Torque.
     """
     names = setup.get("id_variables", ())
     return next((os.environ[name].partition(".")[0] for name in names if os.environ.get(name)), "")
