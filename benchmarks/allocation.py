@@ -58,7 +58,7 @@ def rank() -> int:
 
 
 def default_mode(count: int) -> Found:
-    """A fresh process, or step, for each call: calls a second, counted from making the executor, and then once more."""
+    """A fresh process, or step, for each call: calls per second, counted from the constructor, and then once more."""
     from executorlib import SlurmJobExecutor
 
     rates = []
@@ -151,7 +151,7 @@ GROUPS = {
 
 
 def session(name: str, source: Path, folder: Path) -> Found:
-    """Run a session in its environment, and give what it found.
+    """Run a session in its environment, and return its figures.
 
     Args:
         name: Key of ``SESSIONS``.

@@ -35,7 +35,7 @@ REQUIREMENTS["slurm-executorlib1x"] = ["executorlib>=1,<2", "pysqa>=1", "h5py"]
 
 CALLS = 200
 MANY_CALLS = 1_000
-# After the first call of a session, which has to find out what the cluster is like.
+# After the first call of a session, which has to find out the cluster's settings.
 LATER_CALLS = 5
 WATCHED_SECONDS = 60.0
 # Longer than the measurement: nothing ends meanwhile. And short enough that most of the jobs run in that minute.
@@ -198,7 +198,7 @@ SESSIONS: dict[str, Callable[[str], Found]] = {
 
 
 def requests() -> dict[str, int]:
-    """How many requests the controller has got from commands, by type."""
+    """Return the numbers of requests that the controller has got from commands, by type."""
     output = subprocess.run(["sdiag"], capture_output=True, text=True, check=True).stdout
     by_type, _, _ = output.partition("statistics by user")
     found = re.findall(r"^\s+(\w+)\s+\(\s*\d+\)\s+count:(\d+)", by_type, re.MULTILINE)
@@ -229,7 +229,7 @@ def bare(arguments: list[str], command: str, interval: float) -> float:
 
 
 def session(name: str, system: str, source: Path, folder: Path) -> Found:
-    """Run a session in its environment and folder, and give what it found.
+    """Run a session in its environment and folder, and return its figures.
 
     Args:
         name: Key of ``SESSIONS``.

@@ -30,7 +30,7 @@ class EnvironmentFailed(Exception):
 
 
 def python_of(name: str) -> Path:
-    """Give the interpreter of an environment, making the environment where it is missing.
+    """Return the interpreter of an environment, which is made if it is missing.
 
     Args:
         name: A key of ``REQUIREMENTS``.
@@ -43,7 +43,7 @@ def python_of(name: str) -> Path:
     """
     folder = VENVS / f"bench-{name}"
     python = folder / "bin" / "python"
-    # Written last, so a half-made environment, or one of other versions, is made again.
+    # Written last, so that a half-made environment, or one with other versions, is made again.
     stamp = folder / "made-for.txt"
     wanted = "\n".join([sys.version, *REQUIREMENTS[name]])
     if stamp.exists() and stamp.read_text() == wanted:

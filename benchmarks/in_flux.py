@@ -147,7 +147,7 @@ def main() -> None:
         print(json.dumps(SESSIONS[options.session]()))
         return
     if "FLUX_URI" not in os.environ:
-        parser.error("this is not within a Flux instance; run it by `flux start`, or `make bench-flux`")
+        parser.error("this is not a Flux instance; run it with `flux start`, or `make bench-flux`")
     load = os.getloadavg()[0]
     rounds = Rounds()
     with tempfile.TemporaryDirectory(prefix="bench-flux-", ignore_cleanup_errors=True) as work:

@@ -124,7 +124,7 @@ def queued(system: System, seconds: float) -> NoReturn:
     """100,000 calls waiting behind busy workers: memory, threads and the slowest submit.
 
     Workers are busy until the caller kills the process group. (executorlib 1.x hangs in shutdown
-    when queued calls were cancelled, so an orderly end is not to be had from all.)
+    when queued calls were cancelled, so not every system can end in an orderly way.)
     """
     import psutil
 

@@ -2,7 +2,7 @@
 
     python benchmarks/scale.py [--nodes N] [--calls N] [--seed N] [--failures N]
 
-Calls of mixed needs take random times; nodes fail at random moments, and what ran there is submitted anew.
+Calls of mixed needs take random times; nodes fail at random moments, and the calls that ran there are submitted again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from executorlib.resources import Demand, Resources
 
 CORES = 64
 GPUS = 4  # on every fourth node
-# Of a thousand calls, how many need what. A call of several nodes is given as its resource_dict.
+# The needs of a thousand calls, by number of calls. A call of several nodes is given as its resource_dict.
 MIX: list[tuple[int, dict[str, Any]]] = [
     (520, {"cores": 1}),
     (230, {"cores": 2}),

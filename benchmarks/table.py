@@ -19,15 +19,15 @@ HEAD = ["figure", "executorlib", "compared with", "there", "ratio", "target", "m
 
 
 class Target(NamedTuple):
-    """A row of the table: a quantity of ours, maybe another that it is divided by, and the bound of that.
+    """A row of the table: a quantity of ours, maybe another one to divide it by, and the target.
 
     Attributes:
         text: What is measured.
         ours: Name of the quantity.
         unit: Of it.
         other: Name of the other quantity; empty for none.
-        other_label: Whose that is.
-        bound: What ratio, or value where there is no other, is to be reached.
+        other_label: The owner of the other quantity.
+        bound: The ratio to reach, or the value if there is no other quantity.
         at_least: Whether the bound is the least; otherwise the most.
     """
 
@@ -41,7 +41,7 @@ class Target(NamedTuple):
 
 
 def table(targets: Sequence[Target], rounds: Rounds) -> list[str]:
-    """The lines of a Markdown table; a target of which something was not measured is left out."""
+    """The lines of a Markdown table; targets with missing measurements are left out."""
     lines = [row(HEAD), row(["---"] * len(HEAD))]
     for target in targets:
         ours, there = rounds.get(target.ours, []), rounds.get(target.other, [])
@@ -103,7 +103,7 @@ def report(
     complete: bool,
     others: Mapping[str, str] | None = None,
 ) -> None:
-    """Print what was measured, and put it between its marks in docs/performance.md where it is complete.
+    """Print what was measured, and put it between its marks in docs/performance.md if it is complete.
 
     Args:
         first: The first lines.
