@@ -684,7 +684,7 @@ def test_files_of_strangers_are_not_unpickled(tmp_path: Path, mode: int, key: st
     call: dict[str, Any] = {"function": abs, "input_args": [1], "input_kwargs": {}, "resource_dict": {}}
     assert entries.write_input(waiting, call)
     give_away(store, Path(waiting))
-    with pytest.raises(PermissionError, match=f"{store}/.* is not .*nobody's.*everybody may write to {store}"):
+    with pytest.raises(PermissionError, match=f"{store}/.* is not .*belongs to nobody, and everybody may write to {store}"):
         entries.read_input(waiting, str(store))
     with pytest.raises(PermissionError, match="is not "):
         terminate.terminate_task_in_cache(store, key)
@@ -791,7 +791,7 @@ def test_programs_of_jobs_in_a_folder_of_a_stranger(tmp_path: Path) -> None:
     store = folder_for(tmp_path / "store", 0o1777)
     folder = folder_for(store / batch_directory.FOLDER, 0o755)
     give_away(store, folder)
-    with pytest.raises(PermissionError, match="nobody's"):
+    with pytest.raises(PermissionError, match="belongs to nobody"):
         batch_directory.make(str(store), "batch")
     assert not list(folder.iterdir())
 
@@ -929,13 +929,13 @@ def test_the_directory_of_a_stranger(tmp_path: Path, mode: int, capsys: pytest.C
         with pytest.raises(PermissionError, match=f"{store} is not used as a cache directory: it belongs to nobody"):
             read()
     for row in (SingleNodeExecutor, TestClusterExecutor):
-        with pytest.raises(ValueError, match="it is nobody's"):
+        with pytest.raises(ValueError, match="it belongs to nobody"):
             row(cache_directory=store)
-        with row(cache_directory=tmp_path / "own") as executor, pytest.raises(ValueError, match="it is nobody's"):
+        with row(cache_directory=tmp_path / "own") as executor, pytest.raises(ValueError, match="it belongs to nobody"):
             executor.submit(abs, -1, resource_dict={"cache_directory": str(store)})
     for command in (["ls"], ["show", "a"], ["rm", "a"], ["prune"]):
         assert cli.main(["cache", *command, "-d", str(store)]) == 1
-        assert "it is nobody's" in capsys.readouterr().err
+        assert "it belongs to nobody" in capsys.readouterr().err
     assert not (tmp_path / "trace").exists()
     assert [path.name for path in store.iterdir()] == ["a_o.h5"]
 
@@ -954,7 +954,7 @@ class Trace:
 @pytest.mark.parametrize(
     ("owner", "mode", "said"),
     [
-        (1, 0o2755, "is daemon's|is user 1's"),
+        (1, 0o2755, "belongs to daemon|belongs to user 1"),
         (1, 0o2775, "^3$"),  # of the reader's group
         (0, 0o755, "^3$"),
         (STRANGER, 0o755, "^3$"),  # the reader's own

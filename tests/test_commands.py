@@ -320,7 +320,7 @@ def test_show_needs_h5py_for_entries_of_others(directory: Path, call: Call, monk
 def test_show_warns_that_it_unpickles(call: Call) -> None:
     code, out, _ = call("cache", "show", "--help")
     assert code == 0
-    assert "unpickling runs whatever the file says" in " ".join(out.split())
+    assert "unpickling runs whatever code the file contains" in " ".join(out.split())
 
 
 # -- rm ----------------------------------------------------------------------------------------------------------------

@@ -140,7 +140,7 @@ def test_keys_for_a_template_that_there_is_not(executor: Any, caplog: pytest.Log
     caplog.clear()
     assert executor.submit(add, 1, 2, resource_dict={"memory_max": 2}).result(WAIT) == 3
     [record] = [record for record in caplog.records if "template" in record.getMessage()]
-    assert "use 'memory_max'" in record.getMessage()
+    assert "uses 'memory_max'" in record.getMessage()
     assert "did you mean" not in record.getMessage()
     with pytest.raises(BAD, match="expected a non-empty str"):
         executor.submit(add, 1, 2, resource_dict={3: 1})

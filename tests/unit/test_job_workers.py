@@ -275,7 +275,7 @@ def test_more_workers_than_the_system_lets_in(
     assert sizes == [8]
     answer(TOO_MANY)
     (record,) = caplog.records
-    assert "8 workers are more jobs than a queue takes now" in record.getMessage()
+    assert "8 workers are more jobs than a queue accepts now" in record.getMessage()
     in_system = 0
     while system.answers:
         (size,), answer = submitted(system)

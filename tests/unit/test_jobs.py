@@ -368,7 +368,7 @@ def test_however_small_the_limit_all_calls_run(
     told = [record.getMessage() for record in caplog.records]
     if limit < calls:
         (text,) = told
-        assert f"{calls} calls, the first of abs, are more jobs than a queue takes now" in text
+        assert f"{calls} calls, the first of abs, are more jobs than a queue accepts now" in text
         assert "too many jobs" in text
     else:
         assert told == []

@@ -1191,7 +1191,7 @@ def test_calls_that_no_node_can_hold_any_more_fail() -> None:
     assert late.state is FAILED
     for task, where in ((large, "3 cores and 0 GPUs on one node"), (wide, "2 cores and 0 GPUs on 2 nodes")):
         assert where in driver.reasons[task.number]
-        assert "since large failed" in driver.reasons[task.number]
+        assert "nodes left: 1; failed: large" in driver.reasons[task.number]
     assert [task.state for task in (running, *small)] == [LAUNCHING, LAUNCHING, LAUNCHING, READY]
     run_to_the_end(driver)
 
@@ -1307,7 +1307,7 @@ def test_block_goes_on_without_a_lost_node() -> None:
     scheduler.on_submit(task)
     [failed] = scheduler.take_effects()
     assert isinstance(failed, Fail)
-    assert "since a, b failed" in failed.reason
+    assert "failed: a, b" in failed.reason
 
 
 def test_call_that_waits_for_a_gpu_does_not_idle_the_cores() -> None:

@@ -230,7 +230,7 @@ class BlockScheduler(Scheduler):
         reason = self._broken or (
             f"all {self.size} workers of the block have died{often}"
             if self.ledger.could_hold(self.demand)
-            else f"no remaining node can hold a worker of the block after {', '.join(self._lost[-8:])} failed"
+            else f"no remaining node can hold a worker of the block (failed: {', '.join(self._lost[-8:])})"
         )
         while (task := self._queue.peek()) is not None:
             self._queue.pop()

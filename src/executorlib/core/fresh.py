@@ -162,8 +162,8 @@ class FreshScheduler(Scheduler):
         self._effects.append(
             Fail(
                 task,
-                f"it needs {demand.cores} cores and {demand.gpus} GPUs on {where}{whole}, which the "
-                f"{len(self.ledger.nodes)} remaining nodes do not have after {', '.join(self._lost[-8:])} failed",
+                f"it needs {demand.cores} cores and {demand.gpus} GPUs on {where}{whole}, which the remaining nodes "
+                f"cannot provide (nodes left: {len(self.ledger.nodes)}; failed: {', '.join(self._lost[-8:])})",
             )
         )
 
