@@ -527,7 +527,7 @@ class BaseExecutor(Executor):
         return demand
 
     def _prepare_ranks(self) -> None:
-        """Find the program that starts the ranks of a call, so that the loop need not wait for that."""
+        """Find the program that starts the ranks of a call, so that the loop need not wait for the answer."""
 
     def _make_directories(self, resources: Resources, subject: str) -> None:
         from executorlib.cache import trust

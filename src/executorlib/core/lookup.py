@@ -77,7 +77,7 @@ class Lookup:
         self.init_function = None
 
     def identify(self, task: Task, directory: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-        """Derive a call's key from its present state, and name its entry by that.
+        """Derive a call's key from its present state, and name its entry after the key.
 
         Args:
             task: The call.

@@ -181,7 +181,7 @@ class JobLauncher(Launcher):
         return bool(self._early or self._submitter.busy or self._cancellations.pending or self._system.busy)
 
     def detach(self, on_taken: Callable[[], None]) -> None:
-        """Submit the calls that wait for that, and let all jobs go on."""
+        """Submit the calls that wait for submission, and let all jobs go on."""
         if self._early:
             self._early.append(lambda: self.detach(on_taken))
             return

@@ -104,7 +104,7 @@ def monitor_of(sock: zmq.Socket[Any], events: int) -> zmq.Socket[Any]:
     where = f"inproc://executorlib.monitor.{sock.underlying}"
     sock.monitor(where, events)
     monitor: zmq.Socket[Any] = sock.context.socket(zmq.PAIR)
-    # With a limit, libzmq's thread would wait for room for an event, and we for that thread when we close the socket.
+    # With a limit, libzmq's thread would wait for room for an event, while we close the socket and wait for the thread.
     monitor.setsockopt(zmq.RCVHWM, 0)
     monitor.setsockopt(zmq.LINGER, 0)
     monitor.connect(where)

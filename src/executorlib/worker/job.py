@@ -119,7 +119,7 @@ def _claimed(directory: str, index: int, part: str, setup: dict[str, Any]) -> di
         if job_id:
             batch_directory.write_text(directory, batch_directory.JobIds.file(part), job_id)
     elif noted[0].strip("[]").isdecimal() and job_id.strip("[]").isdecimal() and noted[0] != job_id:
-        # A controller too busy to answer may have accepted this batch all the same, and the session submitted it again.
+        # A controller too busy to answer may have accepted this batch anyway, and the session submitted it again.
         return NOT_MINE
     path = batch_directory.entries_of(directory)[index]
     entry = entries.read_input(path, root)
