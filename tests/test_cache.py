@@ -684,7 +684,7 @@ def test_files_of_strangers_are_not_unpickled(tmp_path: Path, mode: int, key: st
     call: dict[str, Any] = {"function": abs, "input_args": [1], "input_kwargs": {}, "resource_dict": {}}
     assert entries.write_input(waiting, call)
     give_away(store, Path(waiting))
-    with pytest.raises(PermissionError, match=f"{store}/.* is not .*belongs to nobody, and everybody may write to {store}"):
+    with pytest.raises(PermissionError, match=f"{store}/.* is not .*to nobody, and everybody may write to {store}"):
         entries.read_input(waiting, str(store))
     with pytest.raises(PermissionError, match="is not "):
         terminate.terminate_task_in_cache(store, key)
