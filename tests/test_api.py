@@ -278,7 +278,7 @@ def test_the_ranks_without_a_socket_send_and_receive_nothing() -> None:
     api.interface_shutdown(None, None)
 
 
-# What a spawner gives its program.
+# The surroundings that a spawner gives its program.
 
 
 def test_the_program_gets_threads_and_a_working_directory(boot: Booter, tmp_path: Path) -> None:
@@ -348,7 +348,7 @@ def test_a_spawner_may_say_that_it_did_not_start_the_program() -> None:
     interface.shutdown()
 
 
-def test_what_cannot_be_started_is_an_error_at_once() -> None:
+def test_program_that_cannot_be_started_is_an_error_at_once() -> None:
     with pytest.raises(FileNotFoundError):
         interface_bootup(["/no/such/program"], SubprocessSpawner())
     interface = SocketInterface(SubprocessSpawner())
@@ -379,7 +379,7 @@ DEATHS = {
 
 
 @pytest.mark.parametrize("death", DEATHS)
-def test_a_dead_program_is_an_error_that_tells(boot: Booter, death: str) -> None:
+def test_a_dead_program_is_an_error_that_says_how_it_ended(boot: Booter, death: str) -> None:
     action, told = DEATHS[death]
     interface = boot()
     error = interface.send_and_receive_dict({"do": f"print('last words', file=sys.stderr, flush=True); {action}"})[
@@ -407,7 +407,7 @@ def test_a_dead_program_is_started_again_on_the_same_port(boot: Booter) -> None:
     interface = boot()
     first = interface._spawner._process  # type: ignore[union-attr]
     assert first is not None
-    # What the first one sends, and nobody receives, is not taken for the second one's answer.
+    # The first one's message, which nobody receives, is not mistaken for the second one's answer.
     interface.send_dict({"do": "interface_send(socket, {'result': 'stale'}); sys.exit()"})
     first.wait()
     interface.bootup()
@@ -581,7 +581,7 @@ class Stranger:
         self.socket.send(cloudpickle.dumps(Bomb(bomb)))
 
     def refused(self) -> bool:
-        """Whether the connection was closed by the other end by now."""
+        """Return whether the other end has closed the connection."""
         while self.monitor.poll(0):
             event = recv_monitor_message(self.monitor)["event"]
             assert event != zmq.EVENT_HANDSHAKE_SUCCEEDED
@@ -704,7 +704,7 @@ def test_programs_may_close_their_socket_and_context_themselves(
 
 
 def test_libzmq_does_not_abort_when_interfaces_close_amid_handshakes(scripts: Scripts) -> None:
-    """It has aborted where a context ended while connections were being let in."""
+    """It used to abort if a context ended while connections were being admitted."""
     scripts.run(
         """
         import socket, zmq

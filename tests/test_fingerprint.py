@@ -547,7 +547,7 @@ def test_packages_that_refer_to_each_other_in_circles(modules: Any) -> None:
     module = modules("lab_net", text)
     keys = {call_key(getattr(module, f"g{i}"), (), {}) for i in range(count)}
     assert len(keys) == count
-    # What was described before must not show.
+    # Earlier descriptions must not matter.
     together = key((module.g1, module.C0, module.g2)), key({module.g1, module.C0, module.g2})
     again = modules("lab_net", "\n" + text)
     assert together == (key((again.g1, again.C0, again.g2)), key({again.g2, again.g1, again.C0}))

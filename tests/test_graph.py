@@ -207,7 +207,7 @@ def test_function_without_a_signature() -> None:
     assert ("1 = 2", "max", "") in edges(graph)
 
 
-def test_arguments_that_do_not_fit_are_refused_at_once() -> None:
+def test_wrong_arguments_are_errors_at_once() -> None:
     graph = Graph()
     with pytest.raises(TypeError, match=r"add\(x.*\).* does not take these arguments: .*'z'"):
         record(graph, add, z=1)
@@ -249,7 +249,7 @@ def test_batch_is_a_node() -> None:
     ]
 
 
-def test_futures_of_other_executors_are_inputs() -> None:
+def test_futures_of_other_executors_are_drawn_as_inputs() -> None:
     graph = Graph()
     outside: Future[int] = Future()
     record(graph, add, outside, record(Graph(), constant))
@@ -623,7 +623,7 @@ def positional(x: int, /) -> int:
         (lambda x: x, (1,), "no such function .*<lambda>"),
     ],
 )
-def test_what_the_format_cannot_hold_is_named(
+def test_values_that_the_format_cannot_hold_are_named(
     fn: Callable[..., Any], args: tuple[Any, ...], message: str, tmp_path: Path
 ) -> None:
     graph = Graph()

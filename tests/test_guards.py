@@ -1,4 +1,4 @@
-"""What guards the tests themselves: shown by runs of pytest in which a test goes wrong."""
+"""The guards around the tests work: runs of pytest in which a test goes wrong show it."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_interrupt_keeps_the_summary_and_leaves_nothing(start: Start, tmp_path: 
     [("slurm", "sinfo", "EXECUTORLIB_TEST_SLURM"), ("gridengine", "qstat", "EXECUTORLIB_TEST_GRIDENGINE")],
 )
 @pytest.mark.parametrize("told", [False, True])
-def test_only_a_queue_that_the_tests_were_told_to_use(
+def test_tests_use_a_queue_only_if_told_to(
     start: Start, tmp_path: Path, marker: str, program: str, variable: str, told: bool
 ) -> None:
     pytest.importorskip("defusedxml")
@@ -154,7 +154,7 @@ def test_only_a_queue_that_the_tests_were_told_to_use(
         assert f"make test-{marker}" in out
 
 
-def test_what_tests_log_reaches_the_summary(start: Start) -> None:
+def test_log_records_of_tests_reach_the_summary(start: Start) -> None:
     """In parallel, too: pytest-xdist cannot send half characters."""
     process = start(
         "def test_it():\n    import logging\n    logging.error('all of \\udcff it')\n    assert 0", "-n", "1"
@@ -165,7 +165,7 @@ def test_what_tests_log_reaches_the_summary(start: Start) -> None:
 
 
 def test_process_that_dies_ends_a_run_in_parallel(start: Start) -> None:
-    """pytest-xdist would start another, and again the test that has ended this one."""
+    """pytest-xdist would start another process, and run the deadly test again."""
     source = """
     @pytest.mark.parametrize("number", range(6))
     def test_that_dies(number):

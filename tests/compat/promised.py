@@ -1,6 +1,6 @@
 """The public contract as data: every name, argument and default that programs rely on.
 
-What is delivered has to match exactly; what comes later has to be absent, so that a name that
+Delivered names must match exactly. Names that come later must be absent, so that a name that
 appears is moved from one list to the other and is checked from then on.
 """
 
@@ -236,7 +236,7 @@ RESOURCE_KEYS = {
     "openmpi_oversubscribe",
 }
 
-# What ``import executorlib`` alone must not load.
+# Modules that ``import executorlib`` alone must not load.
 NOT_LOADED_BY_IMPORT = {
     "cloudpickle",
     "flux",

@@ -19,7 +19,7 @@ import executorlib.api
 from compat import promised
 from compat.promised import REQUIRED
 
-# What executors need to run, beyond the core.
+# The packages that executors need beyond the core.
 NEEDS = {
     "FluxClusterExecutor": [pytest.mark.flux],
     "FluxJobExecutor": [pytest.mark.flux],
@@ -158,7 +158,7 @@ def test_docstring_describes_every_argument(name: str) -> None:
 
 @pytest.mark.skipif(sys.flags.optimize > 1, reason="there are no docstrings")
 @pytest.mark.parametrize("name", sorted(promised.CONSTRUCTORS))
-def test_docstring_says_what_none_stands_for(name: str) -> None:
+def test_docstring_explains_none(name: str) -> None:
     """Other defaults speak for themselves in the signature, which `help` shows, too."""
     texts = described(find(name))
     for parameter, _, default in parameters(find(name)):
@@ -189,7 +189,7 @@ def test_reference_shows_what_help_shows() -> None:
         assert package[path].docstring.value == inspect.getdoc(function)
 
 
-def test_what_all_executors_take_is_described_once() -> None:
+def test_shared_arguments_are_described_once() -> None:
     """`Options` has exactly the arguments that all rows have, besides the one that rows of jobs lack."""
     from executorlib.options import Options
 

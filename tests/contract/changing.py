@@ -1,4 +1,4 @@
-"""What changes while it is looked at, for workers, which import it without pytest."""
+"""Objects that change while they are looked at, for workers, which import this without pytest."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Changing:
 
 
 def see(log: str, changing: Changing) -> str:
-    """What the argument is in the process that runs the call."""
+    """Return the argument as the process that runs the call sees it."""
     value = changing.values[0]
     append(log, value)
     return value

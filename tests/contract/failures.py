@@ -1,4 +1,4 @@
-"""How the tests look at calls that have failed. Apart from `functions`, which workers import."""
+"""Helpers that look at failed calls. They are not in `functions`, which workers import."""
 
 from __future__ import annotations
 

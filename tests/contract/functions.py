@@ -64,7 +64,7 @@ def lines(path: str | os.PathLike[str]) -> list[str]:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process exists and is no zombie."""
+    """Return whether a process exists and is not a zombie."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -200,7 +200,7 @@ def test_a_failed_call_leaves_the_worker_alive(make_executor: Callable[..., Any]
 
 @pytest.mark.rows("block-fork")
 def test_init_function_without_a_key(make_executor: Callable[..., Any], tmp_path: Path) -> None:
-    """What depends on it cannot be kept. Each call fails with the reason."""
+    """Results that depend on it cannot be kept. Each call fails with the reason."""
     held = open(__file__)  # noqa: SIM115  # for the closure
 
     def prepare() -> dict[str, Any]:

@@ -66,10 +66,10 @@ def test_equal_calls_at_once_run_once(
 
 
 @pytest.mark.rows(jobs=False)
-def test_equal_calls_of_one_that_comes_to_nothing(
+def test_equal_calls_run_when_the_first_leaves_no_result(
     make_executor: Callable[..., Any], store: str, tmp_path: Path, gate: Callable[..., Gate]
 ) -> None:
-    """They wait for its result, and where it has none they run themselves."""
+    """They wait for its result, and run if there is none."""
     held, log = gate(), str(tmp_path / "log")
 
     def run(value: int) -> None:
@@ -92,7 +92,7 @@ def test_equal_calls_of_one_that_comes_to_nothing(
 def test_inputs_that_are_futures_count_by_their_results(
     make_executor: Callable[..., Any], row: Any, store: str, tmp_path: Path
 ) -> None:
-    """A call that becomes a job has its key before its inputs have results: they count by the calls they come from."""
+    """A job has its key before its inputs have results, so they count by the keys of their calls."""
     log = str(tmp_path / "log")
     with make_executor(cache_directory=store) as executor:
         five = executor.submit(add, 2, 3)
@@ -103,7 +103,7 @@ def test_inputs_that_are_futures_count_by_their_results(
     assert lines(log) == (["5"] * 2 if row.jobs else ["5"])
 
 
-def test_another_function_is_another_entry(make_executor: Callable[..., Any], store: str) -> None:
+def test_another_function_has_another_entry(make_executor: Callable[..., Any], store: str) -> None:
     def make(constant: int) -> Callable[[int], int]:
         def f(x: int) -> int:
             return x + constant
@@ -133,7 +133,7 @@ def test_rows(make_executor: Callable[..., Any], store: str) -> None:
 
 
 @pytest.mark.rows(block=False)
-def test_key_of_the_users_own(make_executor: Callable[..., Any], store: str) -> None:
+def test_key_that_the_user_chose(make_executor: Callable[..., Any], store: str) -> None:
     from executorlib import get_future_from_cache
 
     with make_executor(cache_directory=store) as executor:
@@ -275,7 +275,7 @@ def _python_path() -> str:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
 def test_results_of_strangers_are_not_read(make_executor: Callable[..., Any], tmp_path: Path) -> None:
-    """Where everybody may write, what another user left there is an error; the function is not run in its place."""
+    """If everybody may write there, a file of another user is an error. The call does not run instead."""
     store, log = tmp_path / "store", str(tmp_path / "log")
     store.mkdir()
     store.chmod(0o1777)
@@ -293,7 +293,7 @@ def test_results_of_strangers_are_not_read(make_executor: Callable[..., Any], tm
 
 @pytest.mark.rows("fork", "jobs")
 def test_classes_of_a_program_in_its_next_run(scripts: Any, row: Any, tmp_path: Path) -> None:
-    """They are the same ones for the program: as results, as exceptions, and as inputs of other calls."""
+    """To the program they are its own classes: as results, as exceptions, and as inputs of other calls."""
     source = """
         from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""What goes wrong in a call arrives with its traceback, in the log file, and costs no other."""
+"""The errors of a call arrive with their traceback, go to the log file, and harm no other call."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_remote_traceback(executor: Any) -> None:
 
 
 def test_remote_traceback_shows_the_users_lines(executor: Any) -> None:
-    """The lines of the call itself, not of what called it."""
+    """The lines of the call itself, not of its callers."""
 
     def outer() -> None:
         inner()
@@ -57,7 +57,7 @@ def test_remote_traceback_shows_the_users_lines(executor: Any) -> None:
 
 @pytest.mark.rows("fork", "block-fork")
 def test_exception_with_a_text_that_is_too_long_for_a_traceback(executor: Any) -> None:
-    """The exception arrives whole; its text in the traceback has a note of what was left out."""
+    """The exception arrives whole. Its text in the traceback says how much was left out."""
 
     def complain() -> None:
         raise ValueError("x" * 18_000_000 + "the end")
@@ -104,7 +104,7 @@ def test_traceback_of_the_program_shows_it(row: Any, scripts: Any) -> None:
     assert err.rstrip().endswith("IndexError: list index out of range")
 
 
-def test_errors_of_the_users_own_making(executor: Any) -> None:
+def test_exceptions_of_the_users_own_classes(executor: Any) -> None:
     class LocalError(Exception):
         def __init__(self, code: int, text: str) -> None:
             super().__init__(code, text)
@@ -123,7 +123,7 @@ class UsersOwn(BaseException):
 
 
 def test_base_exceptions(executor: Any) -> None:
-    """What would end the program that waits is told instead; no process ends for it."""
+    """An exception that would end the waiting program becomes an error, and no process ends."""
 
     def raise_it(error: BaseException) -> None:
         raise error
@@ -344,8 +344,8 @@ def test_a_time_limit_says_where_it_was(make_executor: Callable[..., Any], tmp_p
     assert re.search(r"test_errors.py\", line \d+ in wait_for_ever", str(error))
 
 
-def test_what_error_texts_keep_of_a_stack() -> None:
-    """The innermost calls, what was said just before, and nothing of ours."""
+def test_error_texts_keep_the_innermost_calls_of_a_stack() -> None:
+    """The innermost calls and the lines printed before them, without frames of executorlib."""
     told = [f"said {index}" for index in range(30)]
     told += ["Fatal Python error: Segmentation fault", "", "Stack (most recent call first):"]
     told += [f'  File "/home/me/model.py", line {line} in f' for line in range(40)]
@@ -369,8 +369,8 @@ def test_what_error_texts_keep_of_a_stack() -> None:
 
 
 @pytest.mark.rows(jobs=True)
-def test_errors_do_not_hold_one_another(make_executor: Callable[..., Any]) -> None:
-    """The queue's own error about a job says nothing twice."""
+def test_error_texts_do_not_repeat_each_other(make_executor: Callable[..., Any]) -> None:
+    """The queue's own error about a job repeats nothing."""
     with make_executor() as executor:
         text = str(executor.submit(crash).exception(WAIT))
     for once in ("has no result", "Only this call fails", "SIGSEGV"):
@@ -386,7 +386,7 @@ def notes(error: BaseException) -> str:
 
 
 def test_the_chain_of_calls_is_named(executor: Any, gate: Callable[..., Gate]) -> None:
-    """The exception of all calls is that of the first, and tells which inputs led from there."""
+    """All calls fail with the first one's exception, which names the chain of inputs."""
     held = gate()
     failing = executor.submit(fail, executor.submit(held, "first"))
     middle = executor.submit(identity, {"in a dict": failing})
@@ -450,8 +450,8 @@ UNASKED = """
 """
 
 
-def test_failures_that_nobody_asked_for_are_told_once(row: Any, scripts: Any) -> None:
-    """Those of futures that are gone when the executor ends, the others at exit, if nobody has asked by then."""
+def test_unasked_failures_are_reported_once(row: Any, scripts: Any) -> None:
+    """At the executor's end if their futures are gone by then, otherwise at exit, unless somebody has asked."""
     told = scripts.run(UNASKED, row.arguments())
     before, _, after = told.partition("after the executor")
     assert re.search(r"executorlib WARNING: .* failed, and nobody has asked for the result", before)
@@ -490,8 +490,8 @@ UNASKED_BUT_USED = """
 
 
 @pytest.mark.rows("fork", "block-fork")
-def test_failures_which_only_other_futures_have_asked_for(row: Any, scripts: Any) -> None:
-    """Items and groups stand for the failed call: it is told unless somebody asks one of them, or the call itself."""
+def test_failures_of_inputs_of_derived_futures_are_reported(row: Any, scripts: Any) -> None:
+    """Items and groups share the failure: it is reported unless somebody asks one of them, or the call itself."""
     told = scripts.run(UNASKED_BUT_USED, row.arguments())
     assert told.count("ValueError: lost item") == 1
     assert told.count("ValueError: lost group") == 1
@@ -499,10 +499,10 @@ def test_failures_which_only_other_futures_have_asked_for(row: Any, scripts: Any
 
 
 @pytest.mark.rows("fork", "block-fork")
-def test_failure_of_the_input_of_a_cancelled_call(
+def test_failed_input_of_a_cancelled_call_is_reported(
     make_executor: Callable[..., Any], gate: Callable[..., Gate], caplog: Any
 ) -> None:
-    """It has nobody else to tell of it."""
+    """No other future would report it."""
     held = gate()
 
     def bad() -> None:
@@ -518,7 +518,7 @@ def test_failure_of_the_input_of_a_cancelled_call(
 
 
 @pytest.mark.rows("fork")
-def test_many_failures_that_nobody_asked_for(make_executor: Callable[..., Any], caplog: Any) -> None:
+def test_many_unasked_failures(make_executor: Callable[..., Any], caplog: Any) -> None:
     with make_executor(block_allocation=True) as executor:
         wait([executor.submit(fail, index) for index in range(300)])
     (record,) = [record for record in caplog.records if record.name == "executorlib"]

@@ -1,4 +1,4 @@
-"""Code of the user's that forks, and of which both processes come back: only the one that was given the call counts."""
+"""A user's code may fork and return in both processes: only the process that was given the call counts."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Result:
 
 
 @pytest.mark.parametrize("way", ["returns", "raises", "exits", "is unpickled", "is pickled"])
-def test_what_comes_back_twice_answers_once(
+def test_call_that_forks_and_returns_twice_answers_once(
     make_executor: Callable[..., Any], row: Any, gate: Callable[..., Gate], tmp_path: Path, way: str
 ) -> None:
     """The copy neither answers nor leaves anything in the cache or the error log, and runs no exit handler."""
@@ -86,7 +86,7 @@ def test_what_comes_back_twice_answers_once(
 
 
 @pytest.mark.rows(block=True)
-def test_init_function_that_comes_back_twice(
+def test_init_function_that_forks_and_returns_twice(
     make_executor: Callable[..., Any], gate: Callable[..., Gate], tmp_path: Path
 ) -> None:
     """The copy does not become a worker."""

@@ -1,4 +1,4 @@
-"""What the executor returns is a future as the standard library documents it."""
+"""The executor's futures behave as the standard library documents."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_callbacks_of_failed_calls(executor: Any) -> None:
 
 @pytest.mark.parametrize("error", [ValueError, CustomError])
 def test_callback_that_raises(executor: Any, caplog: pytest.LogCaptureFixture, error: type[Exception]) -> None:
-    """It is logged by the standard library; later callbacks and calls go on."""
+    """The standard library logs it; later callbacks and calls go on."""
     seen = threading.Event()
 
     def bad(_future: Future[Any]) -> None:
@@ -106,7 +106,7 @@ def test_cancel_in_a_callback(make_executor: Callable[..., Any], row: Any, gate:
 
 
 def test_shutdown_in_a_callback(make_executor: Callable[..., Any]) -> None:
-    """Whether it waits or complains, nothing hangs and what was submitted is finished."""
+    """It may wait or complain, but nothing hangs and submitted calls finish."""
     executor = make_executor()
     source: Future[int] = Future()
     future = executor.submit(add, source, 1)
@@ -192,10 +192,10 @@ def test_cancel_before_start(make_executor: Callable[..., Any], gate: Callable[.
     assert lines(log) == ["0", "2", "3"]
 
 
-def test_cancel_what_was_not_handed_out(
+def test_cancel_calls_that_were_not_handed_out(
     make_executor: Callable[..., Any], row: Any, gate: Callable[..., Gate], tmp_path: Path
 ) -> None:
-    """Workers may hold a few calls more than they run; what is queued behind can be cancelled."""
+    """Workers may hold a few more calls than they run; calls queued behind those can be cancelled."""
     held, log = gate(), tmp_path / "log"
     with make_executor() as executor:
         first = [executor.submit(held, i) for i in range(2)]

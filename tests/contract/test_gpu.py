@@ -1,4 +1,4 @@
-"""Calls on real GPUs of NVIDIA's, asked by their driver: what a call holds is what it sees and can compute on."""
+"""Calls on real NVIDIA GPUs, checked through their driver: a call sees and can use exactly the GPUs that it holds."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_calls_that_need_all_gpus_take_turns(make_executor: Callable[..., Any], 
 
 @pytest.mark.rows(block=False)
 def test_device_memory_is_free_for_the_next_call(make_executor: Callable[..., Any]) -> None:
-    """What a call took is back before the next one starts, although nothing freed it."""
+    """A call's memory is free before the next call starts, although the function did not free it."""
     with make_executor(max_workers=4) as executor:
         every = {"gpus_per_core": len(machine.visible_gpus())}
         futures = [executor.submit(occupy, 1 << 40, resource_dict=every) for _ in range(4)]

@@ -86,7 +86,7 @@ def test_containers_of_the_user_are_not_changed(executor: Any) -> None:
 
 
 def test_containers_without_futures_stay_as_they_are(executor: Any) -> None:
-    """What two arguments share, they share in the call."""
+    """Two arguments that share an object share it in the call, too."""
     shared = [1]
 
     def same(a: Any, b: Any) -> bool:
@@ -95,8 +95,8 @@ def test_containers_without_futures_stay_as_they_are(executor: Any) -> None:
     assert executor.submit(same, [shared], (shared,)).result(WAIT)
 
 
-def test_dataclass_with_fields_of_its_own_making(executor: Any) -> None:
-    """Fields that the constructor does not take, and attributes set later, survive."""
+def test_dataclass_with_fields_outside_its_constructor(executor: Any) -> None:
+    """Fields that the constructor does not take survive, and so do attributes set later."""
     import dataclasses
 
     @dataclasses.dataclass
@@ -113,8 +113,8 @@ def test_dataclass_with_fields_of_its_own_making(executor: Any) -> None:
     assert (result.values, result.size) == (5, 43)
 
 
-def test_future_that_is_never_looked_at(executor: Any) -> None:
-    """Other containers are the user's own: what cannot be pickled in them fails the call."""
+def test_future_in_a_container_that_is_not_searched(executor: Any) -> None:
+    """Other containers are the user's own. A future in one cannot be pickled, which fails the call."""
     pending: Future[int] = Future()
     error = executor.submit(identity, deque([pending])).exception(WAIT)
     assert error is not None
@@ -305,7 +305,7 @@ def test_inputs_are_waited_for_at_exit_of_the_block(
 
 
 def test_foreign_input_that_is_done_after_shutdown(make_executor: Callable[..., Any], row: Any) -> None:
-    """What was submitted is finished, also when its input comes later, or its future says that it is not."""
+    """Submitted calls finish even if an input comes later, or their futures say that they will not."""
     late: Future[int] = Future()
     with make_executor() as executor:
         call = executor.submit(add, late, 1)
@@ -360,7 +360,7 @@ def test_callback_that_exits_keeps_no_call_waiting(
 def test_callback_that_exits_when_its_call_is_cancelled(
     make_executor: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The call is given up all the same, whoever cancels it, and `shutdown` returns."""
+    """The call is given up anyway, whoever cancels it, and `shutdown` returns."""
     executor = make_executor()
     never: Future[Any] = Future()
     first, second = (leave_on(executor.submit(identity, never)) for _ in range(2))

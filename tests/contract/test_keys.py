@@ -1,4 +1,4 @@
-"""Results are found again, but for what was changed since: code in other modules, and versions where this is wanted."""
+"""Results are found again unless code in other modules has changed or, on request, versions have."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def simulate(x):
 """
 
 
-def test_what_has_changed_in_a_module_is_run_again(scripts: Any, row: Any, tmp_path: Path) -> None:
+def test_calls_run_again_after_a_change_in_a_module(scripts: Any, row: Any, tmp_path: Path) -> None:
     options = {**row.options, "cache_directory": str(tmp_path / "store"), "resource_dict": {"cwd": str(tmp_path)}}
     (tmp_path / "lab").mkdir()
     for session, factor in enumerate((10, 100), start=1):

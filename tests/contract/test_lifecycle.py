@@ -60,7 +60,7 @@ def test_shutdown_twice(make_executor: Callable[..., Any]) -> None:
 
 
 @pytest.mark.parametrize("wait", [True, False])
-def test_nothing_is_taken_after_shutdown(make_executor: Callable[..., Any], row: Any, wait: bool) -> None:
+def test_no_call_is_accepted_after_shutdown(make_executor: Callable[..., Any], row: Any, wait: bool) -> None:
     executor = make_executor()
     done = executor.submit(add, 1, 2)
     if row.jobs and not wait:
@@ -75,7 +75,7 @@ def test_nothing_is_taken_after_shutdown(make_executor: Callable[..., Any], row:
 
 @pytest.mark.rows(jobs=False)
 def test_shutdown_without_waiting(make_executor: Callable[..., Any], gate: Callable[..., Gate]) -> None:
-    """It returns at once; what was submitted is finished all the same."""
+    """It returns at once, and submitted calls still finish."""
     held = gate()
     executor = make_executor()
     futures = [executor.submit(held, 1), executor.submit(add, 1, 2)]
@@ -143,7 +143,7 @@ def test_no_process_outlives_its_executor(make_executor: Callable[..., Any], gat
 def test_processes_that_calls_left_behind_do_not_hold_up_shutdown(
     make_executor: Callable[..., Any], tmp_path: Path
 ) -> None:
-    """A daemon that a call starts keeps the call's channel open; nobody may wait for it."""
+    """A daemon that a call starts keeps the call's channel open, and must not be waited for."""
 
     def start_a_daemon() -> int:
         import subprocess
@@ -174,7 +174,7 @@ def test_one_after_the_other(make_executor: Callable[..., Any]) -> None:
             assert executor.submit(add, i, 1).result(WAIT) == i + 1
 
 
-def test_nothing_starts_before_the_first_call_takes_long(make_executor: Callable[..., Any]) -> None:
+def test_constructor_does_not_wait_for_workers(make_executor: Callable[..., Any]) -> None:
     """Construction does not wait for workers."""
     started = time.monotonic()
     executor = make_executor()
@@ -219,7 +219,7 @@ def test_end_at_once_without_calls(make_executor: Callable[..., Any], method: st
 @pytest.mark.rows(block=True)
 @pytest.mark.parametrize("method", ["terminate_workers", "kill_workers"])
 def test_end_at_once_before_workers_have_started(make_executor: Callable[..., Any], method: str) -> None:
-    """Nobody waits until they are through with their init function, which may take for ever."""
+    """Their init function may never return, so nothing waits for it."""
 
     def last() -> dict[str, Any]:
         import time
@@ -234,7 +234,7 @@ def test_end_at_once_before_workers_have_started(make_executor: Callable[..., An
     assert future.cancelled() or isinstance(future.exception(0), BrokenExecutor)
 
 
-def test_kill_ends_what_ignores_signals(make_executor: Callable[..., Any], tmp_path: Path) -> None:
+def test_kill_ends_calls_that_ignore_signals(make_executor: Callable[..., Any], tmp_path: Path) -> None:
     log = tmp_path / "log"
 
     def stubborn() -> None:
@@ -259,7 +259,7 @@ def test_kill_ends_what_ignores_signals(make_executor: Callable[..., Any], tmp_p
 
 
 def test_garbage_collected_executor(make_executor: Callable[..., Any], gate: Callable[..., Gate]) -> None:
-    """Futures at hand are finished although nobody has the executor any more."""
+    """Pending futures finish although nobody has the executor any longer."""
     held = gate()
     executor = make_executor()
     gone = weakref.ref(executor)
@@ -329,7 +329,7 @@ def test_nothing_keeps_the_future(executor: Any) -> None:
     until_collected(reference, "the future")
 
 
-def test_nothing_keeps_what_a_failed_call_had(executor: Any) -> None:
+def test_nothing_keeps_the_inputs_of_a_failed_call(executor: Any) -> None:
     argument = Thing(1)
     reference = weakref.ref(argument)
     future = executor.submit(fail, argument)
@@ -339,7 +339,7 @@ def test_nothing_keeps_what_a_failed_call_had(executor: Any) -> None:
     until_collected(reference, "the argument")
 
 
-def test_nothing_keeps_what_a_cancelled_call_had(executor: Any) -> None:
+def test_nothing_keeps_the_inputs_of_a_cancelled_call(executor: Any) -> None:
     argument = Thing(1)
     reference = weakref.ref(argument)
     never: Future[int] = Future()
@@ -375,7 +375,7 @@ FINISHED = """
 
 @pytest.mark.essential
 def test_interpreter_exit_without_shutdown(row: Any, scripts: Any) -> None:
-    """Work that was submitted is finished, then the program ends by itself."""
+    """Submitted calls finish, then the program ends by itself."""
     scripts.run(FINISHED, row.arguments())
     assert sorted(lines(scripts.folder / "log")) == ["0", "1", "2", "3", "4", "4"]
 

@@ -194,7 +194,7 @@ def test_chunksize_below_one(executor: Any, chunksize: int) -> None:
 
 @pytest.mark.parametrize("chunksize", [1, 2])
 def test_buffersize_limits_what_is_submitted(executor: Any, chunksize: int) -> None:
-    """At most so many calls are under way whose results were not taken."""
+    """At most this many calls are under way whose results have not been taken."""
     taken: list[int] = []
 
     def numbers() -> Iterator[int]:

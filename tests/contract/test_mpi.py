@@ -45,7 +45,7 @@ def test_results_of_all_ranks_in_order(make_executor: Callable[..., Any]) -> Non
 
 
 @pytest.mark.rows("fork", "jobs")
-def test_one_core_is_no_list(make_executor: Callable[..., Any]) -> None:
+def test_one_core_gives_a_plain_result(make_executor: Callable[..., Any]) -> None:
     with make_executor(max_cores=2) as executor:
         wide = executor.submit(rank, resource_dict=TWO)
         plain = executor.submit(add, 1, 2)
@@ -122,7 +122,7 @@ def test_resources_of_ranks(make_executor: Callable[..., Any], tmp_path: Path) -
     with make_executor(max_cores=4, gpus=2) as executor:
         first, second = executor.submit(seen, resource_dict=own).result(WAIT)
     assert first[:2] == second[:2] == [own["cwd"], "2"]
-    # Whether each rank sees its own device or all of the call's, they are the call's.
+    # Each rank sees its own device or all of the call's; in either case they are the call's.
     assert set(",".join([first[2], second[2]]).split(",")) == {"0", "1"}
 
 
@@ -161,7 +161,7 @@ def test_large_values_of_ranks(make_executor: Callable[..., Any]) -> None:
 
 
 @pytest.mark.rows("fork")
-def test_what_ranks_print_is_the_programs(scripts: Any) -> None:
+def test_output_of_ranks_reaches_the_program(scripts: Any) -> None:
     out = scripts.run(
         """
         with Executor(max_cores=2) as executor:
@@ -174,7 +174,7 @@ def test_what_ranks_print_is_the_programs(scripts: Any) -> None:
 @pytest.mark.linux
 @pytest.mark.rows("fork", "block-fork")
 def test_worlds_leave_no_files(row: Any, scripts: Any, tmp_path: Path) -> None:
-    """Also where mpiexec was killed, and could not tidy up; the user's directory for temporary files stays theirs."""
+    """Even if mpiexec was killed and could not tidy up. The user's directory for temporary files is left alone."""
     folder = tmp_path / "temporary"
     folder.mkdir()
     process = scripts.start(
@@ -211,7 +211,7 @@ def test_worlds_leave_no_files(row: Any, scripts: Any, tmp_path: Path) -> None:
 
 
 def ranks_noted(folder: Path) -> list[Path]:
-    """What the two ranks have written down, once both have."""
+    """Return the notes of the two ranks, once both have written theirs."""
     until(lambda: len([path for path in folder.iterdir() if path.name.count(".") == 2]) == 2, WAIT)
     return sorted(path for path in folder.iterdir() if path.name.count(".") == 2)
 
@@ -251,7 +251,7 @@ def test_worlds_leave_no_shared_memory(make_executor: Callable[..., Any], tmp_pa
 def test_result_that_cannot_be_rebuilt_does_not_end_the_world(
     make_executor: Callable[..., Any], tmp_path: Path
 ) -> None:
-    """It is kept as it was returned, and only who asks for it rebuilds it."""
+    """It is kept as it was returned, and rebuilt only when somebody asks for it."""
 
     class Unbuildable:
         def __reduce__(self) -> Any:
@@ -281,7 +281,7 @@ def test_exception_that_is_returned_does_not_end_the_world(
 
 @pytest.mark.rows("fork")
 def test_world_whose_ranks_raise_ends_in_order(scripts: Any) -> None:
-    """No rank is killed, so nothing is said of that."""
+    """No rank is killed, so no error text mentions that."""
     out = scripts.run(
         """
         def fail(value):
@@ -296,7 +296,7 @@ def test_world_whose_ranks_raise_ends_in_order(scripts: Any) -> None:
 
 @pytest.mark.linux
 @pytest.mark.rows("fork")
-def test_ranks_end_when_all_that_would_end_them_is_killed(make_executor: Callable[..., Any], tmp_path: Path) -> None:
+def test_ranks_end_when_agent_and_mpiexec_are_killed(make_executor: Callable[..., Any], tmp_path: Path) -> None:
     before = children()
     with make_executor(max_cores=2, resource_dict=TWO) as executor:
         future = executor.submit(rest, str(tmp_path))

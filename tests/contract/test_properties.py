@@ -1,4 +1,4 @@
-"""What an executor tells about itself, and its size."""
+"""An executor's properties, and its size."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_length_is_the_calls_not_yet_started(make_executor: Callable[..., Any], 
 
 @pytest.mark.rows(block=True)
 def test_length_of_a_block(make_executor: Callable[..., Any], gate: Callable[..., Gate]) -> None:
-    """What a worker holds but has not begun counts as the executor can know it."""
+    """Calls that a worker holds but has not begun count as far as the executor knows of them."""
     held = gate()
     with make_executor() as executor:
         futures = [executor.submit(held, i) for i in range(2)]
@@ -107,7 +107,7 @@ def test_max_workers_is_fixed_without_a_block(executor: Any) -> None:
     assert executor.submit(add, 1, 2).result(WAIT) == 3
 
 
-def test_nothing_is_told_after_shutdown(make_executor: Callable[..., Any]) -> None:
+def test_properties_are_none_after_shutdown(make_executor: Callable[..., Any]) -> None:
     with make_executor() as executor:
         assert executor.info["max_workers"] == executor.max_workers
         assert isinstance(executor.max_workers, int)

@@ -82,7 +82,7 @@ def test_each_record_says_which_call_it_is_of(make_executor: Callable[..., Any],
 
 @pytest.mark.parametrize("propagate", [True, False])
 def test_levels_of_loggers_and_handlers(make_executor: Callable[..., Any], kept: Kept, propagate: bool) -> None:
-    """Those of the session, also where a logger keeps its records to its own handlers."""
+    """They are those of the session, even if a logger passes its records only to its own handlers."""
     logging.getLogger(NAME).propagate = propagate
     with make_executor(log_records=True, max_workers=1) as executor:
         executor.submit(tell_levels).result(WAIT)
@@ -95,7 +95,7 @@ def test_levels_of_loggers_and_handlers(make_executor: Callable[..., Any], kept:
         assert kept.texts == ["debug", "warning", "warning"]
 
 
-def test_what_cannot_travel_becomes_text(make_executor: Callable[..., Any], kept: Kept) -> None:
+def test_attributes_that_cannot_be_sent_become_text(make_executor: Callable[..., Any], kept: Kept) -> None:
     with make_executor(log_records=True) as executor:
         executor.submit(tell_what_cannot_travel).result(WAIT)
     failed, stack, long, odd = kept.records
@@ -128,7 +128,7 @@ def test_a_flood_comes_whole_and_in_order(make_executor: Callable[..., Any], kep
 
 
 @pytest.mark.rows(*LOCAL)
-def test_what_was_logged_before_a_death_arrives(make_executor: Callable[..., Any], kept: Kept) -> None:
+def test_records_logged_before_a_death_arrive(make_executor: Callable[..., Any], kept: Kept) -> None:
     seen: list[int] = []
     with make_executor(log_records=True, max_workers=1) as executor:
         future = executor.submit(tell_and_die)
@@ -150,7 +150,7 @@ def test_the_init_function_logs(make_executor: Callable[..., Any], kept: Kept) -
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_what_a_call_forks_leaves_the_connection_alone(make_executor: Callable[..., Any], kept: Kept) -> None:
+def test_processes_that_a_call_forks_leave_the_connection_alone(make_executor: Callable[..., Any], kept: Kept) -> None:
     with make_executor(log_records=True) as executor:
         assert executor.submit(fork_and_tell).result(WAIT) == 0
     assert kept.texts == ["in the call"]
@@ -164,7 +164,7 @@ class Failing(logging.Handler):
 def test_a_handler_that_raises(
     make_executor: Callable[..., Any], kept: Kept, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It is told of as `logging` does, and neither other calls nor the executor are harmed."""
+    """The error is reported as `logging` does, and does not affect other calls or the executor."""
     failing = Failing()
     logging.getLogger(NAME).addHandler(failing)
     try:
@@ -207,7 +207,7 @@ if __name__ == "__main__":
 
 @pytest.mark.rows(*LOCAL)
 def test_each_handler_writes_a_record_once(row: Any, scripts: Any) -> None:
-    """What stands for the session's handlers in calls is for what they fork."""
+    """The handlers in a worker that imitate the session's are only for processes that calls fork."""
     lines = scripts.run(SCRIPT, {**row.arguments(), "log_records": True}).splitlines()
     assert sorted(lines) == ["INFO in the call", "INFO in the fork"]
     assert (scripts.folder / "log").read_text() == "call 1 of talk: in the call\n"

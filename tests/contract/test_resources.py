@@ -1,4 +1,4 @@
-"""What a call asks for is what it gets: threads, directories, cores, devices, time."""
+"""Calls get the resources that they ask for: threads, directories, cores, devices, time."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_the_dictionary_given_may_change_afterwards(make_executor: Callable[...,
 @pytest.mark.linux
 @pytest.mark.rows(single_node=True)
 def test_pinning(make_executor: Callable[..., Any], gate: Callable[..., Gate]) -> None:
-    """Calls that run at once are on cores of their own; the user's own set is the limit."""
+    """Calls that run at once have cores of their own, within the set that the user allows."""
     ours = os.sched_getaffinity(0)
     if len(ours) < 2:
         pytest.skip("needs two cores")
@@ -232,7 +232,7 @@ def test_run_time_max(make_executor: Callable[..., Any], gate: Callable[..., Gat
         assert executor.submit(add, 1, 2).result(WAIT) == 3
 
 
-def test_run_time_max_ends_what_ignores_signals(make_executor: Callable[..., Any]) -> None:
+def test_run_time_max_ends_calls_that_ignore_signals(make_executor: Callable[..., Any]) -> None:
     def stubborn() -> None:
         import signal
 
@@ -244,7 +244,7 @@ def test_run_time_max_ends_what_ignores_signals(make_executor: Callable[..., Any
         assert isinstance(executor.submit(stubborn).exception(WAIT), TimeoutError)
 
 
-def test_run_time_max_ends_what_the_call_started(make_executor: Callable[..., Any], tmp_path: Path) -> None:
+def test_run_time_max_ends_programs_that_the_call_started(make_executor: Callable[..., Any], tmp_path: Path) -> None:
     """A program that the call runs does not outlive it."""
 
     def run_a_program() -> None:
@@ -322,7 +322,7 @@ def test_preload_is_accepted_by_all(make_executor: Callable[..., Any]) -> None:
 
 
 @pytest.mark.rows(single_node=True)
-def test_preload_of_what_is_not_there(make_executor: Callable[..., Any]) -> None:
+def test_preload_of_a_missing_module(make_executor: Callable[..., Any]) -> None:
     """It is an error that names the module, at construction or on the call. No hang."""
 
     def use() -> None:

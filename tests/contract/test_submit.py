@@ -226,7 +226,7 @@ def test_submit_from_threads(executor: Any) -> None:
 
 
 def test_a_long_call_holds_up_no_other(executor: Any, row: Any, gate: Callable[..., Gate]) -> None:
-    """What was handed to a busy worker goes to a free one: no call waits behind a long one."""
+    """Calls that a busy worker holds go to a free one, so that no call waits behind a long one."""
     held = gate()
     long = executor.submit(held, "long")
     quick = [executor.submit(add, i, 1) for i in range(row.many)]
@@ -238,7 +238,7 @@ def test_a_long_call_holds_up_no_other(executor: Any, row: Any, gate: Callable[.
 
 @pytest.mark.rows(block=True)
 def test_a_burst_after_quick_calls_does_not_wait_behind_a_long_one(executor: Any, gate: Callable[..., Gate]) -> None:
-    """Also when the calls before were so quick that workers were handed many at once."""
+    """Even if earlier calls were so quick that workers were handed many at once."""
     list(executor.map(abs, range(20)))
     held = gate()
     futures = [executor.submit(add, i, 1) for i in range(5)]
@@ -412,7 +412,7 @@ def test_module_path_of_the_moment(executor: Any, monkeypatch: pytest.MonkeyPatc
 def test_surroundings_at_construction(
     make_executor: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
-    """Also a block's workers start from what the user's program had set by then."""
+    """A block's workers, too, start with the environment that the user's program had set by then."""
     (tmp_path / "found_early.py").write_text("def where():\n    return __file__\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("SURROUNDINGS", "early")
@@ -473,8 +473,8 @@ def test_program_from_standard_input(row: Any) -> None:
 
 
 @pytest.mark.rows(prints_here=True)
-def test_standard_output_of_calls_is_the_programs(row: Any, scripts: Any) -> None:
-    """What a call prints shows up, also from Python's buffer and without a line end."""
+def test_standard_output_of_calls_reaches_the_program(row: Any, scripts: Any) -> None:
+    """Everything that a call prints arrives, even from Python's buffer and without a line end."""
     out = scripts.run(
         """
         with Executor(**OPTIONS) as executor:
@@ -487,8 +487,8 @@ def test_standard_output_of_calls_is_the_programs(row: Any, scripts: Any) -> Non
     assert sorted(out) == sorted("one\ntwothree")
 
 
-def test_what_c_code_prints_is_there_with_the_result(row: Any, scripts: Any) -> None:
-    """To standard output and to files of its own, which C's stdio keeps until it is told to write, or exits."""
+def test_output_of_c_code_arrives_with_the_result(row: Any, scripts: Any) -> None:
+    """On standard output and in files of its own, which C's stdio buffers until a flush or exit."""
     out = scripts.run(
         """
         def say(text, path):
@@ -511,7 +511,7 @@ def test_what_c_code_prints_is_there_with_the_result(row: Any, scripts: Any) -> 
 
 
 @pytest.mark.rows(prints_here=True)
-def test_standard_error_of_calls_is_the_programs(row: Any, scripts: Any) -> None:
+def test_standard_error_of_calls_reaches_the_program(row: Any, scripts: Any) -> None:
     process = scripts.start(
         """
         with Executor(**OPTIONS) as executor:
@@ -543,7 +543,7 @@ def test_failed_call(executor: Any) -> None:
 
 
 def test_file_event_helper(tmp_path: Any) -> None:
-    """The tests' own means to wait are sound."""
+    """It tests a helper of the tests."""
     held = Gate(str(tmp_path), "own")
     put(f"{held.folder}/own-open")
     assert held("through") == "through"

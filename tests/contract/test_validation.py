@@ -94,8 +94,8 @@ def test_unknown_key_at_submit(executor: Any, key: str, nearest: str) -> None:
 
 @pytest.mark.rows(block=False, single_node=True)
 @pytest.mark.parametrize("key", ["partition", "zzz", 3])
-def test_unknown_key_that_is_near_nothing(executor: Any, key: Any) -> None:
-    """The scheduler's keys are no keys here; the message lists those that are."""
+def test_unknown_key_without_a_similar_one(executor: Any, key: Any) -> None:
+    """A scheduler's keys are unknown here, and the message lists the known ones."""
     with pytest.raises(BAD) as caught:
         executor.submit(add, 1, 2, resource_dict={key: 1})
     assert repr(key) in str(caught.value)
@@ -107,7 +107,7 @@ def test_unknown_key_that_is_near_nothing(executor: Any, key: Any) -> None:
     ("key", "nearest"), [("thread_per_core", "threads_per_core"), ("Cores", "cores"), ("partitions", "partition")]
 )
 def test_misspelt_key_where_calls_are_jobs(executor: Any, row: Any, key: str, nearest: str) -> None:
-    """It is an error where it is given, unless a template has it; keys of templates and of pysqa are none."""
+    """It is an error at once unless a template uses it. Keys of templates and of pysqa are accepted."""
     for use in (lambda: executor.submit(add, 1, 2, resource_dict={key: 1}), lambda: row.make(resource_dict={key: 1})):
         with pytest.raises(BAD, match=f"unknown key {key!r} in resource_dict; did you mean {nearest!r}"):
             use()
@@ -132,8 +132,8 @@ def test_unknown_key_at_construction(row: Any, key: str, nearest: str) -> None:
 
 
 @pytest.mark.rows("jobs")
-def test_keys_for_a_template_that_there_is_not(executor: Any, caplog: pytest.LogCaptureFixture) -> None:
-    """A program for a cluster runs here, too, and is told of what is not heeded."""
+def test_template_keys_without_a_template(executor: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """A program for a cluster runs here, too, and a warning names the keys that are ignored."""
     assert executor.submit(add, 1, 2, resource_dict={"partition": "long"}).result(WAIT) == 3
     [record] = [record for record in caplog.records if "template" in record.getMessage()]
     assert "'partition'" in record.getMessage()
@@ -167,7 +167,7 @@ def test_name_of_an_entry_without_a_cache_directory(
 @pytest.mark.cache
 @pytest.mark.rows("fork", "block-fork", "jobs")
 def test_advice_for_calls_without_a_key(make_executor: Callable[..., Any], row: Any, tmp_path: Path) -> None:
-    """To name the entry, where that can be done and is of use."""
+    """The advice is to name the entry, if that can be done and helps."""
     # cloudpickle sends an open file's text.
     with open(__file__) as file, make_executor(cache_directory=str(tmp_path)) as executor:
         error = executor.submit(add, 1, file).exception(WAIT)
@@ -183,7 +183,7 @@ def test_advice_for_calls_without_a_key(make_executor: Callable[..., Any], row: 
 
 @pytest.mark.rows(block=False)
 @pytest.mark.parametrize("given", [[("cores", 1)], "cores", 3])
-def test_resources_that_are_no_dictionary(executor: Any, given: Any) -> None:
+def test_resources_that_are_not_a_dictionary(executor: Any, given: Any) -> None:
     with pytest.raises(BAD, match="resource_dict"):
         executor.submit(add, 1, 2, resource_dict=given)
     works_on(executor)
@@ -288,7 +288,7 @@ def test_unknown_argument_at_construction(row: Any) -> None:
 
 
 @pytest.mark.parametrize("function", [None, 3, "add"])
-def test_what_cannot_be_called(executor: Any, function: Any) -> None:
+def test_function_that_is_not_callable(executor: Any, function: Any) -> None:
     with pytest.raises(TypeError):
         executor.submit(function, 1).result(WAIT)
     works_on(executor)
@@ -307,7 +307,7 @@ def test_container_that_holds_itself_and_a_future(executor: Any) -> None:
 
 
 def test_container_that_holds_itself(executor: Any) -> None:
-    """Without a future in it a cycle is a value like any other."""
+    """A cycle without a future is a value like any other."""
     knot: list[Any] = [1]
     knot.append(knot)
     result = executor.submit(identity, knot).result(WAIT)

@@ -1,4 +1,4 @@
-"""An entry is only ever stored under the key of what was run, whatever changes between submit and run."""
+"""Results are stored only under the key of the call that ran, whatever changes between submit and run."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_argument_that_changes(
     seen: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Looked up as A, run as another: no later session gets that for A, nor runs it again."""
+    """Looked up as A, run as B: later sessions do not get B's result for A, and do not run B again."""
     caplog.set_level(logging.WARNING, "executorlib")
     with make_executor(cache_directory=store) as executor:
         ran = executor.submit(see, log, Changing(*seen)).result(WAIT)
@@ -64,7 +64,7 @@ def test_argument_that_changes(
 
 @pytest.mark.essential
 def test_function_that_changes(make_executor: Callable[..., Any], store: str, log: str) -> None:
-    """What it closes over, as a global of a script."""
+    """Its closure changes, or a global of a script."""
 
     def make(*values: str) -> Callable[[], str]:
         changing = Changing(*values)
@@ -89,10 +89,10 @@ def test_argument_that_never_stays_the_same(make_executor: Callable[..., Any], s
 
 
 @pytest.mark.rows(jobs=False)
-def test_equal_calls_of_one_that_changes(
+def test_equal_calls_run_when_the_first_has_changed(
     make_executor: Callable[..., Any], store: str, log: str, gate: Callable[..., Gate]
 ) -> None:
-    """They wait for its result, and run themselves, as it is another one's."""
+    """They wait for its result, which turns out to be another call's, and then run themselves."""
     held = gate()
     with make_executor(cache_directory=store, max_workers=1) as executor:
         first = executor.submit(held)
@@ -125,7 +125,7 @@ def test_init_function_that_changes(make_executor: Callable[..., Any], store: st
 @pytest.mark.essential
 @pytest.mark.parametrize("loaded", [True, False])
 def test_module_that_changes(scripts: Any, row: Any, store: str, log: str, tmp_path: Path, loaded: bool) -> None:
-    """Its file is another one when a worker imports it than when the session did; maybe one that has it already."""
+    """Its file changes between the session's import and the worker's, which may have imported it even earlier."""
     module = tmp_path / "mine.py"
     text = "from contract.functions import record\nWHAT = {0!r}  # {1}\ndef tell(log):\n    return record(log, WHAT)\n"
     source = """
@@ -178,7 +178,7 @@ with Executor(**OPTIONS["executor"]) as executor:
 
 @pytest.mark.rows("fork", "spawn", "jobs")
 def test_module_that_changes_while_the_inputs_are_loaded(scripts: Any, row: Any, store: str, tmp_path: Path) -> None:
-    """The worker has imported it by then, as it is the function's."""
+    """The worker has imported it by then, because the function is defined in it."""
     module = tmp_path / "mine.py"
     text = "WHAT = {0!r}  # {1}\ndef tell(_):\n    return WHAT\n"
     old, new = text.format("old", ""), text.format("new", "and longer")
@@ -224,7 +224,7 @@ with Executor(**OPTIONS["executor"]) as executor:
 
 
 def test_module_that_changes_between_two_submits(scripts: Any, row: Any, store: str, tmp_path: Path) -> None:
-    """While calls that came together are being looked up: the one that came before the change, and the one after."""
+    """Calls submitted together are looked up one by one: one was submitted before the change, the other after it."""
     text = "WHAT = {0!r}  # {1}\ndef tell(_):\n    return WHAT\n"
     old, new = text.format("old", ""), text.format("new", "and longer")
     (tmp_path / "mine.py").write_text(old)
@@ -284,7 +284,7 @@ class Text(str):
 
 @pytest.mark.rows(jobs=False)
 @pytest.mark.parametrize(("most", "pieces"), [(256, 3), (2, 2)])
-def test_what_is_known_of_modules_is_sent_once(
+def test_findings_about_modules_are_sent_once(
     make_executor: Callable[..., Any],
     row: Any,
     store: str,
@@ -335,7 +335,7 @@ def test_ranks_that_change_their_argument(make_executor: Callable[..., Any], sto
 
 @pytest.mark.essential
 def test_result_that_goes_on_changing(make_executor: Callable[..., Any], store: str) -> None:
-    """What is kept is what was returned."""
+    """The cache keeps the result as it was returned."""
     with make_executor(cache_directory=store) as executor:
         first = executor.submit(Counting).result(WAIT)
     with make_executor(cache_directory=store) as executor:
@@ -374,7 +374,7 @@ def test_equal_calls_of_a_job_that_changes(
 
 @pytest.mark.rows("jobs")
 def test_dependents_of_a_job_that_changes(make_executor: Callable[..., Any], store: str, log: str) -> None:
-    """They get the result that those get who wait, and theirs is not kept under the name of what was looked up."""
+    """They get the same result as those who wait, and theirs is not kept under the key that was looked up."""
     with make_executor(cache_directory=store) as executor:
         first = executor.submit(see, log, Changing("A", "B", "A"))
         second = executor.submit(identity, [first])
@@ -508,7 +508,7 @@ class Own:
 
 @pytest.mark.essential
 def test_second_program_runs_nothing(scripts: Any, row: Any, store: str, tmp_path: Path) -> None:
-    """The keys of what runs are those of what is looked up, for all kinds of functions and inputs."""
+    """The keys at run time equal those at the look-up, for all kinds of functions and inputs."""
     pytest.importorskip("numpy")
     (tmp_path / "own.py").write_text(_OWN)
     options = {"executor": row.arguments(cache_directory=store)}
@@ -523,7 +523,7 @@ def test_second_program_runs_nothing(scripts: Any, row: Any, store: str, tmp_pat
 def test_calls_that_share_their_inputs_with_others_are_found(
     make_executor: Callable[..., Any], store: str, log: str
 ) -> None:
-    """A function and its inputs may hold the same objects; where it is pickled apart from them, these are copies."""
+    """A function and its inputs may hold the same objects. If they are pickled apart, these become copies."""
     shared = ["shared", {"by": "all"}]
 
     def see_both(mine: Any, first: Any, second: Any) -> Any:

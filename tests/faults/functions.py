@@ -1,4 +1,4 @@
-"""The faults themselves: what kills or breaks a worker, and values that set them off on the way."""
+"""The faults: functions that kill or break a worker, and values that do so while they are pickled or unpickled."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ block = pytest.mark.rows(block=True)
 
 
 def test_text_of_the_error(make_executor: Callable[..., Any]) -> None:
-    """It names the process, how it ended, the host and what it said last; not endless output."""
+    """It names the process, its end, the host and the last lines of its output, but not endless output."""
 
     def talk_and_die() -> None:
         for i in range(2000):
@@ -66,7 +66,7 @@ def test_text_of_the_error(make_executor: Callable[..., Any]) -> None:
 def test_advice_of_the_error(
     make_executor: Callable[..., Any], gate: Callable[..., Gate], method: str | None, advice: bool
 ) -> None:
-    """To submit the call again is none where the executor was ended."""
+    """If the executor was ended, it does not advise submitting the call again."""
     held = gate()
     executor = make_executor()
     future = executor.submit(held)
@@ -123,7 +123,7 @@ def test_worker_that_closes_its_files(make_executor: Callable[..., Any], row: An
 
 
 def test_call_that_forks(make_executor: Callable[..., Any], row: Any, tmp_path: Path) -> None:
-    """A child that the call leaves behind, with copies of its descriptors, answers for nobody."""
+    """A child that the call leaves behind has copies of its descriptors, but cannot answer for it."""
     log = str(tmp_path / "log")
 
     def fork_and_return() -> int:
@@ -199,7 +199,7 @@ def test_the_pool_works_on_as_long_as_one_worker_lives(
 
 @block
 def test_an_idle_worker_dies(make_executor: Callable[..., Any], gate: Callable[..., Gate]) -> None:
-    """It is replaced without costing a call."""
+    """It is replaced, and no call is lost."""
     held = gate()
     with make_executor(max_workers=1, restart_limit=1) as executor:
         first = executor.submit(held, 1)
@@ -222,7 +222,7 @@ def test_init_function_that_kills_the_worker(make_executor: Callable[..., Any]) 
             assert isinstance(future.exception(WAIT), BrokenExecutor)
 
 
-# Calls, one death in so many: 10,000 with a death every 100 where calls are quick.
+# The number of calls, and of calls for each death: 10,000 with a death every 100 if calls are quick.
 ATTRITION = {
     "fork": (500, 50),
     "spawn": (40, 10),
@@ -264,7 +264,7 @@ def test_long_attrition(make_executor: Callable[..., Any]) -> None:
 @pytest.mark.rows("fork", "block-fork")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV])
 def test_agent_dies(make_executor: Callable[..., Any], row: Any, gate: Callable[..., Gate], number: int) -> None:
-    """It takes its workers along; their calls fail and say so, a new agent goes on."""
+    """Its workers end with it, and the errors of their calls say so. A new agent goes on."""
     held = gate()
     before = children()
     options = {"restart_limit": 1} if row.block else {}
@@ -345,7 +345,7 @@ def test_world_dies_while_it_starts(
     victim: int,
     is_parent_suspended: bool,
 ) -> None:
-    """Whoever of its ancestors is killed, neither its ranks nor the memory that they share are left."""
+    """Whichever of its ancestors is killed, neither its ranks nor their shared memory is left."""
     memory = Path(f"/dev/shm/mpich_shm_{secrets.token_hex(4)}_0")
     package = tmp_path / "mpi4py"
     package.mkdir()
@@ -373,7 +373,7 @@ def test_world_dies_while_it_starts(
 
 
 def command(pid: int) -> bytes:
-    """What a process runs, as far as it is still there."""
+    """Return the command line of a process, if it still exists."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
@@ -384,7 +384,7 @@ def command(pid: int) -> bytes:
 @pytest.mark.mpi
 @pytest.mark.rows("fork")
 def test_agent_dies_after_its_worlds(make_executor: Callable[..., Any]) -> None:
-    """What ranks leave that outlive both is removed at the end: their world has been told of as gone long before."""
+    """The files of ranks that outlive both are removed at the end, long after the world's end was reported."""
     memory = Path(f"/dev/shm/mpich_shm_{secrets.token_hex(4)}_0")
     before = children()
     with contextlib.ExitStack() as at_end:
@@ -425,7 +425,7 @@ def test_workers_of_a_suspended_agent_are_ended(
 def test_shutdown_with_a_suspended_agent(
     make_executor: Callable[..., Any], gate: Callable[..., Gate], when: str
 ) -> None:
-    """What is at hand is finished, and it returns; whether the agent was suspended before it or while it waits."""
+    """Pending calls finish and it returns, whether the agent was suspended before or while it waits."""
     held = gate()
     before = children()
     executor = make_executor(max_workers=1)
@@ -452,13 +452,13 @@ def test_shutdown_with_a_suspended_idle_worker(make_executor: Callable[..., Any]
 
 
 @pytest.mark.rows("fork", "spawn", "block-fork")
-def test_what_a_call_leaves_has_its_time_limit(
+def test_leftovers_of_a_call_have_its_time_limit(
     make_executor: Callable[..., Any],
     row: Any,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """An exit handler that never returns must not hold the call's core, nor `shutdown`, for ever."""
+    """An exit handler that never returns must not block the call's core or `shutdown` forever."""
 
     def leave() -> int:
         import atexit
@@ -763,7 +763,7 @@ def test_forked_child_ends_normally(row: Any, scripts: Any) -> None:
 def test_a_forked_child_that_lives_on_does_not_hold_up_the_end(
     make_executor: Callable[..., Any], gate: Callable[..., Gate]
 ) -> None:
-    """It has copies of all descriptors, so that an end of file alone would never be seen."""
+    """It has copies of all descriptors, so an end of file would never be seen."""
     held = gate()
     executor = make_executor()
     running = executor.submit(held, 1)

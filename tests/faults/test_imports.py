@@ -1,4 +1,4 @@
-"""Modules that submit calls while they are being imported: an error, where the call would need the module itself."""
+"""Modules that submit calls during their import get an error if the call would need the module itself."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_package_above_the_module(folder: Path) -> None:
 
 @pytest.mark.parametrize("block", [False, True])
 def test_executors_that_imports_open_are_not_nested_without_end(scripts: Any, tmp_path: Path, block: bool) -> None:
-    """Where each level imports the module by a way that no submit can see."""
+    """Each level imports the module in a way that `submit` cannot see."""
     (tmp_path / "importer.py").write_text("def run():\n    import opener\n    return opener.result\n")
     (tmp_path / "opener.py").write_text(
         "import os, importer\n"
@@ -143,7 +143,7 @@ def test_executors_that_imports_open_are_not_nested_without_end(scripts: Any, tm
 
 
 def test_modules_that_open_executors_for_later(scripts: Any, tmp_path: Path) -> None:
-    """However many of them there are: only what is nested counts."""
+    """Their number does not matter: only nesting counts."""
     for number in range(8):
         (tmp_path / f"module{number}.py").write_text(
             "import atexit\n"

@@ -205,7 +205,7 @@ def test_a_result_that_came_after_this_machine_looked(machine: Callable[[str], M
 
 
 def test_inputs_of_another_machine(machine: Callable[[str], Machine], log: str) -> None:
-    """Results by which a workflow goes on elsewhere."""
+    """A workflow continues elsewhere with these results."""
     first = machine(
         """
         with TestClusterExecutor(cache_directory=store) as executor:

@@ -1,4 +1,4 @@
-"""What cannot be pickled or unpickled, either way: its own future fails, nothing else does."""
+"""If an object cannot be pickled or unpickled, in either direction, only its own future fails."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_result_is_named(executor: Any) -> None:
 
 
 @pytest.mark.parametrize("cause", [OSError(24, "Too many open files"), MemoryError()], ids=["files", "memory"])
-def test_want_of_the_system_is_not_blamed_on_the_objects(executor: Any, cause: Exception) -> None:
+def test_lack_of_resources_is_not_blamed_on_the_objects(executor: Any, cause: Exception) -> None:
     error = executor.submit(identity, Unsavable(cause)).exception(WAIT)
     assert isinstance(error, type(cause))
     text = "\n".join(getattr(error, "__notes__", [])) + str(error.__cause__)
@@ -157,8 +157,8 @@ PLACES: dict[str, tuple[Callable[[object], tuple[Any, ...]], str]] = {
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_futures_where_nobody_looks_for_them(executor: Any, place: str) -> None:
-    """The text says what it is, where, and how to pass it."""
+def test_futures_in_places_that_are_not_searched(executor: Any, place: str) -> None:
+    """The error says where the future is, and how to pass it."""
     source = executor.submit(add, 1, 2)
     call, where = PLACES[place]
     for future in (source, get_item_from_future(source, 0), Future()):
@@ -227,7 +227,7 @@ def test_argument_that_cannot_be_loaded(executor: Any, error: BaseException) -> 
 
 
 def test_argument_whose_module_the_worker_lacks(executor: Any) -> None:
-    """A module that was made by hand cannot be imported elsewhere."""
+    """A module that a program makes by code cannot be imported elsewhere."""
     import types
 
     module = types.ModuleType("made_by_hand")
@@ -257,7 +257,7 @@ def test_result_whose_module_the_user_lacks(executor: Any) -> None:
     assert executor.submit(add, 1, 2).result(WAIT) == 3
 
 
-def test_error_whose_class_wants_more_than_its_args(executor: Any) -> None:
+def test_error_whose_class_takes_more_than_its_args(executor: Any) -> None:
     """It arrives as what it is, with all that it has."""
 
     class LocalError(ValueError):
@@ -295,7 +295,7 @@ def test_error_whose_class_wants_more_than_its_args(executor: Any) -> None:
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.11 brought groups")
-def test_group_of_errors_whose_classes_want_more_than_their_args(executor: Any) -> None:
+def test_group_of_errors_whose_classes_take_more_than_their_args(executor: Any) -> None:
     def several() -> None:
         raise ExceptionGroup("several", [PickyError(5, "one"), CustomError("two")])  # noqa: F821
 
@@ -305,7 +305,7 @@ def test_group_of_errors_whose_classes_want_more_than_their_args(executor: Any) 
 
 
 def test_error_that_cannot_be_rebuilt(executor: Any) -> None:
-    """It says of which class it was."""
+    """The replacement names its class."""
 
     class StubbornError(Exception):
         def __reduce__(self) -> Any:
@@ -372,7 +372,7 @@ def test_inputs_that_cannot_be_shown(make_executor: Callable[..., Any], tmp_path
     assert "CustomError" in (tmp_path / "errors.log").read_text()
 
 
-def test_sockets_are_no_way_out(executor: Any) -> None:
+def test_sockets_cannot_be_arguments(executor: Any) -> None:
     left, right = socket.socketpair()
     with left, right:
         assert executor.submit(identity, left).exception(WAIT) is not None

@@ -1,4 +1,4 @@
-"""Nobody but the executor's own processes is listened to."""
+"""The executor accepts messages only from its own processes."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def listening(own_only: bool = False) -> list[tuple[int, Any]]:
 
 
 def attempts(path: Path) -> list[bytes]:
-    """What strangers send."""
+    """Messages that strangers send."""
     exploit = pickle.dumps(Exploit(path))
     header = json.dumps({"type": "result", "task": 1, "worker": 1}).encode()
     frames = b"".join(
@@ -124,7 +124,7 @@ def bother_with_zmq(family: int, address: Any, path: Path) -> None:
 
 
 def test_no_socket_is_open_on_one_node(make_executor: Callable[..., Any], gate: Callable[..., Gate]) -> None:
-    """What runs here talks over channels that nobody can connect to."""
+    """The processes here use channels to which nobody can connect."""
     held = gate()
     before = listening()
     with make_executor() as executor:
@@ -140,7 +140,7 @@ def test_no_socket_is_open_on_one_node(make_executor: Callable[..., Any], gate: 
 def test_strangers_at_the_ranks_door(
     make_executor: Callable[..., Any], gate: Callable[..., Gate], tmp_path: Path
 ) -> None:
-    """What the executor listens on for ranks; MPI's own sockets are MPI's own affair."""
+    """This is about the executor's socket for ranks, not about MPI's own sockets."""
     held = gate()
     trace = tmp_path / "the exploit ran"
     before = listening(own_only=True)
@@ -178,7 +178,7 @@ def test_directories_of_sockets_are_private(make_executor: Callable[..., Any], g
 @pytest.mark.mpi
 @pytest.mark.rows("fork")
 def test_keys_are_not_on_command_lines(make_executor: Callable[..., Any], gate: Callable[..., Gate]) -> None:
-    """Every user of the machine can read those. A CURVE key is 40 characters of Z85."""
+    """Every user of the machine can read command lines. A CURVE key is 40 characters of Z85."""
     key = re.compile(rb"(?<![!-~])[0-9A-Za-z.\-:+=^!*?&<>()\[\]{}@%$#]{40}(?![!-~])")
     held = gate()
     with make_executor(max_cores=2) as executor:

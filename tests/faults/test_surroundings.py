@@ -1,4 +1,4 @@
-"""What is missing or full around an executor is an error on the call, at once, with a remedy."""
+"""Missing or full surroundings of an executor are errors of the call, at once, with a remedy."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ FULL = """
             future = executor.submit(large, seed)
             error = future.exception(30)
             print(type(error).__name__ if error else future.result() == large(seed))
-    # What is on the disk now is whole or absent: nobody is given half a result.
+    # The files are whole or absent: nobody gets half a result.
     with Executor(cache_directory=folder, **OPTIONS) as executor:
         future = executor.submit(large, 0)
         error = future.exception(30)
@@ -99,7 +99,7 @@ def test_file_size_limit_under_the_cache(row: Any, scripts: Any, tmp_path: Path)
 
 
 def test_file_size_limit_and_large_values(row: Any, scripts: Any) -> None:
-    """A limit on files (``ulimit -f``) is none on arguments and results."""
+    """A limit on files (``ulimit -f``) does not limit arguments and results."""
 
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
@@ -122,7 +122,7 @@ def test_file_size_limit_and_large_values(row: Any, scripts: Any) -> None:
 
 
 @pytest.mark.cache
-def test_file_in_the_cache_that_is_no_cache_file(row: Any, scripts: Any, tmp_path: Path) -> None:
+def test_damaged_file_in_the_cache(row: Any, scripts: Any, tmp_path: Path) -> None:
     """Damage on disk is never a result: the call runs again, or the error names the file."""
     out = quietly(
         scripts,
@@ -153,12 +153,12 @@ def test_file_in_the_cache_that_is_no_cache_file(row: Any, scripts: Any, tmp_pat
 
 @pytest.mark.cache
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_cache_that_may_not_be_written(row: Any, scripts: Any, tmp_path: Path) -> None:
+def test_cache_that_cannot_be_written(row: Any, scripts: Any, tmp_path: Path) -> None:
     (tmp_path / "store").mkdir(mode=0o500)
     check_full(quietly(scripts, FULL, row.arguments(), env={"FOLDER": str(tmp_path / "store")}))
 
 
-# What a session inherits from whoever started it.
+# Settings that a session inherits from the process that started it.
 
 
 SIGNALS = """
@@ -182,7 +182,7 @@ SIGNALS = """
 @pytest.mark.parametrize("state", ["blocked", "ignored"])
 @pytest.mark.rows("fork", "spawn", "block-fork", "block-spawn", "jobs")
 def test_signals_that_the_session_does_not_get(row: Any, scripts: Any, state: str) -> None:
-    """Workers get them all the same, and deaths are noticed."""
+    """Workers get them anyway, and deaths are noticed."""
     source = f"NEEDS, STATE = {{}}, {state!r}\n{textwrap.dedent(SIGNALS)}"
     out = quietly(scripts, source, {**row.arguments(), **({"restart_limit": 1} if row.block else {})})
     assert out.splitlines() == ["(0, True)", "ExecutorlibSocketError"]
@@ -197,7 +197,7 @@ def test_signals_that_a_session_with_ranks_does_not_get(scripts: Any) -> None:
 
 @pytest.mark.linux
 def test_standard_streams_that_are_closed(row: Any, scripts: Any) -> None:
-    """Their numbers go to the user's next files, which get nothing of what workers write."""
+    """Their numbers go to the next files that the user opens, which must not receive the output of workers."""
     out = scripts.run(
         """
         from pathlib import Path
@@ -340,7 +340,7 @@ def test_nothing_on_the_path(row: Any, scripts: Any) -> None:
 
 @pytest.mark.linux
 def test_too_few_file_descriptors(row: Any, scripts: Any) -> None:
-    """Many calls under a low limit work; where they cannot, it is an error and no hang."""
+    """Many calls work under a low limit. If they cannot, the result is an error, not a hang."""
 
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
@@ -363,7 +363,7 @@ def test_too_few_file_descriptors(row: Any, scripts: Any) -> None:
 
 @pytest.mark.linux
 def test_no_file_descriptor_is_left(row: Any, scripts: Any, tmp_path: Path) -> None:
-    """Only the call fails that needed one; what runs goes on, and all is well once there are some again."""
+    """Only the call that needed one fails. Running calls go on, and later ones work once there are some again."""
     out = quietly(
         scripts,
         """
@@ -402,7 +402,7 @@ def test_no_file_descriptor_is_left(row: Any, scripts: Any, tmp_path: Path) -> N
 
 @pytest.mark.linux
 def test_more_workers_than_open_files(row: Any, scripts: Any) -> None:
-    """The soft limit gives way as far as it must, the hard one is an error of the constructor."""
+    """The soft limit is raised as far as needed; beyond the hard limit the constructor raises an error."""
     out = scripts.run(
         """
         import resource
@@ -473,7 +473,7 @@ def test_long_temporary_directory_of_ranks(scripts: Any, tmp_path: Path) -> None
 
 
 def test_working_directory_that_was_removed(row: Any, scripts: Any, tmp_path: Path) -> None:
-    """Also from a folder that is gone calls run, or say what is wrong."""
+    """Even in a removed folder, calls run or say what is wrong."""
     out = quietly(
         scripts,
         """
@@ -552,7 +552,7 @@ def test_proc_that_is_not_mounted(row: Any, scripts: Any, tmp_path: Path) -> Non
 
 
 def test_modules_in_the_working_directory_hide_no_others(row: Any, scripts: Any, tmp_path: Path) -> None:
-    """A user's queue.py beside the data is not what workers take for the standard library's."""
+    """Workers do not mistake a user's queue.py beside the data for the standard library's."""
     folder = tmp_path / "work"
     folder.mkdir()
     for name in ("queue", "selectors", "signal", "struct", "zmq", "cloudpickle"):
@@ -625,7 +625,7 @@ open(os.path.join(OPTIONS["folder"], "open"), "w").close()
 @pytest.mark.rows("fork")
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become a user who has no thread left")
 def test_threads_that_cannot_be_started(row: Any, scripts: Any, tmp_path: Path) -> None:
-    """`ulimit -u`: the constructor fails, leaves nothing, and another executor's calls are finished all the same."""
+    """`ulimit -u`: the constructor fails and leaves nothing, and another executor's calls still finish."""
     out = scripts.run(NO_THREADS, {"row": row.arguments(), "folder": str(tmp_path), "user": 54321})
     assert out.splitlines() == ["can't start new thread"] * 3 + ["0"]
     assert (tmp_path / "done").exists()

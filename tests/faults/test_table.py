@@ -63,7 +63,7 @@ def submit(executor: Any, place: str, fault: str, path: Path, **kwargs: Any) -> 
 
 
 def check(error: BaseException | None, fault: str, place: str, where: str) -> None:
-    """Whether this is the error that a user can use."""
+    """Return whether this is an error that helps users."""
     if fault in DEATHS:
         assert isinstance(error, BrokenExecutor)
         assert type(error).__name__ == "ExecutorlibSocketError"
@@ -117,7 +117,7 @@ def test_fault(
 def test_fault_in_the_only_worker(
     make_executor: Callable[..., Any], row: Any, tmp_path: Path, place: str, fault: str
 ) -> None:
-    """Calls that wait behind the one that is struck are run; none of them is lost."""
+    """Calls that wait behind the one that fails run, and none of them is lost."""
     options = {"restart_limit": 1} if row.block else {}
     with make_executor(max_workers=1, **options) as executor:
         list(executor.map(abs, range(2)))
@@ -133,7 +133,7 @@ def test_fault_in_the_only_worker(
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("place", PLACES)
 def test_fault_in_ranks(make_executor: Callable[..., Any], tmp_path: Path, place: str, fault: str) -> None:
-    """The launcher's exit is the event; whatever rank dies, the call fails and the world ends."""
+    """Whichever rank dies, the launcher exits, the call fails and the world ends."""
     with make_executor(max_cores=3) as executor:
         struck = submit(executor, place, fault, tmp_path / "pid", resource_dict={"cores": 2})
         error = struck.exception(WAIT)
@@ -151,7 +151,7 @@ PARENT_ERRORS = [CustomError("loading"), SystemExit(5), KeyboardInterrupt(), Mem
 
 @pytest.mark.parametrize("error", PARENT_ERRORS, ids=lambda error: type(error).__name__)
 def test_result_that_fails_in_the_users_process(make_executor: Callable[..., Any], error: BaseException) -> None:
-    """Even what would end a thread or the program is only this future's error."""
+    """Even an exception that would end a thread or the program is only this future's error."""
     with make_executor() as executor:
         bad = executor.submit(Unloadable, error)
         seen = bad.exception(WAIT)

@@ -8,7 +8,7 @@ CALM = "calm"
 
 
 def surroundings() -> dict[str, str]:
-    """What a job finds."""
+    """Return the surroundings that a job finds."""
     return {**os.environ, "cwd": os.getcwd()}
 
 

@@ -37,7 +37,7 @@ def jobs() -> list[str]:
 
 
 def demands(job: str) -> dict[str, str]:
-    """What Grid Engine says that a job asks for."""
+    """Return the resources that a job asks for, as Grid Engine reports them."""
     lines = [line.partition(":") for line in output_of("qstat", "-j", job).splitlines()]
     return {key.strip(): value.strip() for key, _, value in lines}
 
@@ -72,7 +72,7 @@ def make(store: Path, gates: list[Gate]) -> Iterator[Callable[..., Any]]:
         gate.open()
     for executor in made:
         executor.shutdown(wait=True, cancel_futures=True)
-    # What is at its end takes Grid Engine a moment.
+    # Grid Engine takes a moment to end a job.
     until(lambda: not jobs(), 15.0)
 
 
@@ -176,7 +176,7 @@ def test_leaving_and_coming_back(make: Callable[..., Any], gate: Callable[..., G
 
 
 def test_cancel(make: Callable[..., Any], gate: Callable[..., Gate], store: Path) -> None:
-    """A job that waits is taken from the queue; terminating the cache's takes those that run, too."""
+    """Cancelling removes a waiting job from the queue; `terminate_tasks_in_cache` ends running ones, too."""
     held = gate()
     executor = make()
     template = (Path(QUEUES) / "job.sh.j2").read_text().replace("#$ -S", "#$ -h\n#$ -S")
@@ -194,7 +194,7 @@ def test_cancel(make: Callable[..., Any], gate: Callable[..., Gate], store: Path
 
 
 def test_terminating_what_has_ended_already(make: Callable[..., Any], gate: Callable[..., Gate], store: Path) -> None:
-    """A job that died while nobody was there leaves an entry; qdel refuses its number."""
+    """A job that died while no session watched leaves an entry, and qdel refuses its number."""
     held = gate()
     executor = make()
     executor.submit(held, 1)
@@ -208,7 +208,7 @@ def test_terminating_what_has_ended_already(make: Callable[..., Any], gate: Call
 
 
 def test_job_that_cannot_be_started(make: Callable[..., Any], tmp_path: Path) -> None:
-    """Grid Engine keeps it in the queue, in state Eqw, for ever."""
+    """Grid Engine keeps it in the queue forever, in state Eqw."""
     directory = tmp_path / "removed"
     template = (Path(QUEUES) / "job.sh.j2").read_text().replace("#$ -S", "#$ -h\n#$ -S")
     needs = {"cwd": str(directory), "submission_template": template, "job_name": "homeless"}

@@ -17,7 +17,7 @@ def variables(*names: str) -> list[str | None]:
 
 
 def about_job(number: str, fields: str) -> list[str]:
-    """What Flux says of a job, in the words of `flux jobs`."""
+    """Return Flux's description of a job, in the words of `flux jobs`."""
     command = ["flux", "jobs", "--no-header", f"--format={fields}", number]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
 

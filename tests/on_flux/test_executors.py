@@ -1,4 +1,4 @@
-"""Both executors of Flux on a real instance: what a call asks for is what Flux gives it, and what ends it is told."""
+"""Both Flux executors on a real instance: calls get the resources they ask for, and errors name the cause."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def job_of(held: Gate) -> str:
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
-def test_what_flux_gives_is_what_a_call_asks_for(
+def test_calls_get_the_resources_they_ask_for(
     make_executor: Callable[..., Any], resource_dict: dict[str, Any], fields: str, expected: list[str]
 ) -> None:
     with make_executor() as executor:
@@ -80,7 +80,7 @@ def test_what_flux_gives_is_what_a_call_asks_for(
 
 
 @both
-def test_a_time_limit_is_known_to_flux(make_executor: Callable[..., Any]) -> None:
+def test_flux_knows_the_time_limit(make_executor: Callable[..., Any]) -> None:
     with make_executor() as executor:
         (duration,) = executor.submit(my_job, "{duration}", resource_dict={"run_time_max": 50}).result(WAIT)
     assert float(duration) >= 50
@@ -127,7 +127,7 @@ def test_ranks_that_do_not_find_each_other_are_named(make_executor: Callable[...
 
 
 @both
-def test_what_the_instance_never_has_is_an_error_at_submit(make_executor: Callable[..., Any]) -> None:
+def test_requests_beyond_the_instance_are_errors_at_submit(make_executor: Callable[..., Any]) -> None:
     with make_executor() as executor:
         for resource_dict in (
             {"threads_per_core": 5},
@@ -171,8 +171,10 @@ def test_a_process_that_dies_has_last_words(executor: Any) -> None:
 
 
 @pytest.mark.rows("flux")
-def test_flux_ends_what_its_worker_cannot(make_executor: Callable[..., Any], gate: Callable[..., Gate]) -> None:
-    """A worker that is stopped answers nobody; Flux's own limit, somewhat later, is not even needed."""
+def test_flux_ends_calls_that_their_worker_cannot_end(
+    make_executor: Callable[..., Any], gate: Callable[..., Gate]
+) -> None:
+    """A stopped worker answers nobody. Flux's own limit, a little later, is not even needed."""
     with make_executor() as executor:
         future = executor.submit(time.sleep, 60, resource_dict={"run_time_max": 0.5})
         assert isinstance(future.exception(WAIT), TimeoutError)
@@ -260,8 +262,8 @@ def test_no_instance_is_an_error_at_construction(tmp_path: Path, name: str) -> N
 
 
 @both
-def test_what_a_call_has_left_ends_with_it(make_executor: Callable[..., Any], tmp_path: Path) -> None:
-    """A process in a session of its own holds neither the call nor its job, and how the call ended is told."""
+def test_leftover_processes_end_with_their_call(make_executor: Callable[..., Any], tmp_path: Path) -> None:
+    """A process in a session of its own holds up neither the call nor its job, and the call's end is reported."""
     with make_executor() as executor:
         path = str(tmp_path / "left")
         error = executor.submit(leave_and_die, path, resource_dict={"job_name": "leaves"}).exception(WAIT)
@@ -320,15 +322,17 @@ def test_a_rank_that_dies_ends_the_others(make_executor: Callable[..., Any]) -> 
 
 
 @both
-def test_a_variable_that_is_no_text(make_executor: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Flux cannot be told of it, so it arrives in another way."""
+def test_environment_variable_that_is_not_text(
+    make_executor: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flux cannot pass it on, so it arrives in another way."""
     monkeypatch.setenv("RAW", os.fsdecode(b"caf\xe9"))
     with make_executor() as executor:
         assert executor.submit(variables, "RAW").result(WAIT) == [os.fsdecode(b"caf\xe9")]
 
 
 @both
-def test_a_directory_that_is_no_text(make_executor: Callable[..., Any], tmp_path: Path) -> None:
+def test_working_directory_that_is_not_text(make_executor: Callable[..., Any], tmp_path: Path) -> None:
     folder = tmp_path / os.fsdecode(b"caf\xe9")
     with make_executor() as executor:
         error = executor.submit(add, 1, 2, resource_dict={"cwd": str(folder)}).exception(WAIT)
@@ -348,7 +352,7 @@ def test_arguments_are_no_templates(
 @contextlib.contextmanager
 def another_instance(folder: Path, *options: str) -> Iterator[subprocess.Popen[bytes]]:
     """An instance beside the one of the tests; the file ``uri`` in the folder says where it is."""
-    # What it runs ends with its input, also where the broker is killed.
+    # Its program ends with its input, even if the broker is killed.
     script = f"echo $FLUX_URI > '{folder}/uri.draft'; mv '{folder}/uri.draft' '{folder}/uri'; exec cat"
     command = ["flux", "start", *options, "bash", "-c", script]
     nowhere = subprocess.DEVNULL
@@ -366,7 +370,7 @@ def another_instance(folder: Path, *options: str) -> Iterator[subprocess.Popen[b
 @pytest.mark.timeout(LONG_SECONDS)
 @pytest.mark.parametrize("name", ["FluxJobExecutor", "FluxClusterExecutor"])
 def test_calls_while_the_instance_is_shut_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Orderly, with modules that are unloaded one by one: whatever a call meets, its future resolves."""
+    """Flux unloads its modules one by one. Whichever a call meets, its future resolves."""
     with another_instance(tmp_path) as instance:
         monkeypatch.setenv("FLUX_URI", wait_for(tmp_path / "uri", WAIT).strip())
         options = {"cache_directory": str(tmp_path / "store")} if name == "FluxClusterExecutor" else {}
@@ -389,7 +393,7 @@ def test_calls_while_the_instance_is_shut_down(tmp_path: Path, monkeypatch: pyte
 @pytest.mark.timeout(LONG_SECONDS)
 @pytest.mark.parametrize("ended", ["SIGSTOP", "SIGKILL"])
 def test_questions_that_stay_without_an_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ended: str) -> None:
-    """They do not keep the connection, for which the leak guard of all tests looks."""
+    """They do not keep the connection open; the leak guard of all tests would find it."""
     monkeypatch.setattr("executorlib.flux.instance._CLOSE_SECONDS", 0.0)
     events, answers, lost = Poller(), [], []
     with another_instance(tmp_path) as broker:
@@ -487,7 +491,7 @@ def test_a_key_that_flux_has_no_use_for(executor: Any) -> None:
 @pytest.mark.timeout(LONG_SECONDS)
 @pytest.mark.parametrize("nested", [False, True])
 def test_a_call_that_succeeds_is_a_job_that_does(nested: bool) -> None:
-    """It is left to end by itself, also where that takes as long as the end of an instance."""
+    """It ends by itself, even if that takes as long as the shutdown of an instance."""
     name = f"succeeds{nested}"
     with FluxJobExecutor(flux_executor_nesting=nested) as executor:
         assert executor.submit(add, 1, 2, resource_dict={"job_name": name}).result(LONG_WAIT) == 3
@@ -498,7 +502,7 @@ def test_a_call_that_succeeds_is_a_job_that_does(nested: bool) -> None:
 @pytest.mark.rows("flux")
 @pytest.mark.parametrize("size", [0, 20_000, 1_000_000])
 def test_last_words_after_much_output(executor: Any, size: int) -> None:
-    """Only what was written to standard error is told as such, and the end of it always is."""
+    """Only standard error is reported, and its end always is."""
     text = str(executor.submit(print_much_and_die, size).exception(WAIT))
     assert "code 4" in text
     assert text.rstrip().endswith("last words")
@@ -506,7 +510,7 @@ def test_last_words_after_much_output(executor: Any, size: int) -> None:
 
 
 def test_jobs_of_a_client_that_was_killed(tmp_path: Path) -> None:
-    """Those that had waited notice, when they start, that nobody is there; they need not try for long."""
+    """Waiting jobs notice when they start that their client is gone, and do not try for long."""
     path = program(
         tmp_path,
         """
@@ -580,13 +584,13 @@ def test_the_users_own_flux_executor_submits(make_executor: Callable[..., Any]) 
             assert "shutdown" in str(executor.submit(add, 1, 2).exception(WAIT))
 
 
-def test_what_is_no_flux_executor() -> None:
+def test_object_that_is_not_a_flux_executor() -> None:
     with pytest.raises(TypeError, match="flux_executor"):
         FluxJobExecutor(flux_executor=object())
 
 
 @pytest.mark.rows("flux", "block-flux", "block-flux-cluster")
-def test_what_calls_print_is_kept_by_flux(make_executor: Callable[..., Any], capfd: pytest.CaptureFixture[str]) -> None:
+def test_output_of_calls_is_kept_by_flux(make_executor: Callable[..., Any], capfd: pytest.CaptureFixture[str]) -> None:
     with make_executor(max_workers=1) as executor:
         numbers = {executor.submit(say, f"I am call {i}").result(WAIT) for i in range(3)}
     assert "I am" not in capfd.readouterr().out
@@ -611,7 +615,7 @@ def note(path: str, line: str) -> str:
 
 
 def test_leaving_and_coming_back(tmp_path: Path, gate: Callable[..., Gate]) -> None:
-    """A call and one that depends on it go on without the session; another one finds both, and runs neither."""
+    """A call and its dependent go on without the session. Another session finds both and runs neither."""
     held = gate()
     store, notes = str(tmp_path / "store"), str(tmp_path / "notes")
 
@@ -635,7 +639,7 @@ def test_leaving_and_coming_back(tmp_path: Path, gate: Callable[..., Gate]) -> N
 
 
 def test_a_call_of_an_instance_that_is_gone_runs_again(tmp_path: Path) -> None:
-    """Jobs end with their instance, and nobody else would ever run this one."""
+    """Jobs end with their instance, so nobody else would ever run this one."""
     path = program(
         tmp_path,
         """
@@ -703,7 +707,7 @@ def test_a_template_that_cannot_be_rendered(tmp_path: Path) -> None:
     assert "submission_template" in str(error)
 
 
-def test_keys_that_nothing_uses_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_unused_keys_cause_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with (
         caplog.at_level(logging.WARNING, "executorlib"),
         FluxClusterExecutor(cache_directory=str(tmp_path)) as executor,

@@ -1,4 +1,4 @@
-"""The Slurm that the other tests here run on is one: job arrays, nodes, GPUs, accounting."""
+"""The Slurm on which the other tests run works: job arrays, nodes, GPUs, accounting."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ COMMAND_SECONDS = 30.0
 
 
 def slurm(*command: str) -> str:
-    """What a command of Slurm's prints; it must succeed."""
+    """Return the output of a Slurm command, which must succeed."""
     done = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_SECONDS)
     assert done.returncode == 0, f"{' '.join(command)}: {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout

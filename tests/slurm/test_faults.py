@@ -1,7 +1,7 @@
 """Every way for a job to die, on a real Slurm: the call's future says what happened, and nothing is left behind.
 
 The table's jobs run all at once, in a fixture; each test looks at what became of one of them. The cluster is one of the
-tests' own, because its nodes and its controller die as well: with cgroups and without `sacct`, and the other way round.
+tests' own, because its nodes and its controller die as well: with cgroups and without `sacct`, and the reverse.
 """
 
 from __future__ import annotations
@@ -257,7 +257,7 @@ def none_left(executor: SlurmClusterExecutor) -> Iterator[None]:
 
 @dataclass
 class Outcome:
-    """What became of a call: its error, how long that took, and of the same call, submitted again."""
+    """The outcome of a call: its error, the time until then, and the outcome of the same call, submitted again."""
 
     error: BaseException | None
     seconds: float
@@ -267,7 +267,7 @@ class Outcome:
 
 @pytest.fixture(scope="module")
 def outcomes(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
-    """What became of all calls of the table."""
+    """Return the outcomes of all calls of the table."""
     folder = tmp_path_factory.mktemp("table")
     faults = dict(TABLE)
     if missing_for_mpi():
@@ -394,7 +394,7 @@ def test_node_down(executor: Any, tmp_path: Path) -> None:
 
 @one_cluster
 def test_a_job_that_an_administrator_holds(executor: Any, caplog: pytest.LogCaptureFixture) -> None:
-    """It waits, and starts when it is released."""
+    """The job waits, and starts when it is released."""
     future = executor.submit(identity, 5, resource_dict={"slurm_cmd_args": LATER, "job_name": "test-held"})
     job = job_id("test-held")
     slurm("scontrol", "hold", job)
@@ -426,7 +426,7 @@ def test_node_that_does_not_answer(cluster: Cluster, executor: Any, tmp_path: Pa
 @one_cluster
 @pytest.mark.parametrize("end", ["stopped", "ended"])
 def test_controller_is_away(cluster: Cluster, executor: Any, tmp_path: Path, end: str) -> None:
-    """Nothing is lost: what runs goes on, what is submitted is submitted later, and only once."""
+    """Nothing is lost: running jobs go on, and submissions are repeated later, but succeed only once."""
     running = executor.submit(strike, "short sleep", str(tmp_path))
     started(tmp_path, "short sleep")
     cluster.kill("slurmctld", signal.SIGSTOP if end == "stopped" else signal.SIGTERM)
@@ -477,7 +477,7 @@ def test_full_disk(executor: Any, small_disk: Path, tmp_path: Path) -> None:
 
 @one_cluster
 def test_damaged_files(executor: Any, tmp_path: Path) -> None:
-    """A damaged result is replaced; a damaged call is claimed anew, or, where a job was to run it, an error."""
+    """A damaged result is replaced. A damaged call is claimed again, or is an error if a job was to run it."""
     cache = tmp_path / "cache"
     cache.mkdir(exist_ok=True)
     damages = {"empty": b"", "garbage": b"garbage", "half": b"\x89HDF\r\n\x1a\n" + bytes(50)}
@@ -504,7 +504,7 @@ def test_damaged_files(executor: Any, tmp_path: Path) -> None:
 
 @one_cluster
 def test_cache_directory_is_removed(executor: Any, tmp_path: Path) -> None:
-    """A job that runs makes it again for its result; one that waits cannot know its call any more."""
+    """A running job makes it again for its result; a waiting job can no longer find its call."""
     running = executor.submit(strike, "short sleep", str(tmp_path))
     queued = executor.submit(identity, 5, resource_dict={"slurm_cmd_args": LATER, "job_name": "test-removed"})
     job = job_id("test-removed")

@@ -143,7 +143,7 @@ def test_block(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("block", [False, True])
 def test_lost_agent(tmp_path: Path, block: bool) -> None:
-    """Calls that ran on its node fail with the node's name; the others go on."""
+    """Calls on its node fail with the node's name; the others go on."""
     out = inside(
         tmp_path,
         f"""
@@ -171,7 +171,7 @@ def test_lost_agent(tmp_path: Path, block: bool) -> None:
 
 
 def throw_away() -> bool:
-    """Whether this is the cluster that tests/slurm/cluster starts, whose nodes may be set down."""
+    """Return whether this is the cluster that tests/slurm/cluster starts, whose nodes may be set down."""
     conf = Path(os.environ.get("SLURM_CONF", "/etc/slurm/slurm.conf"))
     return conf.is_file() and "ClusterName=virtual\n" in conf.read_text()
 
@@ -179,7 +179,7 @@ def throw_away() -> bool:
 @pytest.mark.skipif(not throw_away(), reason="sets nodes down, of which only tests/slurm/cluster's may be")
 @pytest.mark.parametrize("block", [False, True])
 def test_node_that_fails(tmp_path: Path, block: bool) -> None:
-    """Slurm sets one of four down: what ran there fails, results that were there are kept, the rest goes on."""
+    """Slurm sets one of four nodes down: its calls fail, finished results are kept, and the others go on."""
     out = inside(
         tmp_path,
         f"""
@@ -215,7 +215,7 @@ def test_node_that_fails(tmp_path: Path, block: bool) -> None:
 
 @pytest.mark.skipif(not throw_away(), reason="sets nodes down, of which only tests/slurm/cluster's may be")
 def test_calls_of_a_node_that_fails_run_again(tmp_path: Path) -> None:
-    """Those that were alone on it, and one of several nodes that is a step of its own."""
+    """Both calls on that node alone, and a call over several nodes, which is a step of its own."""
     out = inside(
         tmp_path,
         """
@@ -250,7 +250,7 @@ def test_calls_of_a_node_that_fails_run_again(tmp_path: Path) -> None:
 
 
 def test_cancelled_job(tmp_path: Path) -> None:
-    """No call hangs when the allocation is taken away, and no step is left of agents and ranks."""
+    """No call hangs when the allocation is cancelled, and no step of agents or ranks is left."""
     out = inside(
         tmp_path,
         """
@@ -291,7 +291,7 @@ def test_ranks(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(bool(missing_for_mpi()), reason=f"needs {', '.join(missing_for_mpi())}")
 def test_ranks_that_do_not_find_each_other(tmp_path: Path) -> None:
-    """An error that says why, not the results of worlds of one; and the others run."""
+    """The call fails with the reason instead of returning results of worlds of one. Other calls run."""
     out = inside(
         tmp_path,
         """
@@ -342,7 +342,7 @@ def test_options_for_srun(tmp_path: Path) -> None:
     assert out == "mine\n"
 
 
-def test_what_does_not_fit(tmp_path: Path) -> None:
+def test_calls_that_do_not_fit(tmp_path: Path) -> None:
     inside(
         tmp_path,
         """

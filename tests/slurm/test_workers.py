@@ -52,7 +52,7 @@ def last(folder: str) -> None:
 
 
 def test_calls_are_spread_over_jobs(folder: Path) -> None:
-    """They run at the same time, in jobs of their own; a job takes call after call."""
+    """They run at the same time, in separate jobs, and each job takes call after call."""
     held = Gate(str(folder), "gate")
     with block(3) as executor:
         futures = [executor.submit(held, number) for number in range(3)]
@@ -64,7 +64,7 @@ def test_calls_are_spread_over_jobs(folder: Path) -> None:
 
 
 def test_workers_that_wait_in_the_queue(folder: Path) -> None:
-    """That is no error, however long; what runs already does the work of all."""
+    """However long they wait, this is no error. The workers that run do all the work."""
     with block(1, slurm_cmd_args=["--hold"]) as executor:
         future = executor.submit(add, 1, 2)
         until(lambda: jobs("pending"), WAIT)
@@ -73,7 +73,7 @@ def test_workers_that_wait_in_the_queue(folder: Path) -> None:
         assert future.result(WAIT) == 3
 
 
-def test_workers_that_are_not_needed_any_more(folder: Path) -> None:
+def test_workers_that_are_no_longer_needed(folder: Path) -> None:
     with block(2, slurm_cmd_args=["--hold"]) as executor:
         future = executor.submit(add, 1, 2)
         until(lambda: len(jobs("pending")) == 2, WAIT)
@@ -82,7 +82,7 @@ def test_workers_that_are_not_needed_any_more(folder: Path) -> None:
 
 
 def test_worker_that_somebody_cancels(folder: Path) -> None:
-    """Its call fails, with Slurm's word for it, and the other workers go on."""
+    """Its call fails with Slurm's word for it, and the other workers go on."""
     with block(2) as executor:
         lost = executor.submit(last, str(folder))
         wait_for(folder / "lasts", WAIT)
@@ -109,6 +109,6 @@ def test_worker_that_reaches_its_time_limit(folder: Path) -> None:
 
 
 def test_cache_directory_that_slurm_cannot_take(folder: Path) -> None:
-    """It is an error where it is given, as of calls that are jobs."""
+    """It is an error at once, as it is without block mode."""
     with pytest.raises(ValueError, match="has a backslash in its path"):
         SlurmClusterExecutor(block_allocation=True, max_workers=1, cache_directory=folder / "a\\b")

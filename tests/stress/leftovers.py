@@ -1,4 +1,4 @@
-"""What a program that is being tried has left behind: threads, descriptors, processes, files."""
+"""Finds leftovers of a program under test: threads, descriptors, processes, files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def marked(value: str) -> list[int]:
 
 
 def command(pid: int) -> str:
-    """What a process runs, as far as it is still there."""
+    """Return the command line of a process, if it still exists."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
     except OSError:
@@ -57,7 +57,7 @@ def children() -> list[int]:
 
 
 def settled(look: Callable[[], list[str]], seconds: float) -> list[str]:
-    """What ``look`` finds, once that is nothing or so many seconds have passed."""
+    """Return the findings of ``look``, once there are none or this many seconds have passed."""
     give_up = time.monotonic() + seconds
     while (left := look()) and time.monotonic() < give_up:
         gc.collect()
@@ -66,7 +66,7 @@ def settled(look: Callable[[], list[str]], seconds: float) -> list[str]:
 
 
 class Baseline:
-    """What this process has now; later, whatever is more was left behind."""
+    """Record the present state of this process. Anything more, later on, was left behind."""
 
     def __init__(self) -> None:
         self._threads = set(threading.enumerate())
@@ -74,7 +74,7 @@ class Baseline:
         self._children = set(children())
 
     def left(self, seconds: float = 20.0) -> list[str]:
-        """What is more than before, waiting for it to go."""
+        """Return the leftovers, after waiting for them to go."""
         return settled(self._look, seconds)
 
     def _look(self) -> list[str]:

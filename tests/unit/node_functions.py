@@ -1,4 +1,4 @@
-"""What the tests of nodes have workers run; it imports next to nothing, as every worker that is new imports it."""
+"""Functions of the tests of nodes. This module imports almost nothing, because every new worker imports it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How tests of properties run: the same examples every time."""
+"""Settings of property tests: the same examples every time."""
 
 from hypothesis import HealthCheck, Phase, settings
 

@@ -1,4 +1,4 @@
-"""What a Slurm job has, read from text that Slurm 22.05 wrote."""
+"""The resources of a Slurm job, read from text that Slurm 22.05 wrote."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def test_environment(environ: dict[str, str], shapes: list[NodeShape]) -> None:
     [{}, {"SLURM_JOB_NODELIST": "a,b"}, {"SLURM_JOB_NODELIST": "a,b", "SLURM_JOB_CPUS_PER_NODE": "4(x3)"}],
     ids=str,
 )
-def test_environment_that_does_not_tell(environ: dict[str, str]) -> None:
+def test_environment_without_cpus(environ: dict[str, str]) -> None:
     with pytest.raises(ValueError, match="bin folder on PATH"):
         shapes_from_environment(environ)
 
@@ -194,12 +194,12 @@ def test_scontrol_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert [shape.cpus for shape in slurm_allocation(ENVIRONMENT)] == [4, 2, 1]
 
 
-def test_environment_does_where_scontrol_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_is_read_if_scontrol_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with_scontrol(tmp_path, monkeypatch, "echo 'Unable to contact slurm controller' >&2; exit 1")
     assert slurm_allocation(ENVIRONMENT) == [NodeShape("node1", 4)]
 
 
-def test_environment_does_where_there_is_no_scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_is_read_without_scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert slurm_allocation(ENVIRONMENT) == [NodeShape("node1", 4)]
 

@@ -1,4 +1,4 @@
-"""Which distribution a module belongs to, in folders as pip, editable installs and Debian leave them."""
+"""The distribution of a module, in folders as pip, editable installs and Debian leave them."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_eggs_of_older_tools_and_of_debian(site: Path) -> None:
     assert found(site, "unnamed/__init__.py") == ("unnamed", "4.5")
 
 
-def test_what_is_edited_belongs_to_no_distribution(site: Path, tmp_path: Path) -> None:
+def test_edited_sources_belong_to_no_distribution(site: Path, tmp_path: Path) -> None:
     sources = tmp_path / "src"
     (sources / "alpha").mkdir(parents=True)
     install(site, "alpha-1.0.dist-info", "__editable___alpha_finder.py", "alpha.pth")
@@ -107,7 +107,9 @@ def test_another_version_is_seen(site: Path) -> None:
     assert found(site, "alpha.py") == ("alpha", "1.1")
 
 
-def test_each_distribution_is_told_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_warning_names_each_distribution_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(distributions, "_told", set())
     here = {"alpha": "2", "beta": "2", "gamma": "2"}
     with caplog.at_level(logging.WARNING, "executorlib"):

@@ -1,4 +1,4 @@
-"""What is said to Flux, and what its answers mean; as a real Flux 0.88 said it."""
+"""Requests to Flux, and the meaning of its answers, which a real Flux 0.88 gave."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_the_rest_of_a_jobspec() -> None:
     assert 60 < found["duration"] <= 120
     assert found["dependencies"] == [{"scheme": "afterok", "value": "fGPVYeb"}]
     assert found["environment"].pop("OMP_NUM_THREADS") == "2"
-    # What started the executor is nothing to its jobs: neither its MPI world nor its place in an array.
+    # Jobs must not inherit the MPI world or the place in an array of the process that started the executor.
     assert {"PMI_RANK", "SLURM_ARRAY_TASK_ID"}.isdisjoint(found["environment"])
     assert found["environment"]["HOME"] == "/home/me"
 
@@ -147,7 +147,7 @@ def test_job_ids(number: int, name: str) -> None:
     assert {job_number(name), job_number("ƒ" + name[1:]), job_number(str(number))} == {number}
 
 
-def test_no_job_id() -> None:
+def test_text_without_a_job_id() -> None:
     with pytest.raises(ValueError, match="substring"):
         job_number("f0l")  # letters that look like others are not used
 
@@ -242,7 +242,7 @@ def test_exceptions_that_end_nothing() -> None:
     assert (state.state, state.reason) == ("COMPLETED", "")
 
 
-def test_why() -> None:
+def test_reason_of_a_failed_start() -> None:
     note = "task 0 (host vm): start failed: /nonexistent: No such file or directory"
     state = log(SUBMIT, ALLOC, START, raised("exec", note), ("finish", {"status": 32512})).state
     assert (state.reason, state.exit_code) == (f"exec: {note}", "127:0")
@@ -273,7 +273,7 @@ def test_last_words() -> None:
     assert errors_in(b"", 9) == b""
 
 
-def test_where_a_value_is() -> None:
+def test_place_of_a_value() -> None:
     encoded = base64.b64encode(b"small").decode()
     assert blobs_of({"ver": 1, "type": "val", "data": encoded}) == (b"small", [])
     assert blobs_of({"ver": 1, "type": "valref", "data": ["sha1-00ff", "sha1-10"]}) == (b"", [b"\x00\xff", b"\x10"])
@@ -320,7 +320,7 @@ def test_limits_without_queues() -> None:
     assert "86400 s" in policy.problem(Resources(run_time_max=1e5))
 
 
-def test_what_would_be_refused() -> None:
+def test_requests_that_would_be_refused() -> None:
     policy = Policy(QUEUES)
     for resources in (Resources(), in_queue("no_such")):
         assert "debug, part, long, usual" in policy.problem(resources)
@@ -334,7 +334,7 @@ def test_what_would_be_refused() -> None:
 # -- what cannot be said to Flux ----------------------------------------------------------------------------------
 
 
-def test_variables_that_are_no_text() -> None:
+def test_variables_that_are_not_text() -> None:
     environ = {"RAW": "caf\udce9", "\udcff": "name", "TEXT": "café"}
     found = system(spec(Resources(), environ))["environment"]
     assert found["TEXT"] == "café"

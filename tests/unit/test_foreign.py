@@ -71,7 +71,7 @@ def run(program: Path, what: str, changed: int) -> str:
 
 
 def test_classes_of_the_program_are_its_own(program: Path) -> None:
-    """Where they are the same as they were; and methods see the globals of the program, not those that were pickled."""
+    """They are if they have not changed. Their methods see the program's globals, not the pickled ones."""
     run(program, "write", 1)
     assert run(program, "read", 1).splitlines() == [
         "True True False True",
@@ -95,5 +95,5 @@ def test_a_pickle_within_a_pickle(program: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [1, "text", [1.5, {"a": (None,)}], abs, Path("/tmp")])
-def test_what_has_no_classes_in_it(value: object) -> None:
+def test_pickle_without_classes(value: object) -> None:
     assert unpickle.loads(serialize.dumps_in_band(value)) == value

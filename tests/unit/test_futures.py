@@ -120,7 +120,7 @@ def test_found_and_filled_in(make: Callable[[Any], Any]) -> None:
     assert find_futures(value) == [future]  # the caller's own object is as it was
 
 
-def test_what_belongs_to_a_container_stays() -> None:
+def test_attributes_of_a_container_are_kept() -> None:
     default = fill_in(collections.defaultdict(list, a=done(1)))
     assert default["new"] == []
     ordered = fill_in(collections.OrderedDict([("z", done(1)), ("a", 2)]))
@@ -202,7 +202,7 @@ def test_cycle_without_a_future() -> None:
 
 
 def test_cycle_beside_a_future() -> None:
-    """The future is in another argument: nothing stands in the way of filling it in."""
+    """The future is in another argument, so it can be filled in."""
     cycle: list[Any] = []
     cycle.append(cycle)
     future = done(1)
@@ -211,14 +211,14 @@ def test_cycle_beside_a_future() -> None:
     assert fill_in((cycle, future))[1] == 1
 
 
-def test_container_that_is_met_twice_is_no_cycle() -> None:
+def test_container_that_occurs_twice_is_not_a_cycle() -> None:
     shared = [done(1)]
     assert find_futures([shared, shared]) == [shared[0]]
     assert fill_in([shared, shared]) == [[1], [1]]
 
 
 def test_cost_of_shared_containers() -> None:
-    """Each is looked at a few times, not once for each way to it."""
+    """Each is looked at a few times, and not once for each path to it."""
     looked = 0
 
     class Counting(Future):  # type: ignore[type-arg]
@@ -307,7 +307,7 @@ def test_item_that_is_not_there(key: Any, error: type[Exception]) -> None:
     assert isinstance(get_item_from_future(done({"a": 1}), key).exception(0), error)
 
 
-def test_item_of_what_cannot_be_indexed() -> None:
+def test_item_of_a_result_that_cannot_be_indexed() -> None:
     assert isinstance(get_item_from_future(done(5), 0).exception(0), TypeError)
 
 
@@ -515,7 +515,7 @@ def test_batches_keep_no_results() -> None:
 @pytest.mark.parametrize(
     "derive", [lambda source: get_item_from_future(source, 0), lambda source: batched([source], 1)[0]]
 )
-def test_source_keeps_no_result_of_what_was_derived(derive: Callable[[Future[Any]], Future[Any]]) -> None:
+def test_source_keeps_no_result_of_derived_futures(derive: Callable[[Future[Any]], Future[Any]]) -> None:
     source: Future[Any] = Future()
     reference = weakref.ref(derive(source))
     assert reference() is not None  # its callbacks may be all that anybody wants of it
@@ -526,7 +526,7 @@ def test_source_keeps_no_result_of_what_was_derived(derive: Callable[[Future[Any
 
 @pytest.mark.parametrize("key", [0, "not there"])
 def test_derived_future_keeps_no_source(key: Any) -> None:
-    """Nor does its exception, whose traceback has seen the source's result."""
+    """Its exception does not either, although the traceback has seen the source's result."""
     source: Future[Any] = Future()
     item = get_item_from_future(source, key)
     holder = Holder(1)
@@ -550,7 +550,7 @@ def leave(_: Future[Any]) -> None:
 
 
 @pytest.mark.parametrize("make", [Future, LeanFuture])
-def test_all_are_told_whatever_a_callback_raises(make: Callable[[], Future[Any]]) -> None:
+def test_all_callbacks_run_whatever_one_raises(make: Callable[[], Future[Any]]) -> None:
     source = make()
     source.add_done_callback(leave)
     told: list[Future[Any]] = []
@@ -579,7 +579,7 @@ def test_futures_of_one_source_do_not_depend_on_each_others_callbacks(make: Call
     assert isinstance(groups[1].exception(0), ZeroDivisionError)
 
 
-def test_callbacks_of_a_class_with_ways_of_its_own() -> None:
+def test_callbacks_of_a_class_with_its_own_way_to_add_them() -> None:
     class Relayed(Future[Any]):
         def add_done_callback(self, fn: Callable[[Future[Any]], object]) -> None:
             relayed.append(fn)

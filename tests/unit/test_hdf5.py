@@ -52,7 +52,7 @@ def test_sizes_at_which_the_format_changes(size: int) -> None:
 
 
 @pytest.mark.parametrize("size", [1_000_000, 3_000_000])
-def test_what_does_not_shrink_is_only_wrapped(size: int) -> None:
+def test_incompressible_data_is_stored_as_it_is(size: int) -> None:
     """Compressing it takes seconds for a hundred megabytes, and gains nothing."""
     value = os.urandom(size)
     packed = bytes(hdf5.pack({"value": value, "zeros": bytes(size)}))
@@ -63,7 +63,7 @@ def test_what_does_not_shrink_is_only_wrapped(size: int) -> None:
         assert file["value"][()].tobytes() == value
 
 
-def test_only_what_was_asked_for() -> None:
+def test_only_requested_datasets_are_read() -> None:
     packed = bytes(hdf5.pack({"a": b"1", "b": b"2"}))
     assert hdf5.unpack(packed, {"b", "c"}) == {"b": b"2"}
 
@@ -111,7 +111,7 @@ def test_every_changed_byte_is_noticed(change: Callable[[bytes], bytes]) -> None
 @repeatable
 @given(st.data())
 def test_no_damage_gives_another_value(data: st.DataObject) -> None:
-    """Pieces of a file in the place of others, as of blocks of a disk: what is moved may be whole in itself."""
+    """Blocks of a file are swapped, as on a disk. Each block may be intact in itself."""
     change = data.draw(st.sampled_from([bytes, without_our_checksum]))
     damaged = bytearray(change(bytes(hdf5.pack(VALUES))))
     for _ in range(data.draw(st.integers(1, 4))):
@@ -123,8 +123,8 @@ def test_no_damage_gives_another_value(data: st.DataObject) -> None:
     as_written_or_damaged(bytes(damaged))
 
 
-def test_links_that_change_places() -> None:
-    """The address of one dataset in the place of another's."""
+def test_swapped_addresses_are_noticed() -> None:
+    """One dataset's address is in the place of another's."""
     for change in (bytes, without_our_checksum):
         damaged = bytearray(change(bytes(hdf5.pack(VALUES))))
         at = {name: damaged.index(bytes([len(name)]) + name.encode()) + 1 + len(name) for name in VALUES}
@@ -133,8 +133,8 @@ def test_links_that_change_places() -> None:
             hdf5.unpack(bytes(damaged))
 
 
-def test_what_inflates_to_more_than_it_says() -> None:
-    """A megabyte that says to be one byte, and would be a gigabyte, takes no memory."""
+def test_data_that_inflates_beyond_its_stated_size() -> None:
+    """A megabyte that claims to be one byte, and would become a gigabyte, takes no memory."""
     bomb = zlib.compress(bytes(50_000_000), 9)
     packed = bytearray(hdf5.pack({"output": b"1"}))
     # The one chunk, and all that tells its size, place and checksums.

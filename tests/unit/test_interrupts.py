@@ -46,7 +46,7 @@ def strikes(at: int, operation: Callable[[], Any]) -> bool:
 
     def profile(frame: Any, event: str, arg: Any) -> None:
         nonlocal left
-        # What callbacks of weak references raise is not raised further, but printed.
+        # Python prints exceptions of callbacks of weak references instead of raising them.
         if frame.f_code.co_filename.endswith("_weakrefset.py"):
             return
         if event == "call" or (event == "c_return" and arg.__name__ != whole):
@@ -133,7 +133,7 @@ def test_future_can_be_resolved_after_an_interrupt(use: Callable[..., Any]) -> N
 
 
 def test_future_is_not_resolved_while_it_is_read() -> None:
-    """`wait` counts the futures that are not done, then has each tell of its end; in between none must be done."""
+    """`wait` counts the pending futures, then registers with each. None may become done in between."""
     future: LeanFuture[int] = LeanFuture()
     read, told = threading.Event(), threading.Event()
 
@@ -242,7 +242,7 @@ def submit(loop: Loop, future: Future[Any], *inputs: Future[Any]) -> None:
 
 
 def test_submit_that_is_interrupted_is_not_counted(loop: Loop) -> None:
-    """It is open whether the call was taken; but the loop takes further calls, and none is counted for ever."""
+    """The call may or may not be accepted. The loop accepts further calls, and counts none forever."""
     never: Future[Any] = Future()
 
     def case() -> tuple[Callable[[], Any], Callable[[], Any]]:

@@ -1,4 +1,4 @@
-"""What a key sees: each change of code or of a value that a call reaches, and nothing that depends on the process."""
+"""A key covers each change of code or of a value that a call reaches, and nothing that depends on the process."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def in_program(text: str, old: str, new: str) -> Case:
 OTHER = "def g(): return 1\nclass C:\n  x = 2\n  def m(self): return 3\nA = 4\n"
 INSTANCE = "class K:\n  def __init__(s, a): s.a = a\n"
 
-# What a global of a module may be, and how the function reads it.
+# The kinds of globals of a module, and the ways in which the function reads them.
 GLOBALS = {
     "number": in_module("X = 1", "1", "2"),
     "pattern": in_module("import re\nX = re.compile('a')", "'a'", "'b'", "return X.pattern"),
@@ -311,7 +311,7 @@ WAYS = {
     ),
 }
 
-# What a program may use, of its own and of modules.
+# Objects that a program may use, of its own and of modules.
 PROGRAMS = {
     "global of the program": in_program("A = 1\ndef f(): return A", "1", "2"),
     "instance of the program": in_program(INSTANCE + "X = K(1)\ndef f(): return X.a", "K(1)", "K(2)"),
@@ -400,7 +400,7 @@ PROGRAMS = {
     "method": Case({"MOD.py": OTHER}, "import MOD\nf = MOD.C().m", "return 3", "return 9"),
 }
 
-# What libraries make of functions and classes of the program, and what they note about them.
+# Objects that libraries make of the program's functions and classes, and their notes about them.
 MADE = {
     "partial with the looks of a function": in_program(
         "import functools\ndef scale(k, x): return k * x\n"
@@ -455,7 +455,7 @@ MADE = {
     ),
 }
 
-# What a module does when it is imported, in other ways than by calling what is its own.
+# Effects of a module's import other than those of calls of its own functions.
 TASKS = (
     "class T:\n  def __init__(s, n): s.n, s.down = n, []\n  def __rshift__(s, o): s.down.append(o.n)\n"
     "t1, t2, t3 = T(1), T(2), T(3)\n"

@@ -19,7 +19,7 @@ from unit.properties import examples, repeatable
 
 
 def spread(nodes: int, further: int, cores: int, gpus: int = 0, exclusive: bool = False) -> Demand:
-    """A demand of several nodes: that many ranks and some further ones, each with so many cores and GPUs."""
+    """A demand of several nodes: that many ranks and some more, each with these cores and GPUs."""
     ranks = nodes + further
     return Demand(ranks * cores, ranks * gpus, exclusive, nodes, ranks)
 
@@ -65,7 +65,7 @@ class AgainstModel(RuleBasedStateMachine):
         return max(0, len(self.free_gpus(node)) - gpus), max(0, len(self.free_cores(node)) - cores)
 
     def fits(self, demand: Demand, share: tuple[int, int], node: Node) -> bool:
-        """Whether anybody may have the share there."""
+        """Return whether anybody may have the share there."""
         gpus, cores = self.available(node)
         if demand.exclusive and (node in self.kept or not self.is_idle(node)):
             return False
@@ -76,7 +76,7 @@ class AgainstModel(RuleBasedStateMachine):
         return len(self.free_cores(node)) >= cores and len(self.free_gpus(node)) >= gpus
 
     def could_hold(self, demand: Demand, nodes: list[Node]) -> bool:
-        """Whether there are enough nodes, if they were empty; one for a large share does for a small one, too."""
+        """Return whether enough empty nodes exist. One for a large share does for a small one, too."""
         shapes = [(len(self.all_cores[node]), len(self.all_gpus[node])) for node in nodes]
         return all(
             sum(most >= cores and devices >= gpus for most, devices in shapes) >= place
@@ -89,7 +89,7 @@ class AgainstModel(RuleBasedStateMachine):
         return gpus, self.is_idle(node) and node not in self.kept, cores
 
     def check_taken(self, taken: Allocation, demand: Demand) -> None:
-        """What was taken was free, and is as much as was asked for; the ledger lists neighbours in order."""
+        """The taken resources were free and are those requested. The ledger lists neighbours in order."""
         assert len({share.node for share in taken.shares}) == demand.nodes
         assert taken.shares[0] == (taken.node, taken.cores, taken.gpus)
         for (node, cores, gpus), (need, devices) in zip(taken.shares, demand.shares(), strict=True):
@@ -171,7 +171,7 @@ class AgainstModel(RuleBasedStateMachine):
     @precondition(lambda self: set(self.nodes) - set(self.kept))
     @rule(data=st.data(), sure=st.sampled_from([True, False, False, False]))
     def remove(self, data: st.DataObject, sure: bool) -> None:
-        """What is held there stays held, and counts no more once it is given back."""
+        """Resources that are held there stay held, and do not count once they are given back."""
         if not sure:
             return
         node = data.draw(st.sampled_from([node for node in self.nodes if node not in self.kept]), label="node")
@@ -235,7 +235,7 @@ def test_calls_without_gpus_leave_the_gpus_alone() -> None:
 
 
 def test_small_calls_fill_the_gaps_of_used_nodes() -> None:
-    """So that whole nodes stay free for those that need whole ones."""
+    """Whole nodes stay free for calls that need them."""
     ledger = Ledger([Node(f"node{index}", range(4)) for index in range(3)])
     large = ledger.allocate(Demand(3))
     small = ledger.allocate(Demand(1))
@@ -289,7 +289,7 @@ def test_reserves_where_most_is_free() -> None:
 
 
 def test_shares_of_a_reservation_may_be_taken_elsewhere() -> None:
-    """Each as soon as it is free: whoever runs on a kept node may take for ever."""
+    """Each is taken as soon as it is free, because calls on a reserved node may take forever."""
     ledger = Ledger([Node(name, range(4)) for name in "abc"])
     first, second, third = (ledger.allocate(Demand(4)) for _ in "abc")
     assert first is not None
@@ -382,7 +382,7 @@ def test_spread_over_nodes_of_different_sizes() -> None:
         (spread(2, 0, 1), 7),
         (spread(2, 0, 2), 3),
         (spread(3, 0, 1), 4),
-        (spread(2, 0, 5), 0),  # there is one node only that has so many
+        (spread(2, 0, 5), 0),  # only one node has that many
         (spread(2, 2, 1, gpus=1), 1),
         (spread(2, 1, 1), 4),
     ],
@@ -395,7 +395,7 @@ def test_room_for_many(demand: Demand, room: int) -> None:
     assert len(list(iter(lambda: ledger.allocate(demand), None))) >= room - (demand.nodes > 1)
 
 
-def test_error_names_the_most_there_is() -> None:
+def test_error_names_the_largest_node() -> None:
     nodes = Ledger([Node("many-cores", range(8)), Node("gpus", range(2), ["0", "1"])])
     with pytest.raises(ValueError, match="but all has 2 nodes of at most 8 cores and 2 GPUs"):
         spread_over(nodes, Resources(cores=11), "f", "all", "Ask for less.")
@@ -421,7 +421,7 @@ def test_lost_node() -> None:
     assert taken.node is nodes[1]
 
 
-def test_what_can_never_be() -> None:
+def test_demands_that_can_never_be_met() -> None:
     ledger = Ledger([Node("many-cores", range(8)), Node("gpus", range(2), ["0", "1"])])
     assert ledger.could_hold(Demand(8))
     assert ledger.could_hold(Demand(2, 2))
@@ -431,7 +431,7 @@ def test_what_can_never_be() -> None:
         assert ledger.reserve(demand) is None
 
 
-# What it costs, counted in lines of the module that are run: the same on every machine.
+# The cost, counted in executed lines of the module, which is the same on every machine.
 
 
 def lines_run(function: Callable[[], Any]) -> int:
@@ -459,7 +459,7 @@ def lines_run(function: Callable[[], Any]) -> int:
     ids=str,
 )
 def test_cost_does_not_depend_on_the_number_of_nodes(demand: Demand) -> None:
-    """Neither to find room, nor to find that there is none, nor to give back."""
+    """That holds for finding room, for finding that there is none, and for giving back."""
 
     def cost(nodes: int) -> list[int]:
         ledger = Ledger([Node(f"node{index}", range(8), ["0", "1"]) for index in range(nodes)])

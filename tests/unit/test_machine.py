@@ -1,4 +1,4 @@
-"""What the machine has, read from trees as the kernel shows them."""
+"""The machine's resources, read from trees as the kernel shows them."""
 
 from __future__ import annotations
 

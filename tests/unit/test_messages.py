@@ -108,7 +108,7 @@ def test_round_trip_however_the_stream_is_cut(sent: list[tuple[Any, list[bytes]]
 def test_round_trip_through_memory_files(
     sent: list[tuple[Any, list[bytes]]], limit: int, step: int, relayed: bool
 ) -> None:
-    """Of some messages, from a size on; the descriptors travel ahead of the bytes that they belong to."""
+    """Messages above a size use them. The descriptors travel ahead of the bytes that they belong to."""
     stream, fds = b"", []
     with mapped_from(limit):
         for header, frames in sent:
@@ -260,7 +260,7 @@ def test_conversation(pair: tuple[socket.socket, socket.socket]) -> None:
 @pytest.mark.parametrize("limit", [NEVER, pytest.param(LARGE, marks=memory_files)], ids=["stream", "memory-file"])
 @pytest.mark.parametrize("size", [LARGE - 1, LARGE, 5 * LARGE + 3])
 def test_partial_sends(pair: tuple[socket.socket, socket.socket], limit: int, size: int) -> None:
-    """The channel never blocks: what does not fit waits, in order, until there is room."""
+    """The channel never blocks: the rest of a message waits, in order, until there is room."""
     pair[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     channel, reader = Channel(pair[0]), Channel(pair[1])
     sent = [(["call", number], [bytes([number]) * (size if number % 3 == 0 else 100)]) for number in range(9)]
@@ -357,8 +357,8 @@ def test_dropped_messages_leave_nothing_open(pair: tuple[socket.socket, socket.s
 
 
 @memory_files
-def test_receives_all_that_is_there_behind_a_descriptor(pair: tuple[socket.socket, socket.socket]) -> None:
-    """The kernel ends a read behind bytes that came with a descriptor; a last look must see what is behind, too."""
+def test_bytes_behind_a_descriptor_are_received(pair: tuple[socket.socket, socket.socket]) -> None:
+    """The kernel ends a read behind bytes that came with a descriptor. One more read must get the bytes behind them."""
     channel, connection = Channel(pair[0]), Connection(pair[1])
     for number in range(3):
         connection.send(["result", number], [b"x" * LARGE])
@@ -394,7 +394,7 @@ def test_received_descriptors_are_not_inherited(pair: tuple[socket.socket, socke
 
 @contextlib.contextmanager
 def files_left(count: int) -> Iterator[None]:
-    """Let this process open only so many more files."""
+    """Let this process open only this many more files."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     free = [os.dup(0) for _ in range(count + 1)]
     for fd in free:
@@ -566,7 +566,7 @@ GARBAGE: dict[str, bytes] = {
 
 @pytest.mark.parametrize("garbage", GARBAGE)
 def test_garbage_ends_the_stream(pair: tuple[socket.socket, socket.socket], garbage: str) -> None:
-    """At once, although the peer lives; and it does not raise: what the loop does not catch fails the calls of all."""
+    """It ends at once although the peer lives, and without an exception, which would fail all calls of the loop."""
     channel = Channel(pair[0])
     pair[1].sendall(GARBAGE[garbage])
     assert channel.receive() == ([], True)
@@ -615,7 +615,7 @@ def test_worker_that_writes_garbage_fails_its_own_call_alone(garbage: str, block
 @needs_proc
 @pytest.mark.parametrize("left", [0, 1])
 def test_several_large_messages_and_too_many_open_files(pair: tuple[socket.socket, socket.socket], left: int) -> None:
-    """Sent at once, they are lost one by one; what comes behind them is not."""
+    """If they are sent at once, each is lost by itself, and messages behind them are not."""
     channel, connection = Channel(pair[0]), Connection(pair[1])
     for number in range(3):
         channel.put(["call", number], [b"x" * LARGE])

@@ -1,4 +1,4 @@
-"""What the loop and a node's relay wait by."""
+"""The poller, by which the loop and a node's relay wait."""
 
 from __future__ import annotations
 

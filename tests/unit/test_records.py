@@ -58,7 +58,7 @@ def line(monkeypatch: pytest.MonkeyPatch) -> Iterator[Line]:
     logger.setLevel(logging.NOTSET)
 
 
-def test_what_is_logged_while_a_message_is_sent_follows_it(line: Line) -> None:
+def test_records_logged_during_a_send_follow_the_message(line: Line) -> None:
     """By a signal handler, say, in the middle of it."""
     reporter = Reporter(line)
     line.meanwhile = lambda: logger.info("meanwhile")
@@ -87,8 +87,8 @@ def test_signals_wait_until_a_message_is_sent(line: Line) -> None:
     assert line.sent == ["whole", "result"]
 
 
-def test_what_is_logged_while_a_call_is_awaited_comes_after_it(line: Line) -> None:
-    """A connection over ZeroMQ is for one thread at a time. What waits has a limit."""
+def test_records_logged_while_waiting_for_a_call_are_sent_later(line: Line) -> None:
+    """A ZeroMQ connection is for one thread at a time, and only a limited number of records waits."""
     reporter = Reporter(line)
     line.meanwhile = lambda: [logger.info("%d", number) for number in range(1500)]
     assert reporter.receive().header == ["call", 7]
@@ -96,7 +96,7 @@ def test_what_is_logged_while_a_call_is_awaited_comes_after_it(line: Line) -> No
     assert reporter.number == 7
 
 
-def test_an_executor_that_is_gone_is_found_by_answers_only(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_answers_reveal_that_the_executor_is_gone(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(header: list[Any], frames: Any = ()) -> None:
         raise BrokenPipeError
 

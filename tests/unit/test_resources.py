@@ -110,7 +110,7 @@ def test_every_key_has_a_type() -> None:
 
 
 def fits(kind: Any, value: object) -> bool:
-    """Whether a type checker takes a value, were it not that it counts bool as int and float."""
+    """Return whether a type checker accepts a value, except that it counts bool as int and float."""
     origin = typing.get_origin(kind)
     if origin in (typing.Union, types.UnionType):
         return any(fits(each, value) for each in typing.get_args(kind))
@@ -163,13 +163,13 @@ def test_unknown_key_names_the_nearest(key: str, near: str) -> None:
 
 
 @pytest.mark.parametrize(("key", "text"), [("memory_max", "submit jobs"), ("pmi_mode", "argument of executors")])
-def test_key_of_something_else_says_of_what(key: str, text: str) -> None:
+def test_key_of_other_executors_says_so(key: str, text: str) -> None:
     with pytest.raises(ValueError, match=f"call of 'f': {key!r} .*{text}"):
         Resources().updated({key: 1}, "call of 'f'")
 
 
 @pytest.mark.parametrize("key", ["zzzzzz", 7, None])
-def test_unknown_key_like_no_other_names_them_all(key: object) -> None:
+def test_unknown_key_without_a_similar_one_lists_all(key: object) -> None:
     with pytest.raises(ValueError, match="unknown key") as caught:
         Resources().updated({key: 1}, "f")  # type: ignore[dict-item]
     assert all(known in str(caught.value) for known in KEYS)
@@ -197,7 +197,7 @@ good_changes = st.lists(st.sampled_from(GOOD)).map(lambda chosen: {key: value fo
 @repeatable
 @given(good_changes, good_changes)
 def test_updated_changes_no_input(first: dict[str, Any], second: dict[str, Any]) -> None:
-    """Neither the dictionaries nor the resources that they change; the later one wins."""
+    """Neither the dictionaries nor the resources change, and the later dictionary wins."""
     before = Resources().updated(first, "f")
     copies = copy.copy(before), copy.deepcopy(second)
     after = before.updated(second, "f")
@@ -258,8 +258,8 @@ def test_demand_over_several_nodes(changes: dict[str, Any], nodes: int, demand: 
     assert Resources().updated(changes, "f").demand_over(nodes) == demand
 
 
-def test_what_is_sent() -> None:
-    """To where the process is started; files, nodes and scripts were seen to before."""
+def test_resources_that_are_sent() -> None:
+    """These go to where the process starts. Files, nodes and scripts were dealt with before."""
     assert Resources().sent == {}
     more = {"cache_key": "x", "num_nodes": 2, "slurm_cmd_args": ["--quiet"], "submission_template": "x", "queue": "y"}
     resources = Resources().updated({"cores": 2, "cwd": "/", "priority": -1, **more}, "f", allow_template_keys=True)
@@ -267,7 +267,7 @@ def test_what_is_sent() -> None:
     assert Resources().updated(resources.sent, "f") == Resources(cores=2, cwd="/", priority=-1)
 
 
-def test_further_keys_are_the_templates() -> None:
+def test_unknown_keys_go_to_the_template() -> None:
     before = Resources().updated({"partition": "short", "memory_max": 2.5}, "f", allow_template_keys=True)
     after = before.updated({"partition": "long", "cores": 2, "account": None}, "f", allow_template_keys=True)
     assert after.template_values == {"partition": "long", "memory_max": 2.5}
@@ -276,6 +276,6 @@ def test_further_keys_are_the_templates() -> None:
     assert hash(after) != hash(before)
 
 
-def test_further_keys_hold_plain_values() -> None:
+def test_unknown_keys_hold_plain_values() -> None:
     with pytest.raises(TypeError, match=r"partition.*str or a number"):
         Resources().updated({"partition": ["short"]}, "f", allow_template_keys=True)

@@ -44,8 +44,8 @@ class Nested:
         pass
 
 
-def test_what_is_pickled_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As cloudpickle does it: a worker must find it by that, and the key of a call must say the same of it."""
+def test_objects_that_are_pickled_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This must agree with cloudpickle: a worker must find it by its name, and keys must agree."""
     import cloudpickle
 
     def goes_by_name(obj: Any, module: str, qualname: str) -> bool:
@@ -93,7 +93,7 @@ def test_round_trip(value: object) -> None:
     assert type(rebuilt) is type(value)
 
 
-def test_what_plain_pickle_cannot_do() -> None:
+def test_objects_that_plain_pickle_rejects() -> None:
     captured = 3
     assert loads(dumps(lambda x: x + captured))(1) == 4
     function, _ = of_main("k = 5\ndef f(x): return x * k")
@@ -156,8 +156,8 @@ def f():
 """
 
 
-def test_what_functools_makes_of_functions() -> None:
-    """A script's own caches and dispatchers go along with what uses them, by value, as its functions do."""
+def test_wrappers_of_functools() -> None:
+    """A script's own caches and dispatchers are pickled by value, as its functions are."""
     function, names = of_main(CACHING)
     assert loads(dumps(function))() == (6765, 2, "whole", ["whole", "something"], 2, [1], "whole", "something")
     fib = loads(dumps(names["fib"]))
@@ -180,7 +180,7 @@ def test_what_functools_makes_of_functions() -> None:
     assert (model.table.__doc__, model.table.attrname) == ("A table.", "table")
 
 
-def test_a_cache_of_what_has_no_name() -> None:
+def test_cache_of_a_callable_without_a_name() -> None:
     cached = functools.lru_cache(functools.partial(of_main("def f(x, y): return x + y")[0], 1))
     assert loads(dumps(cached))(2) == 3
 
@@ -194,7 +194,7 @@ def test_caches_of_importable_modules_go_by_name() -> None:
     assert loads(dumps(pkgutil.iter_importer_modules)) is pkgutil.iter_importer_modules  # dispatches
 
 
-def test_what_cannot_be_pickled() -> None:
+def test_objects_that_cannot_be_pickled() -> None:
     with pytest.raises(TypeError, match="pickle"):
         dumps([threading.Lock()])
 
@@ -350,7 +350,7 @@ def test_calls_of_the_same_time_share_one_pickle() -> None:
 
 
 def test_call_that_is_sent_after_a_later_one() -> None:
-    """A call of low priority: what was made after its submit serves it, what was made before would not."""
+    """For a call of low priority, a pickle made after its submit is right, and one made before is not."""
     function, namespace = of_main("k = 1\ndef f(): return k")
     submits = Submits()
     first = submits.submit()
@@ -365,7 +365,7 @@ def test_call_that_is_sent_after_a_later_one() -> None:
 
 @settings(repeatable, max_examples=examples(60))
 @given(st.lists(st.sampled_from(["submit", "send", "change"]), max_size=25), st.data())
-def test_no_call_sees_what_was_before_its_submit(steps: list[str], data: st.DataObject) -> None:
+def test_calls_never_see_the_state_before_their_submit(steps: list[str], data: st.DataObject) -> None:
     function, namespace = of_main("k = 0\ndef f(): return k")
     submits = Submits()
     waiting: list[tuple[int, int]] = []
@@ -380,7 +380,7 @@ def test_no_call_sees_what_was_before_its_submit(steps: list[str], data: st.Data
 
 
 def test_another_function_in_the_same_place() -> None:
-    """An identity is used again once its object is gone."""
+    """Python reuses an id once its object is gone."""
     submits = Submits()
     for value in range(200):
         function = eval(f"lambda: {value}", {"__name__": "__main__"})
@@ -414,7 +414,7 @@ def test_keeps_few_functions_and_forgets_all() -> None:
 
 
 def test_keeps_few_bytes_of_functions() -> None:
-    """Functions that hold data, each with a change between two submits, too."""
+    """This includes functions that hold data and change between two submits."""
     submits = Submits()
     limit = 10_000
     submits.pickler._KEEP_BYTES = limit
@@ -436,7 +436,7 @@ def test_standard_containers() -> None:
 
 
 def test_functions_by_value_keep_the_name_of_their_file() -> None:
-    """By which a traceback finds the lines to show."""
+    """A traceback finds its source lines by that name."""
 
     def function() -> None:
         pass
@@ -463,7 +463,7 @@ def g(point: Missing) -> int:
 
 
 def test_annotations_go_along() -> None:
-    """... also those that are evaluated late, and one that cannot be evaluated at all."""
+    """This includes annotations that are evaluated late, and one that cannot be evaluated at all."""
     late = sys.version_info >= (3, 14)
     source = ANNOTATED if late else "from __future__ import annotations\n" + ANNOTATED
     names: dict[str, Any] = {"__name__": "__main__"}
@@ -494,14 +494,14 @@ def name_elsewhere(cls: type) -> str:
 
 
 def test_bytes_and_text_are_not_compared(tmp_path: Path) -> None:
-    """... which the interpreter's option -bb makes an error."""
+    """The interpreter's option -bb would make that an error."""
     program = tmp_path / "program.py"
     program.write_text("from executorlib import serialize\ndef f(): return b'a'\nserialize.dumps(f)\n")
     subprocess.run([sys.executable, "-bb", str(program)], check=True)
 
 
 def test_frames_can_be_collected_in_a_cycle() -> None:
-    """... as those of an exception's traceback are, without a word on standard error."""
+    """The frames of an exception's traceback are, too, without a message on standard error."""
     cycle: list[Any] = [dumps({"not": {"plain"}})]
     cycle.append(cycle)
     del cycle

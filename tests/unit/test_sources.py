@@ -1,4 +1,4 @@
-"""What is read from modules' files: never a state that has passed, and nothing again that is known."""
+"""Reading modules' files: an outdated state is never used, and known files are not read again."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_a_module_that_appears_is_seen(folder: Path) -> None:
 
 
 @pytest.mark.usefixtures("settled")
-def test_what_another_process_has_read_is_not_read_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_that_another_process_has_read_are_not_read_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = folder / "lab_a.py"
     path.write_text("def f(): return 1")
     key = fingerprint.key_of(importlib.import_module("lab_a").f, (), {})
@@ -129,7 +129,7 @@ def test_what_another_process_has_read_is_not_read_again(folder: Path, monkeypat
 
 @pytest.mark.parametrize("imported", ["before", "while the call before it ran"])
 def test_a_process_that_has_loaded_an_older_state_has_another_key(folder: Path, imported: str) -> None:
-    """As a worker of a block has, whose user edits a module meanwhile."""
+    """This happens to a worker of a block while the user edits a module."""
     path = folder / "lab_a.py"
     path.write_text("def f(): return 1")
     if imported == "before":
@@ -149,7 +149,7 @@ def test_a_process_that_has_loaded_an_older_state_has_another_key(folder: Path, 
 def test_a_module_that_changes_while_its_call_is_unpickled_has_another_key(
     folder: Path, monkeypatch: pytest.MonkeyPatch, known: bool
 ) -> None:
-    """Also one that nobody could know would be loaded, as an input that changed meanwhile refers to it."""
+    """This includes a module that an input refers to only since it changed meanwhile."""
     path = folder / "lab_a.py"
     path.write_text("def f(): return 1")
     function = importlib.import_module("lab_a").f
@@ -224,7 +224,7 @@ def test_nothing_is_imported(folder: Path) -> None:
         ("lab_x.py", "A = " + "+".join("1" * 20000), "A = " + "+".join("2" * 20000)),
     ],
 )
-def test_what_cannot_be_taken_apart_counts_whole(folder: Path, name: str, before: str, after: str) -> None:
+def test_modules_that_cannot_be_parsed_count_whole(folder: Path, name: str, before: str, after: str) -> None:
     (folder / name).write_text(before)
     first = digest("lab_x", "A")
     (folder / name).write_text(after)
@@ -257,7 +257,7 @@ def test_modules_in_a_zip_file_count_with_all_of_it(folder: Path, monkeypatch: p
         ("A = 1\nB = [A, {1: A}, A + A, -A, lambda: A]", ("-A", "+A")),
     ],
 )
-def test_what_a_name_does_not_use_does_not_count(folder: Path, text: str, change: tuple[str, str]) -> None:
+def test_statements_that_a_name_does_not_use_do_not_count(folder: Path, text: str, change: tuple[str, str]) -> None:
     path = folder / "lab_a.py"
     path.write_text(text)
     first = digest("lab_a", "A")
@@ -266,7 +266,7 @@ def test_what_a_name_does_not_use_does_not_count(folder: Path, text: str, change
     assert digest("lab_a", "A") == first
 
 
-def test_warnings_in_a_module_are_not_ours(folder: Path) -> None:
+def test_warnings_in_a_module_are_not_shown(folder: Path) -> None:
     (folder / "lab_a.py").write_text("A = '\\d'\nB = 1 is 1")
     assert digest("lab_a", "A")
 
@@ -290,7 +290,7 @@ def test_distributions_that_are_used_are_named(folder: Path) -> None:
     assert reach(roots).digest == first.digest
 
 
-def test_versions_are_part_of_the_key_where_this_is_wanted(folder: Path) -> None:
+def test_versions_are_part_of_the_key_on_request(folder: Path) -> None:
     site = folder / "site-packages"
     (site / "lab_used-1.0.dist-info").mkdir(parents=True)
     (site / "lab_used-1.0.dist-info" / "RECORD").write_text("lab_used.py,,\n")
@@ -323,7 +323,7 @@ def test_versions_are_part_of_the_key_where_this_is_wanted(folder: Path) -> None
         ("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n  X = 1", "X = 1", "X = 2"),
     ],
 )
-def test_what_a_function_does_not_reach_does_not_count(folder: Path, text: str, old: str, new: str) -> None:
+def test_modules_that_a_function_does_not_reach_do_not_count(folder: Path, text: str, old: str, new: str) -> None:
     path = folder / "lab_a.py"
     path.write_text(f"{text}\ndef f(): return 0")
     first = digest("lab_a", "f")
@@ -331,7 +331,7 @@ def test_what_a_function_does_not_reach_does_not_count(folder: Path, text: str, 
     assert digest("lab_a", "f") == first
 
 
-def test_new_modules_are_told_from_those_that_were_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_new_modules_are_distinguished_from_older_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     modules = dict.fromkeys(("a", "b", "c"))
     monkeypatch.setattr(sys, "modules", modules)
     monkeypatch.setattr(sources, "_many", 0)

@@ -1,4 +1,4 @@
-"""What is left of MPI worlds that were killed."""
+"""Leftovers of MPI worlds that were killed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def name(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         yield f"{folder}/mpich_shm_{secrets.token_hex(4)}"
 
 
-def test_only_what_nobody_uses_is_removed(name: str) -> None:
+def test_only_unused_files_are_removed(name: str) -> None:
     since = time.time() - 10
     opened, mapped, old, both, unused, other_kind = (Path(f"{name}_{number}") for number in range(6))
     for path in (opened, mapped, old, both, unused):

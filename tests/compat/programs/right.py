@@ -1,4 +1,4 @@
-"""What users may write: type checkers find nothing to say about it, and infer these types. It is not run."""
+"""Programs that users may write. Type checkers accept them, and infer these types. It is not run."""
 
 from __future__ import annotations
 
@@ -245,7 +245,7 @@ with TestClusterExecutor() as test:
     test.submit(add, 1, resource_dict={"queue": "debug"})
 
 
-# What `init_function` and the number of the worker fill is left out.
+# The call leaves out the parameters that `init_function` and the worker's number fill.
 with SingleNodeExecutor(block_allocation=True, init_function=load) as block:
     assert_type(block.submit(predict, 1), Future[float])
     assert_type(block.submit(predict, length), Future[float])

@@ -1,4 +1,4 @@
-"""What type checkers find: an error in each line that says so, and in no other. It is not run."""
+"""Mistakes that type checkers find: an error in each line that says so, and in no other. It is not run."""
 
 from __future__ import annotations
 
