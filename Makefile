@@ -47,7 +47,7 @@ test: $(VENV)/installed-dev
 	@$(BIN)/python -m pytest -n $(TEST_PROCESSES) $(ARGS)
 
 quick: $(VENV)/installed-dev
-	@$(BIN)/python -m pytest -n $(TEST_PROCESSES) --hypothesis-profile=quick --rows=fork,block-fork --ignore=tests/compat/test_types.py \
+	@$(BIN)/python -m pytest -n $(TEST_PROCESSES) --hypothesis-profile=quick --rows=fork,block-fork -m "not long" \
 		tests/compat tests/unit tests/contract $(ARGS)
 
 # Not part of the tests: it takes long, and its findings depend on chance. Each program prints its seed.

@@ -22,6 +22,7 @@ import textwrap
 import threading
 import time
 import weakref
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -523,6 +524,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "slow: takes longer than 10 s; runs with --slow only",
         "rows(*names, **properties): the rows that a test runs over, all of them without it",
         "essential: runs over every row (see --rows)",
+        "long: takes seconds of a processor: runs first, and not in `make quick`",
     ):
         config.addinivalue_line("markers", line)
     # Images of containers often forbid bytecode files. Then each of the thousands of interpreters that tests start
@@ -563,15 +565,30 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     if config.getoption("dist") != "load":  # asked for by hand
         return None
 
-    names = "|".join(sorted((row.name for row in ROWS), key=len, reverse=True))
-
     class ByModuleAndRow(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            module, _, test = nodeid.partition("::")
-            of_row = re.search(rf"\[({names})[-\]]", test)
-            return f"{module}[{of_row[1]}]" if of_row else module
+            return scope_of(nodeid)
 
+    config.option.loadscopereorder = False  # by number of tests; see `begin_with_the_longest`
     return ByModuleAndRow(config, log)
+
+
+_ROW_NAMES = "|".join(sorted((row.name for row in ROWS), key=len, reverse=True))
+
+
+def scope_of(nodeid: str) -> str:
+    """The tests that run in one process, one after the other."""
+    module, _, test = nodeid.partition("::")
+    of_row = re.search(rf"\[({_ROW_NAMES})[-\]]", test)
+    return f"{module}[{of_row[1]}]" if of_row else module
+
+
+def begin_with_the_longest(items: list[pytest.Item]) -> None:
+    """Order the tests so that no process is left with a long scope in the end, while the others have nothing to do."""
+    scopes = [scope_of(item.nodeid) for item in items]
+    counts = Counter(scopes)
+    long = {scope for item, scope in zip(items, scopes, strict=True) if item.get_closest_marker("long")}
+    items.sort(key=lambda item: ((scope := scope_of(item.nodeid)) not in long, -counts[scope], scope))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -579,6 +596,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         has_row = [not hasattr(item, "callspec") or item.callspec.params.get("row", ROWS[0]) in ROWS for item in items]
         config.hook.pytest_deselected(items=[item for item, has in zip(items, has_row, strict=True) if not has])
         items[:] = [item for item, has in zip(items, has_row, strict=True) if has]
+    if hasattr(config, "workerinput"):  # a process of pytest-xdist
+        begin_with_the_longest(items)
     needs = {
         "mpi": missing_for_mpi(),
         "cache": [] if importlib.util.find_spec("h5py") else ["h5py (pip install h5py)"],

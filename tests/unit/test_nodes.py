@@ -53,7 +53,7 @@ def test_what_a_rank_does_not_load(module: str, without: str) -> None:
 
 # -- agents -----------------------------------------------------------------------------------------------------------
 
-pytestmark = [pytest.mark.linux]
+pytestmark = [pytest.mark.linux, pytest.mark.long]
 
 SECONDS = 30.0
 

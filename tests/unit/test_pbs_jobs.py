@@ -22,6 +22,7 @@ from gridengine.functions import CALM, die, surroundings
 
 pytestmark = [
     pytest.mark.cache,
+    pytest.mark.long,
     pytest.mark.skipif(sys.platform != "linux", reason="needs Linux"),
     pytest.mark.skipif(importlib.util.find_spec("pysqa") is None, reason="needs pysqa (pip install pysqa)"),
 ]

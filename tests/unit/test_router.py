@@ -633,6 +633,7 @@ def test_a_connection_that_is_idle_or_busy_is_kept(bench: Bench) -> None:
     worker.close()
 
 
+@pytest.mark.long
 def test_libzmq_does_not_abort_when_a_router_closes_while_peers_send(scripts: Scripts) -> None:
     """It has aborted where a context ended while connections were let in, or in use."""
     scripts.run(

@@ -1828,6 +1828,7 @@ def make_tasks(
     ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("cores", [4, 8])
 def test_cluster_is_used_well(cores: int) -> None:
     """Mixed calls of 1, 2 and 4 cores keep at least 95 % of 1,000 nodes busy, while workers and nodes fail."""
@@ -1839,6 +1840,7 @@ def test_cluster_is_used_well(cores: int) -> None:
     assert used >= 0.95
 
 
+@pytest.mark.long
 def test_cluster_loses_no_call() -> None:
     """All kinds of needs on nodes of all kinds."""
     nodes = [node(*shape, name=f"node{index}") for index, shape in enumerate([(4, 0), (16, 0), (8, 4), (32, 2)] * 250)]
