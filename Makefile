@@ -5,7 +5,7 @@
 #   make test-debian SUITE=forky SUITE_PYTHON=python3.15              with the Python of another Debian release
 #   make test-debian SUITE=forky SUITE_PYTHON=python3.14 GOAL=test-slurm   and on that release's Slurm
 
-.PHONY: help demo test quick stress check lint docs bench bench-slurm bench-flux release-check test-slurm test-gridengine test-flux test-debian clean
+.PHONY: help demo test quick nightly coverage stress check lint docs bench bench-slurm bench-flux release-check test-slurm test-gridengine test-flux test-debian clean
 .DEFAULT_GOAL := help
 
 # Finding a program is not enough: it may be a shim without its Python, or a Python without venv.
@@ -24,7 +24,9 @@ BIN := $(VENV)/bin
 help:
 	@echo "make demo             run examples/equation_of_state.py, about a minute"
 	@echo "make quick            run the unit tests, and the essential tests of two ways to run calls: a minute"
-	@echo "make test             run all tests (ARGS=--rows=all: each of them for every way to run calls)"
+	@echo "make test             run the tests"
+	@echo "make nightly          run each test for every way to run calls, and the slow ones"
+	@echo "make coverage         run the tests, and print the lines of src that none of them runs"
 	@echo "make check            run ruff, mypy and import-linter, build the documentation and run the tests"
 	@echo "make bench            compare with other executors, and write the results into docs/performance.md"
 	@echo "make docs             build the documentation into site/"
@@ -49,6 +51,16 @@ test: $(VENV)/installed-dev
 quick: $(VENV)/installed-dev
 	@$(BIN)/python -m pytest -n $(TEST_PROCESSES) --hypothesis-profile=quick --rows=fork,block-fork -m "not long" \
 		tests/compat tests/unit tests/contract $(ARGS)
+
+nightly: $(VENV)/installed-dev
+	@$(BIN)/python -m pytest -n $(TEST_PROCESSES) --rows=all --slow $(ARGS)
+
+# A few tests count what an interpreter loads, and so fail here, which does no harm to the figures.
+coverage: $(VENV)/installed-dev
+	@$(BIN)/python -m coverage erase
+	-@$(BIN)/python -m coverage run -m pytest -n $(TEST_PROCESSES) $(ARGS)
+	@$(BIN)/python -m coverage combine --quiet
+	@$(BIN)/python -m coverage report
 
 # Not part of the tests: it takes long, and its findings depend on chance. Each program prints its seed.
 stress: $(VENV)/installed-dev
@@ -103,7 +115,7 @@ release-check:
 	@PYTHON=$(PYTHON) .ci/release-check
 
 clean:
-	rm -rf .venv .venvs site dist build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf .venv .venvs site dist build .coverage .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
 $(VENV)/installed-%: pyproject.toml | $(BIN)/python
 	@echo "Installing executorlib[$*] into $(VENV), about a minute"

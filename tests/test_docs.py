@@ -57,3 +57,12 @@ def test_blocks_keep_the_line_numbers_of_their_page() -> None:
         "main.py": "\n\na = 1\n\n\n\n\n\nc = 3\n",
         "b.py": "\n\n\n\n\nb = 2\n",
     }
+
+
+def test_each_promise_has_its_tests() -> None:
+    """The table of CONTRIBUTING.md names all test files, and none that is not there."""
+    _, _, table = (ROOT / "CONTRIBUTING.md").read_text().partition("| Promise | Tests |\n")
+    table, _, _ = table.partition("\n\n")
+    named = {name for row in table.splitlines() for name in re.findall(r"`([\w/]+\.py)`", row.rpartition(" | ")[2])}
+    tests = ROOT / "tests"
+    assert named == {path.relative_to(tests).as_posix() for path in tests.rglob("test_*.py")}
