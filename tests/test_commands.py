@@ -160,7 +160,7 @@ def test_ls_prints_what_it_has_found_before_it_has_found_all(
     tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def scan(_: str) -> Any:
-        yield cache_scan.Entry("first", "done", 1, 0.0, "first_o.h5")
+        yield cache_scan.ListedEntry("first", "done", 1, 0.0, "first_o.h5")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "scan", scan)

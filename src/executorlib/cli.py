@@ -29,7 +29,7 @@ from executorlib.cache.scan import State, find, leftovers, remove, scan
 from executorlib.keys import distributions
 
 if TYPE_CHECKING:
-    from executorlib.cache.scan import Entry, Job
+    from executorlib.cache.scan import ListedEntry, ListedJob
 
 DEFAULT_DIRECTORY = "executorlib_cache"  # the default of the cluster executors
 _SETTLED_SECONDS = 60.0
@@ -161,7 +161,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-_SORT_KEYS: dict[str, Callable[[Entry], Any]] = {
+_SORT_KEYS: dict[str, Callable[[ListedEntry], Any]] = {
     "key": lambda entry: entry.key,
     "size": lambda entry: -entry.size,
     "age": lambda entry: -entry.modified,
@@ -173,7 +173,7 @@ def _ls(options: argparse.Namespace) -> int:
     counts: Counter[str] = Counter()
     size = 0
 
-    def counted() -> Iterator[Entry]:
+    def counted() -> Iterator[ListedEntry]:
         nonlocal size
         for entry in _scan(options.directory):
             if not options.state or entry.state in options.state:
@@ -185,7 +185,7 @@ def _ls(options: argparse.Namespace) -> int:
     if key is None:
         if options.reverse:
             raise CommandFailed("--reverse needs an order: add --sort key, size, age or state")
-        entries: Iterable[Entry] = counted()
+        entries: Iterable[ListedEntry] = counted()
     elif options.limit is None:
         entries = sorted(counted(), key=key, reverse=options.reverse)
     else:
@@ -250,7 +250,7 @@ def _show(options: argparse.Namespace) -> int:
 
 
 def _rm(options: argparse.Namespace) -> int:
-    removed: list[Entry] = []
+    removed: list[ListedEntry] = []
     failures = 0
     for key in dict.fromkeys(options.keys):
         try:
@@ -318,9 +318,9 @@ def _prune(options: argparse.Namespace) -> int:
     return 0
 
 
-def _chosen(options: argparse.Namespace, now: float) -> list[Entry]:
+def _chosen(options: argparse.Namespace, now: float) -> list[ListedEntry]:
     """Choose what `prune` removes: first by the conditions given, then the oldest of the others."""
-    conditions: list[Callable[[Entry], bool]] = []
+    conditions: list[Callable[[ListedEntry], bool]] = []
     if options.older_than is not None:
         conditions.append(lambda entry: now - entry.modified > options.older_than)
     if options.larger_than is not None:
@@ -329,8 +329,8 @@ def _chosen(options: argparse.Namespace, now: float) -> list[Entry]:
         conditions.append(lambda entry: entry.state == "failed" or (entry.state == "done" and _raised(entry)))
     if options.outdated:
         conditions.append(lambda entry: entry.state == "done" and _is_outdated(entry, options.directory))
-    chosen: list[Entry] = []
-    rest: list[Entry] = []
+    chosen: list[ListedEntry] = []
+    rest: list[ListedEntry] = []
     size = 0
     for entry in _scan(options.directory):
         removable = options.pending or entry.state in ("done", "failed")
@@ -359,16 +359,16 @@ def _version(name: str, version: str) -> str:
     return _printable(f"{name} {version}" + ("" if here in (None, version) else f" (installed here: {here})"))
 
 
-def _is_outdated(entry: Entry, directory: str) -> bool:
+def _is_outdated(entry: ListedEntry, directory: str) -> bool:
     versions = entries.versions_of(entry.path, directory)
     return bool(distributions.others(versions, {name: distributions.installed(name) for name in versions}))
 
 
-def _raised(entry: Entry) -> bool:
+def _raised(entry: ListedEntry) -> bool:
     return "error" in entries.datasets_of(entry.path)  # nothing is known about a link or a stranger's file
 
 
-def _scan(directory: str) -> Iterator[Entry]:
+def _scan(directory: str) -> Iterator[ListedEntry]:
     try:
         with trust.opened(directory):
             yield from scan(directory)
@@ -376,7 +376,7 @@ def _scan(directory: str) -> Iterator[Entry]:
         raise CommandFailed(_no_directory(directory)) from error
 
 
-def _find(directory: str, key: str) -> tuple[Entry, Job | None] | None:
+def _find(directory: str, key: str) -> tuple[ListedEntry, ListedJob | None] | None:
     try:
         with trust.opened(directory):
             return find(directory, key)
@@ -403,7 +403,7 @@ def _print_json(value: dict[str, Any]) -> None:
     _print(json.dumps(value, default=repr))
 
 
-def _print_entry(entry: Entry, now: float, as_json: bool) -> None:
+def _print_entry(entry: ListedEntry, now: float, as_json: bool) -> None:
     if as_json:
         _print_json(_entry_as_json(entry, now))
     else:
@@ -417,7 +417,7 @@ def _print_fields(name: str, lines: list[str]) -> None:
         name = ""
 
 
-def _entry_as_json(entry: Entry, now: float) -> dict[str, Any]:
+def _entry_as_json(entry: ListedEntry, now: float) -> dict[str, Any]:
     age = max(0.0, now - entry.modified)
     return {"key": entry.key, "state": entry.state, "size": entry.size, "age": age, "file": entry.path}
 

@@ -8,8 +8,8 @@ import subprocess
 
 from executorlib.cache import directory, entries, trust
 from executorlib.flux.instance import FLUX_NAME, cancel_jobs
-from executorlib.jobs.command_system import open_queue
-from executorlib.jobs.queue import Queue, same_system
+from executorlib.jobs.command_system import open_dialect
+from executorlib.jobs.queue import Dialect, same_system
 
 _LOCAL = "the local queue"
 
@@ -84,14 +84,14 @@ def _terminate(root: str | os.PathLike[str], paths: list[str], configuration: st
             systems.setdefault(system, path)
         jobs.append((job_id, index))
     if jobs:
-        queue = _queue_of(systems, configuration)
-        if not queue.cancels_the_gone:
+        dialect = _dialect_of(systems, configuration)
+        if not dialect.cancels_the_gone:
             # It would refuse the whole command if one job had ended.
             ids = [job_id for job_id, _ in jobs]
-            known = queue.parse_status(_run(queue, queue.status_command(ids)), ids)
+            known = dialect.parse_status(_run(dialect, dialect.status_command(ids)), ids)
             jobs = [job for job in jobs if (job[0], job[1] or 0) in known]
     if jobs:
-        _run(queue, queue.cancel_command(jobs))
+        _run(dialect, dialect.cancel_command(jobs))
     for instance, names in flux_jobs.items():
         cancel_jobs(instance, names)
     # A job that starts nevertheless finds its entry gone, and ends.
@@ -102,8 +102,8 @@ def _terminate(root: str | os.PathLike[str], paths: list[str], configuration: st
         entries.terminate(path, batch, os.fspath(root))
 
 
-def _queue_of(systems: dict[str, str], configuration: str | None) -> Queue:
-    """Return the queue here, if it is that of these systems: in any other, the numbers belong to other jobs.
+def _dialect_of(systems: dict[str, str], configuration: str | None) -> Dialect:
+    """Return the dialect here, if it is that of these systems: in any other, the numbers belong to other jobs.
 
     Args:
         systems: Names of systems, and for each an entry with a job there.
@@ -113,25 +113,25 @@ def _queue_of(systems: dict[str, str], configuration: str | None) -> Queue:
         ValueError: It is another one.
         RuntimeError: It does not say which one it is.
     """
-    queue = open_queue(configuration)
-    if any(system != queue.name and same_system(queue.name, system) for system in systems):
-        queue = open_queue(configuration, _run(queue, list(queue.settings_command)))
+    dialect = open_dialect(configuration)
+    if any(system != dialect.name and same_system(dialect.name, system) for system in systems):
+        dialect = open_dialect(configuration, _run(dialect, list(dialect.settings_command)))
     for system, path in systems.items():
-        if not same_system(system, queue.name):
+        if not same_system(system, dialect.name):
             raise ValueError(
-                f"the job of {path} was submitted to {system}, but the commands here are those of {queue.name}, where "
-                "its number belongs to another job; nothing was cancelled. Run this where that system's commands work, "
-                "or give the pysqa_config_directory that the call was submitted with."
+                f"the job of {path} was submitted to {system}, but the commands here are those of {dialect.name}, "
+                "where its number belongs to another job; nothing was cancelled. Run this where that system's commands "
+                "work, or give the pysqa_config_directory that the call was submitted with."
             )
-    return queue
+    return dialect
 
 
-def _run(queue: Queue, argv: list[str]) -> str:
+def _run(dialect: Dialect, argv: list[str]) -> str:
     """Run a command of the queuing system; returns what it prints."""
     try:
-        environment = queue.command_environment(os.environ)
+        environment = dialect.command_environment(os.environ)
         done = subprocess.run(argv, capture_output=True, text=True, env=environment)
-        if done.returncode not in queue.codes_of_the_gone:
+        if done.returncode not in dialect.codes_of_the_gone:
             done.check_returncode()
         return done.stdout
     except (OSError, subprocess.CalledProcessError) as error:

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from executorlib.jobs.command_system import open_queue
-from executorlib.jobs.queue import Batch, Cause, Dependency, JobState, Phase
+from executorlib.jobs.command_system import open_dialect
+from executorlib.jobs.queue import Cause, Dependency, JobState, Phase, Submission
 from executorlib.resources import Resources
 from executorlib.single_node.mpi import find_mpiexec
-from executorlib.slurm.queue import SETTINGS_COMMAND, SlurmQueue, command_environment, parse_settings, rank_command
+from executorlib.slurm.queue import SETTINGS_COMMAND, SlurmDialect, command_environment, parse_settings, rank_command
 
 pytestmark = pytest.mark.slurm
 
@@ -37,31 +37,33 @@ def output_of(command: list[str]) -> str:
 
 
 @pytest.fixture(scope="module")
-def queue() -> SlurmQueue:
-    return SlurmQueue(parse_settings(output_of(SETTINGS_COMMAND)))
+def queue() -> SlurmDialect:
+    return SlurmDialect(parse_settings(output_of(SETTINGS_COMMAND)))
 
 
 class Jobs:
     """Submits jobs of one test, and cancels them in the end."""
 
-    def __init__(self, queue: SlurmQueue, folder: Path) -> None:
+    def __init__(self, queue: SlurmDialect, folder: Path) -> None:
         self.queue = queue
         self.folder = folder
         self.submitted: list[str] = []
 
-    def batch(self, command: str = "true", count: int = 1, values: dict[str, Any] | None = None, **more: Any) -> Batch:
+    def submission(
+        self, command: str = "true", count: int = 1, values: dict[str, Any] | None = None, **more: Any
+    ) -> Submission:
         fields = {key: more.pop(key) for key in ("dependencies", "cwd") if key in more}
         directory = self.folder / f"batch {len(self.submitted)}%a"
         directory.mkdir()
         defaults = {"cwd": str(self.folder)}
         resources = Resources().updated(more, "test")
-        return Batch("a test", str(directory), command, count, resources, values or {}, **{**defaults, **fields})
+        return Submission("a test", str(directory), command, count, resources, values or {}, **{**defaults, **fields})
 
-    def submit(self, batch: Batch, queue: SlurmQueue | None = None) -> str:
+    def submit(self, submission: Submission, queue: SlurmDialect | None = None) -> str:
         queue = queue or self.queue
-        script = Path(batch.directory, "job.sh")
-        script.write_text(queue.script(batch))
-        job_id = queue.parse_job_id(output_of(queue.submit_command(batch, str(script))))
+        script = Path(submission.directory, "job.sh")
+        script.write_text(queue.script(submission))
+        job_id = queue.parse_job_id(output_of(queue.submit_command(submission, str(script))))
         self.submitted.append(job_id)
         return job_id
 
@@ -80,12 +82,12 @@ class Jobs:
             time.sleep(0.1)  # Slurm tells nobody: it has to be asked
         raise AssertionError(f"job {job_id} has not ended: {found}")
 
-    def printed(self, batch: Batch, index: int = 0) -> str:
-        return Path(batch.directory, f"output.{index}").read_text()
+    def printed(self, submission: Submission, index: int = 0) -> str:
+        return Path(submission.directory, f"output.{index}").read_text()
 
 
 @pytest.fixture
-def jobs(queue: SlurmQueue, tmp_path: Path) -> Iterator[Jobs]:
+def jobs(queue: SlurmDialect, tmp_path: Path) -> Iterator[Jobs]:
     made = Jobs(queue, tmp_path)
     yield made
     if made.submitted:
@@ -98,7 +100,7 @@ def shown(jobs: Jobs) -> Callable[..., dict[str, str]]:
 
     def show(values: dict[str, Any] | None = None, **resources: Any) -> dict[str, str]:
         arguments = [*resources.pop("slurm_cmd_args", []), "--hold"]
-        job_id = jobs.submit(jobs.batch(values=values, slurm_cmd_args=arguments, **resources))
+        job_id = jobs.submit(jobs.submission(values=values, slurm_cmd_args=arguments, **resources))
         text = output_of(["scontrol", "--details", "show", "job", job_id])
         return dict(re.findall(r"(?:^|\s)([\w/:]+)=(.*?)(?=\s+[\w/:]+=|\s*$)", text, re.MULTILINE))
 
@@ -169,11 +171,11 @@ def test_what_a_template_cannot_change(jobs: Jobs) -> None:
     )
     (jobs.folder / "a cwd").mkdir()
     cwd = str(jobs.folder / "a cwd")
-    first = jobs.submit(jobs.batch())
-    batch = jobs.batch("exit 3", 2, submission_template=template, cwd=cwd, dependencies=(Dependency(first),))
-    job_id = jobs.submit(batch)
+    first = jobs.submit(jobs.submission())
+    submission = jobs.submission("exit 3", 2, submission_template=template, cwd=cwd, dependencies=(Dependency(first),))
+    job_id = jobs.submit(submission)
     assert [state.exit_code for state in jobs.ends(job_id, 2)] == ["3:0", "3:0"]
-    assert [jobs.printed(batch, index) for index in range(2)] == [f"out\nerr\n{cwd}\n"] * 2
+    assert [jobs.printed(submission, index) for index in range(2)] == [f"out\nerr\n{cwd}\n"] * 2
     assert (job_id, 2) not in jobs.states()
 
 
@@ -186,9 +188,9 @@ def test_configuration_of_pysqa(jobs: Jobs) -> None:
     (folder / "a.sh").write_text(
         "#!/bin/bash\n#SBATCH -p short --ntasks={{cores}} --mem={{memory_max}}G --hold\n{{command}}\n"
     )
-    configured = open_queue(str(folder))
-    assert isinstance(configured, SlurmQueue)
-    job_id = jobs.submit(jobs.batch(cores=3, values={"memory_max": 8}), configured)
+    configured = open_dialect(str(folder))
+    assert isinstance(configured, SlurmDialect)
+    job_id = jobs.submit(jobs.submission(cores=3, values={"memory_max": 8}), configured)
     text = output_of(["scontrol", "show", "job", job_id])
     assert all(expected in text for expected in ("Partition=short", "NumTasks=3", "MinMemoryNode=1G"))
 
@@ -204,10 +206,10 @@ def test_configuration_of_pysqa(jobs: Jobs) -> None:
     ids=["partition", "memory", "gpus", "option"],
 )
 def test_refusals(values: dict[str, Any], resources: dict[str, Any], message: str, jobs: Jobs) -> None:
-    batch = jobs.batch(values=values, **resources)
-    script = Path(batch.directory, "job.sh")
-    script.write_text(jobs.queue.script(batch))
-    done = run(jobs.queue.submit_command(batch, str(script)))
+    submission = jobs.submission(values=values, **resources)
+    script = Path(submission.directory, "job.sh")
+    script.write_text(jobs.queue.script(submission))
+    done = run(jobs.queue.submit_command(submission, str(script)))
     assert done.returncode != 0
     assert message in done.stderr
     assert not jobs.queue.is_transient(done.stderr)
@@ -217,18 +219,18 @@ def test_refusals(values: dict[str, Any], resources: dict[str, Any], message: st
 
 
 def test_gpus_of_one_call(jobs: Jobs) -> None:
-    batch = jobs.batch('echo "$CUDA_VISIBLE_DEVICES"', gpus_per_core=2)
-    assert jobs.ends(jobs.submit(batch))[0].state == "COMPLETED"
-    assert len(jobs.printed(batch).strip().split(",")) == 2
+    submission = jobs.submission('echo "$CUDA_VISIBLE_DEVICES"', gpus_per_core=2)
+    assert jobs.ends(jobs.submit(submission))[0].state == "COMPLETED"
+    assert len(jobs.printed(submission).strip().split(",")) == 2
 
 
 def test_ranks_have_their_own_gpus_and_threads(jobs: Jobs) -> None:
     program = ["bash", "-c", 'echo "$SLURM_PROCID $(wc -w <<< "${CUDA_VISIBLE_DEVICES//,/ }") $SLURM_CPUS_PER_TASK"']
     needs = {"cores": 2, "threads_per_core": 2, "gpus_per_core": 1, "num_nodes": 2}
     command = rank_command(Resources().updated(needs, "test"), "none", program)
-    batch = jobs.batch(shlex.join(command), **needs)
-    assert jobs.ends(jobs.submit(batch))[0].state == "COMPLETED", jobs.printed(batch)
-    assert sorted(jobs.printed(batch).splitlines()) == ["0 1 2", "1 1 2"]
+    submission = jobs.submission(shlex.join(command), **needs)
+    assert jobs.ends(jobs.submit(submission))[0].state == "COMPLETED", jobs.printed(submission)
+    assert sorted(jobs.printed(submission).splitlines()) == ["0 1 2", "1 1 2"]
 
 
 @pytest.mark.mpi
@@ -238,9 +240,9 @@ def test_ranks_of_mpiexec_see_all_gpus_of_their_node(jobs: Jobs, monkeypatch: py
     program = ["bash", "-c", 'echo "$SLURMD_NODENAME $(wc -w <<< "${CUDA_VISIBLE_DEVICES//,/ }")"']
     needs = {"cores": 4, "gpus_per_core": 1, "num_nodes": 2}
     command = rank_command(Resources().updated(needs, "test"), None, program, find_mpiexec().path)
-    batch = jobs.batch(shlex.join(command), **needs)
-    assert jobs.ends(jobs.submit(batch))[0].state == "COMPLETED", jobs.printed(batch)
-    lines = [line.split() for line in jobs.printed(batch).splitlines()]
+    submission = jobs.submission(shlex.join(command), **needs)
+    assert jobs.ends(jobs.submit(submission))[0].state == "COMPLETED", jobs.printed(submission)
+    lines = [line.split() for line in jobs.printed(submission).splitlines()]
     assert sorted(gpus for _, gpus in lines) == ["2"] * 4
     assert len({node for node, _ in lines}) == 2
 
@@ -249,13 +251,13 @@ def test_ranks_of_mpiexec_see_all_gpus_of_their_node(jobs: Jobs, monkeypatch: py
 
 
 def test_array_that_is_held(jobs: Jobs) -> None:
-    job_id = jobs.submit(jobs.batch(count=9, slurm_cmd_args=["--hold"]))
+    job_id = jobs.submit(jobs.submission(count=9, slurm_cmd_args=["--hold"]))
     states = jobs.states()
     assert {states[job_id, index].reason for index in range(9)} == {"JobHeldUser"}
 
 
 def test_scattered_elements_are_all_listed(jobs: Jobs) -> None:
-    job_id = jobs.submit(jobs.batch(count=200, slurm_cmd_args=["--hold"]))
+    job_id = jobs.submit(jobs.submission(count=200, slurm_cmd_args=["--hold"]))
     primes = [number for number in range(2, 200) if all(number % other for other in range(2, number))]
     output_of(jobs.queue.cancel_command([(job_id, index) for index in range(200) if index not in primes]))
     states = jobs.states()
@@ -266,11 +268,11 @@ def test_scattered_elements_are_all_listed(jobs: Jobs) -> None:
 
 
 def test_dependencies(jobs: Jobs) -> None:
-    inputs = jobs.submit(jobs.batch("exit $((SLURM_ARRAY_TASK_ID == 1))", 3))
-    each = jobs.submit(jobs.batch(count=3, dependencies=(Dependency(inputs, corresponding=True),)))
-    good = jobs.submit(jobs.batch(dependencies=(Dependency(inputs, 0), Dependency(inputs, 2))))
-    bad = jobs.submit(jobs.batch(dependencies=(Dependency(inputs, 0), Dependency(inputs, 1), Dependency(good))))
-    whole = jobs.submit(jobs.batch(count=2, dependencies=(Dependency(inputs),)))
+    inputs = jobs.submit(jobs.submission("exit $((SLURM_ARRAY_TASK_ID == 1))", 3))
+    each = jobs.submit(jobs.submission(count=3, dependencies=(Dependency(inputs, corresponding=True),)))
+    good = jobs.submit(jobs.submission(dependencies=(Dependency(inputs, 0), Dependency(inputs, 2))))
+    bad = jobs.submit(jobs.submission(dependencies=(Dependency(inputs, 0), Dependency(inputs, 1), Dependency(good))))
+    whole = jobs.submit(jobs.submission(count=2, dependencies=(Dependency(inputs),)))
     never = JobState(Phase.ENDED, "CANCELLED", "DependencyNeverSatisfied", "0:0", cause=Cause.CANCELLED)
     done = ["COMPLETED", "CANCELLED", "COMPLETED"]
     assert [state.state for state in jobs.ends(each, 3)] == done
@@ -281,7 +283,7 @@ def test_dependencies(jobs: Jobs) -> None:
 
 def test_cancel_of_jobs_and_of_elements(jobs: Jobs) -> None:
     held = {"slurm_cmd_args": ["--hold"]}
-    plain, array = jobs.submit(jobs.batch(**held)), jobs.submit(jobs.batch(count=5, **held))
+    plain, array = jobs.submit(jobs.submission(**held)), jobs.submit(jobs.submission(count=5, **held))
     output_of(jobs.queue.cancel_command([(plain, None), (array, 1), (array, 2), (array, 4)]))
     states = jobs.states()
     assert states[plain, 0].state == "CANCELLED"
@@ -301,17 +303,17 @@ def test_cancel_of_jobs_and_of_elements(jobs: Jobs) -> None:
     ],
 )
 def test_ends(command: str, state: str, exit_code: str, jobs: Jobs) -> None:
-    job_id = jobs.submit(jobs.batch(command))
+    job_id = jobs.submit(jobs.submission(command))
     (end,) = jobs.ends(job_id)
     assert (end.phase, end.state, end.exit_code, bool(end.node)) == (Phase.ENDED, state, exit_code, True)
-    detail = SlurmQueue().parse_detail(output_of(["scontrol", "show", "job", job_id]))
+    detail = SlurmDialect().parse_detail(output_of(["scontrol", "show", "job", job_id]))
     assert detail == end
 
 
 def test_ends_by_the_database(jobs: Jobs) -> None:
     if jobs.queue.detail_command("1", None)[0] != "sacct":
         pytest.skip("needs a cluster with accounting (SLURM_CLUSTER_ACCOUNTING=1)")
-    job_id = jobs.submit(jobs.batch("exit $SLURM_ARRAY_TASK_ID", 2))
+    job_id = jobs.submit(jobs.submission("exit $SLURM_ARRAY_TASK_ID", 2))
     ends = jobs.ends(job_id, 2)
     give_up = time.monotonic() + JOB_SECONDS
     details: list[JobState | None] = []
@@ -323,7 +325,7 @@ def test_ends_by_the_database(jobs: Jobs) -> None:
     assert [(d.state, d.exit_code, d.node) for d in details if d] == [(e.state, e.exit_code, e.node) for e in ends]
 
 
-def test_jobs_that_nobody_knows(queue: SlurmQueue) -> None:
+def test_jobs_that_nobody_knows(queue: SlurmDialect) -> None:
     unknown = "67000000"
     assert (unknown, 0) not in queue.parse_status(output_of(queue.status_command([unknown])), [unknown])
     assert queue.parse_detail(run(queue.detail_command(unknown, 3)).stdout) is None
@@ -332,9 +334,9 @@ def test_jobs_that_nobody_knows(queue: SlurmQueue) -> None:
 
 def test_what_can_never_start(jobs: Jobs) -> None:
     """Slurm takes it, and lets it wait for ever."""
-    submitted = [jobs.submit(jobs.batch(values={"partition": "short"}, run_time_max=36_000))]
+    submitted = [jobs.submit(jobs.submission(values={"partition": "short"}, run_time_max=36_000))]
     if " 24.11" not in output_of(["sinfo", "--version"]):  # which refuses it
-        submitted.append(jobs.submit(jobs.batch(cores=9999)))
+        submitted.append(jobs.submit(jobs.submission(cores=9999)))
     give_up = time.monotonic() + JOB_SECONDS
     while not all((state := jobs.states()[job, 0]).hopeless for job in submitted):
         assert time.monotonic() < give_up, state
@@ -344,7 +346,7 @@ def test_what_can_never_start(jobs: Jobs) -> None:
 def test_status_is_one_request(jobs: Jobs) -> None:
     """However many jobs there are."""
     for _ in range(3):
-        jobs.submit(jobs.batch(count=100, slurm_cmd_args=["--hold"]))
+        jobs.submit(jobs.submission(count=100, slurm_cmd_args=["--hold"]))
 
     def requests() -> int:
         return sum(int(count) for count in re.findall(r"REQUEST_JOB_\w+ .*?count:(\d+)", output_of(["sdiag"])))

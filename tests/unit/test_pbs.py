@@ -21,10 +21,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from executorlib.jobs import pbs
-from executorlib.jobs.command_system import open_queue, open_templates
-from executorlib.jobs.pbs import PbsQueue, Settings, parse_settings
-from executorlib.jobs.queue import Batch, Cause, Dependency, JobState, Limit, Phase
-from executorlib.jobs.registry import LANGUAGES, language
+from executorlib.jobs.command_system import open_dialect, open_templates
+from executorlib.jobs.pbs import PbsDialect, Settings, parse_settings
+from executorlib.jobs.queue import Cause, Dependency, JobState, Limit, Phase, Submission
+from executorlib.jobs.registry import DIALECTS, dialect_of
 from executorlib.jobs.templates import check_keys
 from executorlib.resources import Resources
 from executorlib.worker import protocol
@@ -34,10 +34,10 @@ needs_pysqa = pytest.mark.skipif(importlib.util.find_spec("pysqa") is None, reas
 needs_jinja = pytest.mark.skipif(importlib.util.find_spec("jinja2") is None, reason="needs jinja2 (pip install jinja2)")
 
 
-def batch(count: int = 1, values: dict[str, Any] | None = None, **more: Any) -> Batch:
+def submission(count: int = 1, values: dict[str, Any] | None = None, **more: Any) -> Submission:
     fields = {key: more.pop(key) for key in ("name", "directory", "dependencies", "first") if key in more}
     defaults: dict[str, Any] = {"name": "relax", "directory": "/cache/.executorlib/b1"}
-    return Batch(
+    return Submission(
         command="python run.py",
         count=count,
         resources=Resources(**more),
@@ -55,11 +55,11 @@ def directives(script: str) -> list[str]:
 
 
 def test_each_language_is_found_by_the_type_of_its_queue() -> None:
-    for queue_type in LANGUAGES:
-        spoken = language(queue_type)
-        assert spoken.title
-        assert isinstance(spoken.has_pmi_modes, bool)
-        assert isinstance(spoken.command_environment({"A": "1"}), dict)
+    for queue_type in DIALECTS:
+        dialect = dialect_of(queue_type)
+        assert dialect.title
+        assert isinstance(dialect.has_pmi_modes, bool)
+        assert isinstance(dialect.command_environment({"A": "1"}), dict)
 
 
 @pytest.mark.parametrize(
@@ -67,10 +67,10 @@ def test_each_language_is_found_by_the_type_of_its_queue() -> None:
 )
 def test_one_language_does_not_load_another(queue_type: str, loaded: str) -> None:
     program = (
-        "import sys; from executorlib.jobs.registry import language; language(sys.argv[1]); "
+        "import sys; from executorlib.jobs.registry import dialect_of; dialect_of(sys.argv[1]); "
         "print([name for name in sys.modules if name in sys.argv[2:]])"
     )
-    modules = sorted({text.partition(":")[0] for text in LANGUAGES.values()})
+    modules = sorted({text.partition(":")[0] for text in DIALECTS.values()})
     command = [sys.executable, "-c", program, queue_type, *modules]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert printed.strip() == str([loaded])
@@ -81,7 +81,7 @@ def test_one_language_does_not_load_another(queue_type: str, loaded: str) -> Non
 
 @needs_jinja
 def test_default_script_needs_nothing_of_the_user() -> None:
-    assert PbsQueue().script(batch()) == (
+    assert PbsDialect().script(submission()) == (
         "#!/bin/bash\n"
         "#PBS -N relax\n"
         "#PBS -l select=1:ncpus=1:mpiprocs=1:ompthreads=1\n"
@@ -119,28 +119,28 @@ def test_default_script_needs_nothing_of_the_user() -> None:
     ids=str,
 )  # fmt: skip
 def test_each_need_becomes_a_directive(values: dict[str, Any], resources: dict[str, Any], expected: list[str]) -> None:
-    script = PbsQueue().script(batch(values=values, **resources))
+    script = PbsDialect().script(submission(values=values, **resources))
     assert set(expected) <= set(directives(script))
-    assert PbsQueue().unused(batch(values=values, **resources)) == []
+    assert PbsDialect().unused(submission(values=values, **resources)) == []
 
 
 @needs_jinja
 def test_names_that_pbs_takes() -> None:
     for name, taken in {"f.<locals>.<lambda>": "f._locals_._lambda_", "g and 3 more": "g_and_3_more", "λ": "_"}.items():
-        assert f"-N {taken}" in directives(PbsQueue().script(batch(name=name)))
-    assert f"-N {230 * 'f'}" in directives(PbsQueue().script(batch(name=300 * "f")))
+        assert f"-N {taken}" in directives(PbsDialect().script(submission(name=name)))
+    assert f"-N {230 * 'f'}" in directives(PbsDialect().script(submission(name=300 * "f")))
 
 
 @needs_jinja
 def test_arrays_may_run_again() -> None:
     """PBS takes none that may not."""
-    assert "-r n" in directives(PbsQueue().script(batch()))
-    assert "-r n" not in directives(PbsQueue().script(batch(2)))
+    assert "-r n" in directives(PbsDialect().script(submission()))
+    assert "-r n" not in directives(PbsDialect().script(submission(2)))
 
 
 @needs_jinja
 def test_what_has_no_effect() -> None:
-    assert PbsQueue().unused(batch(values={"constraint": "fast"}, slurm_cmd_args=("-x",))) == [
+    assert PbsDialect().unused(submission(values={"constraint": "fast"}, slurm_cmd_args=("-x",))) == [
         "constraint",
         "slurm_cmd_args",
     ]
@@ -155,16 +155,16 @@ def test_configuration(tmp_path: Path) -> None:
         "  own: {cores_max: 4, script: own.sh}\n"
     )
     (tmp_path / "own.sh").write_text("#!/bin/sh\n#PBS -l walltime={{ run_time_max }}\n{{ command }} {{ colour }}\n")
-    queue = open_queue(str(tmp_path))
-    assert isinstance(queue, PbsQueue)
-    assert {"-q workq", "-l walltime=3600"} <= set(directives(queue.script(batch())))
-    assert queue.unused(batch(values={"queue": "own"}, priority=1)) == ["priority"]
-    assert queue.script(batch(values={"queue": "own", "colour": "red"}, run_time_max=1.0)) == (
+    queue = open_dialect(str(tmp_path))
+    assert isinstance(queue, PbsDialect)
+    assert {"-q workq", "-l walltime=3600"} <= set(directives(queue.script(submission())))
+    assert queue.unused(submission(values={"queue": "own"}, priority=1)) == ["priority"]
+    assert queue.script(submission(values={"queue": "own", "colour": "red"}, run_time_max=1.0)) == (
         "#!/bin/sh\n#PBS -l walltime=120\ncd '/home/me/my project' && python run.py red\n"
     )
-    assert queue.script(batch(submission_template="{{ command }} {{ cores }}", cores=9)).endswith("run.py 9\n")
+    assert queue.script(submission(submission_template="{{ command }} {{ cores }}", cores=9)).endswith("run.py 9\n")
     with pytest.raises(ValueError, match="needs 5 cores, but its queue has cores_max: 4"):
-        queue.script(batch(cores=5))
+        queue.script(submission(cores=5))
     templates = open_templates(str(tmp_path))
     known = Resources().updated({"account": "a", "colour": "c"}, "f", allow_template_keys=True)
     check_keys(known, "f", templates)
@@ -176,36 +176,40 @@ def test_configuration(tmp_path: Path) -> None:
 def test_queue_without_a_script_where_there_is_no_default(tmp_path: Path) -> None:
     (tmp_path / "queue.yaml").write_text("queue_type: TORQUE\nqueue_primary: a\nqueues: {a: {cores_max: 4}}\n")
     with pytest.raises(ValueError, match="names no script"):
-        open_queue(str(tmp_path)).script(batch())
+        open_dialect(str(tmp_path)).script(submission())
 
 
 # Submission: qsub(1B).
 
 
 def test_submission_of_one_call_and_of_many() -> None:
-    queue = PbsQueue(environ={"PATH": "/bin", "LD_LIBRARY_PATH": "/opt/lib", "SECRET": "x"})
+    queue = PbsDialect(environ={"PATH": "/bin", "LD_LIBRARY_PATH": "/opt/lib", "SECRET": "x"})
     common = ["qsub", "-j", "oe", "-k", "oed", "-o"]
-    assert queue.submit_command(batch(), "/s") == [
+    assert queue.submit_command(submission(), "/s") == [
         *common, "/cache/.executorlib/b1/output.0", "-v", "PATH,LD_LIBRARY_PATH", "/s",
     ]  # fmt: skip
     elements = [*common, "/cache/.executorlib/b1/output.^array_index^"]
-    assert queue.submit_command(batch(7), "/s") == [*elements, "-v", "PATH,LD_LIBRARY_PATH", "-J", "0-6", "/s"]
+    assert queue.submit_command(submission(7), "/s") == [*elements, "-v", "PATH,LD_LIBRARY_PATH", "-J", "0-6", "/s"]
     # qsub refuses to export what is not there.
-    assert PbsQueue(environ={}).submit_command(batch(3, first=4), "/s") == [*elements, "-J", "4-6", "/s"]
+    assert PbsDialect(environ={}).submit_command(submission(3, first=4), "/s") == [*elements, "-J", "4-6", "/s"]
 
 
 def test_an_array_of_one_element() -> None:
     """Its number is that of the call, so it has to be an array, of which PBS takes none from 5 to 5."""
-    assert PbsQueue(environ={}).submit_command(batch(1, first=5), "/s")[-3:] == ["-J", "5-6:2", "/s"]
+    assert PbsDialect(environ={}).submit_command(submission(1, first=5), "/s")[-3:] == ["-J", "5-6:2", "/s"]
 
 
 def test_dependencies() -> None:
     wanted = (Dependency("12"), Dependency("9[]"), Dependency("12"))
-    assert PbsQueue().submit_command(batch(dependencies=wanted), "/s")[-3:] == ["-W", "depend=afterok:12:9[]", "/s"]
+    assert PbsDialect().submit_command(submission(dependencies=wanted), "/s")[-3:] == [
+        "-W",
+        "depend=afterok:12:9[]",
+        "/s",
+    ]
     # A job whose input has just ended well would be refused.
-    assert not PbsQueue(Settings(history=False)).has_dependencies
-    assert PbsQueue(Settings(history=True)).has_dependencies
-    assert not PbsQueue.waits_for_elements
+    assert not PbsDialect(Settings(history=False)).has_dependencies
+    assert PbsDialect(Settings(history=True)).has_dependencies
+    assert not PbsDialect.waits_for_elements
 
 
 @pytest.mark.parametrize(
@@ -218,13 +222,13 @@ def test_dependencies() -> None:
     ],
 )
 def test_job_id(output: str, expected: str) -> None:
-    assert PbsQueue().parse_job_id(output) == expected
+    assert PbsDialect().parse_job_id(output) == expected
 
 
 @pytest.mark.parametrize("output", ["", "qsub: thanks\n", "17 hours left\n"])
 def test_no_job_id(output: str) -> None:
     with pytest.raises(ValueError, match=r"qsub printed .* instead of a job id"):
-        PbsQueue().parse_job_id(output)
+        PbsDialect().parse_job_id(output)
 
 
 REFUSALS = [
@@ -250,14 +254,14 @@ OUTAGES = [
 
 @pytest.mark.parametrize("said", REFUSALS)
 def test_refusals(said: str) -> None:
-    assert not PbsQueue().is_transient(said)
-    assert PbsQueue().limit_in(said) is Limit.NONE
+    assert not PbsDialect().is_transient(said)
+    assert PbsDialect().limit_in(said) is Limit.NONE
 
 
 @pytest.mark.parametrize("said", OUTAGES)
 def test_outages(said: str) -> None:
-    assert PbsQueue().is_transient(said)
-    assert PbsQueue().limit_in(said) is Limit.NONE
+    assert PbsDialect().is_transient(said)
+    assert PbsDialect().limit_in(said) is Limit.NONE
 
 
 @pytest.mark.parametrize(
@@ -274,18 +278,18 @@ def test_outages(said: str) -> None:
     ],
 )
 def test_limits_to_the_number_of_jobs(said: str, limit: Limit) -> None:
-    assert PbsQueue().limit_in(said) is limit
+    assert PbsDialect().limit_in(said) is limit
 
 
 # What jobs are told: qsub(1B), Environment Variables.
 
 
 def test_what_jobs_are_told() -> None:
-    assert PbsQueue.id_variables == ("PBS_ARRAY_ID", "PBS_JOBID")
-    assert PbsQueue.element_variables == ("PBS_ARRAY_INDEX",)
+    assert PbsDialect.id_variables == ("PBS_ARRAY_ID", "PBS_JOBID")
+    assert PbsDialect.element_variables == ("PBS_ARRAY_INDEX",)
     environ = {"HOME": "/h", "A": "1", "BASH_FUNC_module%%": "() {\n}"}
     dropped = ["PBS_JOBID", "PBS_ARRAY_INDEX", "PMI_RANK", "CUDA_VISIBLE_DEVICES", "TMPDIR", "NCPUS"]
-    assert PbsQueue().handed_on({**environ, **dict.fromkeys(dropped, "0")}) == environ
+    assert PbsDialect().handed_on({**environ, **dict.fromkeys(dropped, "0")}) == environ
 
 
 @pytest.mark.parametrize(("queue_type", "element"), [("SLURM", 5), ("PBS", 3)])
@@ -293,7 +297,7 @@ def test_a_job_in_a_job_of_another_system(queue_type: str, element: int, monkeyp
     """What that one tells of its arrays counts for nothing."""
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "5")
     monkeypatch.setenv("PBS_ARRAY_INDEX", "3")
-    names: Any = language(queue_type).element_variables
+    names: Any = dialect_of(queue_type).element_variables
     assert protocol.element_number(names) == element
     assert protocol.element_number(()) == 0
 
@@ -402,13 +406,13 @@ STATES = [
 @pytest.mark.parametrize(("told", "expected"), STATES, ids=str)
 def test_states(told: dict[str, Any], expected: JobState) -> None:
     printed = answer({"1234.pbs01": told})
-    queue = PbsQueue(Settings(history=True))
+    queue = PbsDialect(Settings(history=True))
     assert queue.parse_status(printed, ["1234"]) == {("1234", 0): expected}
     assert queue.parse_detail(printed) == expected
 
 
 def test_what_is_said_of_a_killed_job() -> None:
-    state = PbsQueue().parse_detail(answer({"1234.pbs01": ended(265, 93)}))
+    state = PbsDialect().parse_detail(answer({"1234.pbs01": ended(265, 93)}))
     assert state is not None
     assert state.facts() == " (exit code 0:9 by SIGKILL, node node1)"
     assert (state.code, state.died_of) == (0, 9)
@@ -425,7 +429,7 @@ def test_states_of_an_array() -> None:
             "R12.pbs01": job("Q"),
         }
     )
-    states = PbsQueue().parse_status(printed, ["1234[]", "77"])
+    states = PbsDialect().parse_status(printed, ["1234[]", "77"])
     assert {key: (state.phase, state.exit_code) for key, state in states.items()} == {
         ("1234[]", None): (Phase.RUNNING, ""),
         ("1234[]", 0): (Phase.ENDED, "83"),
@@ -435,7 +439,7 @@ def test_states_of_an_array() -> None:
 
 
 def test_questions() -> None:
-    remembers, forgets = PbsQueue(Settings(history=True)), PbsQueue(Settings(history=False))
+    remembers, forgets = PbsDialect(Settings(history=True)), PbsDialect(Settings(history=False))
     assert remembers.status_command(["7", "12[]"]) == ["qstat", "-x", "-f", "-F", "json", "-t", "7", "12[]"]
     assert forgets.status_command(["7"]) == ["qstat", "-f", "-F", "json", "-t", "7"]
     assert remembers.detail_command("12[]", 3) == ["qstat", "-x", "-f", "-F", "json", "12[3]"]
@@ -445,14 +449,14 @@ def test_questions() -> None:
 
 def test_jobs_that_are_not_known() -> None:
     """`qstat` tells of all others, and ends with the last eight bits of PBSE_UNKJOBID, or of PBSE_HISTJOBID."""
-    assert PbsQueue().parse_status(answer({}), ["7"]) == {}
-    assert PbsQueue().parse_detail(answer({})) is None
-    assert {153, 35} <= PbsQueue.codes_of_the_gone
-    assert not PbsQueue.codes_of_the_gone & {0, 1, 2}
+    assert PbsDialect().parse_status(answer({}), ["7"]) == {}
+    assert PbsDialect().parse_detail(answer({})) is None
+    assert {153, 35} <= PbsDialect.codes_of_the_gone
+    assert not PbsDialect.codes_of_the_gone & {0, 1, 2}
 
 
 def test_whether_there_are_jobs_at_all() -> None:
-    queue = PbsQueue()
+    queue = PbsDialect()
     assert queue.status_command([])[:2] == ["qselect", "-u"]
     states = queue.parse_status("1234.pbs01\n1240[].pbs01\n", [])
     assert {key: state.phase for key, state in states.items()} == {
@@ -467,7 +471,7 @@ def test_whether_there_are_jobs_at_all() -> None:
 )
 def test_answer_that_is_incomplete(printed: str) -> None:
     with pytest.raises(ValueError, match="instead of a list of jobs"):
-        PbsQueue().parse_status(printed, ["7"])
+        PbsDialect().parse_status(printed, ["7"])
 
 
 # As version 19.1 writes it: numbers that are none, and text that is not escaped.
@@ -512,7 +516,7 @@ INVALID = """\
 def test_answer_that_is_not_valid_json() -> None:
     with pytest.raises(ValueError, match="delimiter"):
         json.loads(INVALID, strict=False)
-    assert PbsQueue().parse_status(INVALID, ["1234[]", "1235"]) == {
+    assert PbsDialect().parse_status(INVALID, ["1234[]", "1235"]) == {
         ("1234[]", 1): JobState(Phase.ENDED, "failed", "", "0:9", "node1", cause=Cause.OUT_OF_MEMORY),
         ("1235", 0): JobState(Phase.PENDING, "queued", "Not Running:"),
     }
@@ -554,7 +558,7 @@ def test_both_ways_to_read_an_answer_agree(known: list[tuple[str, str, dict[str,
     ],
 )
 def test_cause_in_the_output(output: str, cause: Cause) -> None:
-    assert PbsQueue().cause_in(f"a line\n{output}") is cause
+    assert PbsDialect().cause_in(f"a line\n{output}") is cause
 
 
 # qdel(1B): jobs, arrays, elements, and ranges of these.
@@ -562,8 +566,8 @@ def test_cause_in_the_output(output: str, cause: Cause) -> None:
 
 def test_cancel() -> None:
     jobs = [("12[]", 3), ("9", None), ("12[]", 4), ("12[]", 7), ("10[]", 1), ("10[]", None)]
-    assert PbsQueue().cancel_command(jobs) == ["qdel", "9", "10[]", "12[3-4]", "12[7]"]
-    assert PbsQueue().cancel_command([("12[]", index) for index in range(1000)]) == ["qdel", "12[0-999]"]
+    assert PbsDialect().cancel_command(jobs) == ["qdel", "9", "10[]", "12[3-4]", "12[7]"]
+    assert PbsDialect().cancel_command([("12[]", index) for index in range(1000)]) == ["qdel", "12[0-999]"]
 
 
 @given(indices=st.sets(st.integers(0, 60), min_size=1))
@@ -618,22 +622,22 @@ def told_of_server(**changes: Any) -> str:
 )
 def test_settings(output: str, expected: Settings) -> None:
     assert parse_settings(output) == expected
-    assert PbsQueue(parse_settings(output)).array_limit == expected.array_limit
+    assert PbsDialect(parse_settings(output)).array_limit == expected.array_limit
 
 
 def test_a_number_means_nothing_on_another_server() -> None:
-    assert PbsQueue(parse_settings(told_of_server())).name == "PBS Professional server pbs01"
-    assert PbsQueue().name == "PBS Professional"
+    assert PbsDialect(parse_settings(told_of_server())).name == "PBS Professional server pbs01"
+    assert PbsDialect().name == "PBS Professional"
 
 
 def test_ranks() -> None:
     unbound = ["OMPI_MCA_hwloc_base_binding_policy=none", "PRTE_MCA_hwloc_default_binding_policy=none"]
-    assert PbsQueue.rank_command(Resources(), None, ["x"]) == ["x"]
-    assert PbsQueue.rank_command(Resources(cores=4, gpus_per_core=1), None, ["x"], "/opt/mpiexec") == [
+    assert PbsDialect.rank_command(Resources(), None, ["x"]) == ["x"]
+    assert PbsDialect.rank_command(Resources(cores=4, gpus_per_core=1), None, ["x"], "/opt/mpiexec") == [
         *("env", *unbound, "/opt/mpiexec", "-n", "4", "x")
     ]
 
 
 @pytest.mark.parametrize(("folder", "problem"), [("/scratch/a b", False), ("/scratch/a:b", True)])
 def test_folders_for_output(folder: str, problem: bool) -> None:
-    assert bool(PbsQueue.problem_with(folder)) is problem
+    assert bool(PbsDialect.problem_with(folder)) is problem

@@ -13,16 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from executorlib.jobs import templates
-from executorlib.jobs.command_system import open_queue
-from executorlib.jobs.pysqa import PysqaQueue
-from executorlib.jobs.queue import Batch, Cause, Dependency, JobState, Limit, Phase, Queue
+from executorlib.jobs.command_system import open_dialect
+from executorlib.jobs.pysqa import PysqaDialect
+from executorlib.jobs.queue import Cause, Dependency, Dialect, JobState, Limit, Phase, Submission
 from executorlib.jobs.templates import Templates, check_keys, minutes
 from executorlib.resources import Resources
 from executorlib.slurm import queue as slurm
 from executorlib.slurm.queue import (
     DEFAULT_TEMPLATE,
     Settings,
-    SlurmQueue,
+    SlurmDialect,
     command_environment,
     parse_settings,
     rank_command,
@@ -32,10 +32,10 @@ from unit.properties import repeatable
 needs_pysqa = pytest.mark.skipif(importlib.util.find_spec("pysqa") is None, reason="needs pysqa (pip install pysqa)")
 
 
-def batch(count: int = 1, values: dict[str, Any] | None = None, **more: Any) -> Batch:
+def submission(count: int = 1, values: dict[str, Any] | None = None, **more: Any) -> Submission:
     fields = {key: more.pop(key) for key in ("directory", "dependencies", "cwd") if key in more}
     defaults: dict[str, Any] = {"directory": "/cache/.executorlib/b1", "cwd": "/home/me/project"}
-    return Batch(
+    return Submission(
         "relax",
         command="python -m job",
         count=count,
@@ -54,7 +54,7 @@ def directives(script: str) -> list[str]:
 
 @needs_pysqa
 def test_default_script_needs_nothing_of_the_user() -> None:
-    assert SlurmQueue(user=1000).script(batch()) == (
+    assert SlurmDialect(user=1000).script(submission()) == (
         "#!/bin/bash\n"
         '#SBATCH --job-name="relax"\n'
         "#SBATCH --ntasks=1\n"
@@ -93,18 +93,18 @@ def test_default_script_needs_nothing_of_the_user() -> None:
     ids=str,
 )
 def test_each_need_becomes_a_directive(values: dict[str, Any], resources: dict[str, Any], expected: list[str]) -> None:
-    script = SlurmQueue(user=1000).script(batch(values=values, **resources))
+    script = SlurmDialect(user=1000).script(submission(values=values, **resources))
     assert set(expected) <= set(directives(script))
-    assert SlurmQueue(user=1000).unused(batch(values=values, **resources)) == []
+    assert SlurmDialect(user=1000).unused(submission(values=values, **resources)) == []
 
 
 @needs_pysqa
 def test_only_operators_raise_a_priority() -> None:
-    urgent = batch(priority=7)
-    assert "--nice=-7" in directives(SlurmQueue(user=0).script(urgent))
-    assert not [line for line in directives(SlurmQueue(user=1000).script(urgent)) if "nice" in line]
-    assert SlurmQueue(user=0).unused(urgent) == []
-    assert SlurmQueue(user=1000).unused(urgent) == ["priority"]
+    urgent = submission(priority=7)
+    assert "--nice=-7" in directives(SlurmDialect(user=0).script(urgent))
+    assert not [line for line in directives(SlurmDialect(user=1000).script(urgent)) if "nice" in line]
+    assert SlurmDialect(user=0).unused(urgent) == []
+    assert SlurmDialect(user=1000).unused(urgent) == ["priority"]
 
 
 @needs_pysqa
@@ -113,7 +113,7 @@ def test_template_of_the_call() -> None:
         "#!/bin/sh\n#SBATCH -n {{cores}} -p {{partition}}\n"
         "{% if run_time_max %}#SBATCH -t {{run_time_max // 60}}\n{% endif %}{{command}}"
     )
-    own = batch(
+    own = submission(
         values={"partition": "p", "feature": "x", "dependency_list": [1]},
         submission_template=text,
         cores=2,
@@ -122,10 +122,12 @@ def test_template_of_the_call() -> None:
         gpus_per_core=1,
     )
     # As many cores as all threads need, because it does not ask for threads; and no less time than was given.
-    assert SlurmQueue().script(own) == "#!/bin/sh\n#SBATCH -n 6 -p p\n#SBATCH -t 3\npython -m job\n"
-    assert SlurmQueue().unused(own) == ["feature", "dependency_list", "gpus_per_core"]
-    knows_threads = batch(submission_template="{{cores}}x{{threads_per_core}} {{command}}", cores=2, threads_per_core=3)
-    assert SlurmQueue().script(knows_threads) == "2x3 python -m job\n"
+    assert SlurmDialect().script(own) == "#!/bin/sh\n#SBATCH -n 6 -p p\n#SBATCH -t 3\npython -m job\n"
+    assert SlurmDialect().unused(own) == ["feature", "dependency_list", "gpus_per_core"]
+    knows_threads = submission(
+        submission_template="{{cores}}x{{threads_per_core}} {{command}}", cores=2, threads_per_core=3
+    )
+    assert SlurmDialect().script(knows_threads) == "2x3 python -m job\n"
 
 
 @needs_pysqa
@@ -139,17 +141,17 @@ def test_template_of_the_call() -> None:
 )
 def test_template_that_is_wrong(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        SlurmQueue().script(batch(submission_template=text))
+        SlurmDialect().script(submission(submission_template=text))
 
 
 def test_without_pysqa(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pysqa.base.core", None)
     # The default template needs nothing of it, and so no time for loading it.
     templates._variables.cache_clear()
-    assert "--ntasks=2" in SlurmQueue().script(batch(cores=2))
-    assert not SlurmQueue().unused(batch(cores=2))
+    assert "--ntasks=2" in SlurmDialect().script(submission(cores=2))
+    assert not SlurmDialect().unused(submission(cores=2))
     with pytest.raises(ImportError, match=r'pip install "executorlib\[cluster\]"'):
-        SlurmQueue().script(batch(submission_template="{{ unique_to_this_test }}"))
+        SlurmDialect().script(submission(submission_template="{{ unique_to_this_test }}"))
 
 
 @given(seconds=st.floats(0.001, 1e7))
@@ -199,20 +201,20 @@ def test_keys_that_no_queue_of_a_configuration_has(configuration: Path, key: str
 
 @needs_pysqa
 def test_configuration(configuration: Path) -> None:
-    queue = open_queue(str(configuration))
-    assert isinstance(queue, SlurmQueue)
+    queue = open_dialect(str(configuration))
+    assert isinstance(queue, SlurmDialect)
     # Brought within the queue's limits, and its defaults filled in.
     small = "#!/bin/bash\n#SBATCH --partition=small -n 2\n#SBATCH -t 60\n"
-    assert queue.script(batch()) == f"{small}python -m job\n"
-    assert queue.script(batch(values={"memory_max": 9})) == f"{small}#SBATCH --mem=2G\npython -m job\n"
-    assert "-t 3\n" in queue.script(batch(run_time_max=100.0))
-    chosen = batch(values={"queue": "large", "account": "chem", "partition": "p"}, cores=40)
+    assert queue.script(submission()) == f"{small}python -m job\n"
+    assert queue.script(submission(values={"memory_max": 9})) == f"{small}#SBATCH --mem=2G\npython -m job\n"
+    assert "-t 3\n" in queue.script(submission(run_time_max=100.0))
+    chosen = submission(values={"queue": "large", "account": "chem", "partition": "p"}, cores=40)
     assert queue.script(chosen) == "#!/bin/bash\n#SBATCH --partition=large --account=chem\npython -m job\n"
     assert queue.unused(chosen) == ["partition"]
-    assert queue.script(batch(submission_template="own {{cores}}", cores=40)) == "own 40\n"
+    assert queue.script(submission(submission_template="own {{cores}}", cores=40)) == "own 40\n"
     for wrong, message in (
-        (batch(cores=5), "needs 5 cores, but its queue has cores_max: 4"),
-        (batch(values={"queue": "huge"}), "is 'huge', but .*queue.yaml has only small, large"),
+        (submission(cores=5), "needs 5 cores, but its queue has cores_max: 4"),
+        (submission(values={"queue": "huge"}), "is 'huge', but .*queue.yaml has only small, large"),
     ):
         with pytest.raises(ValueError, match=message):
             queue.script(wrong)
@@ -234,7 +236,7 @@ def test_configuration_that_is_wrong(text: str | None, message: str, tmp_path: P
     if text is not None:
         (tmp_path / "queue.yaml").write_text(text)
     with pytest.raises(ValueError, match=message) as caught:
-        open_queue(str(tmp_path))
+        open_dialect(str(tmp_path))
     assert str(tmp_path) in str(caught.value)
 
 
@@ -242,13 +244,13 @@ def test_configuration_that_is_wrong(text: str | None, message: str, tmp_path: P
 
 
 def test_submission_of_one_call_and_of_many() -> None:
-    queue = SlurmQueue()
+    queue = SlurmDialect()
     both = ["--parsable", "--chdir=/home/me/project"]
     output = "/cache/.executorlib/b1/output"
-    assert queue.submit_command(batch(), "/s") == [
+    assert queue.submit_command(submission(), "/s") == [
         "sbatch", *both, f"--output={output}.0", f"--error={output}.0", "--open-mode=append", "/s",
     ]  # fmt: skip
-    many = batch(7, directory="/100%/b", slurm_cmd_args=("--mail-type=END", "-w", "node1"))
+    many = submission(7, directory="/100%/b", slurm_cmd_args=("--mail-type=END", "-w", "node1"))
     assert queue.submit_command(many, "/s") == [
         *("sbatch", "--mail-type=END", "-w", "node1", *both),
         *("--output=/100%%/b/output.%a", "--error=/100%%/b/output.%a", "--open-mode=append", "--array=0-6", "/s"),
@@ -266,7 +268,7 @@ def test_submission_of_one_call_and_of_many() -> None:
     ids=str,
 )
 def test_dependencies(dependencies: list[Dependency], expected: str) -> None:
-    command = SlurmQueue().submit_command(batch(2, dependencies=tuple(dependencies)), "/s")
+    command = SlurmDialect().submit_command(submission(2, dependencies=tuple(dependencies)), "/s")
     assert command[-3:] == [f"--dependency={expected}", "--kill-on-invalid-dep=yes", "/s"]
 
 
@@ -276,33 +278,33 @@ def test_dependencies(dependencies: list[Dependency], expected: str) -> None:
 )
 def test_options_that_are_ours(option: str) -> None:
     with pytest.raises(ValueError, match="leave it out"):
-        SlurmQueue().submit_command(batch(slurm_cmd_args=(option,)), "/s")
+        SlurmDialect().submit_command(submission(slurm_cmd_args=(option,)), "/s")
 
 
 @pytest.mark.parametrize("option", ["-dsingleton", "-d", "--dependency=singleton"])
 def test_a_dependency_of_the_users_beside_ours(option: str) -> None:
-    assert option in SlurmQueue().submit_command(batch(slurm_cmd_args=(option,)), "/s")
+    assert option in SlurmDialect().submit_command(submission(slurm_cmd_args=(option,)), "/s")
     with pytest.raises(ValueError, match="leave it out"):
-        SlurmQueue().submit_command(batch(slurm_cmd_args=(option,), dependencies=(Dependency("1"),)), "/s")
+        SlurmDialect().submit_command(submission(slurm_cmd_args=(option,), dependencies=(Dependency("1"),)), "/s")
 
 
 @pytest.mark.parametrize(
     "option", ["--account=a", "-A", "--wait-all-nodes=1", "--open", "--comment=-o", "--requeue", "-w"]
 )
 def test_options_that_are_the_users(option: str) -> None:
-    assert option in SlurmQueue().submit_command(batch(slurm_cmd_args=(option,)), "/s")
+    assert option in SlurmDialect().submit_command(submission(slurm_cmd_args=(option,)), "/s")
 
 
 @pytest.mark.parametrize(
     "output", ["123\n", "123;virtual\n", "Your project has 3 hours left\n123\n", "Submitted batch job 123\n"]
 )
 def test_job_id(output: str) -> None:
-    assert SlurmQueue().parse_job_id(output) == "123"
+    assert SlurmDialect().parse_job_id(output) == "123"
 
 
 def test_no_job_id() -> None:
     with pytest.raises(ValueError, match="'thanks, 5 hours' instead of a job id"):
-        SlurmQueue().parse_job_id("thanks, 5 hours\n")
+        SlurmDialect().parse_job_id("thanks, 5 hours\n")
 
 
 REFUSALS = [
@@ -352,19 +354,19 @@ FULL = {
 def test_a_limit_to_the_number_of_jobs(word: str) -> None:
     violates = "Batch job submission failed: Job violates accounting/QOS policy (job submit limit, user's size and/or"
     text = f"sbatch: error: {word}\nsbatch: error: {violates} time limits)"
-    assert SlurmQueue().limit_in(text) is FULL[word]
-    assert not SlurmQueue().is_transient(text)
+    assert SlurmDialect().limit_in(text) is FULL[word]
+    assert not SlurmDialect().is_transient(text)
 
 
 def test_refusals_that_are_no_limit_to_the_number_of_jobs() -> None:
     busy, *others = sorted([*REFUSALS, *OUTAGES], key=lambda text: "unable to accept" not in text)
-    assert SlurmQueue().limit_in(busy) is Limit.SHARED  # of the controller
-    assert {SlurmQueue().limit_in(text) for text in others} == {Limit.NONE}
+    assert SlurmDialect().limit_in(busy) is Limit.SHARED  # of the controller
+    assert {SlurmDialect().limit_in(text) for text in others} == {Limit.NONE}
 
 
 @pytest.mark.parametrize(("texts", "transient"), [(REFUSALS, False), (OUTAGES, True)], ids=["refusals", "outages"])
 def test_what_is_worth_another_try(texts: list[str], transient: bool) -> None:
-    assert [text for text in texts if SlurmQueue().is_transient(text) is not transient] == []
+    assert [text for text in texts if SlurmDialect().is_transient(text) is not transient] == []
 
 
 # Questions and answers.
@@ -390,7 +392,7 @@ IDS = [line.partition("|")[0] for line in SQUEUE.splitlines()]
 
 
 def test_status() -> None:
-    states = SlurmQueue().parse_status("CLUSTER: virtual\n\n" + SQUEUE, IDS)
+    states = SlurmDialect().parse_status("CLUSTER: virtual\n\n" + SQUEUE, IDS)
     waits = JobState(Phase.PENDING, "PENDING", "JobArrayTaskLimit")
     assert states == {
         ("20046", 2): JobState(Phase.ENDED, "CANCELLED", "DependencyNeverSatisfied", "0:0", cause=Cause.CANCELLED),
@@ -415,13 +417,13 @@ def test_status() -> None:
         ),
         ("20001", 0): JobState(Phase.RUNNING, "RUNNING", "", "", "node1"),
     }
-    assert SlurmQueue().parse_status("", IDS) == {}
+    assert SlurmDialect().parse_status("", IDS) == {}
 
 
 def test_an_exit_code_that_is_made_up() -> None:
     """Slurm 24.11 says 0:1, which would be SIGHUP, of a job whose node has failed. Of others it is true."""
     lines = "1|N/A|NODE_FAIL|0:1|node2|NodeDown|\n2|N/A|FAILED|0:1|node2|NonZeroExitCode|\n"
-    states = SlurmQueue().parse_status(lines, ["1", "2"])
+    states = SlurmDialect().parse_status(lines, ["1", "2"])
     assert [states[job_id, 0].facts() for job_id in "12"] == [
         " (reason NodeDown, node node2)",
         " (reason NonZeroExitCode, exit code 0:1 by SIGHUP, node node2)",
@@ -436,7 +438,7 @@ def test_jobs_that_were_not_asked_for() -> None:
         "7|4|COMPLETED|0|node1|None|\n"
         "8|1|RUNNING|0|node1|None|\n"
     )
-    states = SlurmQueue().parse_status(printed, ["8"])
+    states = SlurmDialect().parse_status(printed, ["8"])
     assert states == {
         ("7", None): JobState(Phase.PENDING, "PENDING", "Priority"),
         ("8", 1): JobState(Phase.RUNNING, "RUNNING", node="node1"),
@@ -447,7 +449,7 @@ def test_jobs_that_were_not_asked_for() -> None:
 def test_indices_that_no_cluster_gives(indices: str) -> None:
     """That is no answer, and nothing that memory would have to hold."""
     with pytest.raises(ValueError, match="Slurm cannot have assigned"):
-        SlurmQueue().parse_status(f"7|{indices}|PENDING|0||Priority|\n", ["7"])
+        SlurmDialect().parse_status(f"7|{indices}|PENDING|0||Priority|\n", ["7"])
 
 
 @pytest.mark.parametrize(
@@ -455,11 +457,11 @@ def test_indices_that_no_cluster_gives(indices: str) -> None:
 )
 def test_status_that_is_incomplete(line: str) -> None:
     with pytest.raises(ValueError, match="incomplete"):
-        SlurmQueue().parse_status(SQUEUE + line + "\n", ["20044"])
+        SlurmDialect().parse_status(SQUEUE + line + "\n", ["20044"])
 
 
 def test_the_status_query_does_not_grow() -> None:
-    queue = SlurmQueue(user=1000)
+    queue = SlurmDialect(user=1000)
     assert queue.status_command([]) == queue.status_command([str(number) for number in range(10_000)])
     assert "--user=1000" in queue.status_command([])
 
@@ -479,7 +481,7 @@ def test_the_status_query_does_not_grow() -> None:
     ],
 )
 def test_waiting_for_what_does_not_come(reason: str, hopeless: bool) -> None:
-    assert SlurmQueue().parse_status(f"1|N/A|PENDING|0||{reason}|\n", ["1"])["1", 0].hopeless is hopeless
+    assert SlurmDialect().parse_status(f"1|N/A|PENDING|0||{reason}|\n", ["1"])["1", 0].hopeless is hopeless
 
 
 def test_jobs_that_are_held() -> None:
@@ -487,7 +489,7 @@ def test_jobs_that_are_held() -> None:
     lines = (
         "1|N/A|PENDING|0||JobHeldAdmin|\n2|N/A|PENDING|0||JobHeldUser|\n3|N/A|PENDING|0||launch failed requeued held|"
     )
-    states = SlurmQueue().parse_status(lines, ["1", "2", "3"])
+    states = SlurmDialect().parse_status(lines, ["1", "2", "3"])
     assert [states[job_id, 0].held for job_id in "123"] == [True, False, False]
     assert states["3", 0].cause is Cause.NODE_FAILED
 
@@ -512,7 +514,7 @@ SACCT = [
 
 @pytest.mark.parametrize(("output", "expected"), SACCT, ids=str)
 def test_detail_by_sacct(output: str, expected: JobState | None) -> None:
-    assert SlurmQueue().parse_detail(output) == expected
+    assert SlurmDialect().parse_detail(output) == expected
 
 
 SCONTROL = """\
@@ -532,7 +534,7 @@ JobId=20005 ArrayJobId=20001 ArrayTaskId=1 ArrayTaskThrottle=5 JobName=a JobStat
 
 
 def test_detail_by_scontrol() -> None:
-    queue = SlurmQueue()
+    queue = SlurmDialect()
     assert queue.parse_detail(SCONTROL) == JobState(Phase.ENDED, "FAILED", "NonZeroExitCode", "3:0", "node1")
     other = SCONTROL.replace("=FAILED", "=COMPLETED").replace("ExitCode=3:0", "ExitCode=0:0")
     assert queue.parse_detail(SCONTROL + "\n" + other) == queue.parse_detail(SCONTROL)
@@ -560,18 +562,18 @@ def test_detail_by_scontrol() -> None:
     ],
 )
 def test_cause_in_the_output(output: str, cause: Cause) -> None:
-    assert SlurmQueue().cause_in(f"a line\n{output}\n") is cause
+    assert SlurmDialect().cause_in(f"a line\n{output}\n") is cause
 
 
 def test_detail_is_asked_of_the_database_where_there_is_one() -> None:
-    assert SlurmQueue(Settings(accounting=True)).detail_command("12", 3)[-1] == "--jobs=12_3"
-    assert SlurmQueue(Settings(accounting=False)).detail_command("12", None) == ["scontrol", "show", "job", "12"]
+    assert SlurmDialect(Settings(accounting=True)).detail_command("12", 3)[-1] == "--jobs=12_3"
+    assert SlurmDialect(Settings(accounting=False)).detail_command("12", None) == ["scontrol", "show", "job", "12"]
 
 
 def test_cancel() -> None:
     jobs = [("12", 3), ("9", None), ("12", 4), ("12", 7), ("10", 1), ("10", None)]
-    assert SlurmQueue().cancel_command(jobs) == ["scancel", "--quiet", "12_[3-4,7]", "9", "10"]
-    everything = SlurmQueue().cancel_command([("12", index) for index in range(10_000)])
+    assert SlurmDialect().cancel_command(jobs) == ["scancel", "--quiet", "12_[3-4,7]", "9", "10"]
+    everything = SlurmDialect().cancel_command([("12", index) for index in range(10_000)])
     assert everything == ["scancel", "--quiet", "12_[0-9999]"]
 
 
@@ -599,7 +601,7 @@ def test_index_expressions(indices: set[int]) -> None:
 )  # fmt: skip
 def test_settings(output: str, expected: Settings) -> None:
     assert parse_settings(output) == expected
-    assert SlurmQueue(parse_settings(output)).array_limit == expected.array_limit
+    assert SlurmDialect(parse_settings(output)).array_limit == expected.array_limit
 
 
 def test_environment_of_the_commands() -> None:
@@ -644,30 +646,33 @@ QSTAT_JOB = (
 )
 
 
-def other_queue(folder: Path, kind: str) -> PysqaQueue:
+def other_queue(folder: Path, kind: str) -> PysqaDialect:
     (folder / "queue.yaml").write_text(
         f"queue_type: {kind}\nqueue_primary: a\nqueues:\n  a: {{cores_max: 8, script: a.sh}}\n"
     )
     (folder / "a.sh").write_text("#!/bin/bash\n#$ -N {{job_name}} -wd {{working_directory}}\n{{command}}\n")
-    queue = open_queue(str(folder))
-    assert isinstance(queue, PysqaQueue)
+    queue = open_dialect(str(folder))
+    assert isinstance(queue, PysqaDialect)
     return queue
 
 
 @needs_pysqa
 @pytest.mark.skipif(importlib.util.find_spec("defusedxml") is None, reason='needs pip install "pysqa[sge]"')
 def test_grid_engine(tmp_path: Path) -> None:
-    queue: Queue = other_queue(tmp_path, "SGE")
+    queue: Dialect = other_queue(tmp_path, "SGE")
     assert (queue.array_limit, queue.has_dependencies) == (1, False)
-    assert queue.script(batch()) == "#!/bin/bash\n#$ -N relax -wd /home/me/project\npython -m job\n"
-    assert queue.submit_command(batch(), "/s") == [
+    assert queue.script(submission()) == "#!/bin/bash\n#$ -N relax -wd /home/me/project\npython -m job\n"
+    assert queue.submit_command(submission(), "/s") == [
         *("qsub", "-terse", "-V", "-j", "y", "-o", "/cache/.executorlib/b1/output.0", "-wd", "/home/me/project", "/s")
     ]
     assert queue.parse_job_id("42\n") == "42"
     assert queue.cancel_command([("42", None), ("43", 0)]) == ["qdel", "42", "43"]
-    assert queue.unused(batch(slurm_cmd_args=("-x",), values={"partition": "p"})) == ["partition", "slurm_cmd_args"]
+    assert queue.unused(submission(slurm_cmd_args=("-x",), values={"partition": "p"})) == [
+        "partition",
+        "slurm_cmd_args",
+    ]
     for name, allowed in {"f.<locals>.<lambda>": "f._locals_._lambda_", "2nd": "_2nd"}.items():
-        assert f"#$ -N {allowed} " in queue.script(replace(batch(), name=name))
+        assert f"#$ -N {allowed} " in queue.script(replace(submission(), name=name))
     waiting = "".join(QSTAT_JOB.format(43 + i, word) for i, word in enumerate(["qw", "hqw", "hRqw", "Eqw", "Ehqw"]))
     states = queue.parse_status(QSTAT.format(running=QSTAT_JOB.format(42, "r"), waiting=waiting), [])
     assert {key[0]: (state.phase, state.hopeless) for key, state in states.items()} == {
@@ -692,7 +697,7 @@ def test_grid_engine(tmp_path: Path) -> None:
 
 @needs_pysqa
 @pytest.mark.parametrize(
-    ("kind", "submission", "printed", "listing", "expected"),
+    ("kind", "options", "printed", "listing", "expected"),
     [
         ("TORQUE", ["qsub", "-V", "-j", "oe", "-o"], "42.server\n",
          "Job Id: 42.server\n Job_Name = a\n Job_Owner = me@h\n job_state = R\n queue = q\n"
@@ -705,17 +710,17 @@ def test_grid_engine(tmp_path: Path) -> None:
     ids=["torque", "lsf"],
 )  # fmt: skip
 def test_torque_and_lsf(
-    kind: str, submission: list[str], printed: str, listing: str, expected: Phase, tmp_path: Path
+    kind: str, options: list[str], printed: str, listing: str, expected: Phase, tmp_path: Path
 ) -> None:
     queue = other_queue(tmp_path, kind)
-    assert queue.submit_command(batch(), "/s") == [*submission, "/cache/.executorlib/b1/output.0", "/s"]
+    assert queue.submit_command(submission(), "/s") == [*options, "/cache/.executorlib/b1/output.0", "/s"]
     assert queue.parse_job_id(printed) == "42"
     assert queue.parse_status(listing, [])["42", 0].phase is expected
     assert queue.detail_command("42", None) == []
     with pytest.raises(ValueError, match="instead of a job id"):
         queue.parse_job_id("thanks\n")
     with pytest.raises(ValueError, match="one by one"):
-        queue.submit_command(batch(2), "/s")
+        queue.submit_command(submission(2), "/s")
 
 
 TORQUE_JOB = (
@@ -744,4 +749,4 @@ def test_completed_jobs_of_torque(tmp_path: Path) -> None:
 @needs_pysqa
 def test_without_a_template() -> None:
     with pytest.raises(ValueError, match=r"resource_dict\['submission_template'\]"):
-        Templates(None).render(batch())
+        Templates(None).render(submission())

@@ -12,9 +12,9 @@ import pytest
 
 from executorlib import SlurmClusterExecutor
 from executorlib.jobs.command_system import CommandSystem, Silence
-from executorlib.jobs.queue import Batch, JobState
+from executorlib.jobs.queue import JobState, Submission
 from executorlib.jobs.system import Refused
-from executorlib.launchers.subprocesses import Answer, Commands
+from executorlib.launchers.subprocesses import CommandOutput, Commands
 from executorlib.resources import Resources
 from fakes import Events
 
@@ -28,13 +28,13 @@ class Stumbles:
     history_delay = 0.0
     codes_of_the_gone: frozenset[int] = frozenset()
 
-    def script(self, batch: Batch) -> str:
+    def script(self, submission: Submission) -> str:
         return "#!/bin/sh\n"
 
-    def unused(self, batch: Batch) -> list[str]:
+    def unused(self, submission: Submission) -> list[str]:
         return []
 
-    def submit_command(self, batch: Batch, script_path: str) -> list[str]:
+    def submit_command(self, submission: Submission, script_path: str) -> list[str]:
         return ["submit", script_path]
 
     def status_command(self, job_ids: Any) -> list[str]:
@@ -61,11 +61,11 @@ class UnderstandsFine(Stumbles):
 
 
 @pytest.fixture
-def said(monkeypatch: pytest.MonkeyPatch) -> list[Answer]:
+def said(monkeypatch: pytest.MonkeyPatch) -> list[CommandOutput]:
     """What the commands say, one after the other; the last one again and again."""
-    answers: list[Answer] = []
+    answers: list[CommandOutput] = []
 
-    def run(commands: Any, argv: list[str], on_answer: Callable[[Answer], None], **_: Any) -> None:
+    def run(commands: Any, argv: list[str], on_answer: Callable[[CommandOutput], None], **_: Any) -> None:
         on_answer(answers.pop(0) if len(answers) > 1 else answers[0])
 
     monkeypatch.setattr(Commands, "run", run)
@@ -76,18 +76,18 @@ def system(queue: Any, events: Any = None) -> CommandSystem:
     return CommandSystem(events or Events(), "a queue", lambda _settings: queue, [])
 
 
-def batch(folder: Path) -> Batch:
-    return Batch("a", str(folder), "true", 1, Resources(), {}, str(folder))
+def submission(folder: Path) -> Submission:
+    return Submission("a", str(folder), "true", 1, Resources(), {}, str(folder))
 
 
-def test_answers_that_nobody_understands(said: list[Answer], tmp_path: Path) -> None:
+def test_answers_that_nobody_understands(said: list[CommandOutput], tmp_path: Path) -> None:
     """They fail what was asked, and nothing else."""
-    said.append(Answer(0, "what?", ""))
+    said.append(CommandOutput(0, "what?", ""))
     queue, answers = system(Stumbles()), []
     queue.query(["7"], answers.append)
     queue.detail(("7", None), answers.append)
     assert answers == [None, None]
-    queue.submit(batch(tmp_path), answers.append)
+    queue.submit(submission(tmp_path), answers.append)
     assert isinstance(answers[-1], Refused)
     assert not answers[-1].transient
     assert "no word" in str(answers[-1])
@@ -99,19 +99,19 @@ class Accepts(Stumbles):
 
 
 def test_what_is_said_of_a_job_that_is_taken_is_told_once(
-    said: list[Answer], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    said: list[CommandOutput], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """... with the call; the same about another job is the same."""
     warning = "submit: Warning: can't run 1 processes on 4 nodes, setting nnodes to 1"
     said += [
-        Answer(0, "20001\n", ""),
-        Answer(0, "20002\n", f"{warning}\n\n"),
-        Answer(0, "20003\n", f"{warning}\nsubmit: job 20003 costs nothing\n"),
-        Answer(0, "20004\n", f"{warning}\nsubmit: job 20004 costs nothing\n"),
+        CommandOutput(0, "20001\n", ""),
+        CommandOutput(0, "20002\n", f"{warning}\n\n"),
+        CommandOutput(0, "20003\n", f"{warning}\nsubmit: job 20003 costs nothing\n"),
+        CommandOutput(0, "20004\n", f"{warning}\nsubmit: job 20004 costs nothing\n"),
     ]
     queue, answers = system(Accepts()), []
     for _ in range(4):
-        queue.submit(batch(tmp_path), answers.append)
+        queue.submit(submission(tmp_path), answers.append)
     assert answers == ["20001", "20002", "20003", "20004"]
     assert [record.getMessage() for record in caplog.records] == [
         f"submit accepted the job of a with the message: {warning}",
@@ -138,13 +138,18 @@ def test_silence_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
 
 
 @pytest.mark.parametrize(
-    ("answer", "word"), [(Answer(1, "", "no controller"), "no controller"), (Answer(0, "half a line", ""), "'jobid'")]
+    ("answer", "word"),
+    [(CommandOutput(1, "", "no controller"), "no controller"), (CommandOutput(0, "half a line", ""), "'jobid'")],
 )
 def test_queries_that_fail_for_long(
-    said: list[Answer], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, answer: Answer, word: str
+    said: list[CommandOutput],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    answer: CommandOutput,
+    word: str,
 ) -> None:
     monkeypatch.setattr("executorlib.jobs.command_system._SILENT_SECONDS", 0.0)
-    said += [answer, answer, Answer(0, "fine", "")]
+    said += [answer, answer, CommandOutput(0, "fine", "")]
     asked, answers = system(UnderstandsFine()), []
     for _ in range(3):
         asked.query(["7"], answers.append)
@@ -155,12 +160,12 @@ def test_queries_that_fail_for_long(
 
 
 def test_template_that_raises_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def script(queue: Any, batch: Batch) -> str:
+    def script(queue: Any, submission: Submission) -> str:
         raise RuntimeError("recursion")
 
     monkeypatch.setattr(Stumbles, "script", script)
     answers: list[Any] = []
-    system(Stumbles()).submit(batch(tmp_path), answers.append)
+    system(Stumbles()).submit(submission(tmp_path), answers.append)
     assert "RuntimeError: recursion" in str(answers[0])
 
 

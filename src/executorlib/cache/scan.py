@@ -24,7 +24,7 @@ _TEMPORARY = re.compile(r"\.\d+-[0-9a-f]{16}\.tmp")
 _ABANDONED_SECONDS = 3600.0
 
 
-class Entry(NamedTuple):
+class ListedEntry(NamedTuple):
     """One call of a cache directory.
 
     Attributes:
@@ -44,7 +44,7 @@ class Entry(NamedTuple):
     path: str
 
 
-class Job(NamedTuple):
+class ListedJob(NamedTuple):
     """The job of one call, as listed in a batch directory.
 
     Attributes:
@@ -58,7 +58,7 @@ class Job(NamedTuple):
     output: str | None
 
 
-def scan(directory: str) -> Iterator[Entry]:
+def scan(directory: str) -> Iterator[ListedEntry]:
     """Find all entries of a cache directory and its sub-folders, in no order.
 
     This takes one `stat` per entry, and keeps in memory only the entries that are not done.
@@ -70,7 +70,7 @@ def scan(directory: str) -> Iterator[Entry]:
         OSError: If the directory cannot be listed.
     """
     root = os.path.realpath(directory)
-    pending: dict[str, Entry] = {}
+    pending: dict[str, ListedEntry] = {}
     for item in _files(root):
         if item.name.endswith(_OUTPUT):
             entry = _entry(root, item.path, "done")
@@ -95,7 +95,7 @@ def scan(directory: str) -> Iterator[Entry]:
     yield from pending.values()
 
 
-def find(directory: str, key: str) -> tuple[Entry, Job | None] | None:
+def find(directory: str, key: str) -> tuple[ListedEntry, ListedJob | None] | None:
     """Find one entry without listing the cache directory.
 
     Args:
@@ -144,7 +144,7 @@ def _stem(path: str) -> str:
     return path[:-_ENDING_BYTES]
 
 
-def _entry(root: str, path: str, state: State) -> Entry | None:
+def _entry(root: str, path: str, state: State) -> ListedEntry | None:
     try:
         status = os.stat(path, follow_symlinks=False)
     except NotADirectoryError:
@@ -153,14 +153,14 @@ def _entry(root: str, path: str, state: State) -> Entry | None:
         if not trust.is_there(path):
             return None
         status = os.stat(path, follow_symlinks=False)
-    return Entry(_stem(path)[len(root) + 1 :], state, status.st_size, status.st_mtime, path)
+    return ListedEntry(_stem(path)[len(root) + 1 :], state, status.st_size, status.st_mtime, path)
 
 
-def _not_done(entry: Entry, job: Job) -> Entry:
+def _not_done(entry: ListedEntry, job: ListedJob) -> ListedEntry:
     return entry._replace(state="running") if job.output else entry
 
 
-def _failed(root: str, job: Job) -> Entry | None:
+def _failed(root: str, job: ListedJob) -> ListedEntry | None:
     entry = _entry(root, job.output or "", "failed")
     return entry and entry._replace(key=job.stem[len(root) + 1 :])
 
@@ -184,12 +184,12 @@ def _batches(root: str) -> list[str]:
     )
 
 
-def _jobs(root: str) -> Iterator[Job]:
+def _jobs(root: str) -> Iterator[ListedJob]:
     for batch in _batches(root):
         yield from _jobs_of(batch)
 
 
-def _jobs_of(batch: str) -> Iterator[Job]:
+def _jobs_of(batch: str) -> Iterator[ListedJob]:
     try:
         calls = batch_directory.entries_of(batch)
         printed = {
@@ -201,7 +201,7 @@ def _jobs_of(batch: str) -> Iterator[Job]:
     for index, path in calls.items():
         output = f"output.{index}"
         job_id, element = ids.of(index) or (None, None)
-        yield Job(
+        yield ListedJob(
             os.path.join(_realpath(os.path.dirname(path)), _stem(os.path.basename(path))),
             job_id if element is None else f"{job_id}_{element}",
             os.path.join(batch, output) if output in printed else None,
@@ -238,7 +238,7 @@ class Leftover(NamedTuple):
     path: str
 
 
-def remove(directory: str, entries: Iterable[Entry]) -> None:
+def remove(directory: str, entries: Iterable[ListedEntry]) -> None:
     """Remove entries and what their jobs printed. Jobs that wait or run are not cancelled.
 
     Args:

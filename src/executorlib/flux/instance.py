@@ -117,7 +117,7 @@ def cancel_jobs(instance: str, names: Sequence[str]) -> None:
 
 
 def instance_name(connection: Any) -> str:
-    """The `JobSystem.name` of an instance, which is unique because job numbers mean nothing in another instance."""
+    """The `BatchSystem.name` of an instance, which is unique because job numbers mean nothing in another instance."""
     for attribute in ("broker.uuid", "broker.starttime"):  # the first is newer
         with contextlib.suppress(OSError):
             value = connection.rpc("attr.get", {"name": attribute}, nodeid=0).get()["value"]

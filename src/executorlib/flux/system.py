@@ -27,11 +27,11 @@ from executorlib.flux.jobspec import (
     urgency,
 )
 from executorlib.flux.policy import Policy
-from executorlib.jobs.queue import Batch, Cause, Dependency, JobState, Phase
+from executorlib.jobs.queue import Cause, Dependency, JobState, Phase, Submission
 from executorlib.jobs.system import JobKey, Refused, States
 from executorlib.jobs.templates import FLUX, Templates, warn_of_unused
 from executorlib.launchers.contract import Events
-from executorlib.launchers.subprocesses import Answer, Commands
+from executorlib.launchers.subprocesses import CommandOutput, Commands
 from executorlib.resources import Resources
 from executorlib.worker.job import OUTPUT_VARIABLE
 
@@ -61,7 +61,7 @@ class _Followed:
 
 
 class FluxSystem:
-    """The Flux instance that this process is in, with the interface `jobs.system.JobSystem`.
+    """The Flux instance that this process is in, with the interface `jobs.system.BatchSystem`.
 
     Args:
         events: The loop.
@@ -131,7 +131,7 @@ class FluxSystem:
         untold = untold_environment(os.environ)
         return {"shown_gpus": True, "id_variables": ("FLUX_JOB_ID",), "env": untold}
 
-    def submit(self, batch: Batch, on_done: Callable[[str | Refused], None]) -> None:
+    def submit(self, submission: Submission, on_done: Callable[[str | Refused], None]) -> None:
         """Submit a call, as a plain job or with its script."""
         self._submitting += 1
 
@@ -140,32 +140,32 @@ class FluxSystem:
             if isinstance(answer, Refused):
                 on_done(answer)
                 return
-            self._follow(answer, batch.resources.run_time_max)
+            self._follow(answer, submission.resources.run_time_max)
             on_done(job_name(answer))
 
-        has_script = self.has_script(batch.resources)
+        has_script = self.has_script(submission.resources)
         # A configuration has queues of its own, and a script may name one itself.
-        problem = "" if self._has_configuration else self._policy.problem(batch.resources, named=not has_script)
+        problem = "" if self._has_configuration else self._policy.problem(submission.resources, named=not has_script)
         if problem:
             refused = Refused(problem)
             self._events.call_later(0.0, lambda: answered(refused))
             return
         if has_script:
-            self._submit_script(batch, answered)
+            self._submit_script(submission, answered)
             return
-        warn_of_unused([key for key in batch.template_values if key not in FURTHER_KEYS], self._warned)
+        warn_of_unused([key for key in submission.template_values if key not in FURTHER_KEYS], self._warned)
         spec = jobspec(
-            batch.resources,
-            shlex.split(batch.command),
-            {**os.environ, OUTPUT_VARIABLE: _output(batch)},
-            name=batch.name,
-            cwd=batch.cwd,
+            submission.resources,
+            shlex.split(submission.command),
+            {**os.environ, OUTPUT_VARIABLE: _output(submission)},
+            name=submission.name,
+            cwd=submission.cwd,
             policy=self._policy,
             pmi_mode=self._pmi_mode,
-            output=_for_flux(_output(batch)),
-            dependencies=[job_number(dependency.job_id) for dependency in batch.dependencies],
+            output=_for_flux(_output(submission)),
+            dependencies=[job_number(dependency.job_id) for dependency in submission.dependencies],
         )
-        self._instance.submit(spec, urgency(batch.resources.priority, self._instance.is_owner), answered)
+        self._instance.submit(spec, urgency(submission.resources.priority, self._instance.is_owner), answered)
 
     def has_script(self, resources: Resources) -> bool:
         """Return whether a call is submitted as a script."""
@@ -177,23 +177,27 @@ class FluxSystem:
             return program
         return run_command(resources, self._pmi_mode, program)
 
-    def _submit_script(self, batch: Batch, answered: Callable[[int | Refused], None]) -> None:
-        path = os.path.join(batch.directory, "job.sh")
+    def _submit_script(self, submission: Submission, answered: Callable[[int | Refused], None]) -> None:
+        path = os.path.join(submission.directory, "job.sh")
         try:
-            script = self._templates.render(batch)
-            unused = self._templates.unused(batch)
+            script = self._templates.render(submission)
+            unused = self._templates.unused(submission)
             with open(path, "w", encoding="utf-8") as file:
                 file.write(script)
         except Exception as error:  # also of pysqa or of a template
             refused = Refused(str(error))
             self._events.call_later(0.0, lambda: answered(refused))
             return
-        resources = batch.resources
+        resources = submission.resources
         says_resources = _HAS_RESOURCES.search(script) is not None
-        warn_of_unused([key for key in unused if says_resources or key in batch.template_values], self._warned)
-        options = [f"--job-name={batch.name}", f"--cwd={batch.cwd}", f"--output={_for_flux(_output(batch))}"]
+        warn_of_unused([key for key in unused if says_resources or key in submission.template_values], self._warned)
+        options = [
+            f"--job-name={submission.name}",
+            f"--cwd={submission.cwd}",
+            f"--output={_for_flux(_output(submission))}",
+        ]
         options.append(f"--urgency={urgency(resources.priority, self._instance.is_owner)}")
-        options += [f"--dependency=afterok:{dependency.job_id}" for dependency in batch.dependencies]
+        options += [f"--dependency=afterok:{dependency.job_id}" for dependency in submission.dependencies]
         if not says_resources:
             options += task_options(resources)
             if resources.exclusive:
@@ -202,14 +206,14 @@ class FluxSystem:
             if duration:
                 options.append(f"--time-limit={duration:g}s")
 
-        def done(answer: Answer) -> None:
+        def done(answer: CommandOutput) -> None:
             found = re.search(r"^[fƒ][1-9A-HJ-NP-Za-km-z]+$", answer.output.strip(), re.MULTILINE)
             if not answer.ok or found is None:
                 answered(Refused(f"flux batch refused it: {answer.text}"))
             else:
                 answered(job_number(found[0]))
 
-        self._commands.run(["flux", "batch", *options, path], done, cwd=batch.cwd, env=job_environment(os.environ))
+        self._commands.run(["flux", "batch", *options, path], done, cwd=submission.cwd, env=job_environment(os.environ))
 
     # -- states ---------------------------------------------------------------------------------------------------
 
@@ -306,9 +310,9 @@ class FluxSystem:
         self._instance.close()
 
 
-def _output(batch: Batch) -> str:
+def _output(submission: Submission) -> str:
     """The output file of a batch's job."""
-    return os.path.join(batch.directory, "output.0")
+    return os.path.join(submission.directory, "output.0")
 
 
 def _for_flux(path: str) -> str:

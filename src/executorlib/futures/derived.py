@@ -172,7 +172,7 @@ def batched(iterable: Iterable[Any], n: int) -> list[Future[list[Any]]]:
         raise ValueError(f"batched needs n of at least 1, got {n}.")
     futures = [item if isinstance(item, Future) else _done(item) for item in iterable]
     groups: list[Future[list[Any]]] = [DerivedFuture() for _ in range(-(-len(futures) // n))]
-    collector = _Batches(groups, n, len(futures))
+    collector = _Grouping(groups, n, len(futures))
     for future in futures:
         when_done(future, collector.on_done)
     return groups
@@ -184,7 +184,7 @@ def _done(value: Any) -> Future[Any]:
     return future
 
 
-class _Batches:
+class _Grouping:
     """Collects results as they come, and resolves one group after the other."""
 
     def __init__(self, groups: list[Future[list[Any]]], n: int, total: int) -> None:

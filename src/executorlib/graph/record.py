@@ -36,7 +36,7 @@ class RecordedFuture(Future[Any]):
         origin: The step of the graph whose result it represents.
     """
 
-    def __init__(self, graph: Graph, origin: _Call | _Batch | _Item) -> None:
+    def __init__(self, graph: Graph, origin: _Call | _Group | _Item) -> None:
         super().__init__()
         self.graph = graph
         self.origin = origin
@@ -64,7 +64,7 @@ class Graph:
     """
 
     def __init__(self) -> None:
-        self._steps: list[_Call | _Batch] = []
+        self._steps: list[_Call | _Group] = []
 
     def call(
         self,
@@ -100,11 +100,11 @@ class Graph:
         Returns:
             A future that is done with None.
         """
-        step = _Batch(list(sources))
+        step = _Group(list(sources))
         self._steps.append(step)
         return RecordedFuture(self, step)
 
-    def _origin(self, future: Future[Any]) -> tuple[_Call | _Batch | Future[Any], list[Any]]:
+    def _origin(self, future: Future[Any]) -> tuple[_Call | _Group | Future[Any], list[Any]]:
         """Return where a future's value comes from, and the keys that lead from there to the value."""
         keys: list[Any] = []
         while isinstance(future, RecordedFuture) and future.graph is self:
@@ -181,7 +181,7 @@ class _Call:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Batch:
+class _Group:
     sources: list[Future[Any]]
 
     def inputs(self) -> Iterator[tuple[str, _Constant | Future[Any]]]:

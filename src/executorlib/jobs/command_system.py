@@ -10,12 +10,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from executorlib.jobs.queue import Batch, Cause, Dependency, JobState, Queue
-from executorlib.jobs.registry import DEFAULT, language
+from executorlib.jobs.queue import Cause, Dependency, Dialect, JobState, Submission
+from executorlib.jobs.registry import DEFAULT, dialect_of
 from executorlib.jobs.system import Refused
 from executorlib.jobs.templates import Templates, warn_of_unused
 from executorlib.launchers.contract import Events
-from executorlib.launchers.subprocesses import Answer, Commands
+from executorlib.launchers.subprocesses import CommandOutput, Commands
 
 if TYPE_CHECKING:
     from executorlib.jobs.system import JobKey, States
@@ -68,12 +68,12 @@ class Silence:
 
 
 class CommandSystem:
-    """A batch queue with the interface `jobs.system.JobSystem`, driven by its commands.
+    """A batch queue with the interface `jobs.system.BatchSystem`, driven by its commands.
 
     Args:
         events: The loop.
         name: The system's name until its queue is known, which has a more exact one.
-        make_queue: Makes the queue's language from the output of `settings_command`.
+        make_dialect: Makes the queue's dialect from the output of `settings_command`.
         settings_command: The command that asks the system, once, for its settings; empty if there is none.
         environment: Makes the environment of the commands from that of this process.
     """
@@ -86,7 +86,7 @@ class CommandSystem:
         self,
         events: Events,
         name: str,
-        make_queue: Callable[[str], Queue],
+        make_dialect: Callable[[str], Dialect],
         settings_command: list[str],
         environment: Callable[[Mapping[str, str]], dict[str, str]] = dict,
     ) -> None:
@@ -94,35 +94,35 @@ class CommandSystem:
         self._events = events
         self._commands = Commands(events)
         self._environment = environment
-        self._make_queue = make_queue
+        self._make_dialect = make_dialect
         self._settings_command = settings_command
-        self._queue: Queue | None = None
+        self._dialect: Dialect | None = None
         if not settings_command:
-            self._use(make_queue(""))
+            self._use(make_dialect(""))
         self._waiting: list[Callable[[], None]] = []
         self._warned: set[str] = set()
         self._problem = ""
         self._silence = Silence(name)
 
-    def _use(self, queue: Queue) -> None:
-        self._queue, self.name = queue, queue.name
+    def _use(self, dialect: Dialect) -> None:
+        self._dialect, self.name = dialect, dialect.name
 
     @property
     def array_limit(self) -> int:
         """Most calls in one batch; known from the first answer on."""
-        return self._queue.array_limit if self._queue is not None else 1
+        return self._dialect.array_limit if self._dialect is not None else 1
 
     @property
     def element_variables(self) -> tuple[str, ...]:
         """The variables that hold a job's index in its array; known from the first answer on."""
-        return self._queue.element_variables if self._queue is not None else ()
+        return self._dialect.element_variables if self._dialect is not None else ()
 
     def can_wait_for(self, dependency: Dependency) -> bool:
         """Return whether the queue has dependencies, on elements of arrays if this one names elements."""
-        if self._queue is None or not self._queue.has_dependencies:
+        if self._dialect is None or not self._dialect.has_dependencies:
             return False
         is_whole = dependency.index is None and not dependency.corresponding
-        return is_whole or self._queue.waits_for_elements
+        return is_whole or self._dialect.waits_for_elements
 
     def resume(self) -> None:
         """Does nothing: the system is not our process."""
@@ -145,17 +145,17 @@ class CommandSystem:
 
     def prepare(self, on_ready: Callable[[], None]) -> None:
         """Ask for the settings, and call `on_ready` once `array_limit` is known."""
-        if self._queue is not None:
+        if self._dialect is not None:
             on_ready()
             return
         self._waiting.append(on_ready)
         if len(self._waiting) > 1:
             return
 
-        def know(answer: Answer) -> None:
+        def know(answer: CommandOutput) -> None:
             # Without an answer, the system's defaults are assumed. The submission will say what is wrong.
             try:
-                self._use(self._make_queue(answer.output if answer.ok else ""))
+                self._use(self._make_dialect(answer.output if answer.ok else ""))
             except Exception as error:  # raised by pysqa or by a package that it loads
                 self._problem = f"{type(error).__name__}: {error}"
             waiting, self._waiting = self._waiting, []
@@ -166,29 +166,29 @@ class CommandSystem:
 
     def setup(self) -> dict[str, Any]:
         """The names of the queue's variables, and the environment that it does not hand on to jobs by itself."""
-        if self._queue is None:
+        if self._dialect is None:
             return {}
         return {
-            "id_variables": self._queue.id_variables,
-            "local_rank_variables": self._queue.local_rank_variables,
-            "defaults": self._queue.handed_on(os.environ),
+            "id_variables": self._dialect.id_variables,
+            "local_rank_variables": self._dialect.local_rank_variables,
+            "defaults": self._dialect.handed_on(os.environ),
         }
 
-    def _run(self, argv: list[str], on_answer: Callable[[Answer], None], cwd: str | None = None) -> None:
+    def _run(self, argv: list[str], on_answer: Callable[[CommandOutput], None], cwd: str | None = None) -> None:
         self._commands.run(argv, on_answer, cwd=cwd, env=self._environment(os.environ))
 
-    def submit(self, batch: Batch, on_done: Callable[[str | Refused], None]) -> None:
+    def submit(self, submission: Submission, on_done: Callable[[str | Refused], None]) -> None:
         """Write the script of a batch and submit it."""
-        queue = self._queue
-        if queue is None:
+        dialect = self._dialect
+        if dialect is None:
             on_done(Refused(self._problem))
             return
-        path = os.path.join(batch.directory, "job.sh")
+        path = os.path.join(submission.directory, "job.sh")
         try:
             with open(path, "w", encoding="utf-8") as file:
-                file.write(queue.script(batch))
-            warn_of_unused(queue.unused(batch), self._warned)
-            argv = queue.submit_command(batch, path)
+                file.write(dialect.script(submission))
+            warn_of_unused(dialect.unused(submission), self._warned)
+            argv = dialect.submit_command(submission, path)
         except (OSError, ValueError, ImportError) as error:
             on_done(Refused(str(error)))
             return
@@ -196,22 +196,22 @@ class CommandSystem:
             on_done(Refused(f"{type(error).__name__}: {error}"))
             return
 
-        def answered(answer: Answer) -> None:
+        def answered(answer: CommandOutput) -> None:
             if not answer.ok:
-                transient = answer.code is None or queue.is_transient(answer.text)
-                limit = queue.limit_in(answer.text)
+                transient = answer.code is None or dialect.is_transient(answer.text)
+                limit = dialect.limit_in(answer.text)
                 on_done(Refused(f"{argv[0]} refused it: {answer.text}", transient, limit))
                 return
-            self._tell(argv[0], batch.name, answer.error)
+            self._tell(argv[0], submission.name, answer.error)
             taken: str | Refused
             try:
-                taken = queue.parse_job_id(answer.output)
+                taken = dialect.parse_job_id(answer.output)
             except Exception as error:  # whatever the reason, this is no job id
                 taken = Refused(f"the answer of {argv[0]} was not understood: {error}")
             on_done(taken)
 
         # Some queues start a job in the directory from which it was submitted.
-        self._run(argv, answered, batch.cwd)
+        self._run(argv, answered, submission.cwd)
 
     def _tell(self, program: str, name: str, said: str) -> None:
         """Warn the user, once, of a message that came with an accepted submission."""
@@ -223,19 +223,19 @@ class CommandSystem:
 
     def query(self, job_ids: Sequence[str], on_states: Callable[[States | None], None]) -> None:
         """Ask for the states of all these jobs with one command."""
-        queue = self._queue
-        if queue is None:  # these are other sessions' jobs, in a system that cannot be used here
+        dialect = self._dialect
+        if dialect is None:  # these are other sessions' jobs, in a system that cannot be used here
             self._events.call_later(0.0, lambda: on_states(None))
             return
 
         asked = time.monotonic()
 
-        def answered(answer: Answer) -> None:
+        def answered(answer: CommandOutput) -> None:
             states: States | None = None
             said = answer.text
-            if answer.ok or answer.code in queue.codes_of_the_gone:
+            if answer.ok or answer.code in dialect.codes_of_the_gone:
                 try:
-                    states = queue.parse_status(answer.output, job_ids)
+                    states = dialect.parse_status(answer.output, job_ids)
                 except Exception as error:  # whatever the reason, this is no answer
                     said = str(error)
             if states is None:
@@ -244,22 +244,22 @@ class CommandSystem:
                 self._silence.answered()
             on_states(states)
 
-        self._run(queue.status_command(job_ids), answered)
+        self._run(dialect.status_command(job_ids), answered)
 
     def detail(self, job: JobKey, on_state: Callable[[JobState | None], None]) -> None:
         """Ask how a job ended, again and again while the history may not have its end yet."""
-        queue = self._queue
-        argv = [] if queue is None else queue.detail_command(*job)
-        if queue is None or not argv:
+        dialect = self._dialect
+        argv = [] if dialect is None else dialect.detail_command(*job)
+        if dialect is None or not argv:
             self._events.call_later(0.0, lambda: on_state(None))
             return
-        give_up = time.monotonic() + queue.history_delay
+        give_up = time.monotonic() + dialect.history_delay
 
-        def answered(answer: Answer) -> None:
+        def answered(answer: CommandOutput) -> None:
             state = None
-            if answer.ok or answer.code in queue.codes_of_the_gone:
+            if answer.ok or answer.code in dialect.codes_of_the_gone:
                 with contextlib.suppress(Exception):
-                    state = queue.parse_detail(answer.output)
+                    state = dialect.parse_detail(answer.output)
             if state is None and time.monotonic() < give_up:
                 self._events.call_later(_HISTORY_SECONDS, lambda: self._run(argv, answered))
             else:
@@ -269,12 +269,12 @@ class CommandSystem:
 
     def cause_in(self, output: str) -> Cause:
         """The cause that the queue has written into the output."""
-        return Cause.NONE if self._queue is None else self._queue.cause_in(output)
+        return Cause.NONE if self._dialect is None else self._dialect.cause_in(output)
 
     def cancel(self, jobs: Sequence[JobKey]) -> None:
         """Cancel jobs with one command."""
-        if self._queue is not None:
-            self._run(self._queue.cancel_command(jobs), lambda answer: None)
+        if self._dialect is not None:
+            self._run(self._dialect.cancel_command(jobs), lambda answer: None)
 
     def close(self) -> None:
         """Kill the commands that still run; jobs go on."""
@@ -288,31 +288,31 @@ def open_templates(configuration: str | None) -> Templates:
         ValueError: The configuration cannot be used; the text says why.
         ImportError: A configuration is given, and pysqa is not installed.
     """
-    return Templates(language(DEFAULT).default_template, configuration)
+    return Templates(dialect_of(DEFAULT).default_template, configuration)
 
 
-def open_queue(configuration: str | None, settings: str = "") -> Queue:
-    """The queue of a pysqa configuration, or Slurm if there is none.
+def open_dialect(configuration: str | None, settings: str = "") -> Dialect:
+    """The dialect of a pysqa configuration, or Slurm's if there is none.
 
     Args:
         configuration: Directory with a ``queue.yaml`` and templates, as pysqa describes them.
-        settings: The output of its `Queue.settings_command`.
+        settings: The output of its `Dialect.settings_command`.
 
     Raises:
         ValueError: The configuration cannot be used; the text says why.
         ImportError: A configuration is given, and pysqa is not installed.
     """
     templates = open_templates(configuration)
-    return language(templates.queue_type).from_settings(settings, templates)
+    return dialect_of(templates.queue_type).from_settings(settings, templates)
 
 
 def open_system(events: Events, templates: Templates) -> CommandSystem:
     """The system that the templates are for."""
-    spoken = language(templates.queue_type)
+    dialect = dialect_of(templates.queue_type)
     return CommandSystem(
         events,
-        spoken.title,
-        lambda answer: spoken.from_settings(answer, templates),
-        list(spoken.settings_command),
-        spoken.command_environment,
+        dialect.title,
+        lambda answer: dialect.from_settings(answer, templates),
+        list(dialect.settings_command),
+        dialect.command_environment,
     )

@@ -18,7 +18,7 @@ from executorlib.launchers.contract import Process, tail_text
 
 if TYPE_CHECKING:
     from executorlib.core.task import Task
-    from executorlib.jobs.system import JobSystem
+    from executorlib.jobs.system import BatchSystem
 
 # Seconds that an entry of another machine's session may lack a job id before that session counts as dead.
 SUBMIT_SECONDS = 600.0
@@ -63,7 +63,7 @@ class Job:
         self.path = path
         self.output = entries.output_of(path)
         self.root = task.resources.cache_directory
-        self.batch: JobBatch | None = None
+        self.batch: Batch | None = None
         self.index = 0
         self.claimed = False
         self.changes = 0
@@ -116,7 +116,7 @@ class Job:
         is_unknown = state is None or (state.cause is Cause.NONE and not state.exit_code)
         return is_unknown and (self.seen or (batch is not None and batch.ours))
 
-    def error(self, system: JobSystem) -> BaseException:
+    def error(self, system: BatchSystem) -> BaseException:
         """Make the error that says why there is no result.
 
         Args:
@@ -151,7 +151,7 @@ class Job:
         return ExecutorlibSocketError(f"{text} {advice}{said}")
 
 
-class JobBatch:
+class Batch:
     """Calls that are submitted together, by this session or another, or in parts if a limit does not admit all.
 
     Attributes:
@@ -181,7 +181,7 @@ class JobBatch:
         self.size = 0
         self.ids = batch_directory.JobIds()
         self.after: list[Job] = []
-        self.corresponds: JobBatch | None = None
+        self.corresponds: Batch | None = None
         self.cancelled: set[int] = set()
         self.kept: dict[int, int] = {}
         self.made = self.touched = time.monotonic()

@@ -30,10 +30,10 @@ from executorlib.core.task import RUNNING, CallFuture, Task
 from executorlib.errors import ExecutorlibSocketError, advise_unpicklable
 from executorlib.futures.inputs import misplaced
 from executorlib.jobs.delivery import Entries
-from executorlib.jobs.job import SUBMIT_SECONDS, Identity, Job, JobBatch, owner_of
+from executorlib.jobs.job import SUBMIT_SECONDS, Batch, Identity, Job, owner_of
 from executorlib.jobs.queue import JobState, Phase, same_system
 from executorlib.jobs.submitter import Submitter
-from executorlib.jobs.system import Cancellations, Holds, JobSystem, Refused, States
+from executorlib.jobs.system import BatchSystem, Cancellations, Holds, Refused, States
 from executorlib.launchers.contract import Events, Exit, Launcher, Process, Timer
 from executorlib.resources import Resources
 from executorlib.worker.job import RAISED, RESULT
@@ -94,7 +94,7 @@ class JobLauncher(Launcher):
         self,
         events: Events,
         delivery: Entries,
-        system: JobSystem,
+        system: BatchSystem,
         command: Callable[[Resources, list[str]], list[str]],
         log_sizes: bool,
     ) -> None:
@@ -106,7 +106,7 @@ class JobLauncher(Launcher):
         self._jobs: dict[int, Job] = {}  # by the worker's number, until they are over
         self._same: dict[str, dict[int, Job]] = {}  # the same jobs by their output, then by the worker's number
         self._by_output: dict[str, Job] = {}  # the first of several equal calls
-        self._followed: dict[str, JobBatch] = {}  # batches of other sessions, by directory
+        self._followed: dict[str, Batch] = {}  # batches of other sessions, by directory
         self._cancellations = Cancellations(events, system)
         self._holds = Holds()
         self._ended_now: set[str] = set()  # outputs that will not come, which their dependents do not know yet
@@ -359,7 +359,7 @@ class JobLauncher(Launcher):
             return True
         batch = self._followed.get(directory)
         if batch is None:
-            batch = self._followed[directory] = JobBatch(directory, ours=False)
+            batch = self._followed[directory] = Batch(directory, ours=False)
         index = 0
         if batch.has_entries:
             known = batch.index_of(job.path)
@@ -370,7 +370,7 @@ class JobLauncher(Launcher):
         self._follow(job, batch, index)
         return True
 
-    def _follow(self, job: Job, batch: JobBatch | None, index: int) -> None:
+    def _follow(self, job: Job, batch: Batch | None, index: int) -> None:
         job.batch, job.index = batch, index
         job.again = True
         if batch is not None and not batch.ours:
@@ -383,14 +383,14 @@ class JobLauncher(Launcher):
 
     # -- answers to submissions -----------------------------------------------------------------------------------
 
-    def _on_submitted(self, batch: JobBatch) -> None:
+    def _on_submitted(self, batch: Batch) -> None:
         if self._leaving:
             for job in [job for job in batch.jobs.values() if job.submitted is not None]:
                 self._forget(job)
         self._looks.within(_LOOK_SECONDS)
         self._ask_soon()
 
-    def _on_refused(self, batch: JobBatch, refusal: Refused) -> None:
+    def _on_refused(self, batch: Batch, refusal: Refused) -> None:
         if self._leaving:
             logger.error("%s did not accept jobs of this session, which has left: %s", self._system.name, refusal)
         same = [twin for job in batch.jobs.values() for twin in self._same.get(job.output, {}).values()]
@@ -676,10 +676,10 @@ class JobLauncher(Launcher):
         """Find the jobs that the calls of other sessions became."""
         followed = set(self._followed.values())
         unknown = [job for job in self._jobs.values() if job.batch in followed and job.submitted is None]
-        looked: dict[JobBatch, bool] = {}
+        looked: dict[Batch, bool] = {}
         self._each(unknown, lambda job: self._find_job_id(job, looked))
 
-    def _find_job_id(self, job: Job, looked: dict[JobBatch, bool]) -> None:
+    def _find_job_id(self, job: Job, looked: dict[Batch, bool]) -> None:
         batch = job.batch
         assert batch is not None
         if batch not in looked:

@@ -4,7 +4,7 @@ It follows the manual pages of version 19.1 and later (qsub, qstat, qselect, qde
 OpenPBS. It has not been tried on a real PBS. tests/unit/test_pbs.py shows the formats that it relies on.
 
 A job's id is a number, such as ``1234``. An array's id ends with brackets, as in ``1234[]``, and an element's is
-``1234[3]``. PBS appends the server's name, which is dropped here because it is the system's (`PbsQueue.name`).
+``1234[3]``. PBS appends the server's name, which is dropped here because it is the system's (`PbsDialect.name`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from executorlib.jobs.queue import Batch, Cause, Dependency, JobState, Phase, Queue, shown_id
+from executorlib.jobs.queue import Cause, Dependency, Dialect, JobState, Phase, Submission, shown_id
 from executorlib.jobs.templates import Templates
 
 # The options that every template needs are on qsub's command line, which overrides the script.
@@ -145,7 +145,7 @@ class Settings:
 
 
 def parse_settings(output: str) -> Settings:
-    """Read the output of `PbsQueue.settings_command`; settings that are missing there are left at PBS's defaults."""
+    """Read the output of `PbsDialect.settings_command`; settings that are missing there are left at PBS's defaults."""
     try:
         told = json.loads(output, strict=False)
         server = str(told["pbs_server"])
@@ -157,7 +157,7 @@ def parse_settings(output: str) -> Settings:
     return Settings(max(1, min(limit, _MOST_ELEMENTS)), history, server)
 
 
-class PbsQueue(Queue):
+class PbsDialect(Dialect):
     """PBS Professional.
 
     Args:
@@ -191,8 +191,8 @@ class PbsQueue(Queue):
         self._environ = os.environ if environ is None else environ
 
     @classmethod
-    def from_settings(cls, output: str, templates: Templates) -> PbsQueue:
-        """Make the language of one server from the output of `settings_command`."""
+    def from_settings(cls, output: str, templates: Templates) -> PbsDialect:
+        """Make the dialect of one server from the output of `settings_command`."""
         return cls(parse_settings(output), templates)
 
     @staticmethod
@@ -227,32 +227,32 @@ class PbsQueue(Queue):
         """
         return {name: value for name, value in environ.items() if not _NOT_HANDED_ON.fullmatch(name)}
 
-    def script(self, batch: Batch) -> str:
-        """Render the script of a batch."""
+    def script(self, submission: Submission) -> str:
+        """Render the script of a submission."""
         # Jobs start in the home directory.
-        command = f"cd {shlex.quote(batch.cwd)} && {batch.command}"
-        named = dict(batch.template_values)
+        command = f"cd {shlex.quote(submission.cwd)} && {submission.command}"
+        named = dict(submission.template_values)
         if named.get("job_name"):
             named["job_name"] = _job_name(str(named["job_name"]))
-        batch = replace(batch, name=_job_name(batch.name), command=command, template_values=named)
-        return self._templates.render(batch, is_array=_is_array(batch))
+        submission = replace(submission, name=_job_name(submission.name), command=command, template_values=named)
+        return self._templates.render(submission, is_array=_is_array(submission))
 
-    def submit_command(self, batch: Batch, script_path: str) -> list[str]:
-        """The qsub command for a batch."""
-        is_array = _is_array(batch)
-        output = f"{batch.directory}/output.{'^array_index^' if is_array else '0'}"
+    def submit_command(self, submission: Submission, script_path: str) -> list[str]:
+        """The qsub command for a submission."""
+        is_array = _is_array(submission)
+        output = f"{submission.directory}/output.{'^array_index^' if is_array else '0'}"
         # With -k, output appears at once if the node can reach the file, instead of at the job's end.
         command = ["qsub", "-j", "oe", "-k", "oed", "-o", output]
         exported = [name for name in _EXPORTED if name in self._environ]
         if exported:
             command += ["-v", ",".join(exported)]
         if is_array:
-            last = batch.first + batch.count - 1
+            last = submission.first + submission.count - 1
             # The ends of a range must differ. With a step beyond the second one, only the first is left.
-            command += ["-J", f"{batch.first}-{last}" if batch.count > 1 else f"{last}-{last + 1}:2"]
-        if batch.dependencies:
+            command += ["-J", f"{submission.first}-{last}" if submission.count > 1 else f"{last}-{last + 1}:2"]
+        if submission.dependencies:
             # If one of these fails, PBS deletes the job.
-            command += ["-W", f"depend={_dependencies(batch.dependencies)}"]
+            command += ["-W", f"depend={_dependencies(submission.dependencies)}"]
         return [*command, script_path]
 
     def parse_job_id(self, output: str) -> str:
@@ -324,8 +324,8 @@ def _user() -> str:
         return os.environ.get("LOGNAME", str(os.geteuid()))
 
 
-def _is_array(batch: Batch) -> bool:
-    return batch.count > 1 or batch.first > 0
+def _is_array(submission: Submission) -> bool:
+    return submission.count > 1 or submission.first > 0
 
 
 def _job_name(name: str) -> str:
@@ -334,7 +334,7 @@ def _job_name(name: str) -> str:
 
 
 def _dependencies(dependencies: Iterable[Dependency]) -> str:
-    """The value of ``depend``: all jobs must succeed. It names only whole jobs (`PbsQueue.waits_for_elements`)."""
+    """The value of ``depend``: all jobs must succeed. It names only whole jobs (`PbsDialect.waits_for_elements`)."""
     return ":".join(["afterok", *dict.fromkeys(each.job_id for each in dependencies)])
 
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
-from executorlib.jobs.queue import Batch, Cause, JobState, Phase, Queue
+from executorlib.jobs.queue import Cause, Dialect, JobState, Phase, Submission
 from executorlib.jobs.templates import Templates, load_commands
 
 # Options that override the script: they hand on the environment (LSF does so by itself), and send both output streams
@@ -41,7 +41,7 @@ _LIMIT = re.compile(
 )
 
 
-class PysqaQueue(Queue):
+class PysqaDialect(Dialect):
     """A queue that pysqa drives.
 
     Args:
@@ -60,8 +60,8 @@ class PysqaQueue(Queue):
         self.history_delay = 16.0 if templates.queue_type == "SGE" else 0.0
 
     @classmethod
-    def from_settings(cls, output: str, templates: Templates) -> PysqaQueue:
-        """Make the language of a queue; it has no settings to ask for."""
+    def from_settings(cls, output: str, templates: Templates) -> PysqaDialect:
+        """Make the dialect of a queue; it has no settings to ask for."""
         return cls(templates)
 
     @property
@@ -69,19 +69,19 @@ class PysqaQueue(Queue):
         """The command that submits a script."""
         return str(self._commands.submit_job_command[0])
 
-    def script(self, batch: Batch) -> str:
-        """Render the script of a batch."""
+    def script(self, submission: Submission) -> str:
+        """Render the script of a submission."""
         # Grid Engine accepts no other names.
-        name = re.sub(r"[^\w.+-]+|^(?=\d)", "_", batch.name)
-        return self._templates.render(replace(batch, name=name))
+        name = re.sub(r"[^\w.+-]+|^(?=\d)", "_", submission.name)
+        return self._templates.render(replace(submission, name=name))
 
-    def submit_command(self, batch: Batch, script_path: str) -> list[str]:
+    def submit_command(self, submission: Submission, script_path: str) -> list[str]:
         """The command that submits a call; raises ValueError for an array or dependencies."""
-        if batch.count > 1 or batch.dependencies:
+        if submission.count > 1 or submission.dependencies:
             raise ValueError(f"{self._templates.queue_type} jobs are submitted one by one, after their inputs.")
-        options = [*_OPTIONS[self._templates.queue_type], f"{batch.directory}/output.0"]
+        options = [*_OPTIONS[self._templates.queue_type], f"{submission.directory}/output.0"]
         if self._templates.queue_type == "SGE":
-            options += ["-wd", batch.cwd]  # otherwise it would be the home directory
+            options += ["-wd", submission.cwd]  # otherwise it would be the home directory
         return [*self._commands.submit_job_command, *options, script_path]
 
     def parse_job_id(self, output: str) -> str:

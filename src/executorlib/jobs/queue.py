@@ -1,7 +1,7 @@
 """The language of a batch queue: how to write its commands, and how to read its answers.
 
-A `Queue` starts no process and reads no clock. It turns a `Batch` into a script and an argument list, and text into
-`JobState`. The code that runs the commands decides when, and never has to know which queue it is.
+A `Dialect` starts no process and reads no clock. It turns a `Submission` into a script and an argument list, and text
+into `JobState`. The code that runs the commands decides when, and never has to know which queue it is.
 """
 
 from __future__ import annotations
@@ -141,8 +141,8 @@ class Dependency:
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Calls with the same needs, submitted together: a job array, or a plain job if it is one call.
+class Submission:
+    """A batch, or a part of one, as a system takes it: a job array, or a plain job if it is one call.
 
     Attributes:
         name: The name of the job, unless the user gives a ``job_name``.
@@ -183,7 +183,7 @@ def same_system(noted: str, name: str) -> bool:
     return f"{name} ".startswith(f"{noted} ")
 
 
-class Queue:
+class Dialect:
     """The language of one kind of batch queue. All that is known about the kind is here; `registry` finds it.
 
     The defaults suit a queue without job arrays, dependencies and ranks of its own.
@@ -227,8 +227,8 @@ class Queue:
         self._templates = templates
 
     @classmethod
-    def from_settings(cls, output: str, templates: Templates) -> Queue:
-        """Make the language of one system.
+    def from_settings(cls, output: str, templates: Templates) -> Dialect:
+        """Make the dialect of one system.
 
         Args:
             output: The output of `settings_command`; empty if it failed, or there is none.
@@ -270,17 +270,17 @@ class Queue:
 
     @property
     def name(self) -> str:
-        """The system's name, as for `JobSystem.name`."""
+        """The system's name, as for `BatchSystem.name`."""
         return self.title
 
     @property
     def array_limit(self) -> int:
-        """Most calls in one batch; 1 for a queue without job arrays."""
+        """Most calls in one submission; 1 for a queue without job arrays."""
         return 1
 
     @property
     def has_dependencies(self) -> bool:
-        """True if the queue takes care of `Batch.dependencies`; otherwise the session waits for inputs first."""
+        """True if the queue takes care of `Submission.dependencies`; otherwise the session waits for inputs first."""
         return False
 
     def handed_on(self, environ: Mapping[str, str]) -> dict[str, str]:
@@ -290,7 +290,7 @@ class Queue:
         """
         return {}
 
-    def script(self, batch: Batch) -> str:
+    def script(self, submission: Submission) -> str:
         """Render the job script.
 
         Raises:
@@ -299,12 +299,12 @@ class Queue:
         """
         raise NotImplementedError
 
-    def unused(self, batch: Batch) -> list[str]:
+    def unused(self, submission: Submission) -> list[str]:
         """The keys of ``resource_dict`` that are set and have no effect with this template, for a warning."""
-        ignored = ["slurm_cmd_args"] if batch.resources.slurm_cmd_args else []
-        return self._templates.unused(batch) + ignored
+        ignored = ["slurm_cmd_args"] if submission.resources.slurm_cmd_args else []
+        return self._templates.unused(submission) + ignored
 
-    def submit_command(self, batch: Batch, script_path: str) -> list[str]:
+    def submit_command(self, submission: Submission, script_path: str) -> list[str]:
         """The command that submits the script.
 
         Raises:

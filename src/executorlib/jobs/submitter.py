@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 from executorlib import machine
 from executorlib.cache import batch_directory, entries, trust
-from executorlib.jobs.job import Job, JobBatch
-from executorlib.jobs.queue import Batch, Dependency, Limit
+from executorlib.jobs.job import Batch, Job
+from executorlib.jobs.queue import Dependency, Limit, Submission
 from executorlib.jobs.room import Room
-from executorlib.jobs.system import JobSystem, Refused, ask_whether_more_may_end
+from executorlib.jobs.system import BatchSystem, Refused, ask_whether_more_may_end
 from executorlib.launchers.boot import boot_file
 from executorlib.launchers.contract import Events, Timer
 from executorlib.launchers.session import interpreter, settings
@@ -82,10 +82,10 @@ class Submitter:
     def __init__(
         self,
         events: Events,
-        system: JobSystem,
+        system: BatchSystem,
         command: Callable[[Resources, list[str]], list[str]],
-        on_submitted: Callable[[JobBatch], None],
-        on_refused: Callable[[JobBatch, Refused], None],
+        on_submitted: Callable[[Batch], None],
+        on_refused: Callable[[Batch, Refused], None],
     ) -> None:
         self._system = system
         self._command = command
@@ -93,12 +93,12 @@ class Submitter:
         self._on_refused = on_refused
         self._timer = Timer(events, self._submit)
         self._beats = Timer(events, self._beat)
-        self._open: dict[Any, JobBatch] = {}  # batches that still take calls, by `JobBatch.key`
-        self._waiting: dict[JobBatch, None] = {}  # not submitted; each is also in one of the next three
-        self._pending: dict[JobBatch, None] = {}  # to be looked at when the timer fires
-        self._held: dict[Job, dict[JobBatch, None]] = {}  # by the jobs of which one has to change first
-        self._submitting: set[JobBatch] = set()
-        self._retries: dict[JobBatch, _Retry] = {}
+        self._open: dict[Any, Batch] = {}  # batches that still take calls, by `Batch.key`
+        self._waiting: dict[Batch, None] = {}  # not submitted; each is also in one of the next three
+        self._pending: dict[Batch, None] = {}  # to be looked at when the timer fires
+        self._held: dict[Job, dict[Batch, None]] = {}  # by the jobs of which one has to change first
+        self._submitting: set[Batch] = set()
+        self._retries: dict[Batch, _Retry] = {}
         self._rooms: dict[Any, Room] = {}  # by `_limited_by`
         self._in_system: set[Job] = set()  # submitted and not over
         self._window = _FIRST_WINDOW
@@ -112,7 +112,7 @@ class Submitter:
         """True while any batch has not been submitted."""
         return bool(self._waiting)
 
-    def place(self, job: Job, after: list[Job]) -> tuple[JobBatch, int]:
+    def place(self, job: Job, after: list[Job]) -> tuple[Batch, int]:
         """Choose the batch that a call is to join, and its index there; `add` follows once the call has its entry.
 
         Args:
@@ -142,7 +142,7 @@ class Submitter:
         self._number += 1
         name = batch_directory.new_name(self._number)
         # Made before any entry names it, so that whoever finds an entry can look up the session that will submit it.
-        batch = JobBatch(batch_directory.make(folder, name), True, key, first)
+        batch = Batch(batch_directory.make(folder, name), True, key, first)
         batch.corresponds = source
         batch.after = after
         pid = os.getpid()
@@ -152,7 +152,7 @@ class Submitter:
         batch_directory.write_text(batch.directory, batch_directory.OWNER_FILE, json.dumps(owner))
         return batch, first
 
-    def add(self, job: Job, batch: JobBatch, index: int) -> None:
+    def add(self, job: Job, batch: Batch, index: int) -> None:
         """Add a call to the batch that `place` chose."""
         if not batch.size:
             self._open[batch.key] = batch
@@ -231,7 +231,7 @@ class Submitter:
         if self._waiting:
             self._beats.within(_HEARTBEAT_SECONDS)
 
-    def _is_complete(self, batch: JobBatch, now: float) -> bool:
+    def _is_complete(self, batch: Batch, now: float) -> bool:
         if now - batch.touched >= _LINGER:
             return True
         if now - batch.made < self._window:
@@ -239,7 +239,7 @@ class Submitter:
         self._window = min(2 * self._window, _LAST_WINDOW)
         return True
 
-    def _submit_one(self, batch: JobBatch, most: int) -> None:
+    def _submit_one(self, batch: Batch, most: int) -> None:
         """Submit a batch, or its next part, with at most this many calls."""
         first = next((index for index, job in batch.jobs.items() if job.submitted is None), None)
         if first is None:  # all calls were cancelled
@@ -270,7 +270,7 @@ class Submitter:
         self._submitting.add(batch)
         self._system.submit(submission, lambda answer: self._answered(batch, part, answer))
 
-    def _complete(self, batch: JobBatch) -> None:
+    def _complete(self, batch: Batch) -> None:
         """Note that nothing of a batch remains to be submitted."""
         del self._waiting[batch]
         self._retries.pop(batch, None)
@@ -280,12 +280,12 @@ class Submitter:
         if not batch.ids or not batch.jobs:  # it was refused, or all calls were cancelled meanwhile
             batch.remove_files()
 
-    def _made_ready(self, batch: JobBatch, part: _Part, dependencies: tuple[Dependency, ...]) -> Batch:
+    def _made_ready(self, batch: Batch, part: _Part, dependencies: tuple[Dependency, ...]) -> Submission:
         """Write the files of a part of a batch, and describe the part for the system."""
         resources = batch.jobs[part.first].task.resources
         program = self._write_files(batch, part, resources)
         name = batch.name if part.size == 1 else f"{batch.name} and {part.size - 1} more"
-        return Batch(
+        return Submission(
             name=name,
             directory=batch.directory,
             command=shlex.join(self._command(resources, program)),
@@ -297,7 +297,7 @@ class Submitter:
             dependencies=dependencies,
         )
 
-    def _dependencies(self, batch: JobBatch, first: int, last: int) -> tuple[int, list[Dependency], list[Job]]:
+    def _dependencies(self, batch: Batch, first: int, last: int) -> tuple[int, list[Dependency], list[Job]]:
         """Find the jobs that calls of a batch have to wait for in the system.
 
         Returns:
@@ -316,13 +316,13 @@ class Submitter:
         return last, dependencies, missing
 
     @staticmethod
-    def _on_jobs(batch: JobBatch, pending: list[Job]) -> tuple[list[Dependency], list[Job]]:
+    def _on_jobs(batch: Batch, pending: list[Job]) -> tuple[list[Dependency], list[Job]]:
         """The second and third value of `_dependencies` if all calls wait for the same jobs."""
         for job in pending:
             if job.submitted is None:
                 return [], [job]
         dependencies: list[Dependency] = []
-        parts: dict[tuple[JobBatch, int, int], list[Job]] = {}
+        parts: dict[tuple[Batch, int, int], list[Job]] = {}
         for job in batch.after:
             part = None if job.batch is None else job.batch.ids.part(job.index)
             if job.batch is not None and part is not None:
@@ -337,7 +337,7 @@ class Submitter:
 
     @staticmethod
     def _corresponding(
-        source: JobBatch, pending: dict[int, Job], first: int, last: int
+        source: Batch, pending: dict[int, Job], first: int, last: int
     ) -> tuple[int, list[Dependency], list[Job]]:
         """The result of `_dependencies` if each call waits for the call of the same index of another batch."""
         part = source.ids.part(first)
@@ -352,7 +352,7 @@ class Submitter:
             return last, [Dependency(part[2], first if part[1] else None)], []
         return last, [Dependency(part[2], corresponding=True)], []
 
-    def _write_files(self, batch: JobBatch, part: _Part, resources: Resources) -> list[str]:
+    def _write_files(self, batch: Batch, part: _Part, resources: Resources) -> list[str]:
         """Write the files that the jobs of a part need; returns the program that runs one of them."""
         program = f"run.{part.name}.py" if part.name else "run.py"
         text = boot_file("executorlib.worker.job", f"({batch.directory!r}, {part.name!r})")
@@ -373,7 +373,7 @@ class Submitter:
             batch_directory.write_entries(batch.directory, {index: job.path for index, job in batch.jobs.items()})
         return [*interpreter(), os.path.join(batch.directory, program)]
 
-    def _answered(self, batch: JobBatch, part: _Part, answer: str | Refused) -> None:
+    def _answered(self, batch: Batch, part: _Part, answer: str | Refused) -> None:
         self._submitting.discard(batch)
         now = time.monotonic()
         room = self._rooms.get(_limited_by(batch))
@@ -397,7 +397,7 @@ class Submitter:
         else:
             self._refused(batch, answer, now)
 
-    def _taken(self, batch: JobBatch, part: _Part, job_id: str) -> None:
+    def _taken(self, batch: Batch, part: _Part, job_id: str) -> None:
         """Note that a part of a batch is in the system."""
         self._retries.pop(batch, None)
         batch.ids.add(part.first, part.last, job_id)
@@ -419,7 +419,7 @@ class Submitter:
             self.changed(job)
         self._on_submitted(batch)
 
-    def _over_limit(self, batch: JobBatch, part: _Part, refusal: Refused, now: float) -> None:
+    def _over_limit(self, batch: Batch, part: _Part, refusal: Refused, now: float) -> None:
         """There would be too many jobs, so try fewer, and then wait until some have ended."""
         key = _limited_by(batch)
         if key not in self._rooms:
@@ -452,7 +452,7 @@ class Submitter:
         else:
             decide(True)
 
-    def _refused(self, batch: JobBatch, refusal: Refused, now: float) -> None:
+    def _refused(self, batch: Batch, refusal: Refused, now: float) -> None:
         """A part of a batch was refused, so try again later if that may help, or give up."""
         retry = self._retries.get(batch) or _Retry(now, now, _FIRST_RETRY)
         limit = _LEAVING_SECONDS if self._leaving else _RETRY_SECONDS
@@ -465,13 +465,13 @@ class Submitter:
         else:
             self._give_up(batch, refusal)
 
-    def _give_up(self, batch: JobBatch, refusal: Refused) -> None:
+    def _give_up(self, batch: Batch, refusal: Refused) -> None:
         """Give up the calls of a batch that have not been submitted."""
         self._complete(batch)
         self._on_refused(batch, refusal)
 
 
-def _limited_by(batch: JobBatch) -> Any:
+def _limited_by(batch: Batch) -> Any:
     """The values of which a limit on the number of jobs may depend, such as accounts and partitions."""
     needs = batch.key[0]
     return needs.template_keys, needs.slurm_cmd_args, needs.submission_template

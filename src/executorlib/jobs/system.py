@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
-from executorlib.jobs.queue import Batch, Cause, Dependency, JobState, Limit, Phase, shown_id
+from executorlib.jobs.queue import Cause, Dependency, JobState, Limit, Phase, Submission, shown_id
 from executorlib.launchers.contract import Events
 
 logger = logging.getLogger("executorlib")
@@ -18,7 +18,7 @@ States: TypeAlias = Mapping[JobKey, JobState]
 
 
 class Refused(Exception):
-    """The system did not take a batch.
+    """The system did not take a submission.
 
     Args:
         text: The system's message.
@@ -32,7 +32,7 @@ class Refused(Exception):
         self.limit = limit
 
 
-class JobSystem(Protocol):
+class BatchSystem(Protocol):
     """Takes batches of calls. All answers come through callbacks in the loop's thread, and nothing blocks.
 
     Attributes:
@@ -48,12 +48,12 @@ class JobSystem(Protocol):
 
     @property
     def array_limit(self) -> int:
-        """Most calls in one batch."""
+        """Most calls in one submission."""
         ...
 
     @property
     def element_variables(self) -> tuple[str, ...]:
-        """The variables that hold a job's index in its array, as for `Queue.element_variables`."""
+        """The variables that hold a job's index in its array, as for `Dialect.element_variables`."""
         ...
 
     def can_wait_for(self, dependency: Dependency) -> bool:
@@ -93,11 +93,11 @@ class JobSystem(Protocol):
         """The settings, for `worker.call.set_up`, with which jobs see this process as it is now.
 
         Settings that the system hands on by itself are left out. ``id_variables`` and ``local_rank_variables`` are
-        included, as in `Queue`.
+        included, as in `Dialect`.
         """
         ...
 
-    def submit(self, batch: Batch, on_done: Callable[[str | Refused], None]) -> None:
+    def submit(self, submission: Submission, on_done: Callable[[str | Refused], None]) -> None:
         """Submit a batch whose directory is complete except for the script; the answer is the job's id."""
         ...
 
@@ -125,7 +125,9 @@ class JobSystem(Protocol):
         ...
 
 
-def ask_whether_more_may_end(system: JobSystem, refusal: Refused, own: bool, on_known: Callable[[bool], None]) -> None:
+def ask_whether_more_may_end(
+    system: BatchSystem, refusal: Refused, own: bool, on_known: Callable[[bool], None]
+) -> None:
     """Find out whether there are jobs whose end would make room under a limit that a submission has met.
 
     Args:
@@ -152,7 +154,7 @@ class Cancellations:
         system: The system that has the jobs.
     """
 
-    def __init__(self, events: Events, system: JobSystem) -> None:
+    def __init__(self, events: Events, system: BatchSystem) -> None:
         self._events = events
         self._system = system
         self._jobs: list[JobKey] = []

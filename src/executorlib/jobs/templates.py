@@ -1,4 +1,4 @@
-"""Job scripts: chooses the template of a batch and fills it in. pysqa renders all templates except the default one.
+"""Job scripts: chooses the template of a submission and fills it in. pysqa renders all templates but the default one.
 
 pysqa is loaded only when it is needed, because that takes half a second. The default template needs only Jinja.
 """
@@ -12,11 +12,11 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from executorlib.jobs.registry import DEFAULT, LANGUAGES, language
+from executorlib.jobs.registry import DEFAULT, DIALECTS, dialect_of
 from executorlib.resources import OF_JOBS, listed, nearest_key
 
 if TYPE_CHECKING:
-    from executorlib.jobs.queue import Batch
+    from executorlib.jobs.queue import Submission
     from executorlib.resources import Resources
 
 logger = logging.getLogger("executorlib")
@@ -30,7 +30,7 @@ _NEEDS_TEMPLATE = ("gpus_per_core", "num_nodes", "exclusive", "priority")
 _INSTALL = 'Install it with `pip install "executorlib[cluster]"`.'
 # The names of types of queues in configurations. Other types of pysqa are not supported: it can read neither job
 # numbers nor states of MOAB, logs in elsewhere for REMOTE, and needs a shell for GENT.
-_BY_COMMANDS = tuple(LANGUAGES)
+_BY_COMMANDS = tuple(DIALECTS)
 FLUX = ("FLUX",)
 
 
@@ -55,25 +55,25 @@ class Templates:
         self.queue_type = types[0]
         if self._directory is not None:
             self._adapter, self.queue_type = _read_configuration(self._directory, types)
-            self._default = language(self.queue_type).default_template if self.queue_type in LANGUAGES else None
+            self._default = dialect_of(self.queue_type).default_template if self.queue_type in DIALECTS else None
 
-    def is_default(self, batch: Batch) -> bool:
-        """Return whether a batch gets the default template."""
-        return self._template(batch)[0] is self._default
+    def is_default(self, submission: Submission) -> bool:
+        """Return whether a submission gets the default template."""
+        return self._template(submission)[0] is self._default
 
-    def render(self, batch: Batch, **more: Any) -> str:
-        """Render the job script of a batch.
+    def render(self, submission: Submission, **more: Any) -> str:
+        """Render the job script of a submission.
 
         Args:
-            batch: The batch.
-            more: Further values for the template, besides the resources and the batch's own values.
+            submission: The submission.
+            more: Further values for the template, besides the resources and the submission's own values.
 
         Raises:
             ValueError: Template and values do not fit; the text says which and why.
             ImportError: pysqa is not installed.
         """
-        text, where = self._template(batch)
-        values = {**self._values(batch, text), **more}
+        text, where = self._template(submission)
+        values = {**self._values(submission, text), **more}
         from jinja2 import Template, TemplateError
 
         if text is self._default or not _is_known_to_pysqa(self.queue_type):
@@ -88,14 +88,14 @@ class Templates:
             raise ValueError(f"{where} cannot be rendered: {f'line {line}: ' if line else ''}{error}") from error
         return str(script).rstrip("\n") + "\n"
 
-    def unused(self, batch: Batch) -> list[str]:
+    def unused(self, submission: Submission) -> list[str]:
         """The keys of ``resource_dict`` that are set but not used by the template."""
-        text, where = self._template(batch)
+        text, where = self._template(submission)
         used = _variables(text, where)
         if self._directory is not None:
             used |= {"queue"}
-        given = [key for key, value in batch.template_values.items() if value is not None]
-        given += [key for key in _NEEDS_TEMPLATE if getattr(batch.resources, key)]
+        given = [key for key, value in submission.template_values.items() if value is not None]
+        given += [key for key in _NEEDS_TEMPLATE if getattr(submission.resources, key)]
         return [key for key in given if key not in used or key in _OURS]
 
     def keys(self) -> set[str]:
@@ -116,11 +116,11 @@ class Templates:
             found |= _variables(self._default, "the default submission template")
         return found
 
-    def _template(self, batch: Batch) -> tuple[str, str]:
-        """A batch's template, and its name for error texts."""
-        if batch.resources.submission_template is not None:
-            return batch.resources.submission_template, "submission_template"
-        script = None if self._adapter is None else self._queue(batch).get("script")
+    def _template(self, submission: Submission) -> tuple[str, str]:
+        """A submission's template, and its name for error texts."""
+        if submission.resources.submission_template is not None:
+            return submission.resources.submission_template, "submission_template"
+        script = None if self._adapter is None else self._queue(submission).get("script")
         if script is not None:
             assert self._directory is not None
             path = os.path.join(self._directory, script)
@@ -129,10 +129,10 @@ class Templates:
             raise ValueError("there is no template for this queue: give one as resource_dict['submission_template'].")
         return self._default, "the default submission template"
 
-    def _queue(self, batch: Batch) -> dict[str, Any]:
-        """The configuration's queue for a batch."""
+    def _queue(self, submission: Submission) -> dict[str, Any]:
+        """The configuration's queue for a submission."""
         queues: dict[str, dict[str, Any]] = self._adapter.config["queues"]
-        name = batch.template_values.get("queue") or self._adapter.config.get("queue_primary")
+        name = submission.template_values.get("queue") or self._adapter.config.get("queue_primary")
         queue = queues.get(name)
         if queue is None:
             raise ValueError(
@@ -144,17 +144,17 @@ class Templates:
             )
         return queue
 
-    def _values(self, batch: Batch, text: str) -> dict[str, Any]:
-        resources = batch.resources
+    def _values(self, submission: Submission, text: str) -> dict[str, Any]:
+        resources = submission.resources
         cores = resources.cores
         if "threads_per_core" not in _variables(text, "submission_template"):
             # A template that knows only cores still has to request enough for the threads of all ranks.
             cores *= resources.threads_per_core
         values = {
-            "job_name": batch.name,
+            "job_name": submission.name,
             "partition": None,
             "memory_max": None,
-            **{key: value for key, value in batch.template_values.items() if value is not None},
+            **{key: value for key, value in submission.template_values.items() if value is not None},
             "cores": cores,
             "threads_per_core": resources.threads_per_core,
             "gpus_per_core": resources.gpus_per_core,
@@ -162,17 +162,17 @@ class Templates:
             "exclusive": resources.exclusive,
             "priority": resources.priority,
             "run_time_max": None if resources.run_time_max is None else 60 * minutes(resources.run_time_max),
-            "command": batch.command,
-            "working_directory": batch.cwd,
+            "command": submission.command,
+            "working_directory": submission.cwd,
             "dependency_list": None,
         }
         if self._adapter is not None and resources.submission_template is None:
-            self._limit(batch, values)
+            self._limit(submission, values)
         return values
 
-    def _limit(self, batch: Batch, values: dict[str, Any]) -> None:
+    def _limit(self, submission: Submission, values: dict[str, Any]) -> None:
         """Apply the configuration's limits to the values, and fill in its defaults."""
-        adapter, queue = self._adapter, self._queue(batch)
+        adapter, queue = self._adapter, self._queue(submission)
         cores, run_time_max, memory_max = adapter.check_queue_parameters(
             queue=None,
             cores=values["cores"],

@@ -16,9 +16,9 @@ from typing import Any
 
 from executorlib.cache import batch_directory
 from executorlib.jobs.job import read_tail
-from executorlib.jobs.queue import Batch, JobState, Limit, Phase, shown_id
+from executorlib.jobs.queue import JobState, Limit, Phase, Submission, shown_id
 from executorlib.jobs.room import Room
-from executorlib.jobs.system import Cancellations, Holds, JobSystem, Refused, States, ask_whether_more_may_end
+from executorlib.jobs.system import BatchSystem, Cancellations, Holds, Refused, States, ask_whether_more_may_end
 from executorlib.launchers.boot import boot_file
 from executorlib.launchers.connecting import ConnectingWorker, dismiss
 from executorlib.launchers.contract import Events, Exit, Launcher, Process, Timer
@@ -88,7 +88,7 @@ class JobWorkerLauncher(Launcher):
     def __init__(
         self,
         events: Events,
-        system: JobSystem,
+        system: BatchSystem,
         command: Callable[[Resources, list[str]], list[str]],
         folder: str,
         hostname_localhost: bool,
@@ -207,7 +207,7 @@ class JobWorkerLauncher(Launcher):
         except Exception as error:  # mostly from the file system
             self._answered(array, Refused(f"{array.directory} cannot be written: {error}"))
             return
-        batch = Batch(
+        batch = Submission(
             name="executorlib workers",
             directory=array.directory,
             command=shlex.join(self._command(resources, [*interpreter(), program])),

@@ -20,7 +20,7 @@ _TIME_LIMIT = 120.0
 
 
 @dataclass(frozen=True)
-class Answer:
+class CommandOutput:
     """The answer of a command.
 
     Attributes:
@@ -59,7 +59,7 @@ class Commands:
     def run(
         self,
         argv: list[str],
-        on_answer: Callable[[Answer], None],
+        on_answer: Callable[[CommandOutput], None],
         *,
         cwd: str | None = None,
         env: Mapping[str, str] | None = None,
@@ -79,7 +79,7 @@ class Commands:
             self._running.add(command)
             command.start(self._events)
 
-    def on_end(self, command: _Command, answer: Answer) -> None:
+    def on_end(self, command: _Command, answer: CommandOutput) -> None:
         """A command has ended: start the next one and pass the answer on."""
         self._running.discard(command)
         self._start()
@@ -101,7 +101,7 @@ class _Command:
         self,
         owner: Commands,
         argv: list[str],
-        on_answer: Callable[[Answer], None],
+        on_answer: Callable[[CommandOutput], None],
         cwd: str | None,
         env: Mapping[str, str] | None,
     ) -> None:
@@ -129,7 +129,7 @@ class _Command:
             )
         except (OSError, ValueError) as error:  # ValueError: a null byte in an argument
             said = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.filename else error
-            failed = Answer(127, "", f"{self._argv[0]} cannot be run: {said}")
+            failed = CommandOutput(127, "", f"{self._argv[0]} cannot be run: {said}")
             events.call_later(0.0, lambda: self._owner.on_end(self, failed))
             return
         assert self._popen.stdout is not None
@@ -168,7 +168,7 @@ class _Command:
         output, error = (bytes(said).decode(errors="replace") for said in self._said.values())
         if self._late:
             code, error = None, f"{self._argv[0]} did not answer within {_TIME_LIMIT:g} s. {error}"
-        self._owner.on_end(self, Answer(code, output, error))
+        self._owner.on_end(self, CommandOutput(code, output, error))
 
     def _expire(self) -> None:
         if self._open:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from executorlib import machine
-from executorlib.jobs.queue import Batch, Cause, Dependency, JobState, Phase
+from executorlib.jobs.queue import Cause, Dependency, JobState, Phase, Submission
 from executorlib.jobs.system import JobKey, Refused, States
 from executorlib.launchers import streams
 from executorlib.launchers.boot import boot_command
@@ -122,7 +122,7 @@ class LocalSystem:
         self._socket = ours
         self._events.watch(ours, self._on_readable)
 
-    def submit(self, batch: Batch, on_done: Callable[[str | Refused], None]) -> None:
+    def submit(self, submission: Submission, on_done: Callable[[str | Refused], None]) -> None:
         """Send a batch to the queue's process, which is started first if there is none."""
         try:
             self._start()
@@ -131,18 +131,18 @@ class LocalSystem:
             return
         self._submitted += 1
         job_id = f"{self._id}:{self._submitted}"
-        resources = batch.resources
-        needs = {**resources.sent, "cwd": batch.cwd}
+        resources = submission.resources
+        needs = {**resources.sent, "cwd": submission.cwd}
         if resources.run_time_max is not None:
             # A job ends itself at its limit; this one is for functions that prevent that.
             needs["run_time_max"] = resources.run_time_max + _SPARE_SECONDS
-        after = [[each.job_id, each.index, each.corresponding] for each in batch.dependencies]
+        after = [[each.job_id, each.index, each.corresponding] for each in submission.dependencies]
         self._send(
             {
                 "submit": job_id,
-                "directory": batch.directory,
-                "first": batch.first,
-                "count": batch.count,
+                "directory": submission.directory,
+                "first": submission.first,
+                "count": submission.count,
                 "needs": needs,
                 "after": after,
             }

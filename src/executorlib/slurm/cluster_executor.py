@@ -12,8 +12,8 @@ from executorlib.jobs.command_system import open_system, open_templates
 from executorlib.jobs.delivery import Entries
 from executorlib.jobs.executor import QueueExecutor
 from executorlib.jobs.launcher import JobLauncher
-from executorlib.jobs.queue import Queue
-from executorlib.jobs.registry import DEFAULT, language
+from executorlib.jobs.queue import Dialect
+from executorlib.jobs.registry import DEFAULT, dialect_of
 from executorlib.jobs.templates import Templates
 from executorlib.jobs.workers import JobWorkerLauncher
 from executorlib.launchers.contract import Events, Launcher
@@ -44,20 +44,20 @@ class SlurmClusterExecutor(QueueExecutor):
 
     def _check_system(self, configuration: str | None) -> None:
         self._templates = check_queue(configuration)
-        if self._pmi_mode is not None and not self._language.has_pmi_modes:
+        if self._pmi_mode is not None and not self._dialect.has_pmi_modes:
             raise ValueError(
-                f"pmi_mode is {self._pmi_mode!r}, but {self._language.title} does not start ranks: mpiexec does. Leave "
+                f"pmi_mode is {self._pmi_mode!r}, but {self._dialect.title} does not start ranks: mpiexec does. Leave "
                 "pmi_mode out."
             )
 
     @property
-    def _language(self) -> type[Queue]:
-        return language(DEFAULT if self._templates is None else self._templates.queue_type)
+    def _dialect(self) -> type[Dialect]:
+        return dialect_of(DEFAULT if self._templates is None else self._templates.queue_type)
 
     def _check(self, resources: Resources, subject: str) -> None:
         super()._check(resources, subject)
         folder = resources.cache_directory
-        problem = "" if folder is None else self._language.problem_with(folder)
+        problem = "" if folder is None else self._dialect.problem_with(folder)
         if problem:
             raise ValueError(
                 f"{subject}: the cache directory {folder!r} {problem}. Choose a directory without one with "
@@ -74,14 +74,14 @@ class SlurmClusterExecutor(QueueExecutor):
     ) -> Launcher:
         assert self._templates is not None
         system = open_system(events, self._templates)
-        return JobLauncher(events, entries, system, partial(job_command, self._language, pmi_mode), log_sizes)
+        return JobLauncher(events, entries, system, partial(job_command, self._dialect, pmi_mode), log_sizes)
 
     def _worker_launcher(
         self, events: Events, configuration: str | None, pmi_mode: str | None, folder: str, hostname_localhost: bool
     ) -> Launcher:
         assert self._templates is not None
         system = open_system(events, self._templates)
-        command = partial(job_command, self._language, pmi_mode)
+        command = partial(job_command, self._dialect, pmi_mode)
         return JobWorkerLauncher(events, system, command, folder, hostname_localhost)
 
 
@@ -101,7 +101,7 @@ def check_queue(configuration: str | None) -> Templates:
 
         if importlib.util.find_spec("pysqa") is None:
             raise ImportError('jobs need pysqa for their scripts: pip install "executorlib[cluster]"')
-    submit = language(templates.queue_type).from_settings("", templates).submit_program
+    submit = dialect_of(templates.queue_type).from_settings("", templates).submit_program
     if shutil.which(submit) is None:
         raise RuntimeError(
             f"jobs are submitted with `{submit}`, which is not on PATH. Run this where jobs can be submitted (a login "
@@ -110,16 +110,16 @@ def check_queue(configuration: str | None) -> Templates:
     return templates
 
 
-def job_command(spoken: type[Queue], pmi_mode: str | None, resources: Resources, program: list[str]) -> list[str]:
+def job_command(dialect: type[Dialect], pmi_mode: str | None, resources: Resources, program: list[str]) -> list[str]:
     """The command, run in a job, that runs a call's program on all of its ranks."""
     if resources.cores == 1 or pmi_mode is not None:
-        return spoken.rank_command(resources, pmi_mode, program)
+        return dialect.rank_command(resources, pmi_mode, program)
     try:
         mpiexec = find_mpiexec()
     except (OSError, RuntimeError):  # not here, but maybe where the job runs
-        return spoken.rank_command(resources, None, program)
+        return dialect.rank_command(resources, None, program)
     variables = [f"{name}={value}" for name, value in mpiexec.environment().items()]
     if not mpiexec.is_open_mpi:
         resources = replace(resources, openmpi_oversubscribe=False)
-    command = spoken.rank_command(resources, None, program, mpiexec.path)
+    command = dialect.rank_command(resources, None, program, mpiexec.path)
     return ["env", *variables, *command] if variables else command

@@ -25,7 +25,7 @@ from executorlib.launchers.boot import arguments, boot_command
 from executorlib.launchers.connecting import ConnectingWorker
 from executorlib.launchers.contract import Events, Exit, Launcher, Lifetime, Process, tail_text
 from executorlib.launchers.session import settings
-from executorlib.launchers.subprocesses import Answer, Commands
+from executorlib.launchers.subprocesses import CommandOutput, Commands
 from executorlib.relay.executor_side import RelayEnd, Relays, relay_program
 from executorlib.resources import Resources
 from executorlib.serialize import Frame
@@ -390,7 +390,7 @@ class NodesLauncher(Launcher):
         env = command_environment(os.environ)
         self._commands.run(["squeue", "--noheader", f"--jobs={job}", "--format=%L"], self._on_time_left, env=env)
 
-    def _on_time_left(self, answer: Answer) -> None:
+    def _on_time_left(self, answer: CommandOutput) -> None:
         left = parse_time_left(answer.output) if answer.ok else None
         if left is None:
             return

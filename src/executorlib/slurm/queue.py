@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from executorlib.jobs.queue import Batch, Cause, Dependency, JobState, Phase, Queue
+from executorlib.jobs.queue import Cause, Dependency, Dialect, JobState, Phase, Submission
 from executorlib.jobs.ranks import mpiexec_command
 from executorlib.jobs.templates import Templates
 
@@ -216,7 +216,7 @@ def _mpiexec_environment(resources: Resources) -> list[str]:
     return ["-u", "SLURM_GPUS_PER_TASK", "-u", "SLURM_TRES_PER_TASK", f"SLURM_GPUS={gpus}"]
 
 
-class SlurmQueue(Queue):
+class SlurmDialect(Dialect):
     """Slurm.
 
     Args:
@@ -247,8 +247,8 @@ class SlurmQueue(Queue):
         self._user = os.geteuid() if user is None else user
 
     @classmethod
-    def from_settings(cls, output: str, templates: Templates) -> SlurmQueue:
-        """Make the language of one cluster from the output of `SETTINGS_COMMAND`."""
+    def from_settings(cls, output: str, templates: Templates) -> SlurmDialect:
+        """Make the dialect of one cluster from the output of `SETTINGS_COMMAND`."""
         return cls(parse_settings(output), templates)
 
     @staticmethod
@@ -278,37 +278,37 @@ class SlurmQueue(Queue):
         """Most calls in one job array."""
         return self._settings.array_limit
 
-    def script(self, batch: Batch) -> str:
-        """Render the script of a batch."""
-        return self._templates.render(batch, operator=self._user == 0)
+    def script(self, submission: Submission) -> str:
+        """Render the script of a submission."""
+        return self._templates.render(submission, operator=self._user == 0)
 
-    def unused(self, batch: Batch) -> list[str]:
+    def unused(self, submission: Submission) -> list[str]:
         """Keys that the script does not use, and ``priority`` if this user may not raise it."""
-        unused = self._templates.unused(batch)
-        if batch.resources.priority > 0 and self._user != 0 and self._templates.is_default(batch):
+        unused = self._templates.unused(submission)
+        if submission.resources.priority > 0 and self._user != 0 and self._templates.is_default(submission):
             unused.append("priority")
         return unused
 
-    def submit_command(self, batch: Batch, script_path: str) -> list[str]:
-        """The sbatch command for a batch; raises ValueError if the user sets one of our options."""
-        options = batch.resources.slurm_cmd_args
+    def submit_command(self, submission: Submission, script_path: str) -> list[str]:
+        """The sbatch command for a submission; raises ValueError if the user sets one of our options."""
+        options = submission.resources.slurm_cmd_args
         for option in options:
-            if _RESERVED.match(option) or (batch.dependencies and re.match(r"-d|--dependency", option)):
+            if _RESERVED.match(option) or (submission.dependencies and re.match(r"-d|--dependency", option)):
                 raise ValueError(
                     f"resource_dict['slurm_cmd_args'] has {option!r}, an option of sbatch that executorlib sets from "
                     "each call's resources; leave it out."
                 )
         # Slurm takes a % in the names of output files for the start of a placeholder.
-        directory = batch.directory.replace("%", "%%")
-        is_array = batch.count > 1 or batch.first > 0
+        directory = submission.directory.replace("%", "%%")
+        is_array = submission.count > 1 or submission.first > 0
         output = f"{directory}/output.{'%a' if is_array else '0'}"
-        command = ["sbatch", *options, "--parsable", f"--chdir={batch.cwd}"]
+        command = ["sbatch", *options, "--parsable", f"--chdir={submission.cwd}"]
         command += [f"--output={output}", f"--error={output}", "--open-mode=append"]
         if is_array:
-            command.append(f"--array={batch.first}-{batch.first + batch.count - 1}")
-        if batch.dependencies:
+            command.append(f"--array={submission.first}-{submission.first + submission.count - 1}")
+        if submission.dependencies:
             # Without the second option, a job whose input has failed would stay in the queue forever.
-            command += [f"--dependency={_dependencies(batch.dependencies)}", "--kill-on-invalid-dep=yes"]
+            command += [f"--dependency={_dependencies(submission.dependencies)}", "--kill-on-invalid-dep=yes"]
         return [*command, script_path]
 
     def parse_job_id(self, output: str) -> str:

@@ -60,7 +60,7 @@ def first_number(names: Sequence[str]) -> int | None:
     return None
 
 
-# Jobs that were queued by versions without languages for queuing systems name no variables. Only Slurm had job arrays
+# Jobs that were queued by versions without dialects of queuing systems name no variables. Only Slurm had job arrays
 # then, and without its variable every job of an array would run the first call.
 OLDER_SETUP = {"element_variables": ("SLURM_ARRAY_TASK_ID",), "local_rank_variables": ("SLURM_LOCALID",)}
 
