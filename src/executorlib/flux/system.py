@@ -27,8 +27,8 @@ from executorlib.flux.jobspec import (
     urgency,
 )
 from executorlib.flux.policy import Policy
-from executorlib.jobs.queue import Cause, Dependency, JobState, Phase, Submission
-from executorlib.jobs.system import JobKey, Refused, States
+from executorlib.jobs.queue import Dependency, JobState, Phase, Submission
+from executorlib.jobs.system import BatchSystem, JobKey, Refused, States
 from executorlib.jobs.templates import FLUX, Templates, warn_of_unused
 from executorlib.launchers.contract import Events
 from executorlib.launchers.subprocesses import CommandOutput, Commands
@@ -60,8 +60,8 @@ class _Followed:
         self.known = False
 
 
-class FluxSystem:
-    """The Flux instance that this process is in, with the interface `jobs.system.BatchSystem`.
+class FluxSystem(BatchSystem):
+    """The Flux instance that this process is in.
 
     Args:
         events: The loop.
@@ -75,7 +75,6 @@ class FluxSystem:
     last_query = 10.0
     # In Flux a job has a single number, and submitting one is as fast as submitting several.
     array_limit = 1
-    element_variables: tuple[str, ...] = ()
 
     def __init__(self, events: Events, policy: Policy, pmi_mode: str | None, configuration: str | None) -> None:
         self.name = ""  # set by `prepare`
@@ -95,9 +94,6 @@ class FluxSystem:
     def can_wait_for(self, dependency: Dependency) -> bool:
         """Always true: dependencies hold between all jobs of an instance."""
         return True
-
-    def resume(self) -> None:
-        """Does nothing: the instance is not our process."""
 
     @property
     def busy(self) -> bool:
@@ -288,10 +284,6 @@ class FluxSystem:
         """Report the state of one job, once it is known."""
         number = job_number(job[0])
         self._ask({number}, lambda: on_state(self._state(number)))
-
-    def cause_in(self, output: str) -> Cause:
-        """Always none: Flux writes nothing about it into the output."""
-        return Cause.NONE
 
     def cancel(self, jobs: Sequence[JobKey]) -> None:
         """Cancel jobs."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from executorlib.jobs.queue import Cause, Dependency, Dialect, JobState, Submission
 from executorlib.jobs.registry import DEFAULT, dialect_of
-from executorlib.jobs.system import Refused
+from executorlib.jobs.system import BatchSystem, Refused
 from executorlib.jobs.templates import Templates, warn_of_unused
 from executorlib.launchers.contract import Events
 from executorlib.launchers.subprocesses import CommandOutput, Commands
@@ -67,8 +67,8 @@ class Silence:
         self._since, self._told = None, False
 
 
-class CommandSystem:
-    """A batch queue with the interface `jobs.system.BatchSystem`, driven by its commands.
+class CommandSystem(BatchSystem):
+    """A batch queue that is driven by its commands.
 
     Args:
         events: The loop.
@@ -124,24 +124,10 @@ class CommandSystem:
         is_whole = dependency.index is None and not dependency.corresponding
         return is_whole or self._dialect.waits_for_elements
 
-    def resume(self) -> None:
-        """Does nothing: the system is not our process."""
-
     @property
     def busy(self) -> bool:
         """True while any command is running."""
         return self._commands.busy
-
-    def about(self) -> dict[str, str]:
-        """Nothing, because `is_gone` needs nothing."""
-        return {}
-
-    def is_gone(self, owner: Mapping[str, Any]) -> bool:
-        """Always false: clusters stay."""
-        return False
-
-    def listen(self, on_change: Callable[[], None]) -> None:
-        """Does nothing: queues report only when asked."""
 
     def prepare(self, on_ready: Callable[[], None]) -> None:
         """Ask for the settings, and call `on_ready` once `array_limit` is known."""

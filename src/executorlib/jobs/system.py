@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 from executorlib.jobs.queue import Cause, Dependency, JobState, Limit, Phase, Submission, shown_id
 from executorlib.launchers.contract import Events
@@ -32,8 +32,11 @@ class Refused(Exception):
         self.limit = limit
 
 
-class BatchSystem(Protocol):
+class BatchSystem:
     """Takes batches of calls. All answers come through callbacks in the loop's thread, and nothing blocks.
+
+    What a system does not say is as it is for a cluster without job arrays and dependencies, which reports only when
+    asked.
 
     Attributes:
         name: The system's name, for error texts and for sessions that find its jobs in a cache directory. Systems that
@@ -49,20 +52,20 @@ class BatchSystem(Protocol):
     @property
     def array_limit(self) -> int:
         """Most calls in one submission."""
-        ...
+        return 1
 
     @property
     def element_variables(self) -> tuple[str, ...]:
         """The variables that hold a job's index in its array, as for `Dialect.element_variables`."""
-        ...
+        return ()
 
     def can_wait_for(self, dependency: Dependency) -> bool:
         """Return whether a batch may have this dependency; otherwise it waits in this session for the job's result."""
-        ...
+        return False
 
     def about(self) -> dict[str, str]:
         """The facts about this system that `is_gone` needs in another session."""
-        ...
+        return {}
 
     def is_gone(self, owner: Mapping[str, Any]) -> bool:
         """Return whether another system of this kind is known to be gone, with all of its jobs.
@@ -70,24 +73,22 @@ class BatchSystem(Protocol):
         Args:
             owner: A session's record of itself and that system: ``host``, and the facts from `about`.
         """
-        ...
+        return False
 
     def resume(self) -> None:
         """Continue the process that runs the jobs, if there is one that may have been suspended."""
-        ...
 
     @property
     def busy(self) -> bool:
         """True while an answer is awaited."""
-        ...
+        return False
 
     def listen(self, on_change: Callable[[], None]) -> None:
         """Call back whenever the states of jobs have changed, if the system reports that by itself."""
-        ...
 
     def prepare(self, on_ready: Callable[[], None]) -> None:
         """Find out the system's settings; the attributes hold from ``on_ready`` on."""
-        ...
+        on_ready()
 
     def setup(self) -> dict[str, Any]:
         """The settings, for `worker.call.set_up`, with which jobs see this process as it is now.
@@ -95,34 +96,34 @@ class BatchSystem(Protocol):
         Settings that the system hands on by itself are left out. ``id_variables`` and ``local_rank_variables`` are
         included, as in `Dialect`.
         """
-        ...
+        return {}
 
     def submit(self, submission: Submission, on_done: Callable[[str | Refused], None]) -> None:
         """Submit a batch whose directory is complete except for the script; the answer is the job's id."""
-        ...
+        raise NotImplementedError
 
     def query(self, job_ids: Sequence[str], on_states: Callable[[States | None], None]) -> None:
         """Ask for the states of these jobs; jobs absent from the answer are gone.
 
         The answer may include other jobs of the user. It is None if the system does not answer now.
         """
-        ...
+        raise NotImplementedError
 
     def detail(self, job: JobKey, on_state: Callable[[JobState | None], None]) -> None:
         """Ask for the end of a job that is gone."""
-        ...
+        raise NotImplementedError
 
     def cause_in(self, output: str) -> Cause:
         """Return why a job ended, if the system has written it at the end of the job's output."""
-        ...
+        return Cause.NONE
 
     def cancel(self, jobs: Sequence[JobKey]) -> None:
         """Cancel jobs; some may be gone already."""
-        ...
+        raise NotImplementedError
 
     def close(self) -> None:
         """Release all resources; jobs go on."""
-        ...
+        raise NotImplementedError
 
 
 def ask_whether_more_may_end(
@@ -133,7 +134,7 @@ def ask_whether_more_may_end(
     Args:
         system: The system.
         refusal: The system's refusal.
-        own: Whether the system has jobs of this session.
+        own: Whether the system has jobs of this session, or has room for fewer jobs.
         on_known: Called with the answer, which is true if the system does not answer.
     """
     if own or refusal.limit is Limit.SHARED:

@@ -13,12 +13,12 @@ import signal
 import socket
 import subprocess
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from executorlib import machine
 from executorlib.jobs.queue import Cause, Dependency, JobState, Phase, Submission
-from executorlib.jobs.system import JobKey, Refused, States
+from executorlib.jobs.system import BatchSystem, JobKey, Refused, States
 from executorlib.launchers import streams
 from executorlib.launchers.boot import boot_command
 from executorlib.launchers.contract import Events
@@ -28,7 +28,7 @@ from executorlib.single_node.agent import Surroundings
 _SPARE_SECONDS = 1.0
 
 
-class LocalSystem:
+class LocalSystem(BatchSystem):
     """The session's side of the local queue.
 
     Args:
@@ -38,7 +38,6 @@ class LocalSystem:
 
     name = "the local queue"
     array_limit = 100_000
-    element_variables: tuple[str, ...] = ()  # its process tells each job its number
     # Queries cost next to nothing here.
     first_query = 0.1
     last_query = 1.0
@@ -72,21 +71,6 @@ class LocalSystem:
     def busy(self) -> bool:
         """True while requests have not been sent."""
         return bool(self._unsent)
-
-    def about(self) -> dict[str, str]:
-        """Nothing to add to what is known of a batch's owner."""
-        return {}
-
-    def is_gone(self, owner: Mapping[str, Any]) -> bool:
-        """Always false: `query` finds out, job by job, whether the process of its queue is alive."""
-        return False
-
-    def listen(self, on_change: Callable[[], None]) -> None:
-        """Does nothing: the queue reports only when asked."""
-
-    def prepare(self, on_ready: Callable[[], None]) -> None:
-        """Ready at once."""
-        on_ready()
 
     def setup(self) -> dict[str, Any]:
         """Return the changes in this process since the queue was started."""
@@ -167,10 +151,6 @@ class LocalSystem:
         """Report the job as lost: all that was known has been reported, so an unknown job went with its queue."""
         lost = JobState(Phase.ENDED, "LOST", "its queue's process has ended", cause=Cause.NODE_FAILED)
         self._events.call_later(0.0, lambda: on_state(lost))
-
-    def cause_in(self, output: str) -> Cause:
-        """The output tells nothing about the cause here."""
-        return Cause.NONE
 
     def cancel(self, jobs: Sequence[tuple[str, int | None]]) -> None:
         """Cancel jobs."""
