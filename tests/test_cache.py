@@ -924,7 +924,7 @@ def test_the_directory_of_a_stranger(tmp_path: Path, mode: int, capsys: pytest.C
     for read in (
         lambda: cache.get_future_from_cache(store, "a"),
         lambda: cache.get_cache_data(store),
-        lambda: batch_directory.make(str(store), batch_directory.new_name(1)),
+        lambda: batch_directory.make(str(store), batch_directory.new_name()),
     ):
         with pytest.raises(PermissionError, match=f"{store} is not used as a cache directory: it belongs to nobody"):
             read()

@@ -670,7 +670,7 @@ def test_an_entry_that_is_damaged(
     make: Callable[..., Any], store: Path, monkeypatch: pytest.MonkeyPatch, content: bytes | None
 ) -> None:
     """It is claimed anew soon, and by one session only; not at once, as an empty one may be about to be filled."""
-    monkeypatch.setattr("executorlib.jobs.launcher._UNREADABLE_SECONDS", 0.5)
+    monkeypatch.setattr("executorlib.jobs.claims._UNREADABLE_SECONDS", 0.5)
     path = entries.entry_path(store, "call", "i")
     values = {"function": record, "input_args": ["x", 1], "input_kwargs": {}, "resource_dict": {}}
     assert entries.write_input(str(path), {**values, "batch": str(store / "gone")})

@@ -21,6 +21,7 @@ from executorlib.cache import batch_directory, entries
 from executorlib.cache import directory as cache
 from executorlib.core.task import LAUNCHING, READY, RUNNING, Task
 from executorlib.errors import ExecutorlibSocketError
+from executorlib.jobs.job import FOUND
 from executorlib.jobs.launcher import JobLauncher
 from executorlib.jobs.queue import Cause, Dependency, JobState, Limit, Phase
 from executorlib.jobs.submitter import Submitter
@@ -38,9 +39,9 @@ pytestmark = pytest.mark.cache
 def events(monkeypatch: pytest.MonkeyPatch) -> Events:
     # All timers are due at once.
     monkeypatch.setattr("executorlib.jobs.submitter._LINGER", 0.0)
-    monkeypatch.setattr("executorlib.jobs.launcher._LOOK_SECONDS", 0.0)
-    for name in ("_LOOK_SHARE", "_WAIT_SHARE"):
-        monkeypatch.setattr(f"executorlib.jobs.launcher.{name}", float("inf"))
+    monkeypatch.setattr("executorlib.jobs.results._LOOK_SECONDS", 0.0)
+    for name in ("results._LOOK_SHARE", "table._WAIT_SHARE"):
+        monkeypatch.setattr(f"executorlib.jobs.{name}", float("inf"))
     return Events()
 
 
@@ -81,13 +82,13 @@ def finish(task: Task) -> None:
 def test_result_that_is_there_before_the_call_was_told_that_it_runs(events: Events, tmp_path: Path) -> None:
     """A job that the system says runs, and that ends at the same moment."""
     system = System()
-    _launcher, task, process = launched(events, system, tmp_path)
+    launcher, task, process = launched(events, system, tmp_path)
     until_asked(system, events)
     system.answer({("7", None): JobState(Phase.RUNNING, "RUNNING")})
     assert events.told == ["connected"]
     finish(task)
     assert process.transport is not None
-    while process.transport._job.ending is None:
+    while launcher._jobs.of(1).state is not FOUND:
         events.run_timers()
     assert events.told == ["connected"]
     task.move(RUNNING)
@@ -101,7 +102,7 @@ def test_equal_call_of_one_that_is_killed_when_its_result_is_there(
     events: Events, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It finds the result by itself, at its own turn."""
-    monkeypatch.setattr("executorlib.jobs.launcher._AT_ONCE_SECONDS", 0.0)  # one look at a time
+    monkeypatch.setattr("executorlib.jobs.table._AT_ONCE_SECONDS", 0.0)  # one look at a time
     launcher, task, process = launched(events, System(), tmp_path)
     _, equal, other = launched(events, System(), tmp_path, launcher=launcher)
     finish(task)
@@ -137,7 +138,7 @@ def claimed(folder: Path, system: str, job_id: str = "17", key: str = "a") -> Pa
 def test_a_dead_job_whose_key_is_as_long_as_can_be(
     events: Events, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("executorlib.jobs.launcher._GRACE", -1.0)
+    monkeypatch.setattr("executorlib.jobs.results._GRACE", -1.0)
     key = "a" * (255 - len(entries.OUTPUT))
     claimed(tmp_path, System.name, key="a")
     (tmp_path / "a_i.h5").rename(tmp_path / f"{key}_i.h5")
@@ -199,8 +200,8 @@ def test_many_jobs_of_others_on_a_slow_file_system(
         claimed(tmp_path, System.name, key=key)
         launcher, task, _process = launched(events, system, tmp_path, key, launcher, number)
         outputs.append(task.cache_path)
-    monkeypatch.setattr("executorlib.jobs.launcher._is_on_local_disk", lambda job: False)
-    monkeypatch.setattr("executorlib.jobs.launcher.trust.is_there", is_there)
+    monkeypatch.setattr("executorlib.machine.is_local_disk", lambda folder: False)
+    monkeypatch.setattr("executorlib.cache.trust.is_there", is_there)
     while len(asked) < len(outputs):
         timers, events.timers = events.timers, []
         for timer in timers:
@@ -485,7 +486,7 @@ def test_another_session_finds_calls_of_a_batch_that_is_in_the_system_in_parts(i
     _, _, late = launched(theirs, second, tmp_path, "a6", other)
     while second.answer is None:
         theirs.run_timers()
-    assert [job.key for job in other._jobs.values() if job.submitted] == [jobs[str(tmp_path / "a2_i.h5")]]
+    assert [job.key for job in other._jobs if job.submitted] == [jobs[str(tmp_path / "a2_i.h5")]]
     while str(tmp_path / "a6_i.h5") not in first.jobs.values():
         first.run()
         impatient.run_timers()
@@ -494,7 +495,7 @@ def test_another_session_finds_calls_of_a_batch_that_is_in_the_system_in_parts(i
     while second.answer is None:
         theirs.run_timers()
     (element,) = (element for element, path in first.jobs.items() if path.endswith("a6_i.h5"))
-    assert other._jobs[late.worker.number].key == element
+    assert other._jobs.of(late.worker.number).key == element
 
 
 @pytest.mark.parametrize(("own", "code"), [("101", job.RESULT), ("999", job.NOT_MINE)])
@@ -666,7 +667,7 @@ def test_how_long_a_result_may_take_to_show(
     events: Events, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: JobState | None, local: bool, waits: bool
 ) -> None:
     """Long where there may be one: where the job says so, or nobody says anything and the disk is not a local one."""
-    monkeypatch.setattr("executorlib.jobs.launcher._GRACE", -1.0)
+    monkeypatch.setattr("executorlib.jobs.results._GRACE", -1.0)
     monkeypatch.setattr("executorlib.machine.is_local_disk", lambda folder: local)
     system = Vanishing()
     system.end = end
@@ -681,6 +682,21 @@ def test_how_long_a_result_may_take_to_show(
         finish(task)
         events.run_timers()
         assert events.told == ["connected"]
+
+
+def test_a_job_that_a_query_missed(events: Events, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next one has it: it still waits for its turn, however long that takes."""
+    system = Vanishing()
+    launcher, _task, _process = launched(events, system, tmp_path)
+    for states in ({}, {("7", None): JobState(Phase.PENDING, "PENDING")}):
+        until_asked(system, events)
+        system.say(states)
+        events.run_timers()
+        assert launcher._jobs.of(1) is not None
+    monkeypatch.setattr("executorlib.jobs.results._GRACE", -1.0)
+    for _ in range(5):
+        events.run_timers()
+    assert events.told == []
 
 
 # Whatever happens to the files, at any moment.
@@ -743,8 +759,8 @@ class Queue(System):
 def ends(folder: Path, events: Events, monkeypatch: pytest.MonkeyPatch, fault: int) -> tuple[list[str], int]:
     """Run calls of all kinds while one access to a file fails; how each ended, and the number of accesses."""
     for name in ("_GRACE", "_RESULT_GRACE"):
-        monkeypatch.setattr(f"executorlib.jobs.launcher.{name}", -1.0)
-    monkeypatch.setattr("executorlib.jobs.submitter._FIRST_RETRY", 0.0)
+        monkeypatch.setattr(f"executorlib.jobs.results.{name}", -1.0)
+    monkeypatch.setattr("executorlib.jobs.room._FIRST_RETRY", 0.0)
     # Of sessions that are gone: one had submitted its call, one had not, and one left nothing that can be read.
     for key, note in (("submitted", "17"), ("again", None), ("unknown", None)):
         batch = Path(batch_directory.make(str(folder), f"of-{key}"))
@@ -886,7 +902,7 @@ def test_results_are_not_kept_by_what_comes_after(events: Events, tmp_path: Path
     system = System()
     launcher, task, process = launched(events, system, tmp_path)
     _, last, _ = launched(events, system, tmp_path, "b", launcher, after=[task])
-    job = weakref.ref(launcher._jobs[process.worker.number])
+    job = weakref.ref(launcher._jobs.of(process.worker.number))
     finish(task)
     for _ in range(5):
         events.run_timers()
@@ -898,7 +914,7 @@ def test_results_are_not_kept_by_what_comes_after(events: Events, tmp_path: Path
     assert events.told == ["connected", "result", "exit"]
     process.transport = system.answer = None
     events.timers.clear()
-    assert [each.task for each in launcher._jobs.values()] == [last]
+    assert [each.task for each in launcher._jobs] == [last]
     gc.collect()
     assert job() is None
 
@@ -908,7 +924,7 @@ def test_a_job_of_another_session_that_is_cancelled(
     events: Events, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, terminated: bool
 ) -> None:
     """Who waits for it submits it anew, unless it was to end for all."""
-    monkeypatch.setattr("executorlib.jobs.launcher._GRACE", -1.0)
+    monkeypatch.setattr("executorlib.jobs.results._GRACE", -1.0)
     batch = claimed(tmp_path, System.name)
     system = Vanishing()
     system.end = JobState(Phase.ENDED, "CANCELLED", cause=Cause.CANCELLED)

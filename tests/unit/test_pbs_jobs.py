@@ -78,7 +78,7 @@ def pbs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pbs]:
     made = Pbs(tmp_path / "pbs")
     monkeypatch.setattr("executorlib.jobs.command_system.CommandSystem.first_query", 0.1)
     monkeypatch.setattr("executorlib.jobs.command_system.CommandSystem.last_query", 0.5)
-    monkeypatch.setattr("executorlib.jobs.launcher._GRACE", 0.1)  # the disk is local
+    monkeypatch.setattr("executorlib.jobs.results._GRACE", 0.1)  # the disk is local
     monkeypatch.setenv("PATH", f"{made.folder / 'bin'}:{os.environ['PATH']}")
     yield made
     made.end()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from executorlib.jobs import room
-from executorlib.jobs.room import Room
+from executorlib.jobs.room import Retry, Room
+from executorlib.jobs.system import Refused
 
 
 class Site:
@@ -108,3 +109,41 @@ def test_patience() -> None:
             assert not site.room.is_hopeless(site.now, may_end)
             assert not site.room.is_hopeless(site.now + room._PATIENCE - 1.0, may_end)
             assert site.room.is_hopeless(site.now + room._PATIENCE, may_end)
+
+
+# What is refused only for the moment.
+
+AWAY = Refused("the controller cannot be reached", transient=True)
+
+
+def test_submissions_are_repeated_for_some_minutes(caplog: pytest.LogCaptureFixture) -> None:
+    """The pauses become longer, the user is told once, and in the end it is an error."""
+    retry = Retry()
+    now = 1000.0
+    pauses = []
+    while retry.again(AWAY, now):
+        pauses.append(retry.due - now)
+        now = retry.due
+    assert pauses[:6] == [1.0, 2.0, 4.0, 8.0, 16.0, 30.0]
+    assert set(pauses[6:]) == {30.0}
+    assert 270.0 <= sum(pauses) < 300.0
+    (record,) = caplog.records
+    assert record.getMessage() == "the controller cannot be reached; trying again for 300 s"
+
+
+def test_refusals_of_submissions_that_were_made_together_count_once() -> None:
+    retry = Retry()
+    assert [retry.again(AWAY, 5.0) for _ in range(10)] == [True] * 10
+    assert retry.due == 6.0
+
+
+def test_a_session_that_leaves_has_less_patience() -> None:
+    """It is counted from when it left, however long the system has been away by then."""
+    retry = Retry()
+    assert retry.again(AWAY, 100.0)
+    assert retry.again(AWAY, 380.0, since=370.0, seconds=30.0)
+    assert not retry.again(AWAY, 399.0, since=370.0, seconds=30.0)
+
+
+def test_other_refusals_are_final() -> None:
+    assert not Retry().again(Refused("invalid partition"), 5.0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import itertools
 import os
 import re
 import stat
@@ -29,14 +30,16 @@ SETUP_FILE = "setup"
 _NAME = re.compile(r"\d{8}-\d{6}-\d+-(?:workers)?\d+-[0-9a-f]{6}")
 
 
-def new_name(number: int, kind: str = "") -> str:
+_numbers = itertools.count(1)
+
+
+def new_name(kind: str = "") -> str:
     """Make a batch name that is never used twice.
 
     Args:
-        number: The batch's number in this process.
         kind: ``"workers"`` for workers of a block.
     """
-    return f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{kind}{number}-{os.urandom(3).hex()}"
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{kind}{next(_numbers)}-{os.urandom(3).hex()}"
 
 
 def is_name(name: str) -> bool:

@@ -1,27 +1,23 @@
-"""The record of a job: its call, its batch, and how it ended."""
+"""The record of a job: its call, the states that it may pass through, and how it ended."""
 
 from __future__ import annotations
 
 import contextlib
-import json
+import enum
 import os
 import signal
-import socket
-import time
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from executorlib import machine
-from executorlib.cache import batch_directory, entries, trust
+from executorlib.cache import entries, trust
 from executorlib.errors import ExecutorlibSocketError, TimeLimitError
 from executorlib.jobs.queue import Cause, JobState, Phase, shown_id
 from executorlib.launchers.contract import Process, tail_text
 
 if TYPE_CHECKING:
     from executorlib.core.task import Task
-    from executorlib.jobs.system import BatchSystem
-
-# Seconds that an entry of another machine's session may lack a job id before that session counts as dead.
-SUBMIT_SECONDS = 600.0
+    from executorlib.jobs.batch import Batch
+    from executorlib.jobs.system import BatchSystem, JobKey
 
 _OUTPUT_TAIL_BYTES = 16 * 1024
 _GENERAL_ADVICE = "Only this call fails; it can be submitted again."
@@ -31,90 +27,226 @@ _GENERAL_ADVICE = "Only this call fails; it can be submitted again."
 Identity: TypeAlias = tuple[int, int, int]
 
 
+class State(enum.Enum):
+    """How far a call has come on its way through the system."""
+
+    UNCLAIMED = "nobody runs it, as far as this session knows"
+    FREE = "the job that it followed is dead, or ran something else, so somebody has to claim it again"
+    FOLLOWING = "waits for the job of an equal call, of this session or another"
+    CLAIMED = "its entry is this session's, which submits it or has done so"
+    FOUND = "its result is there, and passed on once the loop has heard that the call runs"
+    ENDED = "over, with or without a result"
+    LEFT = "goes on without this session, or as another record"
+
+
+UNCLAIMED, FREE, FOLLOWING, CLAIMED = State.UNCLAIMED, State.FREE, State.FOLLOWING, State.CLAIMED
+FOUND, ENDED, LEFT = State.FOUND, State.ENDED, State.LEFT
+
+LEGAL_MOVES: dict[State, frozenset[State]] = {
+    UNCLAIMED: frozenset({FOLLOWING, CLAIMED, ENDED, LEFT}),
+    FREE: frozenset({FOLLOWING, CLAIMED, ENDED, LEFT}),
+    # FOLLOWING → FOLLOWING: more has become known about the job that it follows.
+    FOLLOWING: frozenset({FOLLOWING, FREE, CLAIMED, FOUND, ENDED, LEFT}),
+    # CLAIMED → FOLLOWING: the call was killed, and the job goes on for an equal one. CLAIMED → FREE: another session
+    # believed this one to be dead, and has claimed the call.
+    CLAIMED: frozenset({FOLLOWING, FREE, FOUND, ENDED, LEFT}),
+    FOUND: frozenset({ENDED, LEFT}),
+    ENDED: frozenset(),
+    LEFT: frozenset(),
+}
+
+
+class Known(enum.Enum):
+    """The last news of a job from the system."""
+
+    NOTHING = "the system has not been asked"
+    ALIVE = "it waits or runs"
+    GONE = "it has ended, or the system does not have it"
+    ASKED = "it is gone, and the system was asked how it ended"
+    TOLD = "it is gone, and the system has answered that"
+
+
+class Presence:
+    """One job in the system, as seen from here.
+
+    Attributes:
+        known: What is known about it.
+        since: The time when the system first did not have it any more, or had it as ended; for one that is gone.
+        last: Its last state in the system.
+        seen: Whether the system has been seen to have it.
+    """
+
+    def __init__(self) -> None:
+        self.known = Known.NOTHING
+        self.since = 0.0
+        self.last: JobState | None = None
+        self.seen = False
+
+    @property
+    def is_gone(self) -> bool:
+        """True while the system does not have it, or has it as ended."""
+        return self.known not in (Known.NOTHING, Known.ALIVE)
+
+    def hear(self, state: JobState | None, now: float) -> None:
+        """Note its state; None if the system does not have it."""
+        if state is not None:
+            self.last, self.seen = state, True
+        if state is not None and state.phase is not Phase.ENDED:
+            self.known = Known.ALIVE  # the query before came too early, or it was put back into the queue
+        elif not self.is_gone:
+            self.known, self.since = Known.GONE, now
+
+    def ask(self) -> bool:
+        """Return whether to ask the system how it ended, which is done once."""
+        if self.known is not Known.GONE or (self.last is not None and self.last.phase is Phase.ENDED):
+            return False
+        self.known = Known.ASKED
+        return True
+
+    def tell(self, end: JobState | None) -> None:
+        """Note the system's answer to that; None if it does not know."""
+        if self.known is Known.ASKED:  # otherwise it has come back meanwhile
+            self.last = end
+            self.known = Known.TOLD if end is None or end.phase is Phase.ENDED else Known.ALIVE
+
+
 class Job:
     """A call on its way through the system.
 
     Attributes:
-        process: The worker that this job stands for.
+        process: The worker that this job stands for. It has a transport once the call is known to run.
         task: The call.
         path: The entry's file while the call waits or runs.
         output: The entry's file once the call is done.
         root: The cache directory.
+        state: Current state; only the methods below change it.
         batch: The batch that runs it, maybe another session's; None if that is not known.
         index: Its place in the batch.
-        claimed: Whether it runs this very call, and not an equal one of this session or another.
         changes: How often the call has become another one while it was pickled.
-        again: Whether it was claimed or followed before, so that its dependents know it by its key.
-        begun: Whether it is known to run.
-        seen: Whether the system has been seen to have it.
-        over: Whether its end is known, with or without a result.
-        gone_since: The time when the system first did not have it any more, or had it as ended.
-        last: Its last state in the system.
-        asked: Whether the system was asked how it ended.
-        answered: Whether the system has answered that.
+        presence: The job in the system.
         damaged: The identity of the file that is in the place of its result but cannot be read.
         unreadable: The identity of its entry, if that cannot be read, and since when.
-        ending: Its result.
+        ending: Its result, in the state `FOUND`.
     """
 
-    def __init__(self, process: Process, task: Task, path: str) -> None:
+    def __init__(self, process: Process, task: Task, path: str, changes: int = 0) -> None:
         self.process = process
         self.task = task
         self.path = path
         self.output = entries.output_of(path)
         self.root = task.resources.cache_directory
+        self.state = UNCLAIMED
         self.batch: Batch | None = None
         self.index = 0
-        self.claimed = False
-        self.changes = 0
-        self.again = False
-        self.begun = False
-        self.seen = False
-        self.over = False
-        self.gone_since: float | None = None
-        self.last: JobState | None = None
-        self.asked = False
-        self.answered = False
+        self.changes = changes
+        self.presence = Presence()
         self.damaged: Identity | None = None
         self.unreadable: tuple[Identity, float] | None = None
         self.ending: entries.Ending | None = None
 
     @property
-    def submitted(self) -> tuple[str, int | None] | None:
+    def number(self) -> int:
+        """The worker's number."""
+        return self.process.worker.number
+
+    @property
+    def is_on_local_disk(self) -> bool:
+        """True if no other machine writes its files."""
+        return machine.is_local_disk(self.root or "/")
+
+    def remove_input(self) -> None:
+        """Remove the entry of a job that is over. If that fails, whoever finds the entry sees that its job is dead."""
+        with contextlib.suppress(OSError):
+            entries.remove_input(self.path, self.root)
+
+    # -- its states -----------------------------------------------------------------------------------------------
+
+    def claim(self, batch: Batch, index: int) -> None:
+        """Note that the entry is this session's, and is submitted in this batch."""
+        self._move(CLAIMED)
+        self.batch, self.index = batch, index
+
+    def follow(self, batch: Batch | None, index: int) -> None:
+        """Note that an equal call is run; None if it is not known by which batch."""
+        self._move(FOLLOWING)
+        if batch is not self.batch:
+            self.presence = Presence()
+        self.batch, self.index = batch, index
+
+    def trade_places(self, other: Job) -> None:
+        """Swap calls with another record that waits for the same job."""
+        self.follow(self.batch, self.index)
+        self.process, other.process = other.process, self.process
+        self.task, other.task = other.task, self.task
+
+    def start_over(self) -> None:
+        """Forget everything about a job that is dead, or ran something else."""
+        self._move(FREE)
+        self.batch, self.index, self.presence = None, 0, Presence()
+
+    def find(self, ending: entries.Ending) -> None:
+        """Note its result."""
+        self._move(FOUND)
+        self.ending = ending
+
+    def end(self) -> None:
+        """Note that the call is over."""
+        self._move(ENDED)
+        self.ending = None  # later jobs refer to this one longer than the result is needed
+
+    def leave(self) -> None:
+        """Note that this session does not wait for it any more."""
+        self._move(LEFT)
+        self.ending = None
+
+    def _move(self, state: State) -> None:
+        if state not in LEGAL_MOVES[self.state]:
+            raise RuntimeError(f"call {self.task.number}: illegal move from {self.state.name} to {state.name}")
+        self.state = state
+
+    @property
+    def over(self) -> bool:
+        """True if its end is known, with or without a result."""
+        return self.state in (FOUND, ENDED)
+
+    # -- in the system --------------------------------------------------------------------------------------------
+
+    @property
+    def submitted(self) -> JobKey | None:
         """Its id and index in the system; None if it has not been submitted (yet)."""
         return None if self.batch is None else self.batch.ids.of(self.index)
 
     @property
-    def key(self) -> tuple[str, int | None]:
+    def key(self) -> JobKey:
         """Its id and index in the system, once it has been submitted."""
         submitted = self.submitted
         assert submitted is not None
         return submitted
 
-    def trade_places(self, other: Job) -> None:
-        """Swap calls with another record that waits for the same job."""
-        self.process, other.process = other.process, self.process
-        self.task, other.task = other.task, self.task
-        self.begun, other.begun = other.begun, self.begun
-        self.claimed = False
+    @property
+    def who(self) -> str:
+        """The call that waits for it."""
+        return f"call {self.task.number} of {self.task.name}"
 
-    def start_over(self) -> None:
-        """Forget everything about a dead job that another session submitted."""
-        self.batch, self.gone_since, self.asked, self.last, self.seen = None, None, False, None, False
-        self.claimed, self.again = False, True
+    @property
+    def is_watched(self) -> bool:
+        """True while its state in the system matters."""
+        return self.state in (FOLLOWING, CLAIMED) and self.submitted is not None
+
+    # -- its end --------------------------------------------------------------------------------------------------
 
     def ended_well(self, codes: tuple[int, ...]) -> bool:
         """Return whether it ended by itself with one of these exit codes, which say that it has left a result."""
-        state = self.last
+        state = self.presence.last
         if state is None or state.cause is not Cause.NONE:
             return False  # the system may have made up its exit code
         return state.code in codes and state.signal_number == 0
 
     def ended_unseen(self) -> bool:
         """Return whether it has ended just now and nobody knows how, so that it may have left a result."""
-        state, batch = self.last, self.batch
+        state, batch = self.presence.last, self.batch
         is_unknown = state is None or (state.cause is Cause.NONE and not state.exit_code)
-        return is_unknown and (self.seen or (batch is not None and batch.ours))
+        return is_unknown and (self.presence.seen or (batch is not None and batch.ours))
 
     def error(self, system: BatchSystem) -> BaseException:
         """Make the error that says why there is no result.
@@ -122,7 +254,7 @@ class Job:
         Args:
             system: The system that it was submitted to.
         """
-        state, task, batch = self.last, self.task, self.batch
+        state, task, batch = self.presence.last, self.task, self.batch
         assert batch is not None
         name = f"job {shown_id(*self.key)}"
         subject = f"Call {task.number} of {task.name} has no result: {name}"
@@ -151,108 +283,13 @@ class Job:
         return ExecutorlibSocketError(f"{text} {advice}{said}")
 
 
-class Batch:
-    """Calls that are submitted together, by this session or another, or in parts if a limit does not admit all.
-
-    Attributes:
-        directory: The directory of its files.
-        ours: Whether this session submits it.
-        key: The values that all its calls share.
-        name: The function of its first call.
-        jobs: Its calls by index, as long as they are not over.
-        first: The index of the first call.
-        size: The number of calls that it has had.
-        ids: The ids of the jobs that were submitted.
-        after: The jobs that have to succeed first.
-        corresponds: Another batch. Each of its jobs has to succeed before the job of the same index here.
-        cancelled: The indices of calls that were cancelled before the job's id was known.
-        kept: By index, how many bytes of a job's output are in its entry.
-        made: The time when it was begun.
-        touched: The time when the last call was added.
-    """
-
-    def __init__(self, directory: str, ours: bool, key: Any = None, first: int = 0) -> None:
-        self.directory = directory
-        self.ours = ours
-        self.key = key
-        self.name = ""
-        self.jobs: dict[int, Job] = {}
-        self.first = first
-        self.size = 0
-        self.ids = batch_directory.JobIds()
-        self.after: list[Job] = []
-        self.corresponds: Batch | None = None
-        self.cancelled: set[int] = set()
-        self.kept: dict[int, int] = {}
-        self.made = self.touched = time.monotonic()
-        self._indices: dict[str, int] | None = None
-
-    def read_entries(self) -> bool:
-        """Read which entries a batch of another session has; False if the file is missing (so far) or damaged.
-
-        Raises:
-            OSError: The file cannot be read.
-        """
-        if self._indices is None:
-            try:
-                self._indices = {entry: index for index, entry in batch_directory.entries_of(self.directory).items()}
-            except (FileNotFoundError, ValueError):
-                return False
-        return True
-
-    def read_ids(self) -> bool:
-        """Read which jobs a batch of another session became; returns whether there are any (yet).
-
-        Raises:
-            UntrustedFile: Anybody could have written the file.
-            OSError: The list of its entries cannot be read.
-        """
-        # The order matters: once there is a job, the list is complete.
-        is_submitted = bool(batch_directory.JobIds.read(self.directory, 0))
-        if is_submitted and self.read_entries():
-            self.ids = batch_directory.JobIds.read(self.directory, max((self._indices or {}).values(), default=0))
-        return is_submitted
-
-    @property
-    def last(self) -> int:
-        """The index of the last call."""
-        return self.first + self.size - 1
-
-    @property
-    def has_entries(self) -> bool:
-        """True if the entries of a batch of another session are known."""
-        return self._indices is not None
-
-    def index_of(self, path: str) -> int | None:
-        """The place of an entry in a batch of another session; None if that is not known."""
-        return (self._indices or {}).get(path)
-
-    def remove_files(self) -> None:
-        """Remove its directory, unless that has the only copy of something that its jobs have printed."""
-        if not self.ours and not self.kept.keys() >= set((self._indices or {"": -1}).values()):
-            return  # other sessions may wait for calls that are not known here
-        with contextlib.suppress(OSError):
-            for name, status in trust.listed(self.directory, batch_directory.root_of(self.directory)):
-                output, _, index = name.partition(".")
-                if output == "output" and status.st_size > (self.kept.get(int(index), 0) if index.isdecimal() else 0):
-                    return
-            batch_directory.remove(self.directory)
-
-    def is_abandoned(self) -> bool:
-        """Return whether the session that made it ended before submitting it. A job that runs anyway will notice."""
-        owner = owner_of(self.directory)
-        if owner.get("host") != socket.gethostname() or "pid" not in owner:
-            return not trust.is_there(self.directory) or trust.is_older(self.directory, SUBMIT_SECONDS)
-        return not machine.is_running(owner["pid"], owner.get("started", ""))
-
-
-def owner_of(directory: str) -> dict[str, Any]:
-    """Read the record of the session that submits, or has submitted, a batch; empty if that is not known."""
+def identity_of(path: str) -> Identity | None:
+    """Return the identity of a file, which differs from that of any that takes its place; None if there is none."""
     try:
-        owner = json.loads(batch_directory.read_text(directory, batch_directory.OWNER_FILE) or "{}")
-    except ValueError:
-        return {}
-    return owner if isinstance(owner, dict) else {}
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def read_tail(path: str) -> bytes:

@@ -1,6 +1,17 @@
-"""Finds how many jobs fit under a site's limit. Nobody tells the limit, so it is learnt from refusals."""
+"""Decides when to submit again what a system has refused, and how much of it."""
 
 from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from executorlib.jobs.system import Refused
+
+logger = logging.getLogger("executorlib")
+
+# How long temporarily refused submissions are repeated, and the pauses, in seconds.
+_RETRY_SECONDS, _FIRST_RETRY, _LAST_RETRY = 300.0, 1.0, 30.0
 
 # Seconds to wait for room: after the end of one of our jobs, which the system needs a moment to notice, and if none
 # ends, because other jobs may count, too. The second wait doubles each time.
@@ -10,8 +21,43 @@ _FIRST_PAUSE, _LAST_PAUSE = 1.0, 30.0
 _PATIENCE = 300.0
 
 
+class Retry:
+    """Repeats submissions that a system has refused only for the moment, with pauses that become longer.
+
+    Attributes:
+        due: The time of the next try.
+    """
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+        self._pause = _FIRST_RETRY
+        self.due = 0.0
+
+    def again(self, refusal: Refused, now: float, since: float = 0.0, seconds: float = _RETRY_SECONDS) -> bool:
+        """Note a refusal; returns whether to try again.
+
+        Args:
+            refusal: The refusal.
+            now: The time.
+            since: The time from which the seconds are counted, if it is later than that of the first refusal.
+            seconds: How long to try.
+        """
+        first = now if self._since is None else self._since
+        if not refusal.transient or now + self._pause - max(first, since) >= seconds:
+            return False
+        if now < self.due:  # it was submitted together with one that was refused already
+            return True
+        if self._since is None:
+            logger.warning("%s; trying again for %g s", refusal, seconds)
+        self._since, self.due = first, now + self._pause
+        self._pause = min(2 * self._pause, _LAST_RETRY)
+        return True
+
+
 class Room:
     """Tells how many jobs to submit next to a system that has refused some because there would be too many.
+
+    Nobody tells the limit of a site, so it is learnt from refusals.
 
     After a refusal, half as many are tried, until some fit. Once none fit, submissions wait until jobs have ended, and
     then as many are tried as have ended. Now and then a single one is tried, in case that other jobs have ended.

@@ -15,10 +15,11 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from executorlib import machine
-from executorlib.cache import batch_directory, entries, trust
-from executorlib.jobs.job import Batch, Job
+from executorlib.cache import batch_directory, trust
+from executorlib.jobs.batch import Batch
+from executorlib.jobs.job import Job
 from executorlib.jobs.queue import Dependency, Limit, Submission
-from executorlib.jobs.room import Room
+from executorlib.jobs.room import Retry, Room
 from executorlib.jobs.system import BatchSystem, Refused, ask_whether_more_may_end
 from executorlib.launchers.boot import boot_file
 from executorlib.launchers.contract import Events, Timer
@@ -32,9 +33,7 @@ _LINGER = 0.02
 # ... or if the batch is this old. It doubles with every batch of a burst, so that the number of requests grows only
 # with the logarithm of the number of calls.
 _FIRST_WINDOW, _LAST_WINDOW = 0.5, 16.0
-# How long temporarily refused submissions are repeated, and the first pause, in seconds.
-_RETRY_SECONDS, _FIRST_RETRY = 300.0, 1.0
-# The same for a session that has left, whose process may be about to end.
+# How long a session that has left repeats submissions, in seconds: its process may be about to end.
 _LEAVING_SECONDS = 30.0
 # Seconds between signs of life that keep sessions on other machines from taking over a waiting batch.
 _HEARTBEAT_SECONDS = 60.0
@@ -58,14 +57,6 @@ class _Part(NamedTuple):
     @property
     def size(self) -> int:
         return self.last - self.first + 1
-
-
-class _Retry(NamedTuple):
-    """A temporarily refused submission: since when, when it is due again, and the pause before that."""
-
-    since: float
-    due: float
-    wait: float
 
 
 class Submitter:
@@ -98,12 +89,11 @@ class Submitter:
         self._pending: dict[Batch, None] = {}  # to be looked at when the timer fires
         self._held: dict[Job, dict[Batch, None]] = {}  # by the jobs of which one has to change first
         self._submitting: set[Batch] = set()
-        self._retries: dict[Batch, _Retry] = {}
+        self._retries: dict[Batch, Retry] = {}
         self._rooms: dict[Any, Room] = {}  # by `_limited_by`
         self._in_system: set[Job] = set()  # submitted and not over
         self._window = _FIRST_WINDOW
         self._last_call = 0.0
-        self._number = 0
         self._leaving = False
         self._left_at = 0.0
 
@@ -139,10 +129,8 @@ class Submitter:
             if index < self._system.array_limit and (source is None or index == first):
                 return batch, index
             del self._open[key]
-        self._number += 1
-        name = batch_directory.new_name(self._number)
         # Made before any entry names it, so that whoever finds an entry can look up the session that will submit it.
-        batch = Batch(batch_directory.make(folder, name), True, key, first)
+        batch = Batch(batch_directory.make(folder, batch_directory.new_name()), True, key, first)
         batch.corresponds = source
         batch.after = after
         pid = os.getpid()
@@ -163,7 +151,7 @@ class Submitter:
             source = batch.corresponds.jobs.get(index)
             if source is not None:
                 batch.after.append(source)
-        job.batch, job.index = batch, index
+        job.claim(batch, index)
         batch.jobs[index] = job
         batch.size += 1
         self._last_call = batch.touched = time.monotonic()
@@ -252,8 +240,7 @@ class Submitter:
             if not missing:
                 del self._waiting[batch]
                 for job in [job for job in batch.jobs.values() if job.submitted is None]:
-                    with contextlib.suppress(OSError):
-                        entries.remove_input(job.path, job.root)
+                    job.remove_input()
                     self.changed(job)
                 return
         part = _Part(first, last, "" if last - first + 1 == batch.size else f"{first}-{last}")
@@ -446,22 +433,16 @@ class Submitter:
                 self._pending[batch] = None
                 self._timer.within(max(0.0, room.due - later))
 
-        if room.is_full:
-            self._submitting.add(batch)
-            ask_whether_more_may_end(self._system, refusal, bool(self._in_system), decide)
-        else:
-            decide(True)
+        self._submitting.add(batch)
+        ask_whether_more_may_end(self._system, refusal, not room.is_full or bool(self._in_system), decide)
 
     def _refused(self, batch: Batch, refusal: Refused, now: float) -> None:
         """A part of a batch was refused, so try again later if that may help, or give up."""
-        retry = self._retries.get(batch) or _Retry(now, now, _FIRST_RETRY)
-        limit = _LEAVING_SECONDS if self._leaving else _RETRY_SECONDS
-        if refusal.transient and now + retry.wait - max(retry.since, self._left_at) < limit:
-            if retry.since == now:
-                logger.warning("%s; trying again for %g s", refusal, limit)
-            self._retries[batch] = _Retry(retry.since, now + retry.wait, 2 * retry.wait)
+        retry = self._retries.setdefault(batch, Retry())
+        leaving = (self._left_at, _LEAVING_SECONDS) if self._leaving else ()
+        if retry.again(refusal, now, *leaving):
             self._pending[batch] = None
-            self._timer.within(retry.wait)
+            self._timer.within(retry.due - now)
         else:
             self._give_up(batch, refusal)
 

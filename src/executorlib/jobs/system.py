@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
-from executorlib.jobs.queue import Cause, Dependency, JobState, Limit, Phase, Submission, shown_id
+from executorlib.jobs.queue import Cause, Dependency, JobState, Limit, Phase, Submission
 from executorlib.launchers.contract import Events
-
-logger = logging.getLogger("executorlib")
 
 # A job: its id, and its index in the job array. The index is None for a plain job, or for the whole array.
 JobKey: TypeAlias = tuple[str, int | None]
@@ -35,8 +32,7 @@ class Refused(Exception):
 class BatchSystem:
     """Takes batches of calls. All answers come through callbacks in the loop's thread, and nothing blocks.
 
-    What a system does not say is as it is for a cluster without job arrays and dependencies, which reports only when
-    asked.
+    The defaults suit a cluster without job arrays and dependencies that reports only when asked.
 
     Attributes:
         name: The system's name, for error texts and for sessions that find its jobs in a cache directory. Systems that
@@ -174,29 +170,3 @@ class Cancellations:
     def _send(self) -> None:
         jobs, self._jobs = self._jobs, []
         self._system.cancel(jobs)
-
-
-class Holds:
-    """Warns the user, once for each job, that an administrator holds it."""
-
-    def __init__(self) -> None:
-        self._told: set[str] = set()
-
-    def note(self, who: str, job: JobKey, state: JobState) -> None:
-        """Note the state of a job.
-
-        Args:
-            who: The call or worker that waits for it.
-            job: The job. For an array, the first one that is held stands for all.
-            state: Its state.
-        """
-        job_id, index = job
-        if state.held and job_id not in self._told:
-            self._told.add(job_id)
-            logger.warning(
-                "%s waits: an administrator holds its job %s (%s). It starts when they release it; ask them why they "
-                "hold it.",
-                who,
-                shown_id(job_id, index),
-                state.reason,
-            )

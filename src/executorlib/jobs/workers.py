@@ -17,8 +17,9 @@ from typing import Any
 from executorlib.cache import batch_directory
 from executorlib.jobs.job import read_tail
 from executorlib.jobs.queue import JobState, Limit, Phase, Submission, shown_id
-from executorlib.jobs.room import Room
-from executorlib.jobs.system import BatchSystem, Cancellations, Holds, Refused, States, ask_whether_more_may_end
+from executorlib.jobs.room import Retry, Room
+from executorlib.jobs.system import BatchSystem, Cancellations, JobKey, Refused, ask_whether_more_may_end
+from executorlib.jobs.watch import Watch
 from executorlib.launchers.boot import boot_file
 from executorlib.launchers.connecting import ConnectingWorker, dismiss
 from executorlib.launchers.contract import Events, Exit, Launcher, Process, Timer
@@ -31,8 +32,6 @@ logger = logging.getLogger("executorlib")
 
 # Workers that are wanted within this many seconds become one job array.
 _LINGER = 0.02
-# How long temporarily refused submissions are repeated, and the pause between them, in seconds.
-_RETRY_SECONDS, _RETRY_AFTER = 300.0, 5.0
 # Seconds that the system may take to find out how a worker ended after the loss of its connection.
 _KNOW_SECONDS = 10.0
 
@@ -42,36 +41,51 @@ class _Member:
 
     Attributes:
         worker: The worker.
-        array: The workers that were submitted with it.
+        batch: The workers that were submitted with it.
         index: Its place among them.
+        identity: Names it in its messages.
         lost_at: The time when its connection or its job was first missing; the system is then asked how it ended.
         lost: Whether its connection was lost.
         last: The job's last state in the system.
     """
 
-    def __init__(self, worker: ConnectingWorker, array: _Array, index: int) -> None:
+    def __init__(self, worker: ConnectingWorker, batch: _WorkerBatch, index: int) -> None:
         self.worker = worker
         self.process = worker.process
-        self.array = array
+        self.batch = batch
         self.index = index
+        self.identity = f"{batch.number}-{index}"
         self.lost_at: float | None = None
         self.lost = False
         self.last: JobState | None = None
 
     @property
-    def key(self) -> tuple[str, int | None]:
-        return self.array.job_id, self.index if self.array.is_array else None
+    def who(self) -> str:
+        return f"worker {self.process.worker.number}"
+
+    @property
+    def key(self) -> JobKey:
+        return self.batch.key(self.index)
+
+    @property
+    def is_watched(self) -> bool:
+        """True until it connects: its job may end before that."""
+        is_here = self.batch.members.get(self.index) is self
+        return is_here and self.worker.peer is None and bool(self.batch.job_id)
 
 
-class _Array:
+class _WorkerBatch:
     """Workers that were submitted together."""
 
-    def __init__(self, directory: str, size: int) -> None:
+    def __init__(self, number: int, directory: str, size: int) -> None:
+        self.number = number
         self.directory = directory
         self.size = size
-        self.is_array = size > 1
         self.job_id = ""
         self.members: dict[int, _Member] = {}
+
+    def key(self, index: int) -> JobKey:
+        return self.job_id, index if self.size > 1 else None
 
 
 class JobWorkerLauncher(Launcher):
@@ -103,19 +117,16 @@ class JobWorkerLauncher(Launcher):
             self._cwd = os.path.expanduser("~")
         self._router = Router(events, self._on_message, self._on_lost, tcp=True, hostname_localhost=hostname_localhost)
         self._wanted: list[Process] = []
-        self._arrays = 0
+        self._batches = 0
         self._members: dict[str, _Member] = {}  # by identity
-        self._by_worker: dict[int, str] = {}
+        self._by_worker: dict[int, _Member] = {}
         self._prepared = False
-        self._refused_since: float | None = None  # the first of a series of temporary refusals
+        self._retry = Retry()
         self._room: Room | None = None  # made when a limit has been met
         self._submitting = 0
         self._cancellations = Cancellations(events, system)
-        self._holds = Holds()
-        self._asking = False
-        self._ask_after = system.first_query
         self._submissions = Timer(events, self._submit)
-        self._questions = Timer(events, self._ask)
+        self._watch = Watch(events, system, self._to_watch, self._on_state)
 
     # -- Launcher -------------------------------------------------------------------------------------------------
 
@@ -143,14 +154,13 @@ class JobWorkerLauncher(Launcher):
             self._wanted.remove(process)
             self._events.on_exit(process, Exit(None, "it was no longer needed"))
             return
-        identity = self._by_worker.get(process.worker.number)
-        if identity is None:
-            return
-        self._cancel(self._members[identity])
-        self._end(identity, "its job was cancelled")
+        member = self._by_worker.get(process.worker.number)
+        if member is not None:
+            self._cancel(member)
+            self._end(member, "its job was cancelled")
 
     def _cancel(self, member: _Member) -> None:
-        if member.array.job_id:  # otherwise `_answered` cancels it
+        if member.batch.job_id:  # otherwise `_answered` cancels it
             self._cancellations.add(member.key)
 
     @property
@@ -161,7 +171,7 @@ class JobWorkerLauncher(Launcher):
     def close(self) -> None:
         """Close all connections. Workers that still run notice that and end."""
         self._router.close()
-        for directory in {member.array.directory for member in self._members.values()}:
+        for directory in {member.batch.directory for member in self._members.values()}:
             batch_directory.remove(directory, but_output=True)
         batch_directory.remove_folder(self._folder)
         self._members.clear()
@@ -172,11 +182,14 @@ class JobWorkerLauncher(Launcher):
     def _submit(self) -> None:
         if not self._wanted:
             return
+        now = time.monotonic()
+        if now < self._retry.due:
+            self._submissions.within(self._retry.due - now)
+            return
         most = self._system.array_limit
         if self._room is not None:
             if self._submitting:
                 return
-            now = time.monotonic()
             most = self._room.size(now)
             if not most:
                 self._submissions.within(self._room.due - now)
@@ -184,32 +197,31 @@ class JobWorkerLauncher(Launcher):
         wanted, self._wanted = self._wanted[:most], self._wanted[most:]
         if self._wanted and self._room is None:  # otherwise the answer will tell how much fits
             self._submissions.within(_LINGER)
-        self._arrays += 1
-        name = batch_directory.new_name(self._arrays, "workers")
+        self._batches += 1
+        name = batch_directory.new_name("workers")
         directory = os.path.join(self._folder, batch_directory.FOLDER, name)
-        array = _Array(directory, len(wanted))
+        batch = _WorkerBatch(self._batches, directory, len(wanted))
         for index, process in enumerate(wanted):
-            identity = f"{self._arrays}-{index}"
             process.host = self._system.name
-            self._members[identity] = array.members[index] = _Member(self._connecting(process), array, index)
-            self._by_worker[process.worker.number] = identity
+            member = batch.members[index] = _Member(self._connecting(process), batch, index)
+            self._members[member.identity] = self._by_worker[process.worker.number] = member
         resources = wanted[0].resources
         try:
             batch_directory.make(self._folder, name)
-            credentials = os.path.join(array.directory, "credentials")
-            self._router.credentials(f"{self._arrays}-").write(credentials)
+            credentials = os.path.join(directory, "credentials")
+            self._router.credentials(f"{batch.number}-").write(credentials)
             module = "executorlib.worker.mpi" if resources.cores > 1 else "executorlib.worker.remote"
-            program = os.path.join(array.directory, "run.py")
+            program = os.path.join(directory, "run.py")
             with open(program, "w", encoding="utf-8") as file:
                 arguments = f"{credentials!r}, numbered={self._system.element_variables!r}"
                 arguments = f"(False, {arguments})" if resources.cores > 1 else f"({arguments})"
                 file.write(boot_file(module, arguments))
         except Exception as error:  # mostly from the file system
-            self._answered(array, Refused(f"{array.directory} cannot be written: {error}"))
+            self._answered(batch, Refused(f"{directory} cannot be written: {error}"))
             return
-        batch = Submission(
+        submission = Submission(
             name="executorlib workers",
-            directory=array.directory,
+            directory=directory,
             command=shlex.join(self._command(resources, [*interpreter(), program])),
             count=len(wanted),
             resources=resources,
@@ -220,11 +232,11 @@ class JobWorkerLauncher(Launcher):
 
         def answered(answer: str | Refused) -> None:
             self._submitting -= 1
-            self._answered(array, answer)
+            self._answered(batch, answer)
             if self._wanted and self._room is not None:
                 self._submissions.within(_LINGER)  # these workers have waited for the answer
 
-        self._system.submit(batch, answered)
+        self._system.submit(submission, answered)
 
     def _connecting(self, process: Process) -> ConnectingWorker:
         return ConnectingWorker(
@@ -236,71 +248,63 @@ class JobWorkerLauncher(Launcher):
             advice="Use an mpi4py that was built for the MPI of the cluster, and the pmi_mode that suits it.",
         )
 
-    def _answered(self, array: _Array, answer: str | Refused) -> None:
+    def _answered(self, batch: _WorkerBatch, answer: str | Refused) -> None:
         now = time.monotonic()
         if isinstance(answer, Refused) and answer.limit is not Limit.NONE:
-            self._over_limit(array, answer, now)
+            self._over_limit(batch, answer, now)
             return
-        if isinstance(answer, Refused) and answer.transient:
-            if self._refused_since is None:
-                self._refused_since = now
-                logger.warning("%s; trying again for %g s", answer, _RETRY_SECONDS)
-            if now - self._refused_since < _RETRY_SECONDS:
-                self._put_back(array)
-                self._submissions.within(_RETRY_AFTER)
-                return
-        self._refused_since = None
+        if isinstance(answer, Refused) and self._retry.again(answer, now):
+            self._put_back(batch)
+            self._submissions.within(self._retry.due - now)
+            return
+        self._retry = Retry()
         if isinstance(answer, Refused):
-            self._refuse(array, answer)
+            self._refuse(batch, answer)
             return
         if self._room is not None:
-            self._room.taken(array.size, now)
-        array.job_id = answer
-        cancelled = [index for index in range(array.size) if index not in array.members]
+            self._room.taken(batch.size, now)
+        batch.job_id = answer
+        cancelled = [batch.key(index) for index in range(batch.size) if index not in batch.members]
         if cancelled:
-            self._system.cancel([(answer, index if array.is_array else None) for index in cancelled])
-        self._questions.within(self._ask_after)
+            self._system.cancel(cancelled)
+        self._watch.soon()
 
-    def _put_back(self, array: _Array) -> None:
+    def _put_back(self, batch: _WorkerBatch) -> None:
         """Submit the same workers again later, as new jobs."""
-        members = list(array.members.values())
+        members = list(batch.members.values())
         for member in members:
-            del self._members[self._by_worker.pop(member.process.worker.number)]
+            del self._members[member.identity], self._by_worker[member.process.worker.number]
         self._wanted[:0] = [member.process for member in members]
-        batch_directory.remove(array.directory)
+        batch_directory.remove(batch.directory)
 
-    def _refuse(self, array: _Array, refusal: Refused) -> None:
-        for member in list(array.members.values()):
-            identity = self._by_worker[member.process.worker.number]
-            self._end(identity, f"{self._system.name} did not accept its job: {refusal}")
+    def _refuse(self, batch: _WorkerBatch, refusal: Refused) -> None:
+        for member in list(batch.members.values()):
+            self._end(member, f"{self._system.name} did not accept its job: {refusal}")
 
-    def _over_limit(self, array: _Array, refusal: Refused, now: float) -> None:
+    def _over_limit(self, batch: _WorkerBatch, refusal: Refused, now: float) -> None:
         """There would be too many jobs, so try fewer, and then wait until some have ended."""
         if self._room is None:
             self._room = Room()
             logger.warning(
                 "%d workers are more jobs than %s accepts now. Those that wait start as other jobs end; until then, "
                 "calls go to those that run. %s",
-                array.size + len(self._wanted),
+                batch.size + len(self._wanted),
                 self._system.name,
                 refusal,
             )
         room = self._room
-        room.refused(array.size, now)
+        room.refused(batch.size, now)
 
         def decide(may_end: bool) -> None:
             later = time.monotonic()
             if room.is_hopeless(later, may_end):
-                self._refuse(array, refusal)
+                self._refuse(batch, refusal)
                 return
-            self._put_back(array)
+            self._put_back(batch)
             self._submissions.within(max(0.0, room.due - later))
 
-        if room.is_full:
-            own = any(member.array.job_id for member in self._members.values())
-            ask_whether_more_may_end(self._system, refusal, own, decide)
-        else:
-            decide(True)
+        own = any(member.batch.job_id for member in self._members.values())
+        ask_whether_more_may_end(self._system, refusal, own or not room.is_full, decide)
 
     # -- messages -------------------------------------------------------------------------------------------------
 
@@ -312,46 +316,44 @@ class JobWorkerLauncher(Launcher):
             dismiss(self._router, peer)  # this worker was given up
 
     def _on_lost(self, peer: bytes) -> None:
-        identity = worker_of(peer)
-        member = self._members.get(identity)
+        member = self._members.get(worker_of(peer))
         if member is None or member.worker.peer != peer:
             return
         if member.process.worker.stopping:
             if member.worker.left_in_silence():
                 self._cancel(member)  # it would hold its resources forever
-            self._end(identity, "it ended")
+            self._end(member, "it ended")
             return
         member.lost = True
-        self._begin_to_find_out(identity, member)
+        self._begin_to_find_out(member)
 
-    def _begin_to_find_out(self, identity: str, member: _Member) -> None:
+    def _begin_to_find_out(self, member: _Member) -> None:
         if member.lost_at is None:
             member.lost_at = time.monotonic()
-            self._find_out(identity)
+            self._find_out(member)
 
-    def _find_out(self, identity: str) -> None:
+    def _find_out(self, member: _Member) -> None:
         """Ask the system how a lost worker ended."""
-        member = self._members.get(identity)
-        if member is None:
+        if self._members.get(member.identity) is not member:
             return
 
         def know(state: JobState | None) -> None:
-            if self._members.get(identity) is not member:
+            if self._members.get(member.identity) is not member:
                 return  # it was cancelled meanwhile
             if state is not None:
                 member.last = state
             if state is not None and state.phase is Phase.ENDED:
-                self._end(identity, self._how(member))
+                self._end(member, self._how(member))
             elif not member.lost and (state is not None or member.worker.peer is not None):
                 member.lost_at = None  # the query came too early, or missed the job
             elif time.monotonic() - (member.lost_at or 0.0) > _KNOW_SECONDS:
                 # It is stopped, or on a node that is cut off, and would hold its resources forever.
                 self._cancel(member)
-                self._end(identity, self._how(member))
+                self._end(member, self._how(member))
             else:
-                self._events.call_later(0.5, lambda: self._find_out(identity))
+                self._events.call_later(0.5, lambda: self._find_out(member))
 
-        if member.array.job_id:
+        if member.batch.job_id:
             self._system.detail(member.key, know)
         else:  # it ended before the answer to its submission came
             know(None)
@@ -366,48 +368,31 @@ class JobWorkerLauncher(Launcher):
 
     # -- states in the system -------------------------------------------------------------------------------------
 
-    def _ask(self) -> None:
-        """Ask for the states of jobs whose workers have not connected, because they may have ended before that."""
-        silent = [member for member in self._members.values() if member.worker.peer is None and member.array.job_id]
-        if self._asking or not silent:
-            return
-        self._asking = True
-        ids = sorted({member.array.job_id for member in silent})
-        self._system.query(ids, lambda states: self._on_states(silent, states))
+    def _to_watch(self) -> list[_Member] | None:
+        return [member for member in self._members.values() if member.is_watched] or None
 
-    def _on_states(self, silent: list[_Member], states: States | None) -> None:
-        self._asking = False
-        for member in silent if states is not None else ():
-            identity = self._by_worker.get(member.process.worker.number)
-            if identity is None or member.worker.peer is not None or states is None:
-                continue
-            state = states.get((member.array.job_id, member.index)) or states.get((member.array.job_id, None))
-            if state is not None:
-                member.last = state
-                self._holds.note(f"worker {member.process.worker.number}", member.key, state)
-            if state is not None and state.hopeless:
-                self._cancel(member)
-                self._end(identity, f"{self._system.name} would let it wait forever: {state.state}, {state.reason}")
-            elif state is None or state.phase is Phase.ENDED:
-                self._begin_to_find_out(identity, member)
-        self._ask_after = min(1.5 * self._ask_after, self._system.last_query)
-        self._questions.within(self._ask_after)
+    def _on_state(self, member: _Member, state: JobState | None) -> None:
+        if state is not None:
+            member.last = state
+        if state is not None and state.hopeless:
+            self._cancel(member)
+            self._end(member, f"{self._system.name} would let it wait forever: {state.state}, {state.reason}")
+        elif state is None or state.phase is Phase.ENDED:
+            self._begin_to_find_out(member)
 
     # -- ending ---------------------------------------------------------------------------------------------------
 
-    def _end(self, identity: str, text: str) -> None:
-        member = self._members.pop(identity)
-        if self._room is not None and member.array.job_id:
+    def _end(self, member: _Member, text: str) -> None:
+        process, batch = member.process, member.batch
+        del self._members[member.identity], self._by_worker[process.worker.number], batch.members[member.index]
+        if self._room is not None and batch.job_id:
             now = time.monotonic()
             self._room.ended(now)
             if self._wanted:
                 self._submissions.within(max(0.0, self._room.due - now))
-        process, array = member.process, member.array
-        del self._by_worker[process.worker.number]
-        del array.members[member.index]
-        process.stderr += read_tail(os.path.join(array.directory, f"output.{member.index}"))
+        process.stderr += read_tail(os.path.join(batch.directory, f"output.{member.index}"))
         planned = member.last is not None and member.last.cause.ends_early
-        if not array.members:
+        if not batch.members:
             # No entry has the output, because a worker prints for many calls.
-            batch_directory.remove(array.directory, but_output=True)
+            batch_directory.remove(batch.directory, but_output=True)
         self._events.on_exit(process, Exit(None, text, planned=planned))
