@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
         "-d",
         "--directory",
         default=DEFAULT_DIRECTORY,
-        help="the cache directory (default: %(default)s, that of the cluster executors)",
+        help="the cache directory (default: %(default)s, as for the cluster executors)",
     )
     common.add_argument(
         "--json", action="store_true", help="one JSON object per line; sizes in bytes, times in seconds"
@@ -122,8 +122,8 @@ def _parser() -> argparse.ArgumentParser:
     ls.add_argument("--reverse", action="store_true", help="reverse the order")
     ls.add_argument("--limit", type=_count, metavar="N", help="list only the first N; the total still counts all")
 
-    show = add("show", _show, "show what an entry holds", _SHOW_WARNING)
-    show.add_argument("key", metavar="KEY", help="as listed by ls")
+    show = add("show", _show, "show the content of an entry", _SHOW_WARNING)
+    show.add_argument("key", metavar="KEY", help="key of an entry, as listed by ls")
     show.add_argument(
         "--full",
         action="store_true",
@@ -131,33 +131,50 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     rm = add("rm", _rm, "remove entries", "A call whose entry was removed runs again when it is submitted again.")
-    rm.add_argument("keys", metavar="KEY", nargs="+", help="as listed by ls")
-    rm.add_argument("--force", action="store_true", help="also entries that wait or run; cancels no job")
+    rm.add_argument("keys", metavar="KEY", nargs="+", help="key of an entry, as listed by ls")
+    rm.add_argument("--force", action="store_true", help="also entries that wait or run; their jobs are not cancelled")
 
     prune = add(
         "prune",
         _prune,
-        "remove entries by age and size, and what crashed processes left behind",
+        "remove entries by age and size, and the leftovers of crashed processes",
         "An entry is removed if it meets every condition given among --older-than, --larger-than, --failed and "
         "--outdated. Entries that wait or run stay unless --pending is given. Without any of these options, only "
         "leftovers are removed: temporary files and inputs of finished calls after an hour, and batch directories "
         "without waiting or running calls.",
     )
-    prune.add_argument("--older-than", type=_age, metavar="AGE", help="not written for this long: 30d, 12h; s m h d w")
-    prune.add_argument("--larger-than", type=_size, metavar="SIZE", help="1G, 500M; K M G T are powers of 1024")
     prune.add_argument(
-        "--failed", action="store_true", help="the function raised, or its job ended without a result; opens each file"
+        "--older-than",
+        type=_age,
+        metavar="AGE",
+        help="only entries not written to for this long: 30d, 12h (s m h d w)",
+    )
+    prune.add_argument(
+        "--larger-than",
+        type=_size,
+        metavar="SIZE",
+        help="only entries larger than this: 1G, 500M (K M G T are powers of 1024)",
+    )
+    prune.add_argument(
+        "--failed",
+        action="store_true",
+        help="only calls that raised, or whose jobs ended without a result; opens each file",
     )
     prune.add_argument(
         "--outdated",
         action="store_true",
-        help="it ran with versions of its distributions that differ from those installed here; reads each file",
+        help="only entries made with other versions of their distributions than those installed here; reads each file",
     )
     prune.add_argument(
-        "--max-size", type=_size, metavar="SIZE", help="then remove the oldest until the rest is no larger than this"
+        "--max-size",
+        type=_size,
+        metavar="SIZE",
+        help="then remove the oldest entries until the rest is no larger than this",
     )
-    prune.add_argument("--pending", action="store_true", help="also entries that wait or run; cancels no job")
-    prune.add_argument("--dry-run", action="store_true", help="remove nothing, list what would be removed")
+    prune.add_argument(
+        "--pending", action="store_true", help="also entries that wait or run; their jobs are not cancelled"
+    )
+    prune.add_argument("--dry-run", action="store_true", help="only list what would be removed")
     return parser
 
 
