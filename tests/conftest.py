@@ -1,4 +1,4 @@
-"""What all tests share: executors by row, gates, scripts, and guards around every test."""
+"""Shared by all tests: executors by row, gates, scripts, and guards around every test."""
 
 from __future__ import annotations
 
@@ -85,12 +85,12 @@ class Row:
 
     @property
     def single_node(self) -> bool:
-        """Whether it takes the arguments that only `SingleNodeExecutor` has."""
+        """True if it takes the arguments that only `SingleNodeExecutor` has."""
         return self.executor == "SingleNodeExecutor"
 
     @property
     def jobs(self) -> bool:
-        """Whether calls are jobs: they travel as files of a cache directory, which every executor has, and outlive it.
+        """True if calls are jobs: they travel as files of a cache directory, which every executor has, and outlive it.
 
         So an equal call runs only once, a call's key tells its inputs by the calls that they are results of, what it
         prints goes to a file, and leaving without waiting leaves the jobs.
@@ -99,7 +99,7 @@ class Row:
 
     @property
     def live(self) -> bool:
-        """Whether each call has a connection to its worker, of whose death the future tells by its own words."""
+        """True if each call has a connection to its worker, whose death its own error describes."""
         return not self.jobs
 
     @property
@@ -116,7 +116,7 @@ class Row:
 
     @property
     def prints_here(self) -> bool:
-        """Whether what calls print is what the program prints; otherwise the system keeps it."""
+        """True if the program prints the output of calls; otherwise the system keeps it."""
         return not self.jobs and not self.flux
 
     @property
@@ -243,7 +243,7 @@ class SharedExecutor:
 
     def start(self) -> None:
         self.current = self.row.make()
-        # What is started lazily has to be there before a test's leak guard counts: all workers.
+        # All workers, which are started lazily, must exist before a test's leak guard counts.
         with tempfile.TemporaryDirectory() as folder:
             gate = Gate(folder, "start")
             futures = [self.current.submit(gate, i) for i in range(2)]
@@ -404,7 +404,7 @@ def end_group(process: subprocess.Popen[Any], gently: bool) -> None:
         process.kill()
 
 
-# What became of a test.
+# The outcome of a test.
 
 _failed_key: pytest.StashKey[bool] = pytest.StashKey()
 
@@ -416,13 +416,13 @@ def pytest_runtest_makereport(
     report = yield
     if report.failed:
         item.stash[_failed_key] = True
-    # What a test printed may hold bytes of any kind, which pytest-xdist cannot send.
+    # The output of a test may hold bytes of any kind, which pytest-xdist cannot send.
     report.sections = [(name, text.encode(errors="backslashreplace").decode()) for name, text in report.sections]
     return report
 
 
 def failed(request: pytest.FixtureRequest) -> bool:
-    """Whether this fixture's test has failed."""
+    """Return whether this fixture's test has failed."""
     return request.node.stash.get(_failed_key, False)  # type: ignore[no-any-return]
 
 
@@ -443,7 +443,7 @@ def missing_for_mpi() -> list[str]:
 
 
 def told_to_use(system: str) -> bool:
-    """Whether the tests were told to use a queuing system: one that happens to be on the machine is others'."""
+    """Return whether the tests were told to use a queuing system. One that happens to be there belongs to others."""
     return bool(os.environ.get(f"EXECUTORLIB_TEST_{system}"))
 
 
@@ -703,7 +703,7 @@ def children() -> set[int]:
 
 
 def open_files() -> dict[int, str]:
-    """What each open file descriptor of this process refers to."""
+    """Return the target of each open file descriptor of this process."""
     found = {}
     for name in os.listdir("/proc/self/fd" if LINUX else "/dev/fd"):
         with contextlib.suppress(OSError):

@@ -594,7 +594,7 @@ def test_terminating_cancels_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_terminating_cancels_no_other_systems_jobs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, noted: str, configured: str, cancels: bool
 ) -> None:
-    """On another cluster, the number of the job is that of somebody else's."""
+    """On another cluster, the job's number belongs to somebody else's job."""
     said = fake_scancel(tmp_path, monkeypatch, 0)
     scontrol = tmp_path / "bin" / "scontrol"
     scontrol.write_text(f"#!/bin/sh\necho 'ClusterName             = {configured}'\n")
@@ -630,7 +630,7 @@ def test_entries_stay_where_their_jobs_cannot_be_cancelled(tmp_path: Path, monke
 # -- without h5py ------------------------------------------------------------------------------------------------------
 
 
-def test_what_needs_h5py_says_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_h5py_is_an_error_that_says_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = entries.entry_path(tmp_path, "key")
     write_plain(path, function=len, output=1)
     monkeypatch.setitem(sys.modules, "h5py", None)
@@ -653,7 +653,7 @@ def test_importing_the_module_loads_neither_h5py_nor_numpy() -> None:
     assert json.loads(output_of(run(code))) == [False, False]
 
 
-# Whose files are read.
+# The owners whose files are read.
 
 STRANGER = 65534
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
@@ -678,7 +678,7 @@ def give_away(root: Path, *paths: Path) -> None:
 @pytest.mark.parametrize("mode", [0o777, 0o1777])
 @pytest.mark.parametrize("key", ["a", "sub/folder/a"])
 def test_files_of_strangers_are_not_unpickled(tmp_path: Path, mode: int, key: str) -> None:
-    """Where everybody may write, a stranger can have made the file, and the folder that it is in."""
+    """If everybody may write there, a stranger can have made the file and its folder."""
     store = folder_for(tmp_path / "store", mode)
     path, waiting = entries.entry_path(store, key), str(entries.entry_path(store, key, "i"))
     call: dict[str, Any] = {"function": abs, "input_args": [1], "input_kwargs": {}, "resource_dict": {}}
@@ -720,8 +720,8 @@ def test_future_of_a_file_that_a_stranger_puts_there(tmp_path: Path) -> None:
 
 @needs_root
 @pytest.mark.parametrize("theirs", [False, True])
-def test_files_of_those_whom_the_owner_lets_write(tmp_path: Path, theirs: bool) -> None:
-    """Those of a group that this user is in, too; also where the cache directory is in a folder for everybody."""
+def test_files_of_writers_whom_the_owner_admits(tmp_path: Path, theirs: bool) -> None:
+    """This includes a group that this user is in, even if the cache directory is in a folder for everybody."""
     store = folder_for(folder_for(tmp_path / "scratch", 0o1777) / "store", 0o2775)
     path = entries.entry_path(store, "sub/a")
     write(path, output=3)
@@ -755,8 +755,8 @@ def test_a_change_of_the_mode_is_seen(tmp_path: Path) -> None:
         entries.read_output(path, store)
 
 
-def test_nobody_else_can_write_to_what_is_made(tmp_path: Path) -> None:
-    """Even with a umask that lets everybody."""
+def test_nobody_else_can_write_to_new_files(tmp_path: Path) -> None:
+    """Even with a umask that would let everybody write."""
     before = os.umask(0)
     try:
         write(tmp_path / "a_o.h5", output=3)
@@ -771,14 +771,14 @@ def test_nobody_else_can_write_to_what_is_made(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(SECONDS)
 def test_pipe_in_the_place_of_a_file(tmp_path: Path) -> None:
-    """Nobody writes to it, so who waited for that would wait for ever."""
+    """Nobody writes to it, so waiting for data would never end."""
     os.mkfifo(tmp_path / "a_o.h5")
     assert entries.read_output(tmp_path / "a_o.h5") is None
     assert entries.datasets_of(tmp_path / "a_o.h5") == set()
 
 
 def test_programs_of_jobs_where_everybody_may_write(tmp_path: Path) -> None:
-    """In a folder without the sticky bit anybody can rename what is there, and put something else in its place."""
+    """In a folder without the sticky bit, anybody can replace the files."""
     store = folder_for(tmp_path / "store", 0o777)
     with pytest.raises(PermissionError, match=f"jobs are not run from .*chmod o-w {store}"):
         batch_directory.make(str(store), "batch")
@@ -823,7 +823,7 @@ def test_files_of_batches_that_a_stranger_put_there(tmp_path: Path, name: str) -
 @pytest.mark.timeout(SECONDS)
 @pytest.mark.parametrize("target", ["b_o.h5", "/dev/zero", "nowhere"])
 def test_links_in_the_place_of_entries(tmp_path: Path, target: str) -> None:
-    """Another call's result of the same owner, and a file without end that counts as root's."""
+    """One leads to another call's result of the same owner, the other to an endless file of root's."""
     write(entries.entry_path(tmp_path, "b"), output="of another call")
     entries.entry_path(tmp_path, "a").symlink_to(target)
     for read in (
@@ -837,7 +837,7 @@ def test_links_in_the_place_of_entries(tmp_path: Path, target: str) -> None:
 
 
 def test_links_in_the_place_of_folders(tmp_path: Path) -> None:
-    """Nothing is read, written or removed where they lead to; a link to the cache directory itself is the user's."""
+    """Nothing is read, written or removed through them, but a link to the cache directory itself is followed."""
     elsewhere, real = folder_for(tmp_path / "elsewhere", 0o755), folder_for(tmp_path / "real", 0o755)
     store = tmp_path / "store"
     store.symlink_to(real)
@@ -860,7 +860,7 @@ def test_links_in_the_place_of_folders(tmp_path: Path) -> None:
     assert sorted(elsewhere.iterdir()) == before
 
 
-def test_only_what_a_file_has_now_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_growing_file_is_read_to_its_present_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file that grows all the time has no end."""
     path = tmp_path / "file"
     path.write_bytes(b"0123456789")
@@ -917,7 +917,7 @@ def test_results_are_on_the_disk_before_they_have_their_name(tmp_path: Path, mon
 @needs_root
 @pytest.mark.parametrize("mode", [0o755, 0o775, 0o777, 0o1777])
 def test_the_directory_of_a_stranger(tmp_path: Path, mode: int, capsys: pytest.CaptureFixture[str]) -> None:
-    """Nothing in it is unpickled, whoever's file it is."""
+    """Nothing in it is unpickled, whoever owns the file."""
     store = folder_for(tmp_path / "store", mode)
     entries.write_pickles(str(store / "a_o.h5"), {"output": pickle.dumps(Trace(tmp_path / "trace"))})
     os.chown(store, STRANGER, STRANGER)
@@ -960,7 +960,7 @@ class Trace:
         (STRANGER, 0o755, "^3$"),  # the reader's own
     ],
 )
-def test_whose_directories_are_read(for_all: Path, owner: int, mode: int, said: str) -> None:
+def test_directories_are_read_only_if_their_owner_is_trusted(for_all: Path, owner: int, mode: int, said: str) -> None:
     store = folder_for(for_all / "store", 0o755)
     write(store / "a_o.h5", output=3)
     os.chown(store, owner, STRANGER)
@@ -970,7 +970,7 @@ def test_whose_directories_are_read(for_all: Path, owner: int, mode: int, said: 
 
 
 def test_a_server_that_takes_this_user_for_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As with ``root_squash``: all that this process makes is another user's, its cache directory as well."""
+    """As with ``root_squash``: all files of this process, even its cache directory, belong to another user."""
     write(tmp_path / "a_o.h5", output=3)
     monkeypatch.setattr(os, "geteuid", lambda: 1_000_000)
     monkeypatch.setattr(trust, "is_trusted", lambda owner: owner == 1_000_000)
@@ -1005,7 +1005,7 @@ def test_a_cache_directory_that_a_link_leads_to_can_be_asked(tmp_path: Path) -> 
     assert cache.get_future_from_cache(link, "a").result() == 1
 
 
-def test_a_result_that_shows_when_it_is_asked_for_is_an_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_result_that_appears_late_is_an_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a network file system, which remembered that it was not there."""
     path = tmp_path / "a_o.h5"
     is_there = trust.is_there
@@ -1019,7 +1019,7 @@ def test_a_result_that_shows_when_it_is_asked_for_is_an_input(tmp_path: Path, mo
 
 
 def test_inputs_that_were_stored_before_the_modules_were_put_into_folders(tmp_path: Path) -> None:
-    """They name a module by what it was called then; one to look at them does, and a job that is yet to run."""
+    """They name a module by its older name. Both reading an entry and a waiting job must find it."""
     write(tmp_path / "a_o.h5", output=3)
     where = (str(tmp_path / "a_o.h5"), (), str(tmp_path), None)
     reference = b"cexecutorlib.entries\n_load_result\n" + pickle.dumps(where, 0).removesuffix(b".") + b"R"
@@ -1034,7 +1034,7 @@ def test_inputs_that_were_stored_before_the_modules_were_put_into_folders(tmp_pa
     assert entries.load_with_names(stored) == [entries.name_of_result("a", ())]
 
 
-def test_an_input_that_is_damaged_is_told_of_as_such(tmp_path: Path) -> None:
+def test_damaged_input_is_an_error_that_says_so(tmp_path: Path) -> None:
     path = tmp_path / "a_o.h5"
     path.write_bytes(b"damaged")
     with pytest.raises(FileNotFoundError, match=r"a_o\.h5, which is damaged.*Submit that call again"):
@@ -1042,7 +1042,7 @@ def test_an_input_that_is_damaged_is_told_of_as_such(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("there", ["a file for a folder", "damaged", "not kept", "kept"])
-def test_a_job_that_ran_something_else_leaves_its_result_whatever_is_at_the_other_key(
+def test_job_that_ran_something_else_leaves_its_result(
     tmp_path: Path, there: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, other = tmp_path / "folder", tmp_path / "folder" / "other_o.h5"
@@ -1075,7 +1075,7 @@ def test_a_job_that_ran_something_else_leaves_its_result_whatever_is_at_the_othe
 @repeatable
 @given(st.lists(st.tuples(st.integers(0, 100_000), st.integers(0, 255)), min_size=1, max_size=3))
 def test_damaged_files_of_others(damage: list[tuple[int, int]]) -> None:
-    """Whatever is wrong with what the HDF5 library reads, the entry is absent; no other exception, no other value."""
+    """Whatever the HDF5 library reads from it, the entry counts as absent: no exception, and no other value."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "a_o.h5")
         write_plain(path, output="the result", runtime=0.5)
@@ -1089,7 +1089,7 @@ def test_damaged_files_of_others(damage: list[tuple[int, int]]) -> None:
 
 @pytest.mark.parametrize("take", [os.link, shutil.copy, os.replace], ids=["link", "copy", "rename"])
 def test_a_file_under_the_name_of_another_call_is_no_result(tmp_path: Path, take: Any, caplog: Any) -> None:
-    """... where the name was derived from the call. One that the user has given to it may be changed by the user."""
+    """This holds for names derived from the call. A user may rename entries that they have named themselves."""
     for key, versions in ("derived", {}), ("named", None):
         entries.write_output(
             tmp_path / f"{key}_o.h5",

@@ -1,4 +1,4 @@
-"""The command line lists without reading, says what it cannot do, and removes only what it was told to."""
+"""The command line lists without reading entries, reports its failures, and removes only the requested files."""
 
 from __future__ import annotations
 
@@ -156,9 +156,7 @@ def test_ls_sorts(directory: Path, call: Call, options: list[str], keys: list[st
     assert total.startswith("5 entries, ")
 
 
-def test_ls_prints_what_it_has_found_before_it_has_found_all(
-    tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ls_prints_entries_as_it_finds_them(tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     def scan(_: str) -> Any:
         yield cache_scan.ListedEntry("first", "done", 1, 0.0, "first_o.h5")
         raise KeyboardInterrupt
@@ -249,14 +247,14 @@ def test_show_prints_what_an_entry_holds(tmp_path: Path, call: Call) -> None:
 
 
 class Unrepresentable:
-    """What has no repr()."""
+    """An object whose repr() raises."""
 
     def __repr__(self) -> str:
         raise RuntimeError
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
-def test_show_does_not_unpickle_what_anybody_can_have_written(tmp_path: Path, call: Call) -> None:
+def test_show_does_not_unpickle_files_of_strangers(tmp_path: Path, call: Call) -> None:
     store = tmp_path / "store"
     store.mkdir()
     store.chmod(0o1777)
@@ -292,7 +290,7 @@ def test_show_prints_where_a_function_raised(tmp_path: Path, call: Call) -> None
     assert re.search(r"^queue_id: +17$", out, re.MULTILINE)
 
 
-def test_show_of_a_call_that_failed_names_the_output_of_its_job(directory: Path, call: Call) -> None:
+def test_show_of_a_failed_call_names_the_output_of_its_job(directory: Path, call: Call) -> None:
     code, out, _ = call("cache", "show", "-d", directory, "died")
     assert code == 0
     assert re.search(r"^state: +failed$", out, re.MULTILINE)
@@ -333,7 +331,7 @@ def test_rm_removes_entries_and_what_their_jobs_printed(directory: Path, call: C
     assert states(call, directory) == {"waits": "waiting", "runs": "running"}
 
 
-def test_rm_keeps_what_waits_or_runs_unless_forced(directory: Path, call: Call) -> None:
+def test_rm_keeps_waiting_and_running_entries_unless_forced(directory: Path, call: Call) -> None:
     before = files(directory)
     code, out, errors = call("cache", "rm", "-d", directory, "waits", "runs")
     assert (code, out) == (1, "")
@@ -345,7 +343,7 @@ def test_rm_keeps_what_waits_or_runs_unless_forced(directory: Path, call: Call) 
     assert states(call, directory) == {"done": "done", "sub/done": "done", "died": "failed"}
 
 
-def test_rm_removes_the_others_where_one_is_not_there(directory: Path, call: Call) -> None:
+def test_rm_removes_the_others_if_one_is_missing(directory: Path, call: Call) -> None:
     code, out, errors = call("cache", "rm", "-d", directory, "no", "../done", "done", "--json")
     assert code == 1
     assert json.loads(out)["removed"] == str(directory.resolve() / "done_o.h5")
@@ -369,7 +367,7 @@ def test_prune_by_age_and_size(directory: Path, call: Call) -> None:
     assert (code, files(directory)) == (0, ["new_o.h5", "other.txt"])
 
 
-def test_prune_what_failed(tmp_path: Path, call: Call) -> None:
+def test_prune_failed_calls(tmp_path: Path, call: Call) -> None:
     write(tmp_path / "good_o.h5", output=3)
     write(tmp_path / "bad_o.h5", error=KeyError("why"))
     (tmp_path / "damaged_o.h5").touch()
@@ -388,7 +386,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("installed")
-def test_prune_what_was_made_with_other_versions(tmp_path: Path, call: Call) -> None:
+def test_prune_results_of_other_versions(tmp_path: Path, call: Call) -> None:
     write_with_versions(tmp_path / "same_o.h5", numpy="2.0", pytest="9.0")
     write_with_versions(tmp_path / "older_o.h5", numpy="1.0", pytest="9.0")
     write_with_versions(tmp_path / "not_here_o.h5", scipy="1.0")
@@ -446,7 +444,7 @@ def test_a_dry_run_lists_and_removes_nothing(directory: Path, call: Call) -> Non
     assert files(directory) == before
 
 
-def test_prune_removes_what_crashed_writers_left(tmp_path: Path, call: Call) -> None:
+def test_prune_removes_files_of_crashed_writers(tmp_path: Path, call: Call) -> None:
     for hours, name in ((2, "old"), (0, "new")):
         for path in (tmp_path / f"{name}_o.h5", tmp_path / f"{name}_i.h5", tmp_path / f"{name}_alone_i.h5"):
             path.touch()
@@ -511,7 +509,7 @@ def test_prune_removes_batch_directories_that_nobody_needs(tmp_path: Path, call:
 
 
 def test_nothing_is_removed_by_way_of_links(tmp_path: Path, call: Call) -> None:
-    """Whoever may write to the directory can put links there, to the folders of whoever cleans it."""
+    """Anybody who may write to the directory can put links there, to folders of the user who cleans it."""
     home, store = tmp_path / "home", tmp_path / "store"
     (home / batch_name("thesis")).mkdir(parents=True)
     for path in (home / "a_o.h5", home / batch_name("thesis") / "thesis.tex"):
@@ -582,7 +580,7 @@ def test_only_batch_directories_are_removed(tmp_path: Path, call: Call, what: st
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 def test_users_remove_their_own_batch_directories(for_all: Path) -> None:
-    """In a directory of all, of which each may remove what is in the folders of others that let him."""
+    """In a directory for everybody, where users may remove files in folders of others."""
     store = for_all / "store"
     folders = {user: batch(store, f"of-{user}", {0: "gone"}) for user in (1, 2)}
     for user, folder in folders.items():

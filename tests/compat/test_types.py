@@ -1,4 +1,4 @@
-"""Type checkers take users' programs for what they are: right ones without a word, and the mistakes in wrong ones."""
+"""Type checkers accept users' right programs, and find the mistakes in wrong ones."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def pyright(folder: Path) -> Lines:
 
 
 def run(module: str, folder: Path, *arguments: str) -> str:
-    """What a type checker prints; a status above 1 says that it could not work."""
+    """Return the output of a type checker; a status above 1 means that it could not work."""
     done = subprocess.run(
         [sys.executable, "-m", module, *arguments], cwd=folder, capture_output=True, text=True, timeout=250
     )

@@ -1,4 +1,4 @@
-"""Calls that are jobs: who leaves comes back to their results, and none runs twice."""
+"""Calls that are jobs: a session that leaves finds their results later, and none runs twice."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_leaving_cancels_the_futures_and_keeps_the_jobs(
 
 
 def test_leaving_right_after_submitting(make: Callable[..., Any], store: Path) -> None:
-    """Also what was not handed to the queuing system yet becomes jobs."""
+    """Calls that were not handed to the queuing system yet become jobs, too."""
     executor = make()
     futures = [executor.submit(add, i, 1) for i in range(5)]
     futures.append(executor.submit(total, *futures, resource_dict=key("last")))
@@ -133,7 +133,7 @@ def test_leaving_the_block_without_waiting(make: Callable[..., Any], gate: Calla
 
 
 def test_leaving_in_a_callback(make: Callable[..., Any], gate: Callable[..., Gate], store: Path) -> None:
-    """Where the executor's own thread cannot wait for itself."""
+    """The executor's thread cannot wait for itself there."""
     held = gate()
     executor = make()
     pending = executor.submit(held, 5, resource_dict=key("held"))
@@ -249,7 +249,7 @@ KILLED = """
 def test_session_that_is_killed(
     row: Any, scripts: Any, make: Callable[..., Any], gate: Callable[..., Gate], store: Path, tmp_path: Path
 ) -> None:
-    """Its jobs go on, and nothing that it left half done is in the way of the next one."""
+    """Its jobs go on, and its half-finished work does not hinder the next session."""
     held = gate()
     program = scripts.start(KILLED, row.arguments(cache_directory=str(store)), env=with_tests())
     held.pid()
@@ -265,7 +265,7 @@ def test_session_that_is_killed(
 
 
 def test_same_keys_whenever_inputs_are_done(make: Callable[..., Any], store: Path) -> None:
-    """A call with futures as inputs is the same, whether their results were there before it or not."""
+    """A call with futures as inputs has the same key whether or not their results were there before it."""
     with make() as executor:
         source = executor.submit(identity, {"a": (1, 2)})
         part = get_item_from_future(source, "a")
@@ -344,7 +344,7 @@ def test_parts_of_results_without_a_session(make: Callable[..., Any], gate: Call
 def test_failed_input_fails_what_depends_on_it(
     make: Callable[..., Any], gate: Callable[..., Gate], store: Path, tmp_path: Path
 ) -> None:
-    """Also when that is in the queue already; no job is left, none of them has run."""
+    """Even if those are in the queue already. No job is left, and none of them has run."""
     held, log = gate(), str(tmp_path / "log")
 
     def fail_later() -> None:
@@ -457,7 +457,7 @@ def test_leaving_with_the_queue_emptied(
     assert_tidy(store)
 
 
-# What is in the cache directory.
+# The contents of the cache directory.
 
 
 def test_future_of_a_running_job(make: Callable[..., Any], gate: Callable[..., Gate], store: Path) -> None:
@@ -496,7 +496,7 @@ def test_exceptions_are_kept_with_their_traceback(make: Callable[..., Any], stor
 def test_default_directory(
     row: Any, monkeypatch: pytest.MonkeyPatch, gate: Callable[..., Gate], tmp_path: Path
 ) -> None:
-    """It is the one in which the executor was made, wherever the program goes later."""
+    """It is in the working directory of the constructor's call, even if the program changes directory later."""
     held = gate()
     monkeypatch.chdir(tmp_path)
     with row.executor_class() as executor:
@@ -528,7 +528,7 @@ def test_nothing_is_left_behind(make: Callable[..., Any], gate: Callable[..., Ga
 def test_entry_of_a_session_that_has_not_submitted_it_yet(
     make: Callable[..., Any], gate: Callable[..., Gate], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever finds it leaves it to that session, as long as there is one."""
+    """Other sessions leave it alone as long as that session lives."""
     held = gate()
     with make() as executor, make() as other:
         # More inputs than this are waited for here, not by the queue.
@@ -543,7 +543,7 @@ def test_entry_of_a_session_that_has_not_submitted_it_yet(
         assert (mine.result(WAIT), joined.result(WAIT)) == (3, 3)
 
 
-# What jobs print.
+# The output of jobs.
 
 
 @pytest.mark.rows("jobs", "flux-cluster")
@@ -641,7 +641,7 @@ def test_batches_of_a_session_that_left(make: Callable[..., Any], store: Path, g
 
 
 @pytest.mark.rows("jobs")
-def test_what_holds_the_environment_is_private(
+def test_files_with_the_environment_are_private(
     make: Callable[..., Any], store: Path, gate: Callable[..., Gate], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held = gate()
@@ -661,7 +661,7 @@ def test_what_holds_the_environment_is_private(
     assert not any(mode & 0o002 for mode in modes.values())
 
 
-# What a session finds that others left.
+# Things that other sessions have left.
 
 
 @pytest.mark.rows("jobs")
@@ -669,7 +669,7 @@ def test_what_holds_the_environment_is_private(
 def test_an_entry_that_is_damaged(
     make: Callable[..., Any], store: Path, monkeypatch: pytest.MonkeyPatch, content: bytes | None
 ) -> None:
-    """It is claimed anew soon, and by one session only; not at once, as an empty one may be about to be filled."""
+    """It is claimed again soon, by one session only. Not at once, because an empty entry may be about to be filled."""
     monkeypatch.setattr("executorlib.jobs.claims._UNREADABLE_SECONDS", 0.5)
     path = entries.entry_path(store, "call", "i")
     values = {"function": record, "input_args": ["x", 1], "input_kwargs": {}, "resource_dict": {}}
@@ -682,8 +682,8 @@ def test_an_entry_that_is_damaged(
     assert lines(log) == ["1"]
 
 
-def test_an_entry_that_was_damaged_and_is_claimed_by_now(store: Path) -> None:
-    """Who has found it damaged comes late."""
+def test_damaged_entry_that_another_session_has_claimed(store: Path) -> None:
+    """The session that found it damaged is too late."""
     path = str(entries.entry_path(store, "call", "i"))
     values = {"function": abs, "input_args": [1], "input_kwargs": {}, "resource_dict": {}}
     assert entries.write_input(path, {**values, "batch": "of another session"})
@@ -692,8 +692,8 @@ def test_an_entry_that_was_damaged_and_is_claimed_by_now(store: Path) -> None:
 
 
 @pytest.mark.rows("jobs")
-def test_what_kept_a_call_from_beginning_is_not_kept(make_executor: Callable[..., Any], tmp_path: Path) -> None:
-    """A missing module fails the call for those who wait; who has mended that, and submits it again, has it run."""
+def test_failure_to_begin_a_call_is_not_kept(make_executor: Callable[..., Any], tmp_path: Path) -> None:
+    """A missing module fails the call for those who wait. Once it is there, the call runs if submitted again."""
     module = tmp_path / "came_later.py"
     module.write_text("def double(x):\n    return 2 * x\n")
     sys.path.insert(0, str(tmp_path))
@@ -718,7 +718,7 @@ def test_what_kept_a_call_from_beginning_is_not_kept(make_executor: Callable[...
 def test_session_in_a_job_of_another_system(
     make: Callable[..., Any], store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The id of the job that all this is in is not taken for the calls' own."""
+    """The id of the job that the session runs in is not mistaken for the calls' own."""
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     monkeypatch.setenv("JOB_ID", "4711")
     with make() as executor:
@@ -754,7 +754,7 @@ def test_a_job_of_another_system_is_only_watched(make_executor: Callable[..., An
 def test_a_directory_of_several_names(
     make_executor: Callable[..., Any], tmp_path: Path, gate: Callable[..., Gate]
 ) -> None:
-    """A session that reaches the directory by another name joins the right element of a job array."""
+    """A session that knows the directory by another name joins the right element of a job array."""
     store = tmp_path / "store"
     store.mkdir()
     (tmp_path / "link").symlink_to(store)
@@ -776,7 +776,7 @@ def test_a_directory_of_several_names(
 @pytest.mark.rows("jobs", "slurm")
 @pytest.mark.parametrize("name", ["a\nb", "\r\x85", "\\n\\", "%j 'a' \"b\" $HOME"])
 def test_directories_of_any_name(make_executor: Callable[..., Any], row: Any, tmp_path: Path, name: str) -> None:
-    """... but for what Slurm cannot take as a cache directory, which is an error where it is given."""
+    """A name that Slurm cannot take as a cache directory is an error at once."""
     folder = tmp_path / name
     store: Any = folder
     if row.name == "slurm" and "\\" in name:
@@ -793,7 +793,7 @@ def test_directories_of_any_name(make_executor: Callable[..., Any], row: Any, tm
 @pytest.mark.linux
 @pytest.mark.rows("jobs")
 def test_kill_workers_with_a_suspended_queue(make_executor: Callable[..., Any], gate: Callable[..., Gate]) -> None:
-    """The queue on one machine is a process of ours, which has to go on to end its jobs."""
+    """The local queue is a process of ours, which must be continued so that it can end its jobs."""
     held = gate()
     executor = make_executor(max_workers=1)
     future = executor.submit(held)

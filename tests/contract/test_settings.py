@@ -1,4 +1,4 @@
-"""What a user sets in the interpreter reaches the calls: options, recursion limit, warning filters, logging."""
+"""Settings of the user's interpreter reach the calls: options, recursion limit, warning filters, logging."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ class OwnWarning(UserWarning):
 
 
 def warn(text: str, category: type[Warning] = UserWarning) -> str:
-    """What became of a warning."""
+    """Return the outcome of a warning."""
     import warnings
 
     with warnings.catch_warnings(record=True) as caught:
@@ -221,7 +221,7 @@ def test_levels_and_format_of_logging(row: Any, scripts: Any) -> None:
 
 @pytest.mark.rows("fork", "spawn")
 def test_logging_that_changes(row: Any, scripts: Any) -> None:
-    """Taken as a call's worker is set up, although that has the earlier settings by birth."""
+    """They are read when a call's worker is set up, although the worker was forked with earlier settings."""
     source = """
     import logging
 
@@ -255,7 +255,7 @@ def test_no_records_of_jobs_which_outlive_the_handlers(make_executor: Callable[.
         make_executor(log_records=True)
 
 
-# What a program may put in the place of what logging and warnings have: none of it may keep calls from running.
+# Objects that a program may put in place of those of logging and warnings: none may keep calls from running.
 ODDITIES = {
     "formatter without a format": "class Own(logging.Formatter):\n    def __init__(self):\n        pass\n"
     "    def format(self, record):\n        return 'own'\nhandler.setFormatter(Own())",
@@ -296,7 +296,7 @@ if __name__ == "__main__":
 @pytest.mark.rows("fork", "jobs")
 @pytest.mark.parametrize("oddity", ODDITIES)
 def test_settings_that_are_odd(row: Any, scripts: Any, oddity: str) -> None:
-    """What can be handed on is; for the rest calls run without, and say nothing on standard error."""
+    """Calls get the settings that can be handed on, run without the others, and print nothing on standard error."""
     said = scripts.run(ODD.format(oddity=ODDITIES[oddity]), row.arguments())
     if row.prints_here:
         assert said == {"format without fields": "no fields\n"}.get(oddity, "in the call\n")
@@ -315,7 +315,7 @@ def calls_made(function: Callable[[], Any]) -> int:
     return sum(event in ("call", "c_call") for event in events)
 
 
-def test_loggers_that_are_as_they_were_made_cost_little() -> None:
+def test_unchanged_loggers_cost_little() -> None:
     """Each fresh call looks for changes, and large libraries have hundreds of loggers."""
     from executorlib.launchers.session import settings
 

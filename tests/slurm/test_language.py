@@ -1,4 +1,4 @@
-"""That a real Slurm understands what is said to it, and that its answers are understood."""
+"""A real Slurm understands our commands, and its answers are understood here."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def shown(jobs: Jobs) -> Callable[..., dict[str, str]]:
     return show
 
 
-# What a call needs.
+# The resources of a call.
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_operators_raise_priorities(shown: Callable[..., dict[str, str]]) -> Non
     assert shown(priority=7)["Nice"] == "-7"
 
 
-def test_what_a_template_cannot_change(jobs: Jobs) -> None:
+def test_options_that_a_template_cannot_change(jobs: Jobs) -> None:
     template = (
         "#!/bin/bash\n#SBATCH --output=o.txt --error=e.txt --array=0-9 --dependency=afterok:1 --chdir=/ -n {{cores}}\n"
         "echo out; echo err >&2; pwd\n{{command}}"
@@ -262,7 +262,7 @@ def test_scattered_elements_are_all_listed(jobs: Jobs) -> None:
     output_of(jobs.queue.cancel_command([(job_id, index) for index in range(200) if index not in primes]))
     states = jobs.states()
     assert [index for index in range(200) if (job_id, index) in states] == primes
-    # What is cancelled while it waits is forgotten at once.
+    # Slurm forgets a job at once if it is cancelled while it waits.
     done = run(["scontrol", "show", "job", f"{job_id}_0"])
     assert f"Job {job_id}_0 not found\n" in (done.stdout, done.stderr)  # the latter since Slurm 26.05
 
@@ -325,15 +325,15 @@ def test_ends_by_the_database(jobs: Jobs) -> None:
     assert [(d.state, d.exit_code, d.node) for d in details if d] == [(e.state, e.exit_code, e.node) for e in ends]
 
 
-def test_jobs_that_nobody_knows(queue: SlurmDialect) -> None:
+def test_unknown_jobs(queue: SlurmDialect) -> None:
     unknown = "67000000"
     assert (unknown, 0) not in queue.parse_status(output_of(queue.status_command([unknown])), [unknown])
     assert queue.parse_detail(run(queue.detail_command(unknown, 3)).stdout) is None
     assert queue.parse_detail(run(["scontrol", "show", "job", unknown]).stdout) is None
 
 
-def test_what_can_never_start(jobs: Jobs) -> None:
-    """Slurm takes it, and lets it wait for ever."""
+def test_jobs_that_can_never_start(jobs: Jobs) -> None:
+    """Slurm accepts it, and lets it wait forever."""
     submitted = [jobs.submit(jobs.submission(values={"partition": "short"}, run_time_max=36_000))]
     if " 24.11" not in output_of(["sinfo", "--version"]):  # which refuses it
         submitted.append(jobs.submit(jobs.submission(cores=9999)))

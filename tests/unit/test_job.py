@@ -172,7 +172,7 @@ def test_an_answer_that_comes_too_late_is_about_an_earlier_end() -> None:
     assert job.presence.last is None
 
 
-def test_an_end_that_the_system_has_told_already_is_not_asked_for() -> None:
+def test_the_system_is_not_asked_about_an_end_that_is_known() -> None:
     presence = Presence()
     presence.hear(DIED, 1.0)
     assert presence.is_gone

@@ -133,13 +133,13 @@ def test_names_that_pbs_takes() -> None:
 
 @needs_jinja
 def test_arrays_may_run_again() -> None:
-    """PBS takes none that may not."""
+    """PBS refuses arrays that may not."""
     assert "-r n" in directives(PbsDialect().script(submission()))
     assert "-r n" not in directives(PbsDialect().script(submission(2)))
 
 
 @needs_jinja
-def test_what_has_no_effect() -> None:
+def test_keys_without_effect() -> None:
     assert PbsDialect().unused(submission(values={"constraint": "fast"}, slurm_cmd_args=("-x",))) == [
         "constraint",
         "slurm_cmd_args",
@@ -148,7 +148,7 @@ def test_what_has_no_effect() -> None:
 
 @needs_pysqa
 def test_configuration(tmp_path: Path) -> None:
-    """A queue of which it names no script has the default one."""
+    """A queue without a script in the configuration gets the default script."""
     (tmp_path / "queue.yaml").write_text(
         "queue_type: PBS\nqueue_primary: workq\nqueues:\n"
         "  workq: {cores_max: 4, run_time_max: 3600}\n"
@@ -195,7 +195,7 @@ def test_submission_of_one_call_and_of_many() -> None:
 
 
 def test_an_array_of_one_element() -> None:
-    """Its number is that of the call, so it has to be an array, of which PBS takes none from 5 to 5."""
+    """It must be an array to keep the call's number, but PBS accepts no array from 5 to 5."""
     assert PbsDialect(environ={}).submit_command(submission(1, first=5), "/s")[-3:] == ["-J", "5-6:2", "/s"]
 
 
@@ -226,7 +226,7 @@ def test_job_id(output: str, expected: str) -> None:
 
 
 @pytest.mark.parametrize("output", ["", "qsub: thanks\n", "17 hours left\n"])
-def test_no_job_id(output: str) -> None:
+def test_text_without_a_job_id(output: str) -> None:
     with pytest.raises(ValueError, match=r"qsub printed .* instead of a job id"):
         PbsDialect().parse_job_id(output)
 
@@ -281,10 +281,10 @@ def test_limits_to_the_number_of_jobs(said: str, limit: Limit) -> None:
     assert PbsDialect().limit_in(said) is limit
 
 
-# What jobs are told: qsub(1B), Environment Variables.
+# The variables of jobs: qsub(1B), Environment Variables.
 
 
-def test_what_jobs_are_told() -> None:
+def test_variables_of_jobs() -> None:
     assert PbsDialect.id_variables == ("PBS_ARRAY_ID", "PBS_JOBID")
     assert PbsDialect.element_variables == ("PBS_ARRAY_INDEX",)
     environ = {"HOME": "/h", "A": "1", "BASH_FUNC_module%%": "() {\n}"}
@@ -294,7 +294,7 @@ def test_what_jobs_are_told() -> None:
 
 @pytest.mark.parametrize(("queue_type", "element"), [("SLURM", 5), ("PBS", 3)])
 def test_a_job_in_a_job_of_another_system(queue_type: str, element: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What that one tells of its arrays counts for nothing."""
+    """The other system's variables for arrays do not count."""
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "5")
     monkeypatch.setenv("PBS_ARRAY_INDEX", "3")
     names: Any = dialect_of(queue_type).element_variables
@@ -304,7 +304,7 @@ def test_a_job_in_a_job_of_another_system(queue_type: str, element: int, monkeyp
 
 @pytest.mark.parametrize(("numbered", "text"), [(False, ""), (True, "5"), (("PBS_ARRAY_INDEX",), "3"), ((), "0")])
 def test_the_number_in_a_workers_name(numbered: Any, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Programs of older versions say only that there is one, which is Slurm's."""
+    """Programs of older versions say only that there is a number, and mean Slurm's."""
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "5")
     monkeypatch.setenv("PBS_ARRAY_INDEX", "3")
     assert protocol.element_text(numbered) == text
@@ -411,7 +411,7 @@ def test_states(told: dict[str, Any], expected: JobState) -> None:
     assert queue.parse_detail(printed) == expected
 
 
-def test_what_is_said_of_a_killed_job() -> None:
+def test_facts_about_a_killed_job() -> None:
     state = PbsDialect().parse_detail(answer({"1234.pbs01": ended(265, 93)}))
     assert state is not None
     assert state.facts() == " (exit code 0:9 by SIGKILL, node node1)"
@@ -419,7 +419,7 @@ def test_what_is_said_of_a_killed_job() -> None:
 
 
 def test_states_of_an_array() -> None:
-    """That of the whole counts for elements of which nothing is told, as of those that wait in older versions."""
+    """The array's state counts for elements that are not listed, such as waiting ones in older versions."""
     printed = answer(
         {
             "1234[].pbs01": job("B", array="True", array_state_count="Queued:2 Running:1 Exiting:0 Expired:1 "),
@@ -447,15 +447,15 @@ def test_questions() -> None:
     assert forgets.detail_command("7", None) == []
 
 
-def test_jobs_that_are_not_known() -> None:
-    """`qstat` tells of all others, and ends with the last eight bits of PBSE_UNKJOBID, or of PBSE_HISTJOBID."""
+def test_unknown_jobs() -> None:
+    """`qstat` lists all others, and exits with the last eight bits of PBSE_UNKJOBID or PBSE_HISTJOBID."""
     assert PbsDialect().parse_status(answer({}), ["7"]) == {}
     assert PbsDialect().parse_detail(answer({})) is None
     assert {153, 35} <= PbsDialect.codes_of_the_gone
     assert not PbsDialect.codes_of_the_gone & {0, 1, 2}
 
 
-def test_whether_there_are_jobs_at_all() -> None:
+def test_query_for_any_jobs() -> None:
     queue = PbsDialect()
     assert queue.status_command([])[:2] == ["qselect", "-u"]
     states = queue.parse_status("1234.pbs01\n1240[].pbs01\n", [])
@@ -532,7 +532,7 @@ variables = st.dictionaries(st.from_regex("[A-Za-z_]{1,8}", fullmatch=True), tex
 )
 @repeatable
 def test_both_ways_to_read_an_answer_agree(known: list[tuple[str, str, dict[str, str]]], indent: str) -> None:
-    """Whatever users put into variables and names, nothing of it is taken for what PBS says."""
+    """Nothing that users put into variables and names is mistaken for PBS's own output."""
     jobs = {
         f"{number}.pbs01": {
             "Job_Name": name, "job_state": state, "Variable_List": theirs or {"A": "1"}, "Exit_status": number,
@@ -544,7 +544,7 @@ def test_both_ways_to_read_an_answer_agree(known: list[tuple[str, str, dict[str,
     assert scanned == {name: pbs._state(found) for name, found in jobs.items()}
 
 
-# What PBS writes into a job's output; the MoM's words.
+# PBS writes this into a job's output, in the MoM's words.
 @pytest.mark.parametrize(
     ("output", "cause"),
     [

@@ -121,12 +121,12 @@ def test_calls_and_what_jobs_find(
     plain, array = pbs.jobs()
     assert (plain["asked"]["N"], plain["asked"]["q"]) == (["a_name"], ["workq"])
     assert array["asked"]["J"] == ["0-2"]
-    # What others may see of a job has nothing of the session's but where programs are.
+    # Others may see a job's variables, which hold nothing of the session's except the places of programs.
     assert {*plain["environ"], *array["environ"]} <= {"PATH", "LD_LIBRARY_PATH"}
 
 
 def test_inputs(make: Callable[..., Any], pbs: Pbs, gate: Callable[..., Gate]) -> None:
-    """PBS waits for whole jobs, and for whole arrays; this session for elements."""
+    """PBS waits for whole jobs and whole arrays; this session waits for elements."""
     held = gate()
     with make() as executor:
         first = executor.submit(held, 7, resource_dict={"job_name": "first"})
@@ -177,7 +177,7 @@ def test_a_job_that_somebody_deletes(make: Callable[..., Any], pbs: Pbs, gate: C
 
 
 def test_cancel(make: Callable[..., Any], pbs: Pbs, gate: Callable[..., Gate], store: Path) -> None:
-    """A job that waits is taken from the queue; terminating the cache's takes those that run, too."""
+    """Cancelling removes a waiting job from the queue; `terminate_tasks_in_cache` ends running ones, too."""
     held = gate()
     executor = make()
     waits = executor.submit(held, 1, resource_dict={"submission_template": HELD})
@@ -233,7 +233,7 @@ def test_workers_that_stay(pbs: Pbs, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert [job["asked"].get("J") for job in pbs.jobs()] == [["0-1"]]
 
 
-def test_what_pbs_does_not_do(pbs: Pbs, tmp_path: Path) -> None:
+def test_arguments_that_pbs_cannot_honour(pbs: Pbs, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="PBS Professional does not start ranks"):
         SlurmClusterExecutor(pysqa_config_directory=pbs.queues, pmi_mode="pmix")
     with pytest.raises(ValueError, match="has a colon in its path"):

@@ -1,4 +1,4 @@
-"""How much to submit under a limit that nobody tells."""
+"""The number of jobs to submit under an unknown limit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Site:
 
     Args:
         limit: Most jobs at once.
-        others: So many of them are not the session's.
+        others: The number of jobs that are not the session's.
     """
 
     def __init__(self, limit: int, others: int = 0) -> None:
@@ -49,7 +49,7 @@ class Site:
 
 @pytest.mark.parametrize("limit", [1, 2, 5, 7, 1000])
 def test_all_room_is_used(limit: int) -> None:
-    """Found by halving; from then on, what ends is replaced by one request that is not refused."""
+    """It is found by halving. From then on, one request replaces the ended jobs, and is not refused."""
     site = Site(limit)
     site.room.refused(10_000, site.now)
     site.try_all(20_000)
@@ -64,7 +64,7 @@ def test_all_room_is_used(limit: int) -> None:
 
 
 def test_room_that_others_leave() -> None:
-    """It is noticed without an end of a job of ours, and all of it is used; it is asked less and less often."""
+    """It is noticed without the end of a job of ours, and all of it is used. The pauses get longer and longer."""
     site = Site(100, others=95)
     site.room.refused(500, site.now)
     site.try_all(500)
@@ -94,8 +94,8 @@ def test_a_room_that_gets_smaller() -> None:
     assert site.own == 50
 
 
-def test_patience() -> None:
-    """It is without end while there are jobs that may end; where nothing can make room, some minutes."""
+def test_waiting_for_room_ends_only_without_hope() -> None:
+    """Waiting goes on while there are jobs that may end. If nothing can make room, it ends after some minutes."""
     site = Site(0)
     site.room.refused(4, site.now)
     for may_end in (True, False, True):
@@ -111,7 +111,7 @@ def test_patience() -> None:
             assert site.room.is_hopeless(site.now + room._PATIENCE, may_end)
 
 
-# What is refused only for the moment.
+# Temporary refusals.
 
 AWAY = Refused("the controller cannot be reached", transient=True)
 

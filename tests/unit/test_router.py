@@ -172,7 +172,7 @@ def test_large_frames_travel_in_pieces_and_are_writable(bench: Bench) -> None:
     worker.close()
 
 
-def test_what_is_sent_is_not_copied() -> None:
+def test_sent_frames_are_not_copied() -> None:
     frame = bytearray(zeromq._PIECE_BYTES + 10)
     _, *pieces = zeromq.pack(["call"], [frame])
     assert [memoryview(piece).obj for piece in pieces] == [frame, frame]
@@ -180,7 +180,7 @@ def test_what_is_sent_is_not_copied() -> None:
 
 
 def test_workers_with_the_same_credentials_are_told_apart(bench: Bench) -> None:
-    """As a job is that was put back into the queue, while the executor may believe in the first."""
+    """This happens if a job is requeued while the executor may still know the first one."""
     made = bench.router()
     workers = [bench.connect(made.credentials("5"), "5") for _ in range(2)]
     for number, worker in enumerate(workers):
@@ -305,7 +305,7 @@ def test_a_worker_that_reaches_nobody_names_all_that_it_tried(bench: Bench, monk
 
 
 def test_a_worker_may_come_before_the_executor_listens_again(bench: Bench) -> None:
-    """A refused connection is tried again, as a network may be slow to come up."""
+    """A refused connection is tried again, because a network may be slow to come up."""
     made = bench.router(tcp=True, hostname_localhost=True)
     port = closed_port()
     credentials = with_endpoints(made.credentials("1"), f"tcp://127.0.0.1:{port}")
@@ -318,7 +318,7 @@ def test_a_worker_may_come_before_the_executor_listens_again(bench: Bench) -> No
 
 
 def test_a_worker_does_not_wait_for_an_executor_that_has_ended(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where every address refuses, nobody will listen there again."""
+    """If every address refuses, nobody will listen there again."""
     monkeypatch.setattr(dealer, "_REFUSED_SECONDS", 0.1)
     made = bench.router(tcp=True, hostname_localhost=True)
     gone = [f"tcp://127.0.0.1:{closed_port()}" for _ in range(2)]
@@ -416,7 +416,7 @@ def test_a_file_that_others_can_open_is_refused(tmp_path: Path, mode: int) -> No
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]", "null", '{"endpoints": [], "identity": "1", "keys": "a b c"}'])
-def test_what_holds_no_credentials_is_an_error(text: str) -> None:
+def test_text_without_credentials_is_an_error(text: str) -> None:
     with pytest.raises(ValueError, match=r"."):
         Credentials.parse(text)
 
@@ -495,7 +495,7 @@ def test_a_client_without_the_key_is_refused(bench: Bench, tmp_path: Path, keys:
 
 
 def test_nobody_is_let_in_while_nobody_answers(bench: Bench) -> None:
-    """A connection that comes when there is nobody left to ask is refused, not waved through."""
+    """A connection is refused, not admitted, if there is nobody left to ask."""
     made = bench.router(tcp=True, hostname_localhost=True)
     made._door.socket.unbind(curve._ZAP_ENDPOINT)  # at once, where closing it takes its time
     with pytest.raises(ConnectionError, match="not this worker's executor"):
@@ -518,7 +518,7 @@ def test_a_peer_that_leaves_is_lost_after_its_last_message(bench: Bench) -> None
 
 
 def test_a_peer_that_is_gone_before_its_first_message_is_read_is_lost_too(bench: Bench) -> None:
-    """While the loop was busy; another may have its descriptor by then, which must not be taken for lost."""
+    """The loop was busy. Another peer may have its descriptor by then, and must not be taken for lost."""
     made = bench.router(tcp=True, hostname_localhost=True)
     poll = zmq.Poller()
     poll.register(made._door.socket, zmq.POLLIN)
@@ -546,7 +546,7 @@ def test_a_peer_that_is_gone_before_its_first_message_is_read_is_lost_too(bench:
 
 
 def test_two_peers_of_one_descriptor_are_told_apart(bench: Bench) -> None:
-    """The last that was heard of the first is read when the second has its descriptor, in whatever order."""
+    """The first one's last message is read when the second one has its descriptor, in either order."""
     made = bench.router()
     worker = bench.connect(made.credentials("1"), "second")
     worker.send(["hello"])
@@ -577,7 +577,7 @@ def test_a_worker_learns_that_the_executor_is_gone(bench: Bench) -> None:
     worker.close()
 
 
-def test_what_was_sent_before_the_executor_was_gone_is_received(bench: Bench) -> None:
+def test_messages_sent_before_the_executor_ended_are_received(bench: Bench) -> None:
     made = bench.router(tcp=True, hostname_localhost=True)
     told = threading.Event()
     worker = bench.connect(made.credentials("1"), on_lost=told.set)
@@ -635,7 +635,7 @@ def test_a_connection_that_is_idle_or_busy_is_kept(bench: Bench) -> None:
 
 @pytest.mark.long
 def test_libzmq_does_not_abort_when_a_router_closes_while_peers_send(scripts: Scripts) -> None:
-    """It has aborted where a context ended while connections were let in, or in use."""
+    """It used to abort if a context ended while connections were being admitted, or in use."""
     scripts.run(
         """
         import threading
@@ -771,7 +771,7 @@ def test_an_idle_remote_worker_ends_with_its_executor(worker: Remote) -> None:
 
 
 def test_a_busy_remote_worker_ends_with_its_executor(worker: Remote, tmp_path: Path) -> None:
-    """With all that its call has started."""
+    """It ends with everything that its call has started."""
 
     def hold(path: str) -> None:
         with subprocess.Popen(["sleep", "1000"]) as child:

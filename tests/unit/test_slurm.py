@@ -187,7 +187,7 @@ def configuration(tmp_path: Path) -> Path:
     [("thread_per_core", "threads_per_core"), ("walltim", "walltime"), ("quality", None)],
 )
 def test_keys_that_no_queue_of_a_configuration_has(configuration: Path, key: str, near: str | None) -> None:
-    """Of keys that another queue has, or pysqa, the user is told later."""
+    """A warning names keys of another queue or of pysqa later."""
     with (configuration / "large.sh").open("a") as script:
         script.write("# {{ walltime }}\n")
     templates = Templates(DEFAULT_TEMPLATE, str(configuration))
@@ -276,13 +276,13 @@ def test_dependencies(dependencies: list[Dependency], expected: str) -> None:
     "option",
     ["--array=0-3", "-a", "-a0-3", "--output=x", "-ox", "--error", "--wait", "-W", "--wrap=x", "--parsable", "-D/x"],
 )
-def test_options_that_are_ours(option: str) -> None:
+def test_options_that_users_may_not_set(option: str) -> None:
     with pytest.raises(ValueError, match="leave it out"):
         SlurmDialect().submit_command(submission(slurm_cmd_args=(option,)), "/s")
 
 
 @pytest.mark.parametrize("option", ["-dsingleton", "-d", "--dependency=singleton"])
-def test_a_dependency_of_the_users_beside_ours(option: str) -> None:
+def test_users_dependency_is_added_to_ours(option: str) -> None:
     assert option in SlurmDialect().submit_command(submission(slurm_cmd_args=(option,)), "/s")
     with pytest.raises(ValueError, match="leave it out"):
         SlurmDialect().submit_command(submission(slurm_cmd_args=(option,), dependencies=(Dependency("1"),)), "/s")
@@ -291,7 +291,7 @@ def test_a_dependency_of_the_users_beside_ours(option: str) -> None:
 @pytest.mark.parametrize(
     "option", ["--account=a", "-A", "--wait-all-nodes=1", "--open", "--comment=-o", "--requeue", "-w"]
 )
-def test_options_that_are_the_users(option: str) -> None:
+def test_options_that_users_may_set(option: str) -> None:
     assert option in SlurmDialect().submit_command(submission(slurm_cmd_args=(option,)), "/s")
 
 
@@ -302,7 +302,7 @@ def test_job_id(output: str) -> None:
     assert SlurmDialect().parse_job_id(output) == "123"
 
 
-def test_no_job_id() -> None:
+def test_text_without_a_job_id() -> None:
     with pytest.raises(ValueError, match="'thanks, 5 hours' instead of a job id"):
         SlurmDialect().parse_job_id("thanks, 5 hours\n")
 
@@ -340,7 +340,7 @@ OUTAGES = [
     "sbatch: error: Munge encode failed: Failed to access socket\n"
     "sbatch: error: Batch job submission failed: Protocol authentication error",
 ]
-# What Slurm 22.05 says where one more job would be too many, by each of the limits that sacctmgr sets.
+# The messages of Slurm 22.05 if one more job would be too many, by each of the limits that sacctmgr sets.
 FULL = {
     "QOSMaxSubmitJobPerUserLimit": Limit.OWN,
     "AssocMaxSubmitJobLimit": Limit.OWN,
@@ -365,7 +365,7 @@ def test_refusals_that_are_no_limit_to_the_number_of_jobs() -> None:
 
 
 @pytest.mark.parametrize(("texts", "transient"), [(REFUSALS, False), (OUTAGES, True)], ids=["refusals", "outages"])
-def test_what_is_worth_another_try(texts: list[str], transient: bool) -> None:
+def test_refusals_that_are_worth_a_retry(texts: list[str], transient: bool) -> None:
     assert [text for text in texts if SlurmDialect().is_transient(text) is not transient] == []
 
 
@@ -421,7 +421,7 @@ def test_status() -> None:
 
 
 def test_an_exit_code_that_is_made_up() -> None:
-    """Slurm 24.11 says 0:1, which would be SIGHUP, of a job whose node has failed. Of others it is true."""
+    """Slurm 24.11 reports 0:1, which would be SIGHUP, for a job whose node has failed. For others it is true."""
     lines = "1|N/A|NODE_FAIL|0:1|node2|NodeDown|\n2|N/A|FAILED|0:1|node2|NonZeroExitCode|\n"
     states = SlurmDialect().parse_status(lines, ["1", "2"])
     assert [states[job_id, 0].facts() for job_id in "12"] == [
@@ -431,7 +431,7 @@ def test_an_exit_code_that_is_made_up() -> None:
 
 
 def test_jobs_that_were_not_asked_for() -> None:
-    """They may be arrays of millions, so no more is told than that there are some."""
+    """They may be arrays of millions of elements, so the answer only says that there are some."""
     printed = (
         "7|5|FAILED|256|node1|NonZeroExitCode|\n"
         "7|0-3999999|PENDING|0||Priority|\n"
@@ -447,7 +447,7 @@ def test_jobs_that_were_not_asked_for() -> None:
 
 @pytest.mark.parametrize("indices", ["0-4294967295", "4294967295", "0-99999999999999999999", "0-4000001", "0-9:0"])
 def test_indices_that_no_cluster_gives(indices: str) -> None:
-    """That is no answer, and nothing that memory would have to hold."""
+    """The answer is rejected before it could fill the memory."""
     with pytest.raises(ValueError, match="Slurm cannot have assigned"):
         SlurmDialect().parse_status(f"7|{indices}|PENDING|0||Priority|\n", ["7"])
 
@@ -480,12 +480,12 @@ def test_the_status_query_does_not_grow() -> None:
         ("Priority", False),
     ],
 )
-def test_waiting_for_what_does_not_come(reason: str, hopeless: bool) -> None:
+def test_hopeless_reasons_to_wait(reason: str, hopeless: bool) -> None:
     assert SlurmDialect().parse_status(f"1|N/A|PENDING|0||{reason}|\n", ["1"])["1", 0].hopeless is hopeless
 
 
 def test_jobs_that_are_held() -> None:
-    """Who did that may release them; a node's failure is no reason to ask for something else."""
+    """Whoever holds them may release them. The failure of a node is no reason to ask for something else."""
     lines = (
         "1|N/A|PENDING|0||JobHeldAdmin|\n2|N/A|PENDING|0||JobHeldUser|\n3|N/A|PENDING|0||launch failed requeued held|"
     )

@@ -1,4 +1,4 @@
-"""A queue that is driven by commands, without commands: what becomes of their answers."""
+"""A queue that is driven by commands, with made-up answers of these commands."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class UnderstandsFine(Stumbles):
 
 @pytest.fixture
 def said(monkeypatch: pytest.MonkeyPatch) -> list[CommandOutput]:
-    """What the commands say, one after the other; the last one again and again."""
+    """The outputs of the commands, one after the other; the last one is repeated."""
     answers: list[CommandOutput] = []
 
     def run(commands: Any, argv: list[str], on_answer: Callable[[CommandOutput], None], **_: Any) -> None:
@@ -80,8 +80,8 @@ def submission(folder: Path) -> Submission:
     return Submission("a", str(folder), "true", 1, Resources(), {}, str(folder))
 
 
-def test_answers_that_nobody_understands(said: list[CommandOutput], tmp_path: Path) -> None:
-    """They fail what was asked, and nothing else."""
+def test_answers_that_cannot_be_understood(said: list[CommandOutput], tmp_path: Path) -> None:
+    """They fail that request and nothing else."""
     said.append(CommandOutput(0, "what?", ""))
     queue, answers = system(Stumbles()), []
     queue.query(["7"], answers.append)
@@ -98,10 +98,10 @@ class Accepts(Stumbles):
         return output.strip()
 
 
-def test_what_is_said_of_a_job_that_is_taken_is_told_once(
+def test_message_about_an_accepted_job_is_logged_once(
     said: list[CommandOutput], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """... with the call; the same about another job is the same."""
+    """The warning names the call. The same message about another job is not repeated."""
     warning = "submit: Warning: can't run 1 processes on 4 nodes, setting nnodes to 1"
     said += [
         CommandOutput(0, "20001\n", ""),
@@ -119,7 +119,7 @@ def test_what_is_said_of_a_job_that_is_taken_is_told_once(
     ]
 
 
-def test_silence_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_silence_is_reported_once(caplog: pytest.LogCaptureFixture) -> None:
     silence = Silence("Slurm")
     silence.failed(0.0, 20.0, "squeue: no controller")
     silence.failed(25.0, 29.0, "squeue: no controller")
@@ -170,7 +170,7 @@ def test_template_that_raises_anything(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_system_that_cannot_be_used_here() -> None:
-    """Jobs of other sessions are asked for all the same."""
+    """It is still asked about jobs of other sessions."""
 
     def broken(settings: str) -> Any:
         raise ImportError("no pysqa")
@@ -186,10 +186,8 @@ def test_system_that_cannot_be_used_here() -> None:
 
 
 @pytest.mark.parametrize("pmi_mode", [None, "pmix"])
-def test_mpiexec_is_asked_where_a_call_is_submitted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pmi_mode: str | None
-) -> None:
-    """... and so not for up to 30 s in the loop, which all calls wait for; and only where it starts the ranks."""
+def test_mpiexec_is_asked_at_submit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pmi_mode: str | None) -> None:
+    """The loop, for which all calls wait, does not ask for up to 30 s. Only rows whose ranks it starts ask."""
     asked: list[None] = []
 
     def find() -> Any:
@@ -218,7 +216,7 @@ SILENT = {
 def test_leaving_while_the_queue_is_silent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The futures are cancelled at once; the jobs are handed over when it answers, each after its inputs."""
+    """Futures are cancelled at once. Jobs are handed over when it answers, each after its inputs."""
     for name, text in SILENT.items():
         tmp_path.joinpath(name).write_text(text)
         tmp_path.joinpath(name).chmod(0o755)
@@ -254,7 +252,7 @@ def test_leaving_while_the_queue_is_silent(
     ],
 )
 def test_command_that_cannot_be_run(argv: list[str], cwd: str | None, said: str) -> None:
-    """That is an answer like others, and names what is not there."""
+    """This is an answer like others, and names the missing program."""
     events, answers = Events(), []
     Commands(events).run(argv, answers.append, cwd=cwd)
     for _ in range(3):
