@@ -43,21 +43,21 @@ Point = tuple[float, float]  # volume in Angstrom^3 and energy in eV, both per a
 Fit = dict[str, float]
 
 
-def energy(metal: str, strain: float) -> Point:
-    """Relax 108 atoms, displaced at random, in a cell with its edges strained by `strain`."""
-    atoms = bulk(metal, a=EXPERIMENT[metal][0] * (1 + strain), cubic=True) * (3, 3, 3)
+def energy(metal: str, strain: float, cells: int) -> Point:
+    """Relax atoms, displaced at random, in a cube of `cells` unit cells along each edge, strained by `strain`."""
+    atoms = bulk(metal, a=EXPERIMENT[metal][0] * (1 + strain), cubic=True) * (cells, cells, cells)
     atoms.rattle(stdev=0.05, seed=0)
     atoms.calc = EMT()
     FIRE(atoms, logfile=None).run(fmax=0.02)
     return atoms.get_volume() / len(atoms), atoms.get_potential_energy() / len(atoms)
 
 
-def energies_on_ranks(metal: str, strains: np.ndarray) -> list[Point]:
+def energies_on_ranks(metal: str, strains: np.ndarray, cells: int) -> list[Point]:
     """Share out the points among the ranks of an MPI world and return all of them on each."""
     from mpi4py import MPI
 
     world = MPI.COMM_WORLD
-    mine = [energy(metal, strain) for strain in strains[world.rank :: world.size]]
+    mine = [energy(metal, strain, cells) for strain in strains[world.rank :: world.size]]
     return sorted(point for points in world.allgather(mine) for point in points)
 
 
@@ -69,16 +69,16 @@ def fit(points: list[Point]) -> Fit:
     return {"e0": e0, "v0": v0, "b": b / GPa, "b_prime": b_prime}
 
 
-def run_in_parallel(metals: list[str]) -> tuple[dict[str, list[Point]], dict[str, Fit], Fit]:
+def run_in_parallel(metals: list[str], cells: int) -> tuple[dict[str, list[Point]], dict[str, Fit], Fit]:
     """Submit everything at once and report progress until all of it is done."""
     # Each call gets a fresh process; what is preloaded need not be imported again in each of them.
     preload = ["ase.build", "ase.calculators.emt", "ase.eos", "ase.optimize"]
     with SingleNodeExecutor(preload=preload) as executor:
         # On several ranks a call returns a list of what each rank returned.
         two = {"cores": 2}
-        ranks = executor.submit(energies_on_ranks, metals[0], FINE_STRAINS, resource_dict=two)
+        ranks = executor.submit(energies_on_ranks, metals[0], FINE_STRAINS, cells, resource_dict=two)
         fine_fit = executor.submit(fit, get_item_from_future(ranks, 0))
-        curves = {m: [executor.submit(energy, m, strain) for strain in STRAINS] for m in metals}
+        curves = {m: [executor.submit(energy, m, strain, cells) for strain in STRAINS] for m in metals}
         fits = {m: executor.submit(fit, curve) for m, curve in curves.items()}
 
         waiting = [ranks, fine_fit, *chain(*curves.values()), *fits.values()]
@@ -90,11 +90,11 @@ def run_in_parallel(metals: list[str]) -> tuple[dict[str, list[Point]], dict[str
         return points, {m: future.result() for m, future in fits.items()}, fine_fit.result()
 
 
-def run_serially(metals: list[str]) -> None:
+def run_serially(metals: list[str], cells: int) -> None:
     """Do the same work in this process, call after call."""
-    fit([energy(metals[0], strain) for strain in FINE_STRAINS])
+    fit([energy(metals[0], strain, cells) for strain in FINE_STRAINS])
     for metal in metals:
-        fit([energy(metal, strain) for strain in STRAINS])
+        fit([energy(metal, strain, cells) for strain in STRAINS])
 
 
 def plot(curves: dict[str, list[Point]], fits: dict[str, Fit], filename: str) -> None:
@@ -116,6 +116,7 @@ def main() -> None:
     """Run the parallel and the serial version and print what came out."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("metals", nargs="*", metavar="METAL", help="of " + ", ".join(EXPERIMENT))
+    parser.add_argument("--cells", type=int, default=3, help="unit cells along each edge, of four atoms each")
     parser.add_argument("--output", default="equation_of_state.png", help="the picture to write")
     arguments = parser.parse_args()
     metals = arguments.metals or list(EXPERIMENT)
@@ -124,11 +125,11 @@ def main() -> None:
 
     print("With executorlib:")
     start = time.perf_counter()
-    curves, fits, fine_fit = run_in_parallel(metals)
+    curves, fits, fine_fit = run_in_parallel(metals, arguments.cells)
     parallel = time.perf_counter() - start
     print("The same work in one process ...", flush=True)
     start = time.perf_counter()
-    run_serially(metals)
+    run_serially(metals, arguments.cells)
     serial = time.perf_counter() - start
 
     print("\n        a (Angstrom)       B (GPa)")

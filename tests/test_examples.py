@@ -13,12 +13,16 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 @pytest.mark.mpi
-@pytest.mark.timeout(240)  # ten seconds of work, twice; a loaded machine may take long
-def test_equation_of_state_finds_the_bulk_modulus_of_copper(tmp_path: Path) -> None:
+@pytest.mark.long
+@pytest.mark.timeout(240)  # of 108 atoms it is ten seconds of work, twice; a loaded machine may take long
+@pytest.mark.parametrize(
+    "options", [["--cells", "1"], pytest.param([], marks=pytest.mark.slow)], ids=["small", "usual"]
+)
+def test_equation_of_state_finds_the_bulk_modulus_of_copper(tmp_path: Path, options: list[str]) -> None:
     for package in ("ase", "matplotlib", "mpi4py"):
         pytest.importorskip(package)
     outcome = subprocess.run(
-        [sys.executable, EXAMPLES / "equation_of_state.py", "Cu", "--output", "curves.png"],
+        [sys.executable, EXAMPLES / "equation_of_state.py", "Cu", "--output", "curves.png", *options],
         cwd=tmp_path,
         stdin=subprocess.DEVNULL,
         capture_output=True,
