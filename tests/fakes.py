@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 
-from executorlib.core.ledger import Allocation
-from executorlib.core.scheduler import Worker
 from executorlib.core.task import Task
 from executorlib.launchers import contract
 from executorlib.launchers.contract import Exit, Lifetime, Process
@@ -34,9 +32,7 @@ class Clock:
 
 def process(number: int = 1, *calls: Task, lifetime: Lifetime = Lifetime.CALL, **resources: Any) -> Process:
     """A worker's process that no launcher has started."""
-    worker = Worker(number, 0, Allocation.__new__(Allocation))
-    worker.calls.extend(calls)
-    return Process(worker, Resources(**resources), lifetime=lifetime)
+    return Process(number, Resources(**resources), lifetime, calls=calls)
 
 
 class Events(contract.Events):
@@ -78,7 +74,7 @@ class Events(contract.Events):
 
     def on_exit(self, process: Process, end: Exit) -> None:
         self.told.append("exit")
-        number = process.worker.number
+        number = process.number
         assert number not in self.exits
         self.exits[number] = "" if end.status == 0 else str(end.error or end.text)
 
@@ -185,7 +181,7 @@ class InstantLauncher(contract.Launcher):
 
     def launch(self, process: Process) -> None:
         process.transport = Silent()
-        self.alive.add(process.worker.number)
+        self.alive.add(process.number)
         self.events.on_connected(process)
         self.then(self.events, process)
 
@@ -193,8 +189,8 @@ class InstantLauncher(contract.Launcher):
         self.events.call_later(0, lambda: self.exit(process))
 
     def exit(self, process: Process) -> None:
-        if process.worker.number in self.alive:
-            self.alive.remove(process.worker.number)
+        if process.number in self.alive:
+            self.alive.remove(process.number)
             self.events.on_exit(process, Exit(signal.SIGKILL, "it was killed"))
 
     def close(self) -> None: ...

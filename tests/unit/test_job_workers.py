@@ -329,7 +329,6 @@ def test_a_worker_that_was_told_to_stop(
     launcher.launch(worker)
     system.answers[0]("17")
     hello(launcher, PEER)
-    worker.worker.stopping = True
     assert worker.transport is not None
     monkeypatch.setattr(launcher._router, "send", lambda *message: None)
     worker.transport.put(["stop"])

@@ -246,7 +246,7 @@ def test_a_job_of_another_session_that_would_wait_for_ever(events: Events, tmp_p
     assert not events.told
     system.say({("7", None): HOPELESS})
     assert system.cancelled == [("17", None), ("7", None)]
-    error = events.exits[process.worker.number]
+    error = events.exits[process.number]
     assert (
         "job 7 would wait forever and was cancelled: a queue reports it as PENDING (reason PartitionTimeLimit)" in error
     )
@@ -261,7 +261,7 @@ def test_a_job_that_would_wait_for_ever_and_was_taken_over(events: Events, tmp_p
     (tmp_path / "a_i.h5").unlink()
     batch = claimed(tmp_path, System.name)
     system.say({("7", None): HOPELESS})
-    assert "would wait forever" in events.exits[process.worker.number]
+    assert "would wait forever" in events.exits[process.number]
     assert entries.claimed_for(str(tmp_path / "a_i.h5")) == str(batch)
 
 
@@ -337,7 +337,7 @@ class Loop(Events):
 
     def on_connected(self, process: Process) -> None:
         super().on_connected(process)
-        (task,) = process.worker.calls
+        (task,) = process.calls
         task.move(RUNNING)
         assert process.transport is not None
         process.transport.flush()
@@ -442,7 +442,7 @@ def test_others_that_fill_a_limit(impatient: Loop, tmp_path: Path, monkeypatch: 
     for _ in range(4):
         clock.now += 100.0
         impatient.run_timers()
-    assert "a queue did not accept its job: too many jobs" in impatient.exits[process.worker.number]
+    assert "a queue did not accept its job: too many jobs" in impatient.exits[process.number]
 
 
 def test_a_session_that_leaves_with_calls_under_a_limit(
@@ -495,7 +495,7 @@ def test_another_session_finds_calls_of_a_batch_that_is_in_the_system_in_parts(i
     while second.answer is None:
         theirs.run_timers()
     (element,) = (element for element, path in first.jobs.items() if path.endswith("a6_i.h5"))
-    assert other._jobs.of(late.worker.number).key == element
+    assert other._jobs.of(late.number).key == element
 
 
 @pytest.mark.parametrize(("own", "code"), [("101", job.RESULT), ("999", job.NOT_MINE)])
@@ -794,7 +794,7 @@ def ends(folder: Path, events: Events, monkeypatch: pytest.MonkeyPatch, fault: i
         launcher.kill(processes[-1], 9)
         for _ in range(60):
             for process in processes:
-                (task,) = process.worker.calls
+                (task,) = process.calls
                 if process.transport is not None and task.state is LAUNCHING:
                     task.move(RUNNING)
                     process.transport.flush()
@@ -837,7 +837,7 @@ def test_batch_that_cannot_be_made_ready(
     launcher, _task, process = launched(events, system, tmp_path)
     while not events.exits:
         events.run_timers()
-    assert str(wrong) in events.exits[process.worker.number]
+    assert str(wrong) in events.exits[process.number]
     assert not list(tmp_path.glob("*_i.h5"))
     assert not list((tmp_path / batch_directory.FOLDER).iterdir())
     launched(events, system, tmp_path, "b", launcher)
@@ -902,7 +902,7 @@ def test_results_are_not_kept_by_what_comes_after(events: Events, tmp_path: Path
     system = System()
     launcher, task, process = launched(events, system, tmp_path)
     _, last, _ = launched(events, system, tmp_path, "b", launcher, after=[task])
-    job = weakref.ref(launcher._jobs.of(process.worker.number))
+    job = weakref.ref(launcher._jobs.of(process.number))
     finish(task)
     for _ in range(5):
         events.run_timers()

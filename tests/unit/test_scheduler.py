@@ -1897,7 +1897,7 @@ def test_loop_cancel_just_before_the_call_is_sent() -> None:
     cancelled: list[bool] = []
 
     def then(launcher: InstantLauncher, process: Process) -> None:
-        [task] = process.worker.calls
+        [task] = process.calls
         cancelled.append(task.future.cancel())
 
     with loop_with(then) as loop:

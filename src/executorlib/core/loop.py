@@ -48,7 +48,7 @@ from executorlib.futures.inputs import failed_call, input_error, misplaced
 from executorlib.futures.locks import Event, RLock
 from executorlib.futures.unasked import Failures, Record
 from executorlib.launchers import streams
-from executorlib.launchers.contract import Events, Exit, Launcher, Lifetime, Process, Timer, has_stack, tail_text
+from executorlib.launchers.contract import Events, Exit, Launcher, Lifetime, Place, Process, Timer, has_stack, tail_text
 from executorlib.poller import Poller
 from executorlib.resources import Demand, Resources
 from executorlib.serialize import Frame
@@ -111,6 +111,15 @@ class _Cancelled:
         self._loop.post(self._loop.on_cancelled, self._task)
 
 
+class _Process(Process):
+    """A worker's process, with the scheduler's record of the worker."""
+
+    def __init__(self, worker: Worker, resources: Resources, lifetime: Lifetime) -> None:
+        places = [Place(share.node.name, share.cores, share.gpus) for share in worker.allocation.shares]
+        super().__init__(worker.number, resources, lifetime, worker.slot, places, worker.calls)
+        self.worker = worker
+
+
 class Loop(Poller, Events):
     """Runs the calls of one executor, from `start` on.
 
@@ -150,7 +159,7 @@ class Loop(Poller, Events):
         self._settled = False  # whether the scheduler has decided about all events that it was given
         self._closing = False
         self._tasks: dict[int, Task] = {}
-        self._processes: dict[int, Process] = {}
+        self._processes: dict[int, _Process] = {}
         self._results: list[tuple[Task, list[Any], list[Frame]]] = []
         self._records: list[dict[str, Any]] = []
         self._broken_by: BaseException | None = None
@@ -398,7 +407,7 @@ class Loop(Poller, Events):
         self.scheduler.on_break("the workers were ended")
         for process in list(self._processes.values()):
             # A worker that waits for calls has nothing to interrupt.
-            idle = not process.worker.calls and signal_number == signal.SIGINT
+            idle = not process.calls and signal_number == signal.SIGINT
             self._launcher.kill(process, signal.SIGTERM if idle else signal_number)
         if signal_number != signal.SIGKILL:
             self.call_later(_GRACE_SECONDS, lambda: self._on_end_workers(signal.SIGKILL))
@@ -530,7 +539,7 @@ class Loop(Poller, Events):
     def _launch(self, worker: Worker, task: Task | None) -> None:
         resources = task.resources if task is not None else self._block_resources
         assert resources is not None
-        process = Process(worker, resources, lifetime=self._lifetime)
+        process = _Process(worker, resources, self._lifetime)
         self._processes[worker.number] = process
         try:
             self._launcher.launch(process)
@@ -593,7 +602,9 @@ class Loop(Poller, Events):
 
     def on_recalled(self, process: Process, numbers: Sequence[int]) -> None:
         """The worker has given these calls back, so they run elsewhere."""
-        self._on_given_back(process.worker, self._held(process.worker, numbers))
+        known = self._processes.get(process.number)
+        if known is not None:
+            self._on_given_back(known.worker, self._held(known.worker, numbers))
 
     def _on_given_back(self, worker: Worker, tasks: list[Task]) -> None:
         if tasks:
@@ -639,25 +650,29 @@ class Loop(Poller, Events):
 
     def on_connected(self, process: Process) -> None:
         """Send the worker its set-up. A fresh worker, or a job, can then be handed its call."""
-        if process.worker.number not in self._processes:
+        known = self._processes.get(process.number)
+        if known is None:
             return  # given up by `detach`
         setup = self._launcher.setup(process)
         try:
             self._delivery.set_up(process, setup)
         except BaseException as error:
             self._break(contained(error, "pickling the init_function"))
-            self._kill(process.worker)
+            self._kill(known.worker)
             return
         self._settled = False
-        self.scheduler.on_connected(process.worker)
+        self.scheduler.on_connected(known.worker)
         if self._lifetime is Lifetime.BLOCK:  # otherwise the call is sent along
             assert process.transport is not None
             process.transport.flush()
 
     def on_message(self, process: Process, header: list[Any], frames: list[Frame]) -> None:
         """Handle a message of a worker: it is ready, it logs, or a call is over."""
+        known = self._processes.get(process.number)
+        if known is None:
+            return  # given up by `detach`
         kind, *rest = header
-        worker = process.worker
+        worker = known.worker
         if kind == "ready":
             lookahead = process.permits is not None or process.recall is not None
             self.scheduler.on_started(worker, lookahead)
@@ -711,11 +726,12 @@ class Loop(Poller, Events):
 
     def on_exit(self, process: Process, end: Exit) -> None:
         """Conclude or requeue the calls of a worker that is gone."""
-        worker = process.worker
         self._settled = False
-        if self._processes.pop(worker.number, None) is None:
+        known = self._processes.pop(process.number, None)
+        if known is None:
             return  # given up by `detach`
-        self._delivery.gone(worker)
+        worker = known.worker
+        self._delivery.gone(process)
         self._deadlines.pop(worker.number, None)
         recalled = self._take_back(process, len(worker.calls)) + self._held(worker, end.unstarted)
         expected = worker.stopping
@@ -761,9 +777,9 @@ class Loop(Poller, Events):
         """Call back at the end of this turn."""
         self._soon.append(callback)
 
-    def _set_deadline(self, process: Process, task: Task, seconds: float) -> None:
+    def _set_deadline(self, process: _Process, task: Task, seconds: float) -> None:
         # One timer for all: a timer for each call would stay until it is due, and limits may be days.
-        self._deadlines[process.worker.number] = (time.monotonic() + seconds, task.number)
+        self._deadlines[process.number] = (time.monotonic() + seconds, task.number)
         self._deadline.within(seconds)
 
     def _on_deadline(self) -> None:

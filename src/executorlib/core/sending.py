@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from executorlib.cache.entries import Output
     from executorlib.core.lookup import Lookup
-    from executorlib.core.scheduler import Scheduler, Worker
+    from executorlib.core.scheduler import Scheduler
     from executorlib.core.task import Task
     from executorlib.launchers.contract import Process
     from executorlib.serialize import Frame
@@ -139,7 +139,7 @@ class Delivery:
         """A call that was looked up is over. Returns those that have waited for it, to be looked up again."""
         return ()
 
-    def gone(self, worker: Worker) -> None:
+    def gone(self, process: Process) -> None:
         """A worker is gone: forget it."""
 
     def close(self) -> None:
@@ -200,19 +200,20 @@ class Messages(Delivery):
         Raises:
             BaseException: The init function cannot be pickled.
         """
-        worker, resources = process.worker, process.resources
+        resources = process.resources
         changed = {name: value for name, value in settings().items() if process.settings.get(name) != value}
         if changed:
             setup["settings"] = changed
         if self._log_records:
             setup["records"] = True
-        setup["slot"] = worker.slot
+        setup["slot"] = process.slot
         setup["threads"] = resources.threads_per_core
         if resources.cwd is not None:
             setup["cwd"] = resources.cwd
+        held = process.places[0]
         if self._pin:
-            setup["cores"] = worker.allocation.cores
-        setup["gpus"] = worker.allocation.gpus
+            setup["cores"] = held.cores
+        setup["gpus"] = held.gpus
         frames: list[Frame] = []
         init_function = self.lookup.init_function
         if init_function is not None:
@@ -251,7 +252,7 @@ class Messages(Delivery):
         known: dict[int, int] = {}
         if process.lifetime is Lifetime.BLOCK:
             numbers = [self._number_of(piece) for piece in pieces]
-            known = self._known_pieces.setdefault(process.worker.number, known)
+            known = self._known_pieces.setdefault(process.number, known)
         new = {number: piece for number, piece in zip(numbers, pieces, strict=True) if number not in known}
         if new and known:
             size = sum(known.values()) + sum(map(len, new.values()))
@@ -290,9 +291,9 @@ class Messages(Delivery):
         """
         return serialize.loads(frames)
 
-    def gone(self, worker: Worker) -> None:
+    def gone(self, process: Process) -> None:
         """Forget what the worker has kept."""
-        self._known_pieces.pop(worker.number, None)
+        self._known_pieces.pop(process.number, None)
 
     def close(self) -> None:
         """Let go of functions."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -64,7 +64,7 @@ class _Member:
         self.worker = worker
         # Only for a worker that takes call after call, in one process.
         self.relay = RelayEnd() if process.lifetime is Lifetime.BLOCK and process.resources.cores == 1 else None
-        self.identity = str(process.worker.number)
+        self.identity = str(process.number)
         self.log = JobLog()
         self.job: int | None = None
         self.watch = 0
@@ -166,7 +166,7 @@ class FluxLauncher(Launcher):
         )
 
     def _end_by_force(self, process: Process) -> None:
-        member = self._members.get(str(process.worker.number))
+        member = self._members.get(str(process.number))
         if member is not None and not (member.worker.done and member.gone):  # once it has left, `_on_lost` sees to it
             self.kill(process, signal.SIGKILL)
 
@@ -184,12 +184,9 @@ class FluxLauncher(Launcher):
 
     @staticmethod
     def _name(process: Process) -> str:
-        calls = process.worker.calls
-        return (
-            calls[0].name
-            if process.lifetime is Lifetime.CALL and calls
-            else f"executorlib worker {process.worker.slot}"
-        )
+        if process.lifetime is Lifetime.CALL and process.calls:
+            return process.calls[0].name
+        return f"executorlib worker {process.slot}"
 
     def setup(self, process: Process) -> dict[str, Any]:
         """Return the worker's settings beyond the environment and import path that its job was submitted with."""
@@ -197,7 +194,7 @@ class FluxLauncher(Launcher):
 
     def kill(self, process: Process, signal_number: int) -> None:
         """Signal a worker through its relay, or its job through Flux."""
-        member = self._members.get(str(process.worker.number))
+        member = self._members.get(str(process.number))
         if member is None or member.ending or member.unwanted == signal.SIGKILL:
             return
         member.unwanted = signal_number
@@ -205,7 +202,7 @@ class FluxLauncher(Launcher):
             return  # it is on its way to Flux; see `_on_submitted`
         if member.relay is not None and member.relay.peer is not None:
             # Signal only the worker: its relay then reports which calls it has started.
-            self._relays.kill(member.relay, process.worker.number, signal_number)
+            self._relays.kill(member.relay, process.number, signal_number)
             self._later(_FOLLOW_SECONDS, member.identity, self._end_without_word)
             return
         if member.log.started:
@@ -387,5 +384,5 @@ class FluxLauncher(Launcher):
 
     @staticmethod
     def _subject(member: _Member) -> str:
-        calls: Sequence[Any] = member.process.worker.calls
+        calls = member.process.calls
         return f"Call {calls[0].number} of {calls[0].name}" if calls else "A worker"

@@ -147,7 +147,7 @@ class Job:
     @property
     def number(self) -> int:
         """The worker's number."""
-        return self.process.worker.number
+        return self.process.number
 
     @property
     def is_on_local_disk(self) -> bool:

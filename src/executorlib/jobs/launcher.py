@@ -20,6 +20,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 
+from executorlib.core.task import Task
 from executorlib.errors import ExecutorlibSocketError
 from executorlib.jobs.batch import Batch
 from executorlib.jobs.claims import Claims
@@ -83,7 +84,8 @@ class JobLauncher(Launcher):
             if len(self._early) == 1:
                 self._system.prepare(self._on_prepared)
             return
-        (task,) = process.worker.calls
+        (task,) = process.calls
+        assert isinstance(task, Task)
         if task.over:  # cancelled meanwhile
             self._events.on_exit(process, Exit(None, "it was cancelled"))
             return
@@ -92,7 +94,7 @@ class JobLauncher(Launcher):
 
     def kill(self, process: Process, signal_number: int) -> None:
         """Cancel the job, unless an equal call needs it."""
-        job = self._jobs.of(process.worker.number)
+        job = self._jobs.of(process.number)
         if job is None:
             return
         batch = job.batch

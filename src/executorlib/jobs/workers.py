@@ -61,7 +61,7 @@ class _Member:
 
     @property
     def who(self) -> str:
-        return f"worker {self.process.worker.number}"
+        return f"worker {self.process.number}"
 
     @property
     def key(self) -> JobKey:
@@ -154,7 +154,7 @@ class JobWorkerLauncher(Launcher):
             self._wanted.remove(process)
             self._events.on_exit(process, Exit(None, "it was no longer needed"))
             return
-        member = self._by_worker.get(process.worker.number)
+        member = self._by_worker.get(process.number)
         if member is not None:
             self._cancel(member)
             self._end(member, "its job was cancelled")
@@ -204,7 +204,7 @@ class JobWorkerLauncher(Launcher):
         for index, process in enumerate(wanted):
             process.host = self._system.name
             member = batch.members[index] = _Member(self._connecting(process), batch, index)
-            self._members[member.identity] = self._by_worker[process.worker.number] = member
+            self._members[member.identity] = self._by_worker[process.number] = member
         resources = wanted[0].resources
         try:
             batch_directory.make(self._folder, name)
@@ -273,7 +273,7 @@ class JobWorkerLauncher(Launcher):
         """Submit the same workers again later, as new jobs."""
         members = list(batch.members.values())
         for member in members:
-            del self._members[member.identity], self._by_worker[member.process.worker.number]
+            del self._members[member.identity], self._by_worker[member.process.number]
         self._wanted[:0] = [member.process for member in members]
         batch_directory.remove(batch.directory)
 
@@ -319,7 +319,7 @@ class JobWorkerLauncher(Launcher):
         member = self._members.get(worker_of(peer))
         if member is None or member.worker.peer != peer:
             return
-        if member.process.worker.stopping:
+        if member.worker.told_to_stop:
             if member.worker.left_in_silence():
                 self._cancel(member)  # it would hold its resources forever
             self._end(member, "it ended")
@@ -384,7 +384,7 @@ class JobWorkerLauncher(Launcher):
 
     def _end(self, member: _Member, text: str) -> None:
         process, batch = member.process, member.batch
-        del self._members[member.identity], self._by_worker[process.worker.number], batch.members[member.index]
+        del self._members[member.identity], self._by_worker[process.number], batch.members[member.index]
         if self._room is not None and batch.job_id:
             now = time.monotonic()
             self._room.ended(now)

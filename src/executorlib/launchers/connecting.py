@@ -86,6 +86,11 @@ class ConnectingWorker:
         self.peer: bytes | None = None
         self.done = False
 
+    @property
+    def told_to_stop(self) -> bool:
+        """Whether it was told to stop."""
+        return self._transport is not None and self._transport.told_to_stop is not None
+
     def left_in_silence(self) -> bool:
         """Return whether a connection ended long after its worker was told to stop, as when the worker was suspended.
 

@@ -12,12 +12,11 @@ import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from executorlib.poller import Waiting
 
 if TYPE_CHECKING:
-    from executorlib.core.scheduler import Worker
     from executorlib.resources import Resources
     from executorlib.serialize import Frame
 
@@ -44,6 +43,39 @@ class Transport(Protocol):
         ...
 
 
+class Call(Protocol):
+    """A call, as far as launchers know it. Launchers of jobs, which need all of it, know `core.task.Task`."""
+
+    @property
+    def number(self) -> int:
+        """Its number in its executor."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """The function's name."""
+        ...
+
+    @property
+    def over(self) -> bool:
+        """Whether it has ended, in whatever way."""
+        ...
+
+
+class Place(NamedTuple):
+    """What a worker holds on one node.
+
+    Attributes:
+        node: The node's name.
+        cores: Core numbers.
+        gpus: GPU device names.
+    """
+
+    node: str
+    cores: Sequence[int]
+    gpus: Sequence[str]
+
+
 @dataclass
 class Exit:
     """The end of a worker.
@@ -68,8 +100,12 @@ class Process:
     """A worker's process, as seen by the launcher that started it.
 
     Attributes:
-        worker: The worker.
+        number: The worker's number, unique in its executor; those of workers that run calls are counted from 1.
         resources: What its calls need.
+        lifetime: How long it lives.
+        slot: Its `executorlib_worker_id`.
+        places: What it holds on each of its nodes; nodes with more ranks come first.
+        calls: Calls handed to it and not over, in the order in which it runs them, or the only call that it is for.
         transport: How to send to it, once it takes messages.
         permits: For a worker that can hold calls: where to put their numbers, and where to take them back from.
         recall: For a worker on another node: asks for up to this many calls back; `Events.on_recalled` follows.
@@ -77,13 +113,16 @@ class Process:
         host: Where it runs.
         stderr: The end of what it wrote to standard error.
         settings: Those of this session's settings (`session.settings`) that it was started with.
-        lifetime: How long it lives.
         verdict: If we are ending it: the exception for the calls that are lost with it.
         on_gone: Called once it is gone.
     """
 
-    worker: Worker
+    number: int
     resources: Resources
+    lifetime: Lifetime = Lifetime.CALL
+    slot: int = 0
+    places: Sequence[Place] = ()
+    calls: Sequence[Call] = ()
     transport: Transport | None = None
     permits: tuple[socket.socket, socket.socket] | None = None
     recall: Callable[[int], None] | None = None
@@ -91,9 +130,13 @@ class Process:
     host: str = ""
     stderr: bytearray = field(default_factory=bytearray)
     settings: Mapping[str, Any] = field(default_factory=dict)
-    lifetime: Lifetime = Lifetime.CALL
     verdict: BaseException | None = None
     on_gone: Callable[[], None] | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether it has a call that is not over."""
+        return any(not call.over for call in self.calls)
 
 
 class Events(Waiting, Protocol):

@@ -162,7 +162,7 @@ class Relays:
 
     def start(self, relay: RelayEnd, process: Process) -> None:
         """Have a connected relay start a worker."""
-        number = process.worker.number
+        number = process.number
         resources = process.resources
         relay.processes[number] = process
         if resources.cores == 1:
@@ -233,7 +233,7 @@ class Relays:
         process.pid = about["pid"]
         process.stderr += about["stderr"].encode()
         # Calls that were still travelling are the last ones.
-        calls = process.worker.calls
+        calls = process.calls
         on_the_way = cast(_RelayTransport, process.transport).calls - about["handed"]
         unstarted = [*about["unstarted"], *(task.number for task in calls[len(calls) - on_the_way :])]
         self._events.on_exit(process, Exit(about["status"], about["text"], error, unstarted=unstarted))
@@ -250,7 +250,7 @@ class Relays:
                 f"A worker process on {process.host} sent data that cannot be read, so it was killed: its call wrote "
                 "into the file descriptor of its connection."
             )
-            self.kill(relay, process.worker.number, signal.SIGKILL)
+            self.kill(relay, process.number, signal.SIGKILL)
             return
         for message in messages:
             if message.error is not None:

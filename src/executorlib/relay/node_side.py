@@ -29,7 +29,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from executorlib import machine, serialize
 from executorlib.launchers.contract import Exit, Lifetime, Process
@@ -43,9 +43,6 @@ from executorlib.transports.dealer import Dealer
 from executorlib.worker import family, guard
 from executorlib.worker.protocol import PERMIT
 from executorlib.worker.remote import hello
-
-if TYPE_CHECKING:
-    from executorlib.core.scheduler import Worker
 
 # These would make a node's own mpiexec start its ranks as steps of the allocation; the last ones since Slurm 23.11.
 _OF_SLURM = ("SLURM_", "HYDRA_BOOTSTRAP", "HYDRA_LAUNCHER_EXTRA_ARGS", "I_MPI_HYDRA_BOOTSTRAP")
@@ -61,37 +58,27 @@ _PLAIN_EXIT_SECONDS = 0.005
 _MOST_PERMITS = 4096
 
 
-class _Call:
-    """An unfinished call, as far as launchers need to see it."""
-
-    over = False
-
-
-class _Worker:
-    """A worker, as far as launchers need to see it, and what the relay knows about it.
+class _Process(Process):
+    """A worker, and what the relay knows about it.
 
     Attributes:
-        number: The executor's number for it.
         handed: Number of calls that it was handed, including those that were taken back.
         answered: Number of their answers seen here, which does not include those in a stream.
         leaving: Whether it has said that it is about to exit.
-        process: Its process.
         waiting: Messages that came before it could take any.
     """
 
     def __init__(self, number: int, resources: Resources, single: bool) -> None:
-        self.number = number
+        super().__init__(number, resources, Lifetime.CALL if single else Lifetime.BLOCK)
         self.handed = 0
         self.answered = 0
         self.leaving = False
-        lifetime = Lifetime.CALL if single else Lifetime.BLOCK
-        self.process = Process(cast("Worker", self), resources, lifetime=lifetime)
         self.waiting: list[tuple[list[Any], list[Frame]]] = []
 
     @property
-    def calls(self) -> list[_Call]:
-        """The part of `scheduler.Worker.calls` that launchers need."""
-        return [_Call()] * (self.handed - self.answered)
+    def busy(self) -> bool:
+        """Whether it has a call that it has not answered."""
+        return self.handed > self.answered
 
 
 class Relay(Poller):
@@ -107,7 +94,7 @@ class Relay(Poller):
         super().__init__()
         self._dealer = dealer
         self._environ = environ
-        self._workers: dict[int, _Worker] = {}
+        self._workers: dict[int, _Process] = {}
         self._parts: list[list[Any]] = []  # to be sent
         self._frames: list[Frame] = []
         self._exits: list[list[Any]] = []  # to be sent with the next message
@@ -166,7 +153,7 @@ class Relay(Poller):
                 self._launcher.resume()
                 continue
             each = iter(message.frames)
-            touched: dict[_Worker, None] = {}
+            touched: dict[_Process, None] = {}
             calls = [header[1] for _, header, _ in message.header[1] if header[0] == "stream"]
             if calls:
                 self._many = max(calls) > 1
@@ -196,24 +183,24 @@ class Relay(Poller):
 
     # -- the executor's messages ----------------------------------------------------------------------------------
 
-    def _obey(self, number: int, header: list[Any], frames: list[Frame]) -> _Worker | None:
+    def _obey(self, number: int, header: list[Any], frames: list[Frame]) -> _Process | None:
         """Carry out an order; returns the worker if a message now waits for it."""
         kind = header[0]
         if kind == "start":
             needs = header[1]
-            worker = self._workers[number] = _Worker(number, Resources(**needs["resources"]), needs["single"])
+            worker = self._workers[number] = _Process(number, Resources(**needs["resources"]), needs["single"])
             try:
-                self._launcher.launch(worker.process)
+                self._launcher.launch(worker)
             except Exception as error:  # no room for its files, for example
                 if number in self._workers:
                     text = f"it could not be started: {type(error).__name__}: {error}"
-                    self.on_exit(worker.process, Exit(None, text))
+                    self.on_exit(worker, Exit(None, text))
             return None
         known = self._workers.get(number)
         if known is None:
             return None  # it has ended, which the executor knows or will learn
         if kind == "kill":
-            self._launcher.kill(known.process, header[1])
+            self._launcher.kill(known, header[1])
         elif kind == "recall":
             self._pass_on(known)
             self._put(number, ["recalled", self._take_back(known, header[1])])
@@ -222,9 +209,9 @@ class Relay(Poller):
             return known
         return None
 
-    def _pass_on(self, worker: _Worker) -> None:
+    def _pass_on(self, worker: _Process) -> None:
         """Send a worker its waiting messages, once it can take any."""
-        transport, permits = worker.process.transport, worker.process.permits
+        transport, permits = worker.transport, worker.permits
         if transport is None or not worker.waiting:
             return
         waiting, worker.waiting = worker.waiting, []
@@ -239,15 +226,15 @@ class Relay(Poller):
                 worker.handed += 1
                 if permits is not None and not header[3].get("now"):
                     permits[0].send(PERMIT.pack(header[1]))
-            elif header[0] == "setup" and worker.process.resources.cores > 1:
+            elif header[0] == "setup" and worker.resources.cores > 1:
                 # mpiexec was not allowed to see these.
                 header[1]["env"] = {**self._environ, **header[1].get("env", {})}
             transport.put(header, frames)
         transport.flush()
 
-    def _take_back(self, worker: _Worker, count: int) -> list[int]:
+    def _take_back(self, worker: _Process, count: int) -> list[int]:
         """Numbers of calls that the worker will not start, by `worker.protocol.Permits`."""
-        permits = worker.process.permits
+        permits = worker.permits
         if permits is None or count < 1:
             return []
         try:
@@ -264,14 +251,14 @@ class Relay(Poller):
 
     def on_connected(self, process: Process) -> None:
         """Send the worker the messages that came before it was connected."""
-        worker = self._workers[process.worker.number]
+        worker = self._workers[process.number]
         if process.permits is not None:
             cast(PipeTransport, process.transport).channel.pass_on()
         self._pass_on(worker)
 
     def on_message(self, process: Process, header: list[Any], frames: list[Frame]) -> None:
         """Pass a worker's message on to the executor."""
-        worker = self._workers[process.worker.number]
+        worker = self._workers[process.number]
         if header[0] in ("result", "error"):
             worker.answered += 1
             worker.leaving = "leaving" in header[4]
@@ -285,7 +272,7 @@ class Relay(Poller):
 
     def on_exit(self, process: Process, end: Exit) -> None:
         """Report the end of a worker, with the calls that it has not started."""
-        worker = self._workers.pop(process.worker.number)
+        worker = self._workers.pop(process.number)
         error = process.verdict or end.error
         about = {
             "pid": process.pid,

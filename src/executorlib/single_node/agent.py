@@ -266,7 +266,7 @@ class Agent:
     def kill(self, process: Process, signal_number: int) -> None:
         """Signal a worker's process group, as soon as there is one."""
         self._continue()
-        child = self._by_worker.get(process.worker.number)
+        child = self._by_worker.get(process.number)
         if child is not None:
             self._put(["kill", child.number, signal_number])
             self._flush()
@@ -278,7 +278,7 @@ class Agent:
         self._continue()
         for child in self._by_worker.values():
             assert child.process is not None
-            if all(task.over for task in child.process.worker.calls):
+            if not child.process.busy:
                 self._put(["kill", child.number, signal.SIGCONT])
         self._flush()
 
@@ -291,13 +291,13 @@ class Agent:
         """Block until a worker ends, when the loop has finished everything else; returns whether it did in time."""
         give_up = time.monotonic() + seconds
         silent = False
-        while process.worker.number in self._by_worker or any(each is process for each in self._wanted.values()):
+        while process.number in self._by_worker or any(each is process for each in self._wanted.values()):
             left = give_up - time.monotonic()
             if left <= 0 or self._channel is None:
                 return False
             poll = select.poll()
             poll.register(self._channel.fileno(), select.POLLIN)
-            child = self._by_worker.get(process.worker.number)
+            child = self._by_worker.get(process.number)
             if child is not None and not silent:
                 poll.register(child.stderr, select.POLLIN)
             ready = [fd for fd, _ in poll.poll(left * 1000)]
@@ -377,7 +377,7 @@ class Agent:
         process.pid = child.pid
         process.host = self._host
         process.permits = child.permits
-        self._by_worker[process.worker.number] = child
+        self._by_worker[process.number] = child
         self._events.watch(child.stderr, lambda: self._on_stderr(child))
         if child.channel is not None:
             channel = child.channel
@@ -393,9 +393,7 @@ class Agent:
         assert child.channel is not None
         self._events.unwatch(child.channel)
         process = child.process
-        if process is not None and (
-            process.lifetime is Lifetime.BLOCK or any(not task.over for task in process.worker.calls)
-        ):
+        if process is not None and (process.lifetime is Lifetime.BLOCK or process.busy):
             self._events.call_later(_EXIT_SECONDS, lambda: self._end_disconnected(child.number))
 
     def _end_disconnected(self, number: int) -> None:
@@ -450,7 +448,7 @@ class Agent:
             self._events.unwatch(child.stderr)
             if child.channel is not None:
                 self._events.unwatch(child.channel)
-            self._by_worker.pop(child.process.worker.number, None)
+            self._by_worker.pop(child.process.number, None)
         os.close(child.stderr)
         if child.channel is not None:
             child.channel.close()

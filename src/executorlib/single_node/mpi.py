@@ -198,7 +198,7 @@ class MpiLauncher:
 
         resources = process.resources
         mpiexec = find_mpiexec()
-        identity = str(process.worker.number)
+        identity = str(process.number)
         env = {name: value for name, value in os.environ.items() if not name.startswith(self._foreign)}
         env.update(mpiexec.environment())
         env.update(dict.fromkeys(THREAD_VARIABLES, str(resources.threads_per_core)))
@@ -244,11 +244,11 @@ class MpiLauncher:
     def end(self, process: Process, agent: Agent) -> None:
         """End a world: gently at first, by force after a grace period."""
         self._signal(process, agent, signal.SIGTERM)
-        identity = str(process.worker.number)
+        identity = str(process.number)
         self._events.call_later(_GRACE_SECONDS, lambda: self._kill_if_alive(identity))
 
     def _signal(self, process: Process, agent: Agent, signal_number: int) -> None:
-        world = self._worlds.get(str(process.worker.number))
+        world = self._worlds.get(str(process.number))
         if world is not None and world.worker.peer is None and signal_number in (signal.SIGTERM, signal.SIGINT):
             # No user code runs in it yet, and only the agent can tidy up after ranks that have not found each other.
             signal_number = signal.SIGKILL

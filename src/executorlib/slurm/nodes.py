@@ -18,7 +18,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from executorlib.errors import ExecutorlibSocketError
 from executorlib.launchers.boot import arguments, boot_command
@@ -39,7 +39,6 @@ from executorlib.worker.protocol import THREAD_VARIABLES
 
 if TYPE_CHECKING:
     from executorlib.core.ledger import Node
-    from executorlib.core.scheduler import Worker
 
 logger = logging.getLogger("executorlib")
 
@@ -145,7 +144,7 @@ class NodesLauncher(Launcher):
         )
         for relay in self._by_node.values():
             relay.settings = given
-        self._step = Process(cast("Worker", _NoWorker()), Resources())
+        self._step = Process(0, Resources())
         env = step_environment(os.environ)
         env[CONNECTION_VARIABLE] = self._router.credentials(_RELAYS).dumps()
         self._agent.run(self._step, relays_command(list(self._by_node), program), env, None)
@@ -155,13 +154,13 @@ class NodesLauncher(Launcher):
     def launch(self, process: Process) -> None:
         """Start a worker by the relay of its node, or as a step."""
         self.prepare()
-        relay = self._by_node[process.worker.allocation.node.name]
+        relay = self._by_node[process.places[0].node]
         if relay.lost:
             self._events.on_exit(process, Exit(None, relay.lost))
         elif self._is_step(process):
             self._run_step(process)
         elif relay.peer is None:
-            relay.waiting[process.worker.number] = process
+            relay.waiting[process.number] = process
         else:
             self._start(relay, process)
 
@@ -172,17 +171,17 @@ class NodesLauncher(Launcher):
             setup["argv"] = arguments()  # ranks do not get them on the command line, see `boot_command`
         if self._is_step(process):
             setup["shares"] = {
-                share.node.name: {"node": self._by_node[share.node.name].size, "cores": share.cores, "gpus": share.gpus}
-                for share in process.worker.allocation.shares
+                node: {"node": self._by_node[node].size, "cores": cores, "gpus": gpus}
+                for node, cores, gpus in process.places
             }
         else:
-            setup["node"] = self._by_node[process.worker.allocation.node.name].size
+            setup["node"] = self._by_node[process.places[0].node].size
         return setup
 
     def kill(self, process: Process, signal_number: int) -> None:
         """Signal a worker, or end its step."""
-        number = process.worker.number
-        relay = self._by_node[process.worker.allocation.node.name]
+        number = process.number
+        relay = self._by_node[process.places[0].node]
         if number in relay.waiting:
             del relay.waiting[number]
             self._events.on_exit(process, Exit(None, "it was no longer needed"))
@@ -285,7 +284,7 @@ class NodesLauncher(Launcher):
         said = tail_text(self._step.stderr) if self._step is not None else ""
         text = relay.lost + (f"; Slurm said:\n{said}" if said else "")
         for process in [step.process for step in self._steps.values()]:
-            if any(share.node is relay.node for share in process.worker.allocation.shares):
+            if any(place.node == relay.node.name for place in process.places):
                 process.verdict = process.verdict or ExecutorlibSocketError(f"A call's ranks were ended: {text}")
                 self._end_step(process)
         processes = [*relay.waiting.values(), *relay.processes.values()]
@@ -299,17 +298,15 @@ class NodesLauncher(Launcher):
     def _is_step(self, process: Process) -> bool:
         resources = process.resources
         return bool(
-            resources.slurm_cmd_args
-            or process.worker.allocation.further
-            or (resources.cores > 1 and self._pmi_mode is not None)
+            resources.slurm_cmd_args or len(process.places) > 1 or (resources.cores > 1 and self._pmi_mode is not None)
         )
 
     def _run_step(self, process: Process) -> None:
         resources = process.resources
-        identity = str(process.worker.number)
-        shares = process.worker.allocation.shares
-        ranks = _ranks_on(process)
-        hosts = [share.node.name for share, count in zip(shares, ranks, strict=True) for _ in range(count)]
+        identity = str(process.number)
+        nodes = [place.node for place in process.places]
+        ranks = dict(zip(nodes, _ranks_on(process), strict=True))
+        hosts = [node for node, count in ranks.items() for _ in range(count)]
         env = step_environment(os.environ)
         env.update(dict.fromkeys(THREAD_VARIABLES, str(resources.threads_per_core)))
         env[CONNECTION_VARIABLE] = self._router.credentials(identity).dumps()
@@ -322,21 +319,20 @@ class NodesLauncher(Launcher):
             except (OSError, RuntimeError) as error:
                 self._events.on_exit(process, Exit(None, str(error), error))
                 return
-            counts = {share.node.name: count for share, count in zip(shares, ranks, strict=True)}
             # In Slurm's order, because srun starts the agents of MPICH's mpiexec, and they take their parts in that
             # order.
-            placed = [f"{name}:{counts[name]}" for name in self._by_node if name in counts]
+            placed = [f"{name}:{ranks[name]}" for name in self._by_node if name in ranks]
             argv = mpiexec.command_on(placed, len(hosts), program, resources.openmpi_oversubscribe)
             # mpiexec has srun start its agents, which must be allowed beside the relays.
             env = {**mpiexec.environment(), **env, "SLURM_OVERLAP": "1"}
         else:
             argv = ranks_command(resources, hosts, self._pmi_mode, program)
-            if len(shares) > 1:
+            if len(nodes) > 1:
                 self._folder = self._folder or tempfile.mkdtemp(prefix="executorlib-")
                 env["SLURM_HOSTFILE"] = os.path.join(self._folder, identity)
                 with open(env["SLURM_HOSTFILE"], "w", encoding="utf-8") as file:
                     file.write("".join(f"{host}\n" for host in hosts))
-        process.host = ", ".join(share.node.name for share in shares)
+        process.host = ", ".join(nodes)
         self._steps[identity] = ConnectingWorker(
             self._events,
             self._router,
@@ -350,7 +346,7 @@ class NodesLauncher(Launcher):
 
     def _end_step(self, process: Process) -> None:
         """End a step. When srun is told to end, it kills its tasks."""
-        identity = str(process.worker.number)
+        identity = str(process.number)
 
         def kill() -> None:
             step = self._steps.get(identity)
@@ -380,7 +376,7 @@ class NodesLauncher(Launcher):
             self._lose(relay, f"srun, which runs the agents, {end.text.removeprefix('it ')}")
 
     def _on_ranks_exit(self, process: Process, end: Exit) -> None:
-        self._forget_step(str(process.worker.number))
+        self._forget_step(str(process.number))
         self._events.on_exit(process, end)
 
     # -- the time limit -------------------------------------------------------------------------------------------
@@ -408,12 +404,5 @@ class NodesLauncher(Launcher):
 def _ranks_on(process: Process) -> list[int]:
     """The number of ranks on each node of a worker's allocation."""
     resources = process.resources
-    shares = resources.demand_over(len(process.worker.allocation.shares)).shares()
+    shares = resources.demand_over(len(process.places)).shares()
     return [cores // resources.threads_per_core for cores, _ in shares]
-
-
-class _NoWorker:
-    """Stands in for a worker in the relays' step, which has none; real workers are counted from 1."""
-
-    number = 0
-    calls = ()
