@@ -22,7 +22,7 @@ from executorlib.errors import ExecutorlibSocketError
 from executorlib.launchers.contract import Lifetime, Process
 from executorlib.relay.executor_side import Relays
 from executorlib.relay.node_side import Relay
-from executorlib.single_node.agent import Agent
+from executorlib.single_node.agent import AgentClient
 from unit.node_functions import (
     agent_and_relay,
     append,
@@ -164,7 +164,7 @@ def test_call_that_is_a_step_and_fails(allocation: Callable[..., Any]) -> None:
 )
 def test_signals_before_a_worker_is_there(sent: list[int], passed_on: int) -> None:
     """It gets the last one, unless that could be less than what it was to get."""
-    agent = Agent(
+    agent = AgentClient(
         fakes.Events(),
         spawn=False,
         lifetime=Lifetime.CALL,

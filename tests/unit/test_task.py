@@ -134,10 +134,15 @@ def test_function_name(fn: object, name: str) -> None:
 # The future.
 
 
+def test_the_future_shows_what_a_standard_future_shows() -> None:
+    """What the executor notes on it is no part of the user's future."""
+    assert {name for name in dir(CallFuture()) if name[0] != "_"} == {name for name in dir(Future()) if name[0] != "_"}
+
+
 def test_cancel_tells_at_once() -> None:
     told: list[bool] = []
     future = CallFuture()
-    future.on_cancel = lambda: told.append(future.cancelled())
+    future._on_cancel = lambda: told.append(future.cancelled())
     assert future.cancel()
     assert told == [True]  # and only once it is cancelled
 
@@ -145,7 +150,7 @@ def test_cancel_tells_at_once() -> None:
 def test_cancel_that_comes_too_late_tells_nobody() -> None:
     told: list[str] = []
     future = CallFuture()
-    future.on_cancel = lambda: told.append("cancelled")
+    future._on_cancel = lambda: told.append("cancelled")
     assert future.set_running_or_notify_cancel()
     assert not future.cancel()
     future.set_result(1)
@@ -165,9 +170,9 @@ def test_cancel_tells_although_its_callback_lets_go_of_the_executor() -> None:
     future = CallFuture()
 
     def forget(_: Future[Any]) -> None:
-        future.on_cancel = None
+        future._on_cancel = None
 
-    future.on_cancel = lambda: told.append("cancelled")
+    future._on_cancel = lambda: told.append("cancelled")
     future.add_done_callback(forget)
     assert future.cancel()
     assert told == ["cancelled"]

@@ -95,7 +95,7 @@ class _InputDone:
         if loop is not None and task is not None:
             error = input_error(future)
             if error is not None or not self._is_job:
-                loop.post(loop.on_input_done, task, error, failed_call(future), getattr(future, "unasked", None))
+                loop.post(loop.on_input_done, task, error, failed_call(future), getattr(future, "_unasked", None))
 
 
 class _Cancelled:
@@ -238,7 +238,7 @@ class Loop(Poller, Events):
             self._next_number = number + 1
             task = Task(number, fn, args, kwargs, future, resources, demand, len(inputs))
             if isinstance(future, CallFuture):
-                future.on_cancel = _Cancelled(self, task)
+                future._on_cancel = _Cancelled(self, task)
             self._delivery.accept(task)
             self.post(self._on_submit, task, inputs)
             # Only now: a call that a Ctrl-C kept from being posted must not be counted forever.
@@ -393,7 +393,7 @@ class Loop(Poller, Events):
             # Now, and not once the jobs are in the system: that could take as long as the system does not answer.
             task.announced = True
             if isinstance(task.future, CallFuture):
-                _cancel(task.future.abandon, task.future)
+                _cancel(task.future._abandon, task.future)
         self._let_go.set()
         self._launcher.detach(self._on_detached)
 
@@ -882,8 +882,8 @@ class Loop(Poller, Events):
         future = task.future
         dependents = task.dependents
         if error is not None and isinstance(future, CallFuture):
-            future.failed_call = f"call {task.number} of {task.name}"
-            future.unasked = self._failures.add(future, future.failed_call, error)
+            future._failed_call = f"call {task.number} of {task.name}"
+            future._unasked = self._failures.add(future, future._failed_call, error)
         self._drop(task)
         try:
             if error is None:
@@ -907,7 +907,7 @@ class Loop(Poller, Events):
             for other in self._delivery.over(task):
                 self.post(self._on_equal_over, other)
         if isinstance(task.future, CallFuture):
-            task.future.on_cancel = None
+            task.future._on_cancel = None
         task.release()
 
     def _on_wake(self) -> None:

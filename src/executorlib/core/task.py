@@ -49,13 +49,13 @@ _LEGAL = tuple(sum(1 << target for target in LEGAL_MOVES[state]) for state in St
 class CallFuture(LeanFuture[Any]):
     """The future of a submitted call; cancelling it tells the executor at once."""
 
-    on_cancel: Callable[[], None] | None = None
-    stored: Any = None  # see `futures.inputs.Stored`
-    failed_call = ""  # the name of the call, once it has failed
+    _on_cancel: Callable[[], None] | None = None
+    _stored: Any = None  # see `futures.inputs.Stored`
+    _failed_call = ""  # the name of the call, once it has failed
 
     def cancel(self) -> bool:
         """Cancel the call if it has not started, as `concurrent.futures.Future.cancel` does."""
-        notify = self.on_cancel
+        notify = self._on_cancel
         try:
             return super().cancel()
         finally:
@@ -65,9 +65,9 @@ class CallFuture(LeanFuture[Any]):
 
     __reduce__ = refuse_future
 
-    def abandon(self) -> None:
+    def _abandon(self) -> None:
         """Cancel this future even if the call is running: it goes on, but nobody here waits for it."""
-        self.on_cancel = None
+        self._on_cancel = None
         with self._condition:
             if self._state == "RUNNING":
                 self._state = "PENDING"

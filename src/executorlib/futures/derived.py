@@ -93,8 +93,8 @@ class _Derive:
                 derived.set_result(value)
                 return
         else:
-            _hand_on_failure(getattr(source, "unasked", None), derived)
-        derived.failed_call = failed_call(source)  # type: ignore[attr-defined]
+            _hand_on_failure(getattr(source, "_unasked", None), derived)
+        derived._failed_call = failed_call(source)  # type: ignore[attr-defined]
         derived.set_exception(error)
 
 
@@ -127,9 +127,9 @@ def get_item_from_future(future: Future[Any], key: Any) -> Future[Any]:
         recorded: Future[Any] = item(key)
         return recorded
     derived = derived_future(future, lambda result: result[key])
-    source: Stored | None = getattr(future, "stored", None)
+    source: Stored | None = getattr(future, "_stored", None)
     if source is not None:
-        derived.stored = Stored(source.call, (*source.keys, key))  # type: ignore[attr-defined]
+        derived._stored = Stored(source.call, (*source.keys, key))  # type: ignore[attr-defined]
     return derived
 
 
@@ -202,7 +202,7 @@ class _Grouping:
             if error is None:
                 self._results.append(future.result())
             else:
-                self._errors.append((error, getattr(future, "unasked", None)))
+                self._errors.append((error, getattr(future, "_unasked", None)))
             self._missing -= 1
             while self._groups and (len(self._results) >= self._n or not self._missing):
                 values = self._results[: self._n]

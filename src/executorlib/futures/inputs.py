@@ -53,12 +53,12 @@ class StoredFuture(Future[Any]):
 
     def __init__(self, stored: Stored) -> None:
         # The base class is not initialized, because nobody may wait for this future.
-        self.stored = stored
+        self._stored = stored
 
 
 def stored(future: Future[Any]) -> Stored | None:
     """Return what a future represents in terms of files; None if its result is only in memory, or not known yet."""
-    found: Stored | None = getattr(future, "stored", None)
+    found: Stored | None = getattr(future, "_stored", None)
     return found if found is not None and found.call.path else None
 
 
@@ -190,11 +190,11 @@ def misplaced(fn: object, args: Sequence[object], kwargs: Mapping[str, object]) 
 
 def failed_call(future: Future[Any]) -> str:
     """Name the call that a failed future belongs to."""
-    return getattr(future, "failed_call", "") or "an input"
+    return getattr(future, "_failed_call", "") or "an input"
 
 
 def input_error(future: Future[Any]) -> BaseException | None:
     """Return the exception with which a finished future fails the calls that have it as input."""
     if future.cancelled():
         return CancelledError("an input of this call was cancelled")
-    return future.failure() if isinstance(future, LeanFuture) else future.exception()
+    return future._failure() if isinstance(future, LeanFuture) else future.exception()

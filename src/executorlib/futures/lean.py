@@ -101,14 +101,14 @@ class LeanFuture(Future[_T]):
     """
 
     _condition: _Condition  # type: ignore[assignment]
-    unasked: Any = None  # an `unasked.Record`, if it failed
+    _unasked: Any = None  # an `unasked.Record`, if it failed
 
     def __init__(self) -> None:
         super().__init__()
         self._condition = _Condition()
         self._waiters: list[Any] = _Waiters()
 
-    def failure(self) -> BaseException | None:
+    def _failure(self) -> BaseException | None:
         """Return a finished future's exception, for other futures. This does not count as the user's asking for it."""
         return super().exception(0)
 
@@ -118,8 +118,8 @@ class LeanFuture(Future[_T]):
             self._condition.sleep(self.done, timeout)
             return super().result(0)
         finally:
-            if self.unasked:
-                self.unasked.clear()
+            if self._unasked:
+                self._unasked.clear()
             # Breaks a cycle: the exception's traceback, this frame, the future, the exception.
             del self
 
@@ -129,8 +129,8 @@ class LeanFuture(Future[_T]):
             self._condition.sleep(self.done, timeout)
             return super().exception(0)
         finally:
-            if self.unasked:
-                self.unasked.clear()
+            if self._unasked:
+                self._unasked.clear()
 
     def set_running_or_notify_cancel(self) -> bool:
         """Mark the future as running, unless it was cancelled, and return True if it runs."""

@@ -33,7 +33,7 @@ class Record(list[str]):
     def share(self, future: Any) -> None:
         """Let a future made from the failed one share this record, so that asking either of them counts."""
         self._holders.append(weakref.ref(future))
-        future.unasked = self
+        future._unasked = self
 
     @property
     def can_be_asked(self) -> bool:

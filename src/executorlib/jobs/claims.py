@@ -206,8 +206,8 @@ class Claims:
             return
         self._submitter.add(job, batch, index)
         self._jobs.make_first(job)
-        if isinstance(task.future, CallFuture) and task.future.stored is not None:
-            task.future.stored.call.batch = batch.directory
+        if isinstance(task.future, CallFuture) and task.future._stored is not None:
+            task.future._stored.call.batch = batch.directory
 
     # -- following ------------------------------------------------------------------------------------------------
 

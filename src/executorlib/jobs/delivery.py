@@ -46,7 +46,7 @@ class Entries(Delivery):
     def accept(self, task: Task) -> None:
         """Let the future, and futures that are made from it, say which call they stand for."""
         if isinstance(task.future, CallFuture):
-            task.future.stored = Stored(StoredCall(self._number, task.number))
+            task.future._stored = Stored(StoredCall(self._number, task.number))
 
     def not_started(self, scheduler: Scheduler) -> int:
         """A launched call may still wait in the queue."""
@@ -54,7 +54,7 @@ class Entries(Delivery):
 
     def job_of(self, source: Future[Any]) -> int:
         """The call whose result, or an item of whose result, the future stands for."""
-        found = getattr(source, "stored", None)
+        found = getattr(source, "_stored", None)
         return found.call.number if found is not None and found.call.executor == self._number else 0
 
     def look_up(self, task: Task) -> Output | None:
@@ -114,7 +114,7 @@ class Entries(Delivery):
         args, kwargs = fill_in(task.args, _name_of_input), fill_in(task.kwargs, _name_of_input)
         name = self.lookup.identify(task, directory, args, kwargs)
         if isinstance(task.future, CallFuture):
-            task.future.stored.call.key, task.future.stored.call.path = name, task.cache_path
+            task.future._stored.call.key, task.future._stored.call.path = name, task.cache_path
         return directory
 
     def _real_path(self, directory: str) -> str:

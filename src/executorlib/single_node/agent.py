@@ -115,7 +115,7 @@ class _Child:
     process: Process | None = None
 
 
-class Agent:
+class AgentClient:
     """The executor's side of a node agent.
 
     Args:

@@ -8,7 +8,7 @@ from typing import Any
 
 from executorlib.launchers.boot import arguments, boot_command
 from executorlib.launchers.contract import Events, Launcher, Lifetime, Process
-from executorlib.single_node.agent import Agent
+from executorlib.single_node.agent import AgentClient
 from executorlib.single_node.mpi import MpiLauncher
 
 
@@ -23,7 +23,7 @@ class LocalLauncher(Launcher):
         preload: Modules that an agent imports before it forks.
         default_threads: `threads_per_core` of the executor, for the agent that is started first.
         hidden: Prefixes of the names of variables that `mpiexec` must not see.
-        given: Settings that forked workers start with, as in `Agent`.
+        given: Settings that forked workers start with, as in `AgentClient`.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class LocalLauncher(Launcher):
         self._lifetime = lifetime
         self._stock = stock
         self._preload = preload
-        self._agents: dict[int, Agent] = {}
+        self._agents: dict[int, AgentClient] = {}
         self._mpi: MpiLauncher | None = None
         self._default_threads = default_threads
         self._hidden = hidden
@@ -54,13 +54,13 @@ class LocalLauncher(Launcher):
         with contextlib.suppress(OSError):
             self._agent(self._default_threads).start()
 
-    def _agent(self, threads: int) -> Agent:
+    def _agent(self, threads: int) -> AgentClient:
         # Libraries read the thread variables when they are loaded. Preloaded ones do so in the agent, so then every
         # number of threads needs an agent of its own.
         key = threads if self._preload else 0
         agent = self._agents.get(key)
         if agent is None:
-            agent = self._agents[key] = Agent(
+            agent = self._agents[key] = AgentClient(
                 self._events,
                 spawn=self._spawn,
                 lifetime=self._lifetime,

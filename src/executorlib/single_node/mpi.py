@@ -25,7 +25,7 @@ from executorlib.worker.protocol import THREAD_VARIABLES
 
 if TYPE_CHECKING:
     from executorlib.launchers.connecting import ConnectingWorker
-    from executorlib.single_node.agent import Agent
+    from executorlib.single_node.agent import AgentClient
     from executorlib.transports.router import Router
 
 _INSTALL = (
@@ -154,7 +154,7 @@ class _World:
     """
 
     worker: ConnectingWorker
-    agent: Agent
+    agent: AgentClient
     mark: str
     since: float
 
@@ -173,10 +173,10 @@ class MpiLauncher:
         self._router: Router | None = None
         self._worlds: dict[str, _World] = {}  # by identity
         self._since: float | None = None  # when the first one was started
-        self._agents: dict[Agent, int] = {}  # agents that run worlds, with how often each was killed before
+        self._agents: dict[AgentClient, int] = {}  # agents that run worlds, with how often each was killed before
         self._folders: list[str] = []  # the socket's, and one in memory; Open MPI's files are in both, by world
 
-    def launch(self, process: Process, agent: Agent, program: list[str]) -> None:
+    def launch(self, process: Process, agent: AgentClient, program: list[str]) -> None:
         """Start the ranks of a world.
 
         Args:
@@ -234,20 +234,20 @@ class MpiLauncher:
         if world is not None:
             world.worker.on_message(peer, header, frames)
 
-    def kill(self, process: Process, agent: Agent, signal_number: int) -> None:
+    def kill(self, process: Process, agent: AgentClient, signal_number: int) -> None:
         """Signal a world; SIGKILL ends it gently first, so that mpiexec can tidy up."""
         if signal_number == signal.SIGKILL:
             self.end(process, agent)
         else:
             self._signal(process, agent, signal_number)
 
-    def end(self, process: Process, agent: Agent) -> None:
+    def end(self, process: Process, agent: AgentClient) -> None:
         """End a world: gently at first, by force after a grace period."""
         self._signal(process, agent, signal.SIGTERM)
         identity = str(process.number)
         self._events.call_later(_GRACE_SECONDS, lambda: self._kill_if_alive(identity))
 
-    def _signal(self, process: Process, agent: Agent, signal_number: int) -> None:
+    def _signal(self, process: Process, agent: AgentClient, signal_number: int) -> None:
         world = self._worlds.get(str(process.number))
         if world is not None and world.worker.peer is None and signal_number in (signal.SIGTERM, signal.SIGINT):
             # No user code runs in it yet, and only the agent can tidy up after ranks that have not found each other.

@@ -29,7 +29,7 @@ from executorlib.launchers.subprocesses import CommandOutput, Commands
 from executorlib.relay.executor_side import RelayEnd, Relays, relay_program
 from executorlib.resources import Resources
 from executorlib.serialize import Frame
-from executorlib.single_node.agent import Agent
+from executorlib.single_node.agent import AgentClient
 from executorlib.single_node.mpi import find_mpiexec
 from executorlib.slurm.queue import command_environment
 from executorlib.slurm.steps import parse_time_left, ranks_command, relays_command, step_environment
@@ -111,7 +111,7 @@ class NodesLauncher(Launcher):
         self._router = Router(events, self._on_message, self._on_lost, tcp=True, hostname_localhost=hostname_localhost)
         self._relays = Relays(events, self._router, lifetime, self._on_worker_exit)
         # It runs srun, reports srun's end, and ends with this process.
-        self._agent = Agent(
+        self._agent = AgentClient(
             events,
             spawn=False,
             lifetime=Lifetime.CALL,
