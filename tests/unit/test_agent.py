@@ -26,7 +26,7 @@ from executorlib.single_node import agent as single_node_agent
 from executorlib.transports.messages import Connection, Message
 from executorlib.worker.agent import _kill_group
 from executorlib.worker.family import children_of, descendants
-from executorlib.worker.protocol import PERMIT, Permits
+from executorlib.worker.protocol import SocketPermits, WorkerPermits
 from unit.properties import examples, repeatable
 
 WAIT = 20.0
@@ -51,7 +51,7 @@ class Worker:
         made = [socket.socket(fileno=fd) for fd in sockets]
         assert len(made) in (0, 3 if pooled else 1)
         self.connection = Connection(made[0]) if made else None
-        self.permits = made[1:]
+        self.permits = SocketPermits(*made[1:]) if made[1:] else None
 
     def raw(self) -> socket.socket:
         assert self.connection is not None
@@ -94,8 +94,8 @@ class Worker:
         os.close(self.stderr)
         if self.connection is not None:
             self.connection.close()
-        for sock in self.permits:
-            sock.close()
+        if self.permits is not None:
+            self.permits.close()
 
 
 class Client:
@@ -355,7 +355,7 @@ def test_whoever_writes_errors_without_end_gets_one_turn(monkeypatch: pytest.Mon
 
 def test_worker_of_a_block(agent: Client) -> None:
     worker = agent.start(pooled=True)
-    assert len(worker.permits) == 2
+    assert worker.permits is not None
     worker.set_up()
     assert worker.receive().header == ["ready"]
     for number in (1, 2, 3):
@@ -369,12 +369,12 @@ def test_worker_of_a_block(agent: Client) -> None:
 
 def test_worker_of_a_block_skips_calls_that_were_taken_back(agent: Client) -> None:
     worker = agent.start(pooled=True)
-    give, take = worker.permits
+    assert worker.permits is not None
     worker.set_up()
     assert worker.receive().header == ["ready"]
     function = serialize.dumps_in_band(abs)
-    give.send(PERMIT.pack(5) + PERMIT.pack(6))
-    assert take.recv(PERMIT.size) == PERMIT.pack(5)
+    worker.permits.grant([5, 6])
+    assert worker.permits.take_back(1) == [5]
     worker.send(["call", 5, 1, {"new": [1]}], [function, *serialize.dumps_arguments((-5,), {})])
     worker.send(["call", 6, 1, {}], serialize.dumps_arguments((-6,), {}))
     message = worker.receive()
@@ -480,7 +480,7 @@ def test_program_finds_its_descriptors(agent: Client) -> None:
     source = textwrap.dedent("""\
         import os
         os.write(3, b"connection")
-        assert os.read(4, 6) == b"permit"
+        assert os.read(4, 100) == (7).to_bytes(8, "little")
         def is_open(fd):
             try:
                 os.fstat(fd)
@@ -492,7 +492,8 @@ def test_program_finds_its_descriptors(agent: Client) -> None:
     other = agent.start(1)
     worker = agent.start(2, pooled=True, argv=[sys.executable, "-c", source], env=dict(os.environ))
     assert worker.raw().recv(100) == b"connection"
-    worker.permits[0].send(b"permit")
+    assert worker.permits is not None
+    worker.permits.grant([7])
     assert worker.raw().recv(1000) == b"[0, 1, 2, 3, 4]"
     assert agent.status(2) == 0
     assert other.run(abs, -1) == 1
@@ -870,7 +871,7 @@ def test_workers_have_random_numbers_of_their_own(make_agent: Callable[..., Clie
 def test_each_call_is_run_once_however_it_is_handed_about(steps: list[str], data: st.DataObject) -> None:
     give, take = socket.socketpair()
     with give, take:
-        permits = Permits(take)
+        given, permits = SocketPermits(give, take), WorkerPermits(take)
         stream: deque[tuple[int, bool]] = deque()  # messages that the worker has not read
         held: deque[int] = deque()  # calls that the executor believes the worker to have
         waiting = deque(range(1, 200))
@@ -884,14 +885,10 @@ def test_each_call_is_run_once_however_it_is_handed_about(steps: list[str], data
             idle = not held
             stream.extend((number, idle and number == numbers[0]) for number in numbers)
             held.extend(numbers)
-            give.send(b"".join(PERMIT.pack(number) for number in numbers[idle:]))
+            given.grant(numbers[idle:])
 
         def recall(count: int) -> None:
-            try:
-                taken = take.recv(count * PERMIT.size, socket.MSG_DONTWAIT)
-            except BlockingIOError:
-                return
-            numbers = [number for (number,) in PERMIT.iter_unpack(taken)]
+            numbers = given.take_back(count)
             for number in numbers:
                 held.remove(number)
             waiting.extendleft(reversed(numbers))
@@ -922,8 +919,8 @@ def test_each_call_is_run_once_however_it_is_handed_about(steps: list[str], data
 def test_permit_of_a_later_call_is_kept_for_it() -> None:
     give, take = socket.socketpair()
     with give, take:
-        permits = Permits(take)
-        give.send(PERMIT.pack(3))
+        permits = WorkerPermits(take)
+        SocketPermits(give, take).grant([3])
         assert not permits.allow(1)
         assert not permits.allow(2)
         assert permits.allow(3)
@@ -934,7 +931,7 @@ def test_no_permit_when_the_executor_is_gone() -> None:
     give, take = socket.socketpair()
     with take:
         give.close()
-        assert not Permits(take).allow(1)
+        assert not WorkerPermits(take).allow(1)
 
 
 # Looking at and ending processes.

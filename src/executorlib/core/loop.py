@@ -20,7 +20,6 @@ import itertools
 import logging
 import os
 import signal
-import socket
 import threading
 import time
 from _thread import start_new_thread
@@ -53,7 +52,6 @@ from executorlib.poller import Poller
 from executorlib.resources import Demand, Resources
 from executorlib.serialize import Frame
 from executorlib.worker.call import traceback_text
-from executorlib.worker.protocol import PERMIT
 
 logger = logging.getLogger("executorlib")
 
@@ -576,7 +574,7 @@ class Loop(Poller, Events):
             if seconds is not None:
                 self._set_deadline(process, task, seconds)
         if held and process.permits is not None:
-            process.permits[0].send(b"".join(map(PERMIT.pack, held)))
+            process.permits.grant(held)
         transport.flush()
 
     def _kill(self, worker: Worker) -> None:
@@ -594,19 +592,18 @@ class Loop(Poller, Events):
             self.call_later(seconds, lambda: self._end_leftover(worker.number))
 
     def _recall(self, worker: Worker, count: int) -> None:
-        process = self._processes[worker.number]
-        if process.recall is not None:
-            process.recall(count)
-        else:
-            self._on_given_back(worker, self._take_back(process, count))
+        permits = self._processes[worker.number].permits
+        if permits is not None:
+            self._on_given_back(worker, permits.take_back(count))
 
     def on_recalled(self, process: Process, numbers: Sequence[int]) -> None:
         """The worker has given these calls back, so they run elsewhere."""
         known = self._processes.get(process.number)
         if known is not None:
-            self._on_given_back(known.worker, self._held(known.worker, numbers))
+            self._on_given_back(known.worker, numbers)
 
-    def _on_given_back(self, worker: Worker, tasks: list[Task]) -> None:
+    def _on_given_back(self, worker: Worker, numbers: Sequence[int]) -> None:
+        tasks = self._held(worker, numbers)
         if tasks:
             self._settled = False
             self.scheduler.on_recalled(worker, tasks)
@@ -616,17 +613,6 @@ class Loop(Poller, Events):
         """Those of a worker's calls that have these numbers."""
         wanted = set(numbers)
         return [task for task in worker.calls if task.number in wanted]
-
-    def _take_back(self, process: Process, count: int) -> list[Task]:
-        """Read the numbers of calls that the worker has not read, and which it therefore will not start."""
-        if process.permits is None or count < 1:
-            return []
-        try:
-            data = process.permits[1].recv(count * PERMIT.size, socket.MSG_DONTWAIT)
-        except OSError:
-            return []
-        numbers = [number for (number,) in PERMIT.iter_unpack(data)]
-        return [self._tasks[number] for number in numbers if number in self._tasks]
 
     def _look_up(self, task: Task, may_wait: bool = True) -> None:
         self._settled = False
@@ -674,8 +660,7 @@ class Loop(Poller, Events):
         kind, *rest = header
         worker = known.worker
         if kind == "ready":
-            lookahead = process.permits is not None or process.recall is not None
-            self.scheduler.on_started(worker, lookahead)
+            self.scheduler.on_started(worker, lookahead=process.permits is not None)
             return
         if kind == "log":
             self._on_record(*rest)
@@ -733,7 +718,7 @@ class Loop(Poller, Events):
         worker = known.worker
         self._delivery.gone(process)
         self._deadlines.pop(worker.number, None)
-        recalled = self._take_back(process, len(worker.calls)) + self._held(worker, end.unstarted)
+        recalled = self._held(worker, end.unstarted)
         expected = worker.stopping
         # A worker that was never ready would end the same way every time, so it counts as a death.
         if end.planned and worker.ready:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import enum
 import re
-import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -76,6 +75,22 @@ class Place(NamedTuple):
     gpus: Sequence[str]
 
 
+class Permits(Protocol):
+    """Says which of the calls that a worker holds it may start, such as `worker.protocol.SocketPermits`."""
+
+    def grant(self, numbers: Sequence[int]) -> None:
+        """Let the worker start these calls, which the next flush of its transport sends."""
+        ...
+
+    def take_back(self, most: int) -> Sequence[int]:
+        """Take back up to this many calls that the worker has not started, and will not start.
+
+        Returns:
+            Numbers of those that are back at once. A worker on another node answers later, by `Events.on_recalled`.
+        """
+        ...
+
+
 @dataclass
 class Exit:
     """The end of a worker.
@@ -107,8 +122,7 @@ class Process:
         places: What it holds on each of its nodes; nodes with more ranks come first.
         calls: Calls handed to it and not over, in the order in which it runs them, or the only call that it is for.
         transport: How to send to it, once it takes messages.
-        permits: For a worker that can hold calls: where to put their numbers, and where to take them back from.
-        recall: For a worker on another node: asks for up to this many calls back; `Events.on_recalled` follows.
+        permits: For a worker that can hold calls which it has not started, once it takes messages.
         pid: Process id, 0 until it is known.
         host: Where it runs.
         stderr: The end of what it wrote to standard error.
@@ -124,8 +138,7 @@ class Process:
     places: Sequence[Place] = ()
     calls: Sequence[Call] = ()
     transport: Transport | None = None
-    permits: tuple[socket.socket, socket.socket] | None = None
-    recall: Callable[[int], None] | None = None
+    permits: Permits | None = None
     pid: int = 0
     host: str = ""
     stderr: bytearray = field(default_factory=bytearray)
@@ -155,7 +168,7 @@ class Events(Waiting, Protocol):
         ...
 
     def on_recalled(self, process: Process, numbers: Sequence[int]) -> None:
-        """The worker will not start these calls; the answer to `Process.recall`."""
+        """The worker will not start these calls; the answer to `Permits.take_back`."""
         ...
 
     def on_exit(self, process: Process, end: Exit) -> None:

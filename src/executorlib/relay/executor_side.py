@@ -17,7 +17,6 @@ from executorlib.launchers.contract import Events, Exit, Lifetime, Process
 from executorlib.serialize import Frame, nbytes
 from executorlib.transports.messages import MAPPED_BYTES, Decoder, Message, encode
 from executorlib.transports.router import Router
-from executorlib.worker.protocol import PERMIT
 
 
 def relay_program(
@@ -97,7 +96,7 @@ class _RelayTransport:
 
 
 class _StreamTransport(_RelayTransport):
-    """The transport to a worker that takes many calls. It encodes the bytes that the relay passes on to the worker.
+    """The transport to a worker that takes many calls, and its permits. It encodes what the relay passes on to it.
 
     The worker's answers come back in the same way. So a call costs the relay next to nothing, and this process as much
     as a call on one node.
@@ -112,7 +111,6 @@ class _StreamTransport(_RelayTransport):
         self._decoder = Decoder()
         self._put: list[Frame] = []
         self._put_calls = 0
-        self._held: list[int] = []  # calls that need a permit
 
     def put(self, header: Any, frames: Sequence[Frame] = ()) -> int:
         """Encode a message and append it; set-ups and large messages, which need a memory file, go unencoded."""
@@ -125,18 +123,26 @@ class _StreamTransport(_RelayTransport):
         if header[0] == "call":
             self.calls += 1
             self._put_calls += 1
-            if not header[3].get("now"):
-                self._held.append(header[1])
         return size
 
     def flush(self) -> None:
         """Append the encoded bytes to the next message to the relay."""
         if self._put:
-            frames: list[Frame] = [b"".join(map(PERMIT.pack, self._held)), b"".join(self._put)]
-            self._relays.put(self._relay, self._number, ["stream", self._put_calls], frames)
+            self._relays.put(self._relay, self._number, ["stream", self._put_calls], [b"".join(self._put)])
             self._put.clear()
             self._put_calls = 0
-            self._held.clear()
+
+    def grant(self, numbers: Sequence[int]) -> None:
+        """Let the worker start these calls; the relay gives the permits before it passes on any call."""
+        self._relays.put(self._relay, self._number, ["grant", numbers])
+
+    def take_back(self, most: int) -> Sequence[int]:
+        """Ask for calls; `Events.on_recalled` follows."""
+        # Ask one question at a time; otherwise the same calls would be asked for twice.
+        if self._number not in self._relay.recalling:
+            self._relay.recalling.add(self._number)
+            self._relays.put(self._relay, self._number, ["recall", most])
+        return ()
 
     def received(self, errors: Sequence[str], frames: Sequence[Frame]) -> list[Message]:
         """Accept a piece of the worker's stream; returns the messages that are complete."""
@@ -168,8 +174,7 @@ class Relays:
         if resources.cores == 1:
             process.settings = relay.settings
         if self._lifetime is Lifetime.BLOCK and resources.cores == 1:
-            process.transport = _StreamTransport(self, relay, number)
-            process.recall = lambda count: self._recall(relay, number, count)
+            process.transport = process.permits = _StreamTransport(self, relay, number)
         else:
             process.transport = _RelayTransport(self, relay, number)
         self.put(relay, number, ["start", {"resources": resources.sent, "single": process.lifetime is Lifetime.CALL}])
@@ -195,12 +200,6 @@ class Relays:
             relay.parts, relay.frames = [], []
             if relay.peer is not None and not relay.lost:
                 self._router.send(relay.peer, ["do", parts], frames)
-
-    def _recall(self, relay: RelayEnd, number: int, count: int) -> None:
-        # Ask one question at a time; otherwise the same calls would be asked for twice.
-        if number not in relay.recalling:
-            relay.recalling.add(number)
-            self.put(relay, number, ["recall", count])
 
     # -- what comes back ------------------------------------------------------------------------------------------
 

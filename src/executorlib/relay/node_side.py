@@ -5,14 +5,14 @@ One relay runs on every node of a Slurm allocation (`slurm.nodes`), or in the jo
 at once when many come at once.
 
 The executor sends ``["do", [[worker number, header, number of frames], ...]]`` followed by all the frames. A header is
-a message for the worker or one of ``["start", {...}]``, ``["kill", signal]`` and ``["recall", count]``. The relay
-answers with ``["done", [...]]`` of the same form: messages of workers, ``["recalled", call numbers]`` and
-``["exit", {...}]``.
+a message for the worker or one of ``["start", {...}]``, ``["kill", signal]``, ``["grant", call numbers]`` and
+``["recall", count]``. The relay answers with ``["done", [...]]`` of the same form: messages of workers,
+``["recalled", call numbers]`` and ``["exit", {...}]``.
 
 Calls and results of workers that take call after call come in bulk and are not decoded here, so that they cost the
-relay something for each turn and not for each call: ``["stream", number of calls]`` with two frames, which are their
-permits and the bytes for the worker's connection, and from the worker what `messages.Undecoded` makes. Only large calls
-come as messages, because they need a memory file.
+relay something for each turn and not for each call: ``["stream", number of calls]`` with the bytes for the worker's
+connection as the only frame, and from the worker what `messages.Undecoded` makes. Only large calls come as messages,
+because they need a memory file.
 
 Other messages are ``["hello", {...}]`` and ``["bye", reason]`` from the relay, ``["resume"]`` and ``["end"]`` to it.
 
@@ -41,7 +41,6 @@ from executorlib.single_node.launcher import LocalLauncher
 from executorlib.transports.curve import CONNECTION_VARIABLE, Credentials
 from executorlib.transports.dealer import Dealer
 from executorlib.worker import family, guard
-from executorlib.worker.protocol import PERMIT
 from executorlib.worker.remote import hello
 
 # These would make a node's own mpiexec start its ranks as steps of the allocation; the last ones since Slurm 23.11.
@@ -54,8 +53,6 @@ _GATHER_SECONDS = 0.001
 # If a process has said that it is about to exit, its exit is no news. So the report travels with the
 # next message within this many seconds: a message of its own costs as much as a tenth of a fresh call.
 _PLAIN_EXIT_SECONDS = 0.005
-# More than the number of calls that a worker ever holds.
-_MOST_PERMITS = 4096
 
 
 class _Process(Process):
@@ -203,7 +200,11 @@ class Relay(Poller):
             self._launcher.kill(known, header[1])
         elif kind == "recall":
             self._pass_on(known)
-            self._put(number, ["recalled", self._take_back(known, header[1])])
+            self._put(number, ["recalled", () if known.permits is None else known.permits.take_back(header[1])])
+        elif kind == "grant":
+            # At once, although the calls may be waiting: a permit has to be there before its call.
+            if known.permits is not None:
+                known.permits.grant(header[1])
         else:
             known.waiting.append((header, frames))
             return known
@@ -211,37 +212,22 @@ class Relay(Poller):
 
     def _pass_on(self, worker: _Process) -> None:
         """Send a worker its waiting messages, once it can take any."""
-        transport, permits = worker.transport, worker.permits
+        transport = worker.transport
         if transport is None or not worker.waiting:
             return
         waiting, worker.waiting = worker.waiting, []
         for header, frames in waiting:
             if header[0] == "stream":
                 worker.handed += header[1]
-                if len(frames[0]) and permits is not None:
-                    permits[0].send(frames[0])
-                cast(PipeTransport, transport).channel.put_encoded(frames[1])
+                cast(PipeTransport, transport).channel.put_encoded(frames[0])
                 continue
             if header[0] == "call":
                 worker.handed += 1
-                if permits is not None and not header[3].get("now"):
-                    permits[0].send(PERMIT.pack(header[1]))
             elif header[0] == "setup" and worker.resources.cores > 1:
                 # mpiexec was not allowed to see these.
                 header[1]["env"] = {**self._environ, **header[1].get("env", {})}
             transport.put(header, frames)
         transport.flush()
-
-    def _take_back(self, worker: _Process, count: int) -> list[int]:
-        """Numbers of calls that the worker will not start, by `worker.protocol.Permits`."""
-        permits = worker.permits
-        if permits is None or count < 1:
-            return []
-        try:
-            data = permits[1].recv(count * PERMIT.size, socket.MSG_DONTWAIT)
-        except OSError:
-            return []
-        return [number for (number,) in PERMIT.iter_unpack(data)]
 
     # -- Events ---------------------------------------------------------------------------------------------------
 
@@ -281,7 +267,7 @@ class Relay(Poller):
             "stderr": bytes(process.stderr).decode(errors="replace"),
             # The executor adds those that have not been handed over.
             "handed": worker.handed,
-            "unstarted": self._take_back(worker, _MOST_PERMITS),
+            "unstarted": list(end.unstarted),
         }
         if worker.leaving and end.status == 0:
             if not self._exits:

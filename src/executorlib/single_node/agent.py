@@ -26,7 +26,7 @@ from executorlib.launchers.contract import STDERR_TAIL_BYTES, Events, Exit, Life
 from executorlib.launchers.session import settings
 from executorlib.serialize import Frame
 from executorlib.transports.messages import Channel, Message
-from executorlib.worker.protocol import THREAD_VARIABLES
+from executorlib.worker.protocol import THREAD_VARIABLES, SocketPermits
 
 # Seconds that an agent may take to end after its connection was closed. All it does is kill and reap, for which its own
 # limit is five seconds.
@@ -111,7 +111,7 @@ class _Child:
     pid: int
     stderr: int
     channel: Channel | None
-    permits: tuple[socket.socket, socket.socket] | None
+    permits: SocketPermits | None
     process: Process | None = None
 
 
@@ -359,8 +359,7 @@ class AgentClient:
         channel = Channel(socket.socket(fileno=sockets[0])) if sockets else None
         permits = None
         if len(sockets) == 3:
-            permits = (socket.socket(fileno=sockets[1]), socket.socket(fileno=sockets[2]))
-            permits[0].setblocking(False)
+            permits = SocketPermits(socket.socket(fileno=sockets[1]), socket.socket(fileno=sockets[2]))
         child = _Child(number, pid, stderr, channel, permits)
         self._children[number] = child
         process = self._wanted.pop(number, None)
@@ -439,7 +438,8 @@ class AgentClient:
             self._forget(child)
             return
         _forward(child.stderr, process.stderr, _LAST_PIECES)
-        self._on_exit(process, Exit(status, text))
+        unstarted = () if child.permits is None else child.permits.take_back()
+        self._on_exit(process, Exit(status, text, unstarted=unstarted))
         self._forget(child)
 
     def _forget(self, child: _Child) -> None:
@@ -452,8 +452,8 @@ class AgentClient:
         os.close(child.stderr)
         if child.channel is not None:
             child.channel.close()
-        for sock in child.permits or ():
-            sock.close()
+        if child.permits is not None:
+            child.permits.close()
 
     # -- the agent's own end --------------------------------------------------------------------------------------
 

@@ -221,7 +221,7 @@ class Agent:
             atexit._clear()
             gc.enable()
             _reseed()
-            permits = protocol.Permits(ours[1]) if len(ours) > 1 else None
+            permits = protocol.WorkerPermits(ours[1]) if len(ours) > 1 else None
             call.serve(Connection(ours[0]), permits)
         except (EOFError, BrokenPipeError, ConnectionResetError):
             os._exit(0)  # the executor is gone

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from executorlib.serialize import Frame
     from executorlib.transports.messages import Connection, Message
     from executorlib.worker.entry import Entry
-    from executorlib.worker.protocol import Permits
+    from executorlib.worker.protocol import WorkerPermits
     from executorlib.worker.records import Reporter
 
     class Beginning(Protocol):
@@ -420,7 +420,7 @@ def _as_called_here(
     return [translated[name] for name in names]
 
 
-def serve(connection: Connection | Reporter, permits: Permits | None) -> None:
+def serve(connection: Connection | Reporter, permits: WorkerPermits | None) -> None:
     """Run calls until there are no more.
 
     Args:

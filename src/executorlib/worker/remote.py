@@ -28,17 +28,6 @@ if TYPE_CHECKING:
 _GRACE_SECONDS = 3.0
 
 
-class _Granted(protocol.Permits):
-    """Permits for a worker that gets one call at a time, so each may start."""
-
-    def __init__(self) -> None:
-        """Take no arguments: there is no socket."""
-
-    def allow(self, number: int) -> bool:
-        """Return True."""
-        return True
-
-
 def hello(size: int = 1, library: str = "") -> list[Any]:
     """Make the first message of a worker that connects by itself.
 
@@ -91,7 +80,7 @@ def main(path: str = "", identity: str = "", numbered: Sequence[str] | bool = Fa
         sys.exit(f"executorlib: this worker cannot connect: {error}")
     try:
         dealer.send(hello())
-        call.serve(cast("Connection", dealer), _Granted())  # a Dealer has the same send and receive
+        call.serve(cast("Connection", dealer), protocol.WorkerPermits(None))  # a Dealer has the same send and receive
         dealer.close()
     except EOFError as error:
         sys.stderr.write(f"executorlib: this worker ends: {error}\n")

@@ -20,7 +20,7 @@ def main(pooled: bool, preload: list[str]) -> None:
     try:
         call.load(preload)
         note_files(preload)
-        permits = protocol.Permits(_socket(PERMITS_FD)) if pooled else None
+        permits = protocol.WorkerPermits(_socket(PERMITS_FD)) if pooled else None
         connection = Connection(_socket(CONNECTION_FD))
         call.serve(connection, permits)
     except (EOFError, BrokenPipeError, ConnectionResetError):
