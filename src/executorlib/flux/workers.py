@@ -11,6 +11,7 @@ one has and the other does not follow.
 
 from __future__ import annotations
 
+import enum
 import os
 import signal
 from collections.abc import Callable
@@ -43,7 +44,31 @@ _CANCEL_SECONDS = 60.0
 _OUTPUT_SECONDS = 10.0
 
 
-class _Member:
+class State(enum.IntEnum):
+    """How far a worker and its job have come."""
+
+    STARTING = 0  # it has not connected
+    CONNECTED = 1
+    LEFT = 2  # its connection has ended, its job has not
+    FINISHED = 3  # its job has ended, its connection has not
+    ENDING = 4  # its end is known, and its last output is being read
+    OVER = 5  # its end was reported, or nobody waits for that any more
+
+
+STARTING, CONNECTED, LEFT, FINISHED, ENDING, OVER = State
+
+LEGAL_MOVES: dict[State, frozenset[State]] = {
+    STARTING: frozenset({CONNECTED, ENDING, OVER}),
+    CONNECTED: frozenset({LEFT, FINISHED, OVER}),
+    # To OVER directly: the other end did not follow, or Flux no longer says anything.
+    LEFT: frozenset({ENDING, OVER}),
+    FINISHED: frozenset({ENDING, OVER}),
+    ENDING: frozenset({OVER}),
+    OVER: frozenset(),
+}
+
+
+class Member:
     """A worker and its job.
 
     Attributes:
@@ -54,9 +79,8 @@ class _Member:
         log: What Flux has said about the job.
         job: The job's number, once it was submitted.
         watch: The key by which its events are watched.
-        gone: Whether its connection has ended.
-        unwanted: The last signal sent to it, or to be sent once it is there.
-        ending: Whether its end is being reported.
+        signalled: The last signal sent to it, or to be sent once it is there.
+        state: How far it has come; only `move` changes it.
     """
 
     def __init__(self, worker: ConnectingWorker) -> None:
@@ -68,9 +92,18 @@ class _Member:
         self.log = JobLog()
         self.job: int | None = None
         self.watch = 0
-        self.gone = False
-        self.unwanted = 0
-        self.ending = False
+        self.signalled = 0
+        self.state = STARTING
+
+    def move(self, state: State) -> None:
+        """Change the state.
+
+        Raises:
+            RuntimeError: The move is not legal, which is a bug of the caller.
+        """
+        if state not in LEGAL_MOVES[self.state]:
+            raise RuntimeError(f"worker {self.identity}, {self.state.name}: illegal move to {state.name}")
+        self.state = state
 
     @property
     def peer(self) -> bytes | None:
@@ -111,7 +144,7 @@ class FluxLauncher(Launcher):
         self._instance = FluxInstance(events, self._on_instance_lost, submit_by)
         self._router = Router(events, self._on_message, self._on_lost, tcp=True, hostname_localhost=hostname_localhost)
         self._relays = Relays(events, self._router, Lifetime.BLOCK, self._on_worker_exit)
-        self._members: dict[str, _Member] = {}  # by identity, the worker's number
+        self._members: dict[str, Member] = {}  # by identity, the worker's number
 
     # -- Launcher -------------------------------------------------------------------------------------------------
 
@@ -122,7 +155,7 @@ class FluxLauncher(Launcher):
     def launch(self, process: Process) -> None:
         """Submit a worker as a job."""
         self._instance.open()
-        member = _Member(self._connecting(process))
+        member = Member(self._connecting(process))
         identity = member.identity
         process.host = "Flux"
         resources = process.resources
@@ -167,10 +200,11 @@ class FluxLauncher(Launcher):
 
     def _end_by_force(self, process: Process) -> None:
         member = self._members.get(str(process.number))
-        if member is not None and not (member.worker.done and member.gone):  # once it has left, `_on_lost` sees to it
+        # Once its call is over and it has left, `_on_lost` sees to it.
+        if member is not None and not (member.worker.done and member.state is LEFT):
             self.kill(process, signal.SIGKILL)
 
-    def _program(self, member: _Member) -> list[str]:
+    def _program(self, member: Member) -> list[str]:
         process = member.process
         ranks = process.resources.cores
         if member.relay is not None:
@@ -195,27 +229,27 @@ class FluxLauncher(Launcher):
     def kill(self, process: Process, signal_number: int) -> None:
         """Signal a worker through its relay, or its job through Flux."""
         member = self._members.get(str(process.number))
-        if member is None or member.ending or member.unwanted == signal.SIGKILL:
+        if member is None or member.state >= ENDING or member.signalled == signal.SIGKILL:
             return
-        member.unwanted = signal_number
+        member.signalled = signal_number
         if member.job is None:
             return  # it is on its way to Flux; see `_on_submitted`
         if member.relay is not None and member.relay.peer is not None:
             # Signal only the worker: its relay then reports which calls it has started.
             self._relays.kill(member.relay, process.number, signal_number)
-            self._later(_FOLLOW_SECONDS, member.identity, self._end_without_word)
+            self._later(_FOLLOW_SECONDS, member.identity, self._end_unfollowed)
             return
         if member.log.started:
             self._instance.kill(member.job, signal_number)
         if signal_number == signal.SIGKILL or not member.log.started:
             self._instance.end(member.job, "cancel")
-            self._later(_CANCEL_SECONDS, member.identity, lambda it: self._end(it, "Flux has not ended its job"))
+            self._later(_CANCEL_SECONDS, member.identity, lambda it: self._end_as(it, "Flux has not ended its job"))
 
     def close(self) -> None:
         """Close the connections. Jobs whose workers have left end by themselves; all others are cancelled."""
         leaving = []
         for member in self._members.values():
-            member.ending = True
+            member.move(OVER)
             if member.worker.done:
                 leaving.append(member)  # if it were cancelled, its call would look as if it had failed
             elif self._is_running(member):
@@ -237,12 +271,12 @@ class FluxLauncher(Launcher):
             return
         if isinstance(answer, Refused):
             text = f"Flux did not accept its job: {answer}"
-            self._end(member, text, ExecutorlibSocketError(f"{self._subject(member)} was not run: {text}"))
+            self._end_as(member, text, ExecutorlibSocketError(f"{self._subject(member)} was not run: {text}"))
             return
         member.job = answer
         member.watch = self._instance.watch(answer, lambda event, context: self._on_event(identity, event, context))
-        if member.unwanted:
-            signal_number, member.unwanted = member.unwanted, 0
+        if member.signalled:
+            signal_number, member.signalled = member.signalled, 0
             self.kill(member.process, signal_number)
 
     def _on_event(self, identity: str, event: str, context: Any) -> None:
@@ -251,22 +285,23 @@ class FluxLauncher(Launcher):
             return
         before = member.log.state.phase
         member.log.add(event, context)
-        if member.ending:
+        if member.state >= ENDING:
             return
-        if event == "start" and member.unwanted:
-            self._instance.kill(member.job or 0, member.unwanted)
+        if event == "start" and member.signalled:
+            self._instance.kill(member.job or 0, member.signalled)
         if member.log.state.phase is Phase.ENDED is not before:
-            if member.peer is None or member.gone:
-                self._end_as_told(member)
-            else:
+            if member.state is CONNECTED:
                 # The worker's last messages may still be on their way.
+                member.move(FINISHED)
                 self._later(_FOLLOW_SECONDS, identity, self._end_as_told)
+            else:
+                self._end_as_told(member)
         elif not event and member.log.state.phase is not Phase.ENDED:
-            self._end(member, f"Flux has lost track of its job {self._job_text(member)}")
+            self._end_as(member, f"Flux has lost track of its job {self._job_text(member)}")
 
     def _on_instance_lost(self, why: str) -> None:
         for member in list(self._members.values()):
-            self._end(member, why)
+            self._end_as(member, why)
 
     # -- the worker's word ----------------------------------------------------------------------------------------
 
@@ -283,13 +318,15 @@ class FluxLauncher(Launcher):
             relay.peer = peer
             member.process.host, member.process.pid = header[1]["host"], header[1]["pid"]
             self._relays.start(relay, member.process)
+        if member.state is STARTING and member.peer is not None:
+            member.move(CONNECTED)
 
     def _on_worker_exit(self, relay: RelayEnd, number: int, about: dict[str, Any], error: BaseException | None) -> None:
         """A worker has ended, as its relay reports, so its job is to end, too."""
-        member = self._members.pop(str(number), None)
+        member = self._members.get(str(number))
         if member is None or relay.peer is None:
             return
-        self._instance.unwatch(member.watch, ends_soon=True)
+        self._forget(member, ends_soon=True)
         self._router.send(relay.peer, ["end"], [])
         self._relays.conclude(relay, number, about, error)
 
@@ -297,17 +334,18 @@ class FluxLauncher(Launcher):
         member = self._members.get(worker_of(peer))
         if member is None or member.peer != peer:
             return
-        member.gone = True
-        if member.log.state.phase is Phase.ENDED:
+        if member.state is FINISHED:
             self._end_as_told(member)
-        elif member.worker.done:
-            self._later(self._left_seconds, member.identity, lambda it: self.kill(it.process, signal.SIGKILL))
-        else:
-            self._later(_FOLLOW_SECONDS, member.identity, self._end_without_word)
+        elif member.state is CONNECTED:
+            member.move(LEFT)
+            if member.worker.done:
+                self._later(self._left_seconds, member.identity, lambda it: self.kill(it.process, signal.SIGKILL))
+            else:
+                self._later(_FOLLOW_SECONDS, member.identity, self._end_unfollowed)
 
     # -- ending ---------------------------------------------------------------------------------------------------
 
-    def _later(self, seconds: float, identity: str, callback: Callable[[_Member], None]) -> None:
+    def _later(self, seconds: float, identity: str, callback: Callable[[Member], None]) -> None:
         """Call back, unless the worker's end is known by then.
 
         The timer holds only its identity, so that a timeout never keeps a worker, a call or a result alive.
@@ -315,42 +353,36 @@ class FluxLauncher(Launcher):
 
         def call() -> None:
             member = self._members.get(identity)
-            if member is not None and not member.ending:
+            if member is not None and member.state < ENDING:
                 callback(member)
 
         self._events.call_later(seconds, call)
 
-    def _end_without_word(self, member: _Member) -> None:
+    def _end_unfollowed(self, member: Member) -> None:
         """The worker's connection has ended and its job has not: cancel the job."""
         if member.job is not None:
             self._instance.end(member.job, "cancel")
-        self._end(member, f"the connection to it was lost; its job {self._job_text(member)} was cancelled")
+        self._end_as(member, f"the connection to it was lost; its job {self._job_text(member)} was cancelled")
 
-    def _end_as_told(self, member: _Member) -> None:
-        if member.ending:
-            return
-        member.ending = True
-        state = member.log.state
-        if state.state == "COMPLETED" or member.job is None or self._log_files:
-            if self._log_files and member.job is not None:
-                folder = member.process.resources.cwd or os.getcwd()
-                member.process.stderr += read_tail(os.path.join(folder, f"flux_{job_name(member.job)}.err"))
-            self._conclude(member)
-            return
-
-        def read(errors: bytes) -> None:
-            if self._members.get(member.identity) is member:
-                member.process.stderr += errors
-                self._conclude(member)
-
-        if member.log.started:
-            # Its last output is in Flux's store.
-            self._instance.read_errors(member.job, STDERR_TAIL_BYTES, read)
-            self._events.call_later(_OUTPUT_SECONDS, lambda: read(b""))
+    def _end_as_told(self, member: Member) -> None:
+        """The job has ended: report how, with the worker's last output."""
+        member.move(ENDING)
+        job, identity = member.job, member.identity
+        if job is not None and self._log_files:
+            folder = member.process.resources.cwd or os.getcwd()
+            self._on_output(identity, read_tail(os.path.join(folder, f"flux_{job_name(job)}.err")))
+        elif job is None or not member.log.started or member.log.state.state == "COMPLETED":
+            self._on_output(identity, b"")
         else:
-            self._conclude(member)
+            # It is in Flux's store. Both hold only the worker's identity, as in `_later`.
+            self._instance.read_errors(job, STDERR_TAIL_BYTES, lambda errors: self._on_output(identity, errors))
+            self._events.call_later(_OUTPUT_SECONDS, lambda: self._on_output(identity, b""))
 
-    def _conclude(self, member: _Member) -> None:
+    def _on_output(self, identity: str, errors: bytes) -> None:
+        member = self._members.get(identity)
+        if member is None or member.state is not ENDING:
+            return  # it came too late, or twice
+        member.process.stderr += errors
         state, log = member.log.state, member.log
         text = f"its Flux job {self._job_text(member)} ended as {state.state}{replace(state, exit_code='').facts()}"
         if log.status is not None:
@@ -362,27 +394,32 @@ class FluxLauncher(Launcher):
                 f"{self._subject(member)} ran longer than its run_time_max of {limit:g} s and was ended; give it more "
                 "time with resource_dict={'run_time_max': seconds}."
             )
-        self._tell_end(member, Exit(log.status, text, error, planned=state.cause.ends_early))
+        self._end(member, Exit(log.status, text, error, planned=state.cause.ends_early))
 
-    def _end(self, member: _Member, text: str, error: BaseException | None = None) -> None:
-        if not member.ending:
-            member.ending = True
-            self._tell_end(member, Exit(None, text, error))
+    def _end_as(self, member: Member, text: str, error: BaseException | None = None) -> None:
+        """End a worker whose job is not known to have ended; one whose job has ends as that did."""
+        if member.state < ENDING:
+            self._end(member, Exit(None, text, error))
 
-    def _tell_end(self, member: _Member, end: Exit) -> None:
-        if self._members.pop(member.identity, None) is member:
-            self._instance.unwatch(member.watch, member.log.state.phase is Phase.ENDED)
-            self._events.on_exit(member.process, end)
+    def _end(self, member: Member, end: Exit) -> None:
+        """Report a worker's end; only its relay, if it has one, can know more of it (`_on_worker_exit`)."""
+        self._forget(member, ends_soon=member.log.state.phase is Phase.ENDED)
+        self._events.on_exit(member.process, end)
+
+    def _forget(self, member: Member, ends_soon: bool) -> None:
+        member.move(OVER)
+        del self._members[member.identity]
+        self._instance.unwatch(member.watch, ends_soon)
 
     @staticmethod
-    def _is_running(member: _Member) -> bool:
+    def _is_running(member: Member) -> bool:
         return member.job is not None and member.log.state.phase is not Phase.ENDED
 
     @staticmethod
-    def _job_text(member: _Member) -> str:
+    def _job_text(member: Member) -> str:
         return "" if member.job is None else job_name(member.job)
 
     @staticmethod
-    def _subject(member: _Member) -> str:
+    def _subject(member: Member) -> str:
         calls = member.process.calls
         return f"Call {calls[0].number} of {calls[0].name}" if calls else "A worker"
