@@ -336,3 +336,24 @@ def test_the_last_words_of_a_job() -> None:
     assert bytes(steps.process.stderr) == b"last words\n"
     (end,) = steps.bench.ends
     assert os.waitstatus_to_exitcode(cast("int", end.status)) == 1
+
+
+@pytest.mark.parametrize(
+    ("before", "meanwhile"),
+    [
+        ([], "refuse"),
+        ([], "take"),
+        (["take", "event", "event"], "event"),
+        (["take", "event", "event", "event"], "output"),
+        (["take"], "lose_sight"),
+        (["take"], "lose_instance"),
+    ],
+)
+def test_what_flux_says_while_the_executor_ends(before: list[str], meanwhile: str) -> None:
+    """No event follows."""
+    steps = steps_of(Lifetime.CALL)
+    for name in before:
+        getattr(steps, name)()
+    steps.bench.meanwhile = getattr(steps, meanwhile)
+    steps.close()
+    assert steps.bench.ends == []
