@@ -305,7 +305,8 @@ class NodesLauncher(Launcher):
         resources = process.resources
         identity = str(process.number)
         nodes = [place.node for place in process.places]
-        ranks = dict(zip(nodes, _ranks_on(process), strict=True))
+        shares = resources.demand_over(len(nodes)).shares()
+        ranks = {node: cores // resources.threads_per_core for node, (cores, _) in zip(nodes, shares, strict=True)}
         hosts = [node for node, count in ranks.items() for _ in range(count)]
         env = step_environment(os.environ)
         env.update(dict.fromkeys(THREAD_VARIABLES, str(resources.threads_per_core)))
@@ -399,10 +400,3 @@ class NodesLauncher(Launcher):
                 os.environ.get("SLURM_JOB_ID"),
                 left,
             )
-
-
-def _ranks_on(process: Process) -> list[int]:
-    """The number of ranks on each node of a worker's allocation."""
-    resources = process.resources
-    shares = resources.demand_over(len(process.places)).shares()
-    return [cores // resources.threads_per_core for cores, _ in shares]
