@@ -88,7 +88,7 @@ class ConnectingWorker:
 
     @property
     def told_to_stop(self) -> bool:
-        """Whether it was told to stop."""
+        """True once it was told to stop."""
         return self._transport is not None and self._transport.told_to_stop is not None
 
     def left_in_silence(self) -> bool:

@@ -57,12 +57,12 @@ class Call(Protocol):
 
     @property
     def over(self) -> bool:
-        """Whether it has ended, in whatever way."""
+        """True once it has ended, in whatever way."""
         ...
 
 
 class Place(NamedTuple):
-    """What a worker holds on one node.
+    """The part of a node that a worker holds.
 
     Attributes:
         node: The node's name.
@@ -148,7 +148,7 @@ class Process:
 
     @property
     def busy(self) -> bool:
-        """Whether it has a call that is not over."""
+        """True while it has a call that is not over."""
         return any(not call.over for call in self.calls)
 
 

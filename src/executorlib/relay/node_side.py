@@ -74,7 +74,7 @@ class _Process(Process):
 
     @property
     def busy(self) -> bool:
-        """Whether it has a call that it has not answered."""
+        """True while it has a call that it has not answered."""
         return self.handed > self.answered
 
 
