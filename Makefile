@@ -55,7 +55,7 @@ quick: $(VENV)/installed-dev
 nightly: $(VENV)/installed-dev
 	@$(BIN)/python -m pytest -n $(TEST_PROCESSES) --rows=all --slow $(ARGS)
 
-# A few tests count what an interpreter loads, and so fail here, which does no harm to the figures.
+# Some tests look at what an interpreter loads, or send os._exit, and fail here; that does no harm to the figures.
 coverage: $(VENV)/installed-dev
 	@$(BIN)/python -m coverage erase
 	-@$(BIN)/python -m coverage run -m pytest -n $(TEST_PROCESSES) $(ARGS)
