@@ -1,4 +1,4 @@
-"""Who runs a call: this session, which claims the call's entry, or another one, whose job is followed then.
+"""Decides who runs a call: this session, which claims the call's entry, or another one, whose job is then followed.
 
 A call is claimed by putting its entry in place, which only one session can do. The entry names the batch directory of
 that session, where others find who it is and which job runs the call. If that session or its job is dead, the entry is
@@ -88,7 +88,7 @@ class Claims:
             self._jobs.attempt(job, self._claim)
 
     def start_over(self, job: Job, dead: str | None) -> None:
-        """Have a call run again whose job is dead, or has run something else.
+        """Run a call again after its job died, or ran something else.
 
         Args:
             job: The call.
@@ -100,7 +100,7 @@ class Claims:
         self._jobs.attempt(job, self._claim)
 
     def give_up(self, job: Job) -> None:
-        """Have a call run again whose job, of another session, left no result, unless the call was terminated.
+        """Run a call again after another session's job left no result, unless the call was terminated.
 
         Nobody saw that job end. The call is free for one of the sessions that notice it now.
         """

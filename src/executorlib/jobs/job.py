@@ -28,7 +28,7 @@ Identity: TypeAlias = tuple[int, int, int]
 
 
 class State(enum.Enum):
-    """How far a call has come on its way through the system."""
+    """The progress of a call through the system."""
 
     UNCLAIMED = "nobody runs it, as far as this session knows"
     FREE = "the job that it followed is dead, or ran something else, so somebody has to claim it again"
@@ -167,7 +167,7 @@ class Job:
         self.batch, self.index = batch, index
 
     def follow(self, batch: Batch | None, index: int) -> None:
-        """Note that an equal call is run; None if it is not known by which batch."""
+        """Note that an equal call runs, in this batch; None if the batch is not known."""
         self._move(FOLLOWING)
         if batch is not self.batch:
             self.presence = Presence()
@@ -195,7 +195,7 @@ class Job:
         self.ending = None  # later jobs refer to this one longer than the result is needed
 
     def leave(self) -> None:
-        """Note that this session does not wait for it any more."""
+        """Note that this session no longer waits for it."""
         self._move(LEFT)
         self.ending = None
 
