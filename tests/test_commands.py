@@ -221,7 +221,7 @@ def test_ls_into_a_pipe_that_closes_is_silent(tmp_path: Path) -> None:
 # -- show --------------------------------------------------------------------------------------------------------------
 
 
-def test_show_prints_what_an_entry_holds(tmp_path: Path, call: Call) -> None:
+def test_show_prints_the_content_of_an_entry(tmp_path: Path, call: Call) -> None:
     write(tmp_path / "a" / "key_o.h5", output="x" * 2000)
     batch(tmp_path, "b", {0: "a/key", 1: "other"}, "17", {0: ""})
     code, out, errors = call("cache", "show", "-d", tmp_path, "a/key")

@@ -341,7 +341,7 @@ def test_parts_of_results_without_a_session(make: Callable[..., Any], gate: Call
     assert get_future_from_cache(store, "last").result(WAIT) == 21
 
 
-def test_failed_input_fails_what_depends_on_it(
+def test_failed_input_fails_its_dependents(
     make: Callable[..., Any], gate: Callable[..., Gate], store: Path, tmp_path: Path
 ) -> None:
     """Even if those are in the queue already. No job is left, and none of them has run."""
@@ -547,7 +547,7 @@ def test_entry_of_a_session_that_has_not_submitted_it_yet(
 
 
 @pytest.mark.rows("jobs", "flux-cluster")
-def test_what_calls_print_is_in_their_entries(
+def test_output_of_calls_is_in_their_entries(
     make: Callable[..., Any], store: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Standard output and error in their order, of calls that return and that raise; only the end of long ones."""
@@ -581,7 +581,7 @@ def test_what_calls_print_is_in_their_entries(
 
 @pytest.mark.mpi
 @pytest.mark.rows("jobs", "flux-cluster")
-def test_what_ranks_print_is_in_their_entries(
+def test_output_of_ranks_is_in_their_entries(
     make: Callable[..., Any], store: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Whichever of them prints, and however late."""
@@ -607,7 +607,7 @@ def show(store: Path, name: str, capsys: pytest.CaptureFixture[str]) -> dict[str
 
 
 @pytest.mark.rows("jobs")
-def test_what_a_job_without_a_result_printed_is_kept(make: Callable[..., Any], store: Path) -> None:
+def test_output_of_a_job_without_a_result_is_kept(make: Callable[..., Any], store: Path) -> None:
     def speak_and_die() -> None:
         os.write(1, b"last words\n")
         os.kill(os.getpid(), signal.SIGKILL)

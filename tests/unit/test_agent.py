@@ -30,7 +30,7 @@ from executorlib.worker.protocol import SocketPermits, WorkerPermits
 from unit.properties import examples, repeatable
 
 WAIT = 20.0
-# What is promised: all that descends from the agent is gone within five seconds of its end.
+# The promise: all descendants of the agent are gone within five seconds of its end.
 END_SECONDS = 5.0
 
 linux = pytest.mark.linux
@@ -246,7 +246,7 @@ FAMILY = 3
 
 
 def family_of(pid: int, count: int) -> list[int]:
-    """The children of a process, once just so many live: who has forked the daemon may end after its child reports."""
+    """Return the children of a process, once this many live: the daemon's parent may end after its child reports."""
     found: list[int] = []
 
     def all_there() -> bool:
@@ -320,7 +320,7 @@ def test_status_of_every_end(agent: Client, source: str, status: int) -> None:
     assert agent.status() & ~0x80 == status
 
 
-def test_what_a_worker_writes_to_standard_error(agent: Client) -> None:
+def test_standard_error_of_a_worker(agent: Client) -> None:
     def complain() -> None:
         import os
         import sys
@@ -336,8 +336,8 @@ def test_what_a_worker_writes_to_standard_error(agent: Client) -> None:
 
 
 @linux
-def test_whoever_writes_errors_without_end_gets_one_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rest waits: the loop has others to see to."""
+def test_worker_that_writes_endlessly_gets_one_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rest waits, because the loop has other work."""
     shown: list[bytes] = []
     monkeypatch.setattr(single_node_agent, "_write_stderr", shown.append)
     reading, writing = os.pipe()
@@ -440,7 +440,7 @@ def test_interrupt_leaves_the_agent_alone(agent: Client) -> None:
 
 
 def test_end_of_its_stream_ends_a_worker(agent: Client) -> None:
-    """Nobody else holds the executor's end, the worker least of all."""
+    """Nobody else holds the executor's end, least of all the worker."""
     worker = agent.start()
     worker.close()
     agent.workers.clear()
@@ -516,7 +516,7 @@ def test_program_that_cannot_be_run(agent: Client, argv: list[str], cwd: str | N
 
 @linux
 def test_start_that_fails(make_agent: Callable[..., Client], tmp_path: Path) -> None:
-    """Here for want of descriptors: it is reported, leaks nothing, and the agent serves on."""
+    """Here, descriptors are missing. The failure is reported and leaks nothing, and the agent goes on."""
     (tmp_path / "few_files.py").write_text(
         "import os, resource\n"
         "highest = max(map(int, os.listdir('/proc/self/fd')))\n"
@@ -536,7 +536,7 @@ def test_start_that_fails(make_agent: Callable[..., Client], tmp_path: Path) -> 
     assert client.end() == (0, "")
 
 
-# What is left of a worker.
+# The leftovers of a worker.
 
 
 @linux
@@ -557,7 +557,7 @@ def test_family_of_a_worker_that_is_killed(make_agent: Callable[..., Client], li
 def test_shared_memory_of_ranks_that_are_killed_as_they_start(
     make_agent: Callable[..., Client], tmp_path: Path, by_end: bool
 ) -> None:
-    """What another process of the same name has is left alone."""
+    """Memory of another program with the same name is left alone."""
     own, other = (Path(f"/dev/shm/mpich_shm_test{os.getpid()}_{number}") for number in (1, 2))
     for path in (own, other):
         path.write_bytes(bytes(4096))
@@ -586,8 +586,8 @@ def test_shared_memory_of_ranks_that_are_killed_as_they_start(
 
 
 @linux
-def test_mpiexec_that_has_nobody_left_to_wait_for(make_agent: Callable[..., Client], tmp_path: Path) -> None:
-    """MPICH's waits for ever if its proxy dies at a bad moment; one that has ranks may run as long as it likes."""
+def test_mpiexec_without_processes_is_ended(make_agent: Callable[..., Client], tmp_path: Path) -> None:
+    """MPICH's waits forever if its proxy dies at a bad moment. One with ranks may run as long as it likes."""
     (tmp_path / "impatient.py").write_text("from executorlib.worker import agent\nagent._ALONE_SECONDS = 2.0\n")
     client = make_agent(["impatient"], [str(tmp_path)])
     options = {"env": dict(os.environ), "own_channel": True, "forks": True}
@@ -600,7 +600,7 @@ def test_mpiexec_that_has_nobody_left_to_wait_for(make_agent: Callable[..., Clie
 
 @linux
 def test_family_of_a_worker_that_dies(make_agent: Callable[..., Client], lifeline: Lifeline) -> None:
-    """What was in its group is killed: it may wait for its dead parent for ever."""
+    """The rest of its group is killed, because it may wait for its dead parent forever."""
     client = make_agent(pass_fds=[lifeline.writing])
     fd = lifeline.writing
 
@@ -706,7 +706,7 @@ def test_end_while_workers_fork_on(make_agent: Callable[..., Client], lifeline: 
 
 
 def test_processes_of_another_user(make_agent: Callable[..., Client], tmp_path: Path) -> None:
-    """What was started by `sudo` cannot be signalled, which must not end all others; at the end nobody waits for it."""
+    """Processes started by `sudo` cannot be signalled. They must not keep others alive, and nothing waits for them."""
     source = "import os\ndef refuse(pid, number):\n    raise PermissionError(1, 'Operation not permitted')\n"
     (tmp_path / "another_user.py").write_text(f"{source}os.kill = os.killpg = refuse\n")
     agent = make_agent(["another_user"], [str(tmp_path)])
@@ -720,8 +720,8 @@ def test_processes_of_another_user(make_agent: Callable[..., Client], tmp_path: 
     assert time.monotonic() - started < END_SECONDS
 
 
-def test_end_does_not_wait_for_ever() -> None:
-    """A process that the kernel does not let go, here one that is not really killed, is left behind."""
+def test_end_does_not_wait_forever() -> None:
+    """A process that the kernel cannot end (here, one that is not really killed) is left behind."""
     code = """
         import os
         from executorlib.worker import family
@@ -779,7 +779,7 @@ def be_killed(lifeline: int, tell: int, copied: bool) -> None:
 @linux
 @pytest.mark.parametrize("copied", [False, True], ids=["alone", "with a forked copy"])
 def test_user_process_that_is_killed(lifeline: Lifeline, copied: bool) -> None:
-    """Also where a forked copy of it lives on, which holds the connection open."""
+    """Even if a forked copy of it lives on and holds the connection open."""
     tell_read, tell_write = os.pipe()
     code = (
         f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import be_killed; "
@@ -821,8 +821,8 @@ def test_preload(make_agent: Callable[..., Client], tmp_path: Path) -> None:
     assert client.end() == (0, "")
 
 
-def test_what_preloaded_modules_print_is_printed_once(tmp_path: Path) -> None:
-    """Not again by every child, which is a copy of the agent with all that is still to be written."""
+def test_output_of_preloaded_modules_is_printed_once(tmp_path: Path) -> None:
+    """Every child is a copy of the agent, but must not write the agent's buffered output again."""
     (tmp_path / "preloaded.py").write_text("import ctypes\nprint('imported')\nctypes.CDLL(None).printf(b'loaded')\n")
     script = "from executorlib import SingleNodeExecutor\nif __name__ == '__main__':\n    "
     script += "with SingleNodeExecutor(2, start_method='fork', preload=['preloaded']) as executor:\n        "
@@ -868,7 +868,7 @@ def test_workers_have_random_numbers_of_their_own(make_agent: Callable[..., Clie
 
 @settings(repeatable, max_examples=examples(150))
 @given(st.lists(st.sampled_from(["hand", "hand", "recall", "read", "read", "answer"]), max_size=60), st.data())
-def test_each_call_is_run_once_however_it_is_handed_about(steps: list[str], data: st.DataObject) -> None:
+def test_each_call_runs_once_however_often_it_moves(steps: list[str], data: st.DataObject) -> None:
     give, take = socket.socketpair()
     with give, take:
         given, permits = SocketPermits(give, take), WorkerPermits(take)
@@ -911,7 +911,7 @@ def test_each_call_is_run_once_however_it_is_handed_about(steps: list[str], data
         while stream:
             read()
     assert len(set(run)) == len(run)
-    # What was handed over and not taken back has run; what was taken back has not, unless it was handed over again.
+    # Calls that were handed over have run, except those that were taken back and not handed over again.
     assert set(held) - set(answers) == set()
     assert set(run) == set(range(1, 200)) - set(waiting)
 
@@ -970,7 +970,7 @@ def test_processes_that_are_gone() -> None:
 
 
 def test_kill_group_of_a_process_without_one() -> None:
-    """Between its fork and its first steps."""
+    """This is the state between its fork and its first steps."""
     process = subprocess.Popen([sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE)
     _kill_group(process.pid, signal.SIGKILL)
     process.communicate(timeout=WAIT)

@@ -1,4 +1,4 @@
-"""A worker that connects by itself, without a network: what it says, and what becomes of it."""
+"""A worker that connects by itself, without a network: its messages, and its end."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_it_is_known_by_its_hello(bench: Bench) -> None:
     assert bench.told == ["connected"]
 
 
-def test_what_its_launcher_knows_of_it_stays(bench: Bench) -> None:
+def test_host_and_pid_from_the_launcher_are_kept(bench: Bench) -> None:
     worker = bench.make()
     worker.process.host, worker.process.pid = "node1", 5  # of the mpiexec that runs it
     connect(worker)
@@ -70,7 +70,7 @@ def test_what_its_launcher_knows_of_it_stays(bench: Bench) -> None:
 
 
 def test_a_worker_of_one_call_is_told_to_stop(bench: Bench) -> None:
-    """Only then it leaves, so that its end cannot come before its result; and it must leave in time."""
+    """It leaves only then, so that its end cannot come before its result, and it must leave in time."""
     worker = bench.make(ranks=2)
     connect(worker)
     say(worker, "ready")
@@ -96,7 +96,7 @@ def test_a_timer_does_not_keep_a_worker(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("leaves", [False, True])
-def test_what_it_holds_may_be_free_before_its_end(bench: Bench, leaves: bool) -> None:
+def test_resources_may_be_free_before_the_worker_ends(bench: Bench, leaves: bool) -> None:
     worker = bench.make(leaves=leaves)
     connect(worker)
     say(worker, "result", 1, 0.1, "", {})
@@ -125,7 +125,7 @@ def test_a_single_process_outlives_an_error(bench: Bench) -> None:
 
 
 def test_ranks_that_do_not_find_each_other(bench: Bench) -> None:
-    """Each believes to be the only one and would compute something else; the first of them ends all."""
+    """Each believes that it is alone and would compute something else. The first one ends them all."""
     worker = bench.make(ranks=2)
     for peer in (b"1.0", b"1.0b"):
         say(worker, "hello", ABOUT, peer=peer)
@@ -139,7 +139,7 @@ def test_ranks_that_do_not_find_each_other(bench: Bench) -> None:
 
 
 def test_a_job_that_comes_up_again(bench: Bench) -> None:
-    """The queue started it a second time: what the first one ran is lost, and the second has nothing to do."""
+    """The queue started it a second time. The first one's call is lost, and the second has nothing to do."""
     worker = bench.make(single=False)
     connect(worker)
     say(worker, "hello", ABOUT, peer=b"1.0b")
@@ -148,7 +148,7 @@ def test_a_job_that_comes_up_again(bench: Bench) -> None:
     assert worker.peer == b"1.0"
 
 
-def test_one_machine_does_without() -> None:
-    """Only ranks need ZeroMQ there, whose loading takes a good part of an executor's start."""
+def test_single_machine_does_not_load_zeromq() -> None:
+    """Only ranks need ZeroMQ there, and loading it takes a good part of an executor's start."""
     code = "import sys, executorlib.single_node.launcher; sys.exit('zmq' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

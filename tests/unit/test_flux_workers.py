@@ -310,7 +310,7 @@ def test_the_two_ends_of_a_worker(names: list[str], states: list[State]) -> None
     assert bool(steps.bench.ends) == (states[-1] is OVER)
 
 
-def test_nothing_keeps_a_worker_whose_end_was_told() -> None:
+def test_nothing_keeps_a_worker_after_its_end() -> None:
     """Neither the timeouts that are still running nor a question to Flux that has not been answered."""
     steps = steps_of(Lifetime.CALL)
     steps.take()
@@ -349,7 +349,7 @@ def test_the_last_words_of_a_job() -> None:
         (["take"], "lose_instance"),
     ],
 )
-def test_what_flux_says_while_the_executor_ends(before: list[str], meanwhile: str) -> None:
+def test_events_of_flux_while_the_executor_ends(before: list[str], meanwhile: str) -> None:
     """No event follows."""
     steps = steps_of(Lifetime.CALL)
     for name in before:

@@ -115,7 +115,7 @@ def lose(launcher: JobWorkerLauncher) -> Process:
 def test_the_system_tells_how_a_worker_ended(
     make: Callable[[], JobWorkerLauncher], system: Asked, events: Events
 ) -> None:
-    """That may take a moment; and it has not said yet what the job is called, where that was quick."""
+    """That may take a moment, and a quick job may end before its id is known."""
     lose(make())
     assert system.asked == []
     system.answers[0]("17")
@@ -132,7 +132,7 @@ def test_the_system_tells_how_a_worker_ended(
 def test_a_job_that_goes_on_without_its_worker_is_cancelled(
     make: Callable[[], JobWorkerLauncher], system: Asked, events: Events, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its node is cut off, or it was stopped: nobody would end it."""
+    """Its node is cut off, or it was stopped, so nobody else would end it."""
     monkeypatch.setattr(job_workers, "_KNOW_SECONDS", -1.0)
     launcher = make()
     worker = process(1)
@@ -148,7 +148,7 @@ def test_a_job_that_goes_on_without_its_worker_is_cancelled(
 def test_a_worker_that_is_ended_while_the_system_is_asked(
     make: Callable[[], JobWorkerLauncher], system: Asked, events: Events
 ) -> None:
-    """Its end is told once, whatever the system answers afterwards."""
+    """Its end is reported once, whatever the system answers afterwards."""
     launcher = make()
     worker = lose(launcher)
     system.answers[0]("17")
@@ -159,10 +159,10 @@ def test_a_worker_that_is_ended_while_the_system_is_asked(
     assert events.ends == ["its job was cancelled"]
 
 
-def test_a_job_that_comes_up_when_nobody_wants_it(
+def test_requeued_worker_that_was_given_up_is_sent_away(
     make: Callable[[], JobWorkerLauncher], system: Asked, events: Events, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It was put back into the queue after its worker was given up: it is sent away instead of waiting for a call."""
+    """It went back into the queue after its worker was given up. It is sent away instead of waiting for a call."""
     launcher = make()
     sent: list[Any] = []
     monkeypatch.setattr(launcher._router, "send", lambda peer, header, frames: sent.append((peer, header)))
@@ -174,8 +174,8 @@ def hello(launcher: JobWorkerLauncher, peer: bytes) -> None:
     launcher._on_message(peer, ["hello", {"host": "node7", "pid": 70, "size": 1, "library": ""}], [])
 
 
-def test_a_query_that_misses_a_job(make: Callable[[], JobWorkerLauncher], system: Asked, events: Events) -> None:
-    """Where the system, asked again, has it, or the worker connects, it is as healthy as any."""
+def test_query_that_misses_a_healthy_job(make: Callable[[], JobWorkerLauncher], system: Asked, events: Events) -> None:
+    """If the system knows it when asked again, or the worker connects, it is as healthy as any other."""
     launcher = make()
     launcher.launch(process(1))
     system.answers[0]("17")
@@ -214,7 +214,7 @@ def test_jobs_that_are_not_needed_are_cancelled_together(
 def test_a_system_that_does_not_answer_after_a_long_time(
     make: Callable[[], JobWorkerLauncher], system: Asked, events: Events, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A worker that is replaced late in a session has as much patience as the first one; in the end it is an error."""
+    """Submissions late in a session are repeated as long as at its start. Only then are they an error."""
     clock = Clock(monkeypatch, 0.0)
     launcher = make()
     launcher.launch(process(1))
@@ -256,14 +256,14 @@ def submitted(system: Asked) -> tuple[list[int], Callable[[Any], None]]:
     return sizes, system.answers.pop()
 
 
-def test_more_workers_than_the_system_lets_in(
+def test_more_workers_than_the_system_accepts(
     make: Callable[[], JobWorkerLauncher],
     system: Asked,
     events: Events,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Those that fit start, and the others when there is room; the user is told at once."""
+    """As many as fit start at once, and the others when there is room. The user is told at once."""
     clock = Clock(monkeypatch, 100.0)
     monkeypatch.setattr(system, "prepare", lambda on_ready: None)
     launcher = make()
@@ -299,7 +299,7 @@ def test_more_workers_than_the_system_lets_in(
 def test_a_limit_under_which_no_worker_ever_fits(
     make: Callable[[], JobWorkerLauncher], system: Asked, events: Events, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While the user has other jobs, they may end; else it is an error after some minutes."""
+    """While the user has other jobs, these may end. Otherwise, it is an error after some minutes."""
     clock = Clock(monkeypatch, 100.0)
     make().launch(process(1))
     for states in ({("1", None): JobState(Phase.RUNNING, "RUNNING")},) * 20 + ({("1", None): ENDED}, {}) * 8:
@@ -322,7 +322,7 @@ def test_a_worker_that_was_told_to_stop(
     monkeypatch: pytest.MonkeyPatch,
     seconds: float,
 ) -> None:
-    """It closes its connection at once, then takes its time. One that is suspended does not, and is cancelled."""
+    """It closes its connection at once, then takes its time. A suspended one does not, and is cancelled."""
     clock = Clock(monkeypatch, 100.0)
     launcher = make()
     worker = process(1)

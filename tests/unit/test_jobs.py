@@ -79,8 +79,8 @@ def finish(task: Task) -> None:
     entries.write_output(task.cache_path, function=abs, args=[-1], kwargs={}, resource_dict={}, runtime=0.1, output=1)
 
 
-def test_result_that_is_there_before_the_call_was_told_that_it_runs(events: Events, tmp_path: Path) -> None:
-    """A job that the system says runs, and that ends at the same moment."""
+def test_result_that_arrives_before_the_call_is_known_to_run(events: Events, tmp_path: Path) -> None:
+    """The job ends at the moment when the system reports that it runs."""
     system = System()
     launcher, task, process = launched(events, system, tmp_path)
     until_asked(system, events)
@@ -98,7 +98,7 @@ def test_result_that_is_there_before_the_call_was_told_that_it_runs(events: Even
     assert events.told == ["connected", "result", "exit"]
 
 
-def test_equal_call_of_one_that_is_killed_when_its_result_is_there(
+def test_equal_call_finds_the_result_when_the_first_is_killed(
     events: Events, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It finds the result by itself, at its own turn."""
@@ -135,7 +135,7 @@ def claimed(folder: Path, system: str, job_id: str = "17", key: str = "a") -> Pa
     return batch
 
 
-def test_a_dead_job_whose_key_is_as_long_as_can_be(
+def test_dead_job_with_the_longest_possible_key(
     events: Events, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("executorlib.jobs.results._GRACE", -1.0)
@@ -166,10 +166,10 @@ def test_a_dead_job_whose_key_is_as_long_as_can_be(
         ("Slurm cluster a", "Slurm", False),
     ],
 )
-def test_only_of_its_own_jobs_a_system_is_asked(
+def test_system_is_asked_only_about_its_own_jobs(
     events: Events, tmp_path: Path, noted: str, own: str, asks: bool
 ) -> None:
-    """Of another cluster's it has not heard, so each would seem dead, and its call would run twice."""
+    """It does not know another cluster's jobs, so each would seem dead, and its call would run twice."""
     claimed(tmp_path, noted)
     system = System()
     system.name = own
@@ -185,7 +185,7 @@ def test_only_of_its_own_jobs_a_system_is_asked(
 def test_many_jobs_of_others_on_a_slow_file_system(
     events: Events, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Asking a server about each takes time, in which the loop does nothing else: it is done a few at a time."""
+    """Asking a server about each takes time and blocks the loop, so only a few are asked about at a time."""
     clock = Clock(monkeypatch, running=True)
     asked: list[str] = []
 
@@ -218,7 +218,7 @@ HELD = JobState(Phase.PENDING, "PENDING", "JobHeldAdmin", held=True)
 
 
 def test_a_job_that_an_administrator_holds(events: Events, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """It waits until they release it, and the user is told why; once for a job, whatever is said of it again."""
+    """It waits until they release it. The user is told why, once for each job."""
     system = System()
     launcher, _task, _process = launched(events, system, tmp_path)
     launched(events, system, tmp_path, "b", launcher)
@@ -234,8 +234,8 @@ def test_a_job_that_an_administrator_holds(events: Events, tmp_path: Path, caplo
     assert events.told == ["connected", "connected"]
 
 
-def test_a_job_of_another_session_that_would_wait_for_ever(events: Events, tmp_path: Path) -> None:
-    """It is cancelled, and the call submitted once more; where that does not help, it fails with the reason."""
+def test_hopeless_job_of_another_session(events: Events, tmp_path: Path) -> None:
+    """It is cancelled, and the call is submitted once more. If that does not help, it fails with the reason."""
     claimed(tmp_path, System.name)
     system = System()
     _launcher, _task, process = launched(events, system, tmp_path)
@@ -253,8 +253,8 @@ def test_a_job_of_another_session_that_would_wait_for_ever(events: Events, tmp_p
     assert not list(tmp_path.glob("*_i.h5"))
 
 
-def test_a_job_that_would_wait_for_ever_and_was_taken_over(events: Events, tmp_path: Path) -> None:
-    """The other session's call stays its own, and this session, whose job it was, has the error."""
+def test_hopeless_job_that_was_taken_over(events: Events, tmp_path: Path) -> None:
+    """The other session's call goes on. The error goes to this session, whose job it was."""
     system = System()
     _launcher, _task, process = launched(events, system, tmp_path)
     until_asked(system, events)
@@ -354,7 +354,7 @@ def impatient(events: Events, monkeypatch: pytest.MonkeyPatch) -> Loop:
 def test_however_small_the_limit_all_calls_run(
     impatient: Loop, tmp_path: Path, caplog: pytest.LogCaptureFixture, limit: int, calls: int
 ) -> None:
-    """As many at once as it lets in. The user is told at once, and once."""
+    """As many at once as the limit admits. The user is told at once, and only once."""
     system = Limited(limit)
     launcher = None
     for number in range(1, calls + 1):
@@ -379,8 +379,8 @@ def test_however_small_the_limit_all_calls_run(
     assert not list((tmp_path / batch_directory.FOLDER).iterdir())
 
 
-def test_inputs_of_which_only_some_are_in_the_system(impatient: Loop, tmp_path: Path) -> None:
-    """Each call waits there for its own input, in whatever part of its batch that was submitted."""
+def test_inputs_that_are_only_partly_in_the_system(impatient: Loop, tmp_path: Path) -> None:
+    """Each call waits there for its own input, whichever part of a batch that input was submitted in."""
     system = Limited(5)
     launcher = None
     tasks = []
@@ -423,8 +423,8 @@ def test_calls_that_wait_under_a_limit_can_be_cancelled(impatient: Loop, tmp_pat
     assert not list(tmp_path.glob("*_i.h5"))
 
 
-def test_others_that_fill_a_limit(impatient: Loop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While there are jobs of this user's, or where others' count, it is waited; else it is an error in the end."""
+def test_limit_that_other_jobs_fill(impatient: Loop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls wait while this user has jobs, or if other users' jobs count. Otherwise, it is an error in the end."""
     clock = Clock(monkeypatch, 0.0)
     system = Limited(3)
     system.others = 3
@@ -448,7 +448,7 @@ def test_others_that_fill_a_limit(impatient: Loop, tmp_path: Path, monkeypatch: 
 def test_a_session_that_leaves_with_calls_under_a_limit(
     impatient: Loop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What the limit does not let in soon is given up, and said; it can be submitted again."""
+    """Calls that the limit does not admit soon are given up with a message. They can be submitted again."""
     clock = Clock(monkeypatch, 100.0)
     system = Limited(2)
     launcher = None
@@ -467,8 +467,8 @@ def test_a_session_that_leaves_with_calls_under_a_limit(
     assert sorted(path.name for path in tmp_path.glob("*_i.h5")) == ["a1_i.h5", "a2_i.h5"]
 
 
-def test_another_session_finds_calls_of_a_batch_that_is_in_the_system_in_parts(impatient: Loop, tmp_path: Path) -> None:
-    """It asks for each by its own job's number, and that of one that waits as soon as that is submitted."""
+def test_another_session_finds_calls_of_a_batch_submitted_in_parts(impatient: Loop, tmp_path: Path) -> None:
+    """It asks about each by its own job's id. The id of a waiting one is found once that is submitted."""
     first = Limited(3)
     launcher = None
     for number in range(1, 7):
@@ -502,7 +502,7 @@ def test_another_session_finds_calls_of_a_batch_that_is_in_the_system_in_parts(i
 def test_a_job_of_a_part_of_a_batch(
     impatient: Loop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: str, code: int
 ) -> None:
-    """It runs its call unless another job has been noted for that part; of other parts it does not matter."""
+    """It runs its call unless another job is noted for that part. Other parts do not matter."""
     system = Limited(2)
     system.setup = lambda: {"id_variables": ("TEST_JOB_ID",)}  # type: ignore[method-assign]
     launcher = None
@@ -523,7 +523,7 @@ def test_a_job_of_a_part_of_a_batch(
 def test_a_job_finds_its_call(
     impatient: Loop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: tuple[str, ...] | None, index: int
 ) -> None:
-    """Its setup names the variable; one of an older version names none, and means Slurm's."""
+    """Its setup names the variable. A setup of an older version names none, and means Slurm's."""
     system = Limited(3)
     launcher = None
     for number in range(1, 4):
@@ -582,7 +582,7 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> list[None]:
     return looks
 
 
-def test_calls_that_wait_for_inputs_are_looked_at_when_these_change(
+def test_waiting_calls_are_looked_at_when_their_inputs_change(
     events: Events, tmp_path: Path, looks: list[None]
 ) -> None:
     """... and not otherwise: there may be thousands."""
@@ -615,8 +615,8 @@ def test_calls_that_wait_for_inputs_are_looked_at_when_these_change(
     assert not launcher._submitter.busy
 
 
-def test_leaving_gives_up_what_waits_for_inputs(events: Events, tmp_path: Path) -> None:
-    """What another one depends on that has not been submitted, and what depends on that."""
+def test_leaving_gives_up_calls_that_wait_for_inputs(events: Events, tmp_path: Path) -> None:
+    """Calls whose inputs have not been submitted are given up, and so are their dependents."""
     system = Alone()
     launcher, source, _process = launched(events, system, tmp_path)
     _, middle, _ = launched(events, system, tmp_path, "b", launcher, number=2, after=[source])
@@ -666,7 +666,7 @@ DIED = JobState(Phase.ENDED, "FAILED", "", "9:0")
 def test_how_long_a_result_may_take_to_show(
     events: Events, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: JobState | None, local: bool, waits: bool
 ) -> None:
-    """Long where there may be one: where the job says so, or nobody says anything and the disk is not a local one."""
+    """It may take long if there can be one: if the job says so, or if nothing is known and the disk is not local."""
     monkeypatch.setattr("executorlib.jobs.results._GRACE", -1.0)
     monkeypatch.setattr("executorlib.machine.is_local_disk", lambda folder: local)
     system = Vanishing()
@@ -708,7 +708,7 @@ FILES: dict[Any, list[str]] = {
 
 
 class Faults:
-    """Has the one call of a function of `batch_directory` or `entries` fail that comes after so many others."""
+    """Makes one call of a function of `batch_directory` or `entries` fail, after this many others."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
         self.count = 0
@@ -806,7 +806,7 @@ def ends(folder: Path, events: Events, monkeypatch: pytest.MonkeyPatch, fault: i
 
 
 def test_one_failing_file_fails_one_call(events: Events, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each access to a file fails once; whatever comes of it, every call ends, and most of them well."""
+    """Each access to a file fails once. Whatever follows, every call ends, and most of them succeed."""
     whole = tmp_path / "whole"
     whole.mkdir()
     expected, count = ends(whole, events, monkeypatch, 0)
@@ -846,7 +846,7 @@ def test_batch_that_cannot_be_made_ready(
 
 
 def test_leaving_while_the_system_is_asked(events: Events, tmp_path: Path) -> None:
-    """Its answer is about calls that are not ours any more."""
+    """Its answer is about calls that are no longer ours."""
     system = System()
     launcher, _, _ = launched(events, system, tmp_path)
     until_asked(system, events)
@@ -856,7 +856,7 @@ def test_leaving_while_the_system_is_asked(events: Events, tmp_path: Path) -> No
 
 
 def test_input_of_another_system(events: Events, tmp_path: Path) -> None:
-    """Nothing is known of its job, so what depends on it is submitted once its result is there."""
+    """Nothing is known about its job, so its dependents are submitted once its result is there."""
     system = System()
     submitted: list[Any] = []
     system.submit = lambda batch, on_done: (submitted.append(batch), on_done("7"))[0]  # type: ignore[method-assign]
@@ -876,7 +876,7 @@ def test_input_of_another_system(events: Events, tmp_path: Path) -> None:
 def test_submissions_are_repeated_from_their_first_refusal_on(
     events: Events, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not from when the call was made: it may have waited for its inputs for hours."""
+    """The time does not count from the submit of the call, which may have waited for its inputs for hours."""
     clock = Clock(monkeypatch, 0.0)
     system = System()
     answers: list[Callable[[Any], None]] = []
@@ -897,8 +897,8 @@ def test_submissions_are_repeated_from_their_first_refusal_on(
     assert "the controller cannot be reached" in events.exits[1]
 
 
-def test_results_are_not_kept_by_what_comes_after(events: Events, tmp_path: Path) -> None:
-    """Of a chain of calls, the last one would keep them all."""
+def test_later_jobs_do_not_keep_results(events: Events, tmp_path: Path) -> None:
+    """Otherwise, the last call of a chain would keep the results of all."""
     system = System()
     launcher, task, process = launched(events, system, tmp_path)
     _, last, _ = launched(events, system, tmp_path, "b", launcher, after=[task])
@@ -923,7 +923,7 @@ def test_results_are_not_kept_by_what_comes_after(events: Events, tmp_path: Path
 def test_a_job_of_another_session_that_is_cancelled(
     events: Events, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, terminated: bool
 ) -> None:
-    """Who waits for it submits it anew, unless it was to end for all."""
+    """A session that waits for it submits it again, unless it was ended for all sessions."""
     monkeypatch.setattr("executorlib.jobs.results._GRACE", -1.0)
     batch = claimed(tmp_path, System.name)
     system = Vanishing()
@@ -941,7 +941,7 @@ def test_a_job_of_another_session_that_is_cancelled(
     assert ("was terminated" in events.exits.get(1, "")) is terminated
 
 
-def test_files_that_are_no_part_of_a_batch(tmp_path: Path) -> None:
+def test_files_that_do_not_belong_to_a_batch(tmp_path: Path) -> None:
     for name in ("job_id.-5", "job_id.5-", "job_id.-", "job_id.x-5", "job_id.1-2"):
         (tmp_path / "store" / ".executorlib" / "batch").mkdir(parents=True, exist_ok=True)
         (tmp_path / "store" / ".executorlib" / "batch" / name).write_text("7")

@@ -1,5 +1,5 @@
-"""What needs no Slurm of the executor for allocations: commands, environments, what is said outside of one, and agents
-that a program of ours starts in place of `srun`."""
+"""Tests of the executor for allocations without Slurm: commands, environments, errors outside of an allocation, and
+agents that a program of ours starts in place of `srun`."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def test_outside_an_allocation(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("module", "without"), [("worker.mpi", "zmq"), ("transports.dealer", "asyncio")])
-def test_what_a_rank_does_not_load(module: str, without: str) -> None:
-    """All ranks start at once and wait for each other, so what they load counts many times."""
+def test_modules_that_a_rank_does_not_load(module: str, without: str) -> None:
+    """All ranks start at once and wait for each other, so each loaded module costs time on every rank."""
     code = f"import sys, executorlib.{module}; sys.exit({without!r} in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
@@ -98,7 +98,7 @@ def allocation(job: None) -> Iterator[Callable[..., Any]]:
 
 
 def test_agents_end_in_silence(job: None, scripts: Scripts) -> None:
-    """They have the warning filters of their session, which here make errors of all warnings."""
+    """They have the session's warning filters, which turn all warnings into errors here."""
     scripts.run(
         """
         from executorlib import SlurmJobExecutor
@@ -113,7 +113,7 @@ def test_agents_end_in_silence(job: None, scripts: Scripts) -> None:
 
 @pytest.mark.parametrize("block", [False, True], ids=["default", "block"])
 def test_large_and_small_values(allocation: Callable[..., Any], block: bool) -> None:
-    """Large ones travel otherwise than small ones between a relay and a worker, and the order is kept."""
+    """Large ones travel in another way between a relay and a worker, but the order is kept."""
     executor = allocation(block_allocation=block, max_workers=2 if block else None)
     values = [bytes([index]) * (10, 100_000, 300_000, 1_000_000)[index % 4] for index in range(24)]
     assert list(executor.map(same, values, timeout=SECONDS)) == values
@@ -122,7 +122,7 @@ def test_large_and_small_values(allocation: Callable[..., Any], block: bool) -> 
 def test_settings_are_sent_once(
     allocation: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
-    """Workers have them by birth. To load `logging` alone takes each of them longer than a call."""
+    """Workers inherit them from their agent. Loading `logging` would take each of them longer than a call."""
     sent: list[set[str]] = []
     put = Relays.put
 
@@ -163,7 +163,7 @@ def test_call_that_is_a_step_and_fails(allocation: Callable[..., Any]) -> None:
     ids=str,
 )
 def test_signals_before_a_worker_is_there(sent: list[int], passed_on: int) -> None:
-    """It gets the last one, unless that could be less than what it was to get."""
+    """It gets the last one, unless an earlier one was stronger."""
     agent = AgentClient(
         fakes.Events(),
         spawn=False,
@@ -235,15 +235,15 @@ def test_a_plain_call_is_on_one_node(allocation: Callable[..., Any]) -> None:
         allocation().submit(node, resource_dict={"num_nodes": 2})
 
 
-def test_options_of_srun_where_it_starts_no_ranks(allocation: Callable[..., Any]) -> None:
-    """mpiexec would not heed them."""
+def test_options_of_srun_without_ranks_of_srun(allocation: Callable[..., Any]) -> None:
+    """mpiexec would ignore them."""
     with pytest.raises(ValueError, match="Give the executor a pmi_mode"):
         allocation().submit(node, resource_dict={"cores": 2, "slurm_cmd_args": ["--mem=1G"]})
 
 
 @pytest.mark.parametrize("needs", [{}, {"slurm_cmd_args": ["--quiet"]}], ids=["relay", "step"])
 def test_signals_that_the_session_does_not_get(allocation: Callable[..., Any], needs: dict[str, Any]) -> None:
-    """Workers get them all the same, and their deaths are noticed."""
+    """Workers get them anyway, and their deaths are noticed."""
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
         executor = allocation(resource_dict=needs)
@@ -273,7 +273,7 @@ def test_nodes_are_told_apart(allocation: Callable[..., Any]) -> None:
 
 
 def test_death_in_a_block_takes_one_call(allocation: Callable[..., Any], tmp_path: Path) -> None:
-    """All others that the worker held run, and run once, wherever they were on their way."""
+    """All other calls that the worker held run exactly once, wherever they were."""
     executor = allocation(block_allocation=True, max_workers=2, restart_limit=20)
     log = str(tmp_path / "log")
     # Short ones first, so that workers are handed many at once.
@@ -302,7 +302,7 @@ def test_calls_behind_a_long_one_run_elsewhere_and_once(allocation: Callable[...
 
 @pytest.mark.parametrize("data", [b"garbage" * 10, b"\xff" * 100], ids=["text", "bytes"])
 def test_worker_that_writes_garbage(allocation: Callable[..., Any], data: bytes) -> None:
-    """Only its own call fails, although what it wrote is not read before it is here."""
+    """Only its own call fails, although the garbage is read only at the executor's end."""
     executor = allocation(block_allocation=True, max_workers=2, restart_limit=1)
     bad, good = executor.submit(write_to_sockets, data), executor.submit(abs, -1)
     assert good.result(SECONDS) == 1
@@ -310,8 +310,8 @@ def test_worker_that_writes_garbage(allocation: Callable[..., Any], data: bytes)
     assert executor.submit(abs, -2).result(SECONDS) == 2
 
 
-def test_what_cannot_be_received_on_the_node(allocation: Callable[..., Any]) -> None:
-    """A large result whose memory file is not one."""
+def test_result_that_cannot_be_received_on_the_node(allocation: Callable[..., Any]) -> None:
+    """It is a large result whose memory file is damaged."""
     executor = allocation(block_allocation=True, max_workers=1)
     assert executor.submit(same, 1).result(SECONDS) == 1
     resource_limit = executor.submit(_limit_files_of_relay)
@@ -323,7 +323,7 @@ def test_what_cannot_be_received_on_the_node(allocation: Callable[..., Any]) -> 
 
 @pytest.mark.parametrize("limit", [0, 1])
 def test_call_of_a_lost_node_runs_again(allocation: Callable[..., Any], tmp_path: Path, limit: int) -> None:
-    """Where it may; a process that dies by itself is no node."""
+    """It does if `restart_limit` allows it. The death of a process is not the loss of a node."""
     executor = allocation(restart_limit=limit)
     dying = executor.submit(append_and_die, str(tmp_path / "log"), 1)
     assert isinstance(dying.exception(SECONDS), ExecutorlibSocketError)

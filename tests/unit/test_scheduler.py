@@ -48,7 +48,7 @@ pytestmark = pytest.mark.timeout(240)  # some ten seconds of computing; a loaded
 
 @dataclass
 class Call:
-    """What the driver knows of a call by itself, to hold against what the scheduler says."""
+    """The driver's own record of a call, to compare with the scheduler's."""
 
     task: Task
     cached: bool | None = None  # None: no cache is asked
@@ -95,7 +95,7 @@ class Driver:
         self.order: list[int] = []  # numbers of calls as they were handed to workers
         self.reasons: dict[int, str] = {}
 
-    # What the user does.
+    # The user's actions.
 
     def submit(
         self,
@@ -138,7 +138,7 @@ class Driver:
             self.scheduler.on_cancel(task)
             self.end(task, "cancelled")
 
-    # What workers do.
+    # The workers' actions.
 
     def start(self, worker: Worker, returns_calls: bool = False) -> None:
         simulated = self.workers[worker.number]
@@ -155,7 +155,7 @@ class Driver:
         return task
 
     def finish(self, worker: Worker) -> None:
-        """The worker is through with its call; the answer is on its way."""
+        """The worker has finished its call; the answer is on its way."""
         simulated = self.workers[worker.number]
         assert simulated.current is not None
         simulated.answers.append(simulated.current)
@@ -190,7 +190,7 @@ class Driver:
             self.end(task, "lost")
         return lost
 
-    # What the loop does.
+    # The loop's actions.
 
     def end(self, task: Task, how: str) -> None:
         ends = self.calls[task.number].ends
@@ -374,14 +374,14 @@ class FreshDriver(Driver):
         return 1 + self.scheduler.restart_limit
 
     def fits(self, demand: Demand, share: tuple[int, int], node: Node) -> bool:
-        """Whether one share of a demand fits on a node."""
+        """Return whether one share of a demand fits on a node."""
         cores, gpus = self.free[node]
         if demand.exclusive and cores < node.total_cores:
             return False
         return cores >= share[0] and gpus >= share[1]
 
     def has_room(self, task: Task) -> bool:
-        """Whether all shares fit at once, on nodes that are not kept for anybody."""
+        """Return whether all shares fit at once, on nodes that are not kept for anybody."""
         nodes = [node for node in self.nodes if node.kept_for is None]
         shares = task.demand.shares()
         # A node that takes a large share takes a small one, too.
@@ -518,7 +518,7 @@ def given_worker(**wanted: bool) -> Any:
 
 
 class Machine(RuleBasedStateMachine):
-    """What both lifetimes have in common. Several events may come before the loop gets to its turn."""
+    """The part that both lifetimes share. Several events may come before the loop gets to its turn."""
 
     driver: Driver
 
@@ -633,7 +633,7 @@ class Machine(RuleBasedStateMachine):
 
 
 def spread(nodes: int, further: int, cores: int, gpus: int = 0, exclusive: bool = False) -> Demand:
-    """A demand of several nodes: that many ranks and some further ones, each with so many cores and GPUs."""
+    """A demand of several nodes: that many ranks and some more, each with these cores and GPUs."""
     ranks = nodes + further
     return Demand(ranks * cores, ranks * gpus, exclusive, nodes, ranks)
 
@@ -921,7 +921,7 @@ def test_first_come_first_served() -> None:
 
 
 def test_turn_is_by_readiness_within_a_demand() -> None:
-    """Who waited for inputs goes to the end of the queue."""
+    """A call that waited for inputs goes to the end of the queue."""
     driver = on_one_node(1)
     late = driver.submit(missing=2)
     driver.submit_many(2)
@@ -1035,7 +1035,7 @@ def test_small_calls_fill_the_gaps() -> None:
     ],
 )
 def test_large_call_is_not_starved(nodes: list[Node], small: Demand, large: Demand) -> None:
-    """However many small ones come: after so many have overtaken it, room is made."""
+    """Small calls keep coming, but once enough have overtaken it, room is made."""
     driver = FreshDriver(nodes)
     cores = sum(each.total_cores for each in nodes)
     driver.submit_many(2 * cores, small)
@@ -1086,7 +1086,7 @@ def reserve_by_overtaking(driver: FreshDriver, large: Demand) -> Task:
 
 
 def test_call_for_which_a_node_is_kept_may_run_on_another() -> None:
-    """If that is free first: whoever runs on the kept one may take for ever."""
+    """It does if that node is free first, because calls on the kept one may take forever."""
     driver = FreshDriver([node(2, name="a"), node(2, name="b")])
     task = reserve_by_overtaking(driver, Demand(2))
     [other] = [each for each in driver.nodes if each.kept_for is None]
@@ -1137,7 +1137,7 @@ def test_call_of_higher_priority_starts_at_once_where_a_node_is_kept_for_another
 
 
 def test_call_of_several_nodes_starts_when_all_are_there() -> None:
-    """Those that are kept, or others: whoever runs on a kept one may take for ever."""
+    """They may be the kept nodes or others, because calls on a kept one may take forever."""
     driver = FreshDriver([node(2, name=name) for name in "abc"])
     task = reserve_by_overtaking(driver, spread(2, 2, 1))
     for waiting in driver.unfinished():
@@ -1176,7 +1176,7 @@ def test_only_calls_on_a_lost_node_are_hit() -> None:
     run_to_the_end(driver)
 
 
-def test_calls_that_no_node_can_hold_any_more_fail() -> None:
+def test_calls_that_no_remaining_node_can_hold_fail() -> None:
     """At once, or when their inputs are there."""
     nodes = [node(4, name="large"), node(2, name="small")]
     driver = FreshDriver(nodes)
@@ -1274,7 +1274,7 @@ def test_death_of_a_process_alone_is_no_reason_to_run_again() -> None:
 
 
 def test_nodes_are_not_kept_for_one_behind_a_call_that_runs_again() -> None:
-    """Both need most of a node, of which only one is left, and the other that waits was submitted before."""
+    """Both need most of the one node that is left, and the other waiting call was submitted before."""
     driver = FreshDriver([node(4, name="a"), node(5, name="b")], overtaken=1, restart_limit=1)
     waiting, large = driver.submit(Demand(4), missing=1), driver.submit(Demand(4))
     driver.submit_many(2, Demand(2))
@@ -1311,7 +1311,7 @@ def test_block_goes_on_without_a_lost_node() -> None:
 
 
 def test_call_that_waits_for_a_gpu_does_not_idle_the_cores() -> None:
-    """A GPU may be busy for hours; what it would run beside needs one core."""
+    """A GPU may be busy for hours, and the waiting call needs only one core beside it."""
     driver = on_one_node(4, gpus=1)
     driver.submit(Demand(1, 1))
     driver.turn()
@@ -1370,7 +1370,7 @@ def test_call_that_cannot_be_sent_ends_its_worker() -> None:
     run_to_the_end(driver)
 
 
-# What comes between two turns. Decisions that were made, but not carried out yet, must not outlive their reasons.
+# Events between two turns. Decisions that were made but not carried out must not outlive their reasons.
 
 
 def test_cancel_between_start_and_send() -> None:
@@ -1396,7 +1396,7 @@ def test_exit_between_start_and_send() -> None:
     run_to_the_end(driver)
 
 
-def test_cancel_before_the_cache_was_asked() -> None:
+def test_cancel_before_the_look_up() -> None:
     driver = on_one_node(1)
     driver.cancel(driver.submit(cached=True))
     assert driver.turn() == []
@@ -1418,7 +1418,7 @@ def warm_block(size: int, seconds: float, **kwargs: Any) -> BlockDriver:
     return driver
 
 
-def test_nothing_ahead_before_it_is_known_how_long_calls_take() -> None:
+def test_no_lookahead_before_call_times_are_known() -> None:
     driver = BlockDriver(2)
     driver.turn()
     driver.start_all(returns_calls=True)
@@ -1430,15 +1430,15 @@ def test_nothing_ahead_before_it_is_known_how_long_calls_take() -> None:
 @pytest.mark.parametrize(
     ("seconds", "ahead"), [(1e-6, 128), (1e-4, 50), (0.001, 5), (0.0026, 1), (0.0051, 0), (10.0, 0)]
 )
-def test_ahead_as_much_as_takes_five_milliseconds(seconds: float, ahead: int) -> None:
+def test_lookahead_covers_five_milliseconds(seconds: float, ahead: int) -> None:
     driver = warm_block(1, seconds)
     driver.submit_many(300)
-    # What was handed over while the worker had none may be topped up only with an answer.
+    # Calls that were handed over while the worker had none may be topped up only with an answer.
     driver.turn()
     assert len(driver.launched[0].calls) == 1 + ahead
 
 
-def test_ahead_shrinks_when_calls_turn_out_long() -> None:
+def test_lookahead_shrinks_when_calls_turn_out_long() -> None:
     driver = warm_block(1, 1e-4)
     driver.submit_many(200)
     driver.turn()
@@ -1455,7 +1455,7 @@ def test_ahead_shrinks_when_calls_turn_out_long() -> None:
         assert len(worker.calls) == 1
 
 
-def test_nothing_ahead_where_it_is_switched_off() -> None:
+def test_no_lookahead_if_switched_off() -> None:
     driver = warm_block(2, 1e-6, lookahead=False)
     driver.submit_many(20)
     driver.turn()
@@ -1509,7 +1509,7 @@ def test_calls_of_a_blocked_worker_go_to_an_idle_one() -> None:
 
 
 def test_recall_that_comes_too_late() -> None:
-    """The worker has started, and finished, what is wanted back; its answers are on their way."""
+    """The worker has started and finished the calls, and its answers are on their way."""
     driver = warm_block(2, 1e-4)
     driver.submit_many(20)
     driver.turn()
@@ -1594,7 +1594,7 @@ def test_pool_works_on_as_long_as_one_worker_lives() -> None:
 
 
 def test_pool_works_on_when_it_shrinks_after_a_death() -> None:
-    """Of two workers one has died; one is wanted from now on: the one that lives stays."""
+    """One of two workers has died, and one is wanted from now on: the living one stays."""
     driver = warm_block(2, 1e-4)
     driver.exit(driver.launched[0])
     driver.turn()
@@ -1605,7 +1605,7 @@ def test_pool_works_on_when_it_shrinks_after_a_death() -> None:
     assert driver.calls[task.number].ends == ["done"], driver.reasons
 
 
-def test_ends_of_our_doing_are_no_restarts() -> None:
+def test_workers_that_we_end_do_not_count_as_restarts() -> None:
     driver = BlockDriver(1)
     for _ in range(5):
         task = driver.submit()
@@ -1916,7 +1916,7 @@ def test_loop_exit_just_before_the_call_is_sent() -> None:
 
 
 @pytest.mark.cache
-def test_loop_cancel_just_before_the_cache_is_asked(tmp_path: Path) -> None:
+def test_loop_cancel_just_before_the_look_up(tmp_path: Path) -> None:
     with loop_with(lambda launcher, process: launcher.exit(process)) as loop:
         held = threading.Event()
         loop.post(lambda: (held.wait(10), None)[1])
@@ -1937,8 +1937,8 @@ def test_loop_news_of_a_worker_that_it_has_given_up() -> None:
 
 
 @pytest.mark.parametrize("ready", [False, True])
-def test_loop_worker_whose_time_is_up(ready: bool) -> None:
-    """It is replaced, but not if it was never ready for a call: so would be the next one, and so on for ever."""
+def test_loop_worker_past_its_time_limit(ready: bool) -> None:
+    """It is replaced unless it was never ready for a call, because that would go on forever."""
     launches = []
 
     def then(launcher: InstantLauncher, process: Process) -> None:
@@ -1962,7 +1962,7 @@ def test_loop_worker_whose_time_is_up(ready: bool) -> None:
 
 
 def test_loop_tells_why_a_worker_was_ended() -> None:
-    """What is wrong with it says more than how it was killed for that."""
+    """The fault says more than the signal that ended the worker for it."""
 
     def then(launcher: InstantLauncher, process: Process) -> None:
         process.verdict = RuntimeError("Its ranks do not find each other.")
@@ -1983,7 +1983,7 @@ class Queue(QueueExecutor):
 
 
 def test_loop_does_not_keep_the_executor(tmp_path: Path) -> None:
-    """One that is dropped is collected, which ends its loop; what has made the launcher must not hold on to it."""
+    """A dropped executor is collected, which ends its loop. The maker of the launcher must not hold it."""
     executor = Queue(cache_directory=str(tmp_path))
     loop, gone = executor._loop, weakref.ref(executor)
     assert loop is not None

@@ -135,7 +135,7 @@ def test_function_name(fn: object, name: str) -> None:
 
 
 def test_the_future_shows_what_a_standard_future_shows() -> None:
-    """What the executor notes on it is no part of the user's future."""
+    """The executor's notes are not public attributes of the user's future."""
     assert {name for name in dir(CallFuture()) if name[0] != "_"} == {name for name in dir(Future()) if name[0] != "_"}
 
 
@@ -147,7 +147,7 @@ def test_cancel_tells_at_once() -> None:
     assert told == [True]  # and only once it is cancelled
 
 
-def test_cancel_that_comes_too_late_tells_nobody() -> None:
+def test_cancel_that_comes_too_late_is_not_reported() -> None:
     told: list[str] = []
     future = CallFuture()
     future._on_cancel = lambda: told.append("cancelled")
@@ -165,7 +165,7 @@ def test_cancel_without_an_executor() -> None:
 
 
 def test_cancel_tells_although_its_callback_lets_go_of_the_executor() -> None:
-    """The executor forgets a future that is over, which may happen while it is being cancelled."""
+    """The executor forgets a finished future, maybe while the future is being cancelled."""
     told: list[str] = []
     future = CallFuture()
 

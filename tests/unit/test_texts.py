@@ -14,6 +14,7 @@ FILES = [
     *(ROOT / "docs").rglob("*.md"),
     *(ROOT / "benchmarks").glob("*.py"),
     *(ROOT / "examples").glob("*.py"),
+    *(path for path in (ROOT / "tests").rglob("*.py") if path != Path(__file__)),
     *ROOT.glob("*.md"),
     *(ROOT / ".ci").iterdir(),
     ROOT / "Makefile",
