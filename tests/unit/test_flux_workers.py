@@ -34,6 +34,7 @@ from executorlib.flux.workers import (
 from executorlib.jobs.system import Refused
 from executorlib.launchers.contract import Exit, Lifetime, Process
 from executorlib.resources import Resources
+from fakes import Events
 from unit.properties import examples, repeatable
 
 # Written out a second time: who changes the table must want to.
@@ -53,38 +54,31 @@ MOVES = {
 JOB, PEER = 7, b"1.0"
 
 
-class Bench:
+class Bench(Events):
     """Is the loop, the Flux instance and the socket. Nothing happens before the test says so."""
 
     is_owner = True
 
     def __init__(self) -> None:
-        self.timers: list[Callable[[], None]] = []
+        super().__init__()
         self.submitted: list[Callable[[Any], None]] = []
         self.watching: list[Callable[[str, Any], None]] = []
         self.reading: list[Callable[[bytes], None]] = []
-        self.ends: list[Exit] = []
+        self.ended: list[Exit] = []
         self.signals: list[int] = []
         self.cancelled = 0
-        self.said: list[Any] = []
         self.meanwhile: Callable[[], object] = lambda: None  # what Flux says while the launcher is closed
 
     # -- the loop
-
-    def call_later(self, seconds: float, callback: Callable[[], None]) -> None:
-        self.timers.append(callback)
 
     def call_soon(self, callback: Callable[[], None]) -> None:
         callback()
 
     def on_connected(self, process: Process) -> None:
-        assert not self.ends
-
-    def on_message(self, process: Process, header: list[Any], frames: list[Any]) -> None:
-        self.said.append(header[0])
+        assert not self.ended
 
     def on_exit(self, process: Process, end: Exit) -> None:
-        self.ends.append(end)
+        self.ended.append(end)
 
     # -- the instance
 
@@ -265,20 +259,20 @@ def test_a_worker_ends_once(
         state = OVER if member is None else member.state
         assert state >= seen[-1]
         seen.append(state)
-        assert bool(steps.bench.ends) == (state is OVER)
+        assert bool(steps.bench.ended) == (state is OVER)
     if closing is not None:
-        told = len(steps.bench.ends)
+        told = len(steps.bench.ended)
         steps.bench.meanwhile = lambda: [getattr(steps, name)() for name in closing]
         steps.close()
         for name in NAMES:
             getattr(steps, name)()
-        assert len(steps.bench.ends) == told, "no event follows"
+        assert len(steps.bench.ended) == told, "no event follows"
     else:
         # Flux is in time with everything, and tells the end of each job.
         while steps.member() is not None:
             for name in ("take", "event", "output", "timer"):
                 getattr(steps, name)()
-        assert len(steps.bench.ends) == 1
+        assert len(steps.bench.ended) == 1
     assert steps.launcher._members == {}
 
 
@@ -307,7 +301,7 @@ def test_the_two_ends_of_a_worker(names: list[str], states: list[State]) -> None
         member = steps.member()
         seen.append(OVER if member is None else member.state)
     assert seen == states
-    assert bool(steps.bench.ends) == (states[-1] is OVER)
+    assert bool(steps.bench.ended) == (states[-1] is OVER)
 
 
 def test_nothing_keeps_a_worker_after_its_end() -> None:
@@ -319,8 +313,8 @@ def test_nothing_keeps_a_worker_after_its_end() -> None:
         steps.event()
     assert steps.bench.reading
     steps.bench.timers[-1]()
-    assert [end.status for end in steps.bench.ends] == [256]
-    process, steps.bench.ends = weakref.ref(steps.process), []
+    assert [end.status for end in steps.bench.ended] == [256]
+    process, steps.bench.ended = weakref.ref(steps.process), []
     del steps.process
     gc.collect()
     assert steps.bench.timers
@@ -334,7 +328,7 @@ def test_the_last_words_of_a_job() -> None:
         steps.event()
     steps.output()
     assert bytes(steps.process.stderr) == b"last words\n"
-    (end,) = steps.bench.ends
+    (end,) = steps.bench.ended
     assert os.waitstatus_to_exitcode(cast("int", end.status)) == 1
 
 
@@ -356,4 +350,4 @@ def test_events_of_flux_while_the_executor_ends(before: list[str], meanwhile: st
         getattr(steps, name)()
     steps.bench.meanwhile = getattr(steps, meanwhile)
     steps.close()
-    assert steps.bench.ends == []
+    assert steps.bench.ended == []
