@@ -175,6 +175,7 @@ def test_docstring_describes_every_resource_key(name: str) -> None:
 
 
 @pytest.mark.skipif(sys.flags.optimize > 1, reason="there are no docstrings")
+@pytest.mark.long
 def test_reference_shows_what_help_shows() -> None:
     """Its generator reads the source, where docstrings are not complete yet."""
     griffe = pytest.importorskip("griffe", exc_type=ImportError)

@@ -805,6 +805,7 @@ def ends(folder: Path, events: Events, monkeypatch: pytest.MonkeyPatch, fault: i
     return [events.exits[number] for number in sorted(events.exits)], faults.count
 
 
+@pytest.mark.long
 def test_one_failing_file_fails_one_call(events: Events, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each access to a file fails once. Whatever follows, every call ends, and most of them succeed."""
     whole = tmp_path / "whole"

@@ -1021,11 +1021,15 @@ def test_small_calls_fill_the_gaps() -> None:
         pytest.param([node(8)], Demand(3), Demand(8), id="among larger ones"),
         pytest.param([node(8)], Demand(1), Demand(1, exclusive=True), id="exclusive"),
         pytest.param([node(4, 4)], Demand(1, 1), Demand(1, 4), id="all GPUs"),
-        pytest.param(five_nodes(), Demand(1), Demand(8), id="one of five nodes"),
-        pytest.param(five_nodes(), Demand(2), Demand(1, exclusive=True), id="exclusive, one of five"),
-        pytest.param(five_nodes(), Demand(2), spread(3, 21, 1), id="three whole nodes of five"),
-        pytest.param(five_nodes(), Demand(3), spread(2, 0, 1, exclusive=True), id="two nodes alone"),
-        pytest.param(five_nodes(), Demand(1), spread(5, 0, 4), id="half of each node"),
+        pytest.param(five_nodes(), Demand(1), Demand(8), id="one of five nodes", marks=pytest.mark.long),
+        pytest.param(
+            five_nodes(), Demand(2), Demand(1, exclusive=True), id="exclusive, one of five", marks=pytest.mark.long
+        ),
+        pytest.param(five_nodes(), Demand(2), spread(3, 21, 1), id="three whole nodes of five", marks=pytest.mark.long),
+        pytest.param(
+            five_nodes(), Demand(3), spread(2, 0, 1, exclusive=True), id="two nodes alone", marks=pytest.mark.long
+        ),
+        pytest.param(five_nodes(), Demand(1), spread(5, 0, 4), id="half of each node", marks=pytest.mark.long),
         pytest.param(
             [node(2, name="small"), node(8, name="large"), node(4, 2, name="gpus")],
             Demand(1),
