@@ -17,11 +17,11 @@ from typing import Any, cast
 import pytest
 
 import fakes
-from executorlib.cache import batch_directory, entries
+from executorlib.cache import batch_directory, entries, trust
 from executorlib.cache import directory as cache
 from executorlib.core.task import LAUNCHING, READY, RUNNING, Task
 from executorlib.errors import ExecutorlibSocketError
-from executorlib.jobs.job import FOUND
+from executorlib.jobs.job import FOUND, identity_of
 from executorlib.jobs.launcher import JobLauncher
 from executorlib.jobs.queue import Cause, Dependency, JobState, Limit, Phase
 from executorlib.jobs.submitter import Submitter
@@ -263,6 +263,31 @@ def test_hopeless_job_that_was_taken_over(events: Events, tmp_path: Path) -> Non
     system.say({("7", None): HOPELESS})
     assert "would wait forever" in events.exits[process.number]
     assert entries.claimed_for(str(tmp_path / "a_i.h5")) == str(batch)
+
+
+@pytest.mark.parametrize("damaged", [True, False])
+def test_a_dead_entry_that_another_session_is_about_to_free(
+    events: Events, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: bool
+) -> None:
+    """It is waited for, however often this session looks at the entry meanwhile."""
+    monkeypatch.setattr("executorlib.jobs.claims._UNREADABLE_SECONDS", 0.0)
+    batch = claimed(tmp_path, "another queue")
+    path = tmp_path / "a_i.h5"
+    name = entries.job_name(str(path), str(batch))
+    if damaged:
+        path.write_bytes(b"")
+        name = f"damaged-{identity_of(str(path))}-{path.name}"
+    assert trust.make_mark(entries._marker(str(path), name), str(tmp_path))
+    system = System()
+    monkeypatch.setattr(system, "is_gone", lambda owner: True)
+    launched(events, system, tmp_path)
+    for _ in range(5):
+        events.run_timers()
+    assert events.exits == {}
+    assert system.answer is None, "nothing is submitted"
+    path.unlink()
+    until_asked(system, events)
+    assert entries.claimed_for(str(path)) not in (None, str(batch))
 
 
 # More calls than the system lets in.

@@ -227,8 +227,7 @@ class Claims:
         owner = {} if directory is None else owner_of(directory)
         if directory is None or not same_system(owner.get("system", own), own):
             if directory is not None and self._system.is_gone(owner):
-                entries.take_over(job.path, entries.job_name(job.path, directory), directory, job.root)
-                return False
+                return self._take_over(job, entries.job_name(job.path, directory), directory)
             # Nothing is known here about a job of another system, except for its result.
             if job.task.number not in self._told:
                 self._told.add(job.task.number)
@@ -261,8 +260,17 @@ class Claims:
             self._follow(job, None, 0)
             return True
         logger.warning("the entry %s is damaged; call %d claims it anew", job.path, job.task.number)
-        entries.take_over(job.path, f"damaged-{seen}-{os.path.basename(job.path)}", root=job.root)
-        return False
+        return self._take_over(job, f"damaged-{seen}-{os.path.basename(job.path)}")
+
+    def _take_over(self, job: Job, name: str, batch: str | None = None) -> bool:
+        """Free a dead entry; returns True to wait, because another session has begun to free it and is not done."""
+        seen = identity_of(job.path)
+        entries.take_over(job.path, name, batch, job.root)
+        if seen is None or seen != identity_of(job.path):
+            return False
+        job.unreadable = job.unreadable or (seen, time.monotonic())  # so that the entry is looked at again
+        self._follow(job, None, 0)
+        return True
 
     def _follow(self, job: Job, batch: Batch | None, index: int) -> None:
         job.follow(batch, index)
