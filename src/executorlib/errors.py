@@ -22,9 +22,11 @@ class ExecutorlibSocketError(BrokenExecutor):
 
     Attributes:
         wait_status: How the process ended, as `os.waitpid` returns it; None if that is not known.
+        reason: Why there is no result, for those who know the call; empty if only the whole text says it.
     """
 
     wait_status: int | None = None
+    reason: str = ""
 
 
 class TimeLimitError(ExecutorlibSocketError, TimeoutError):

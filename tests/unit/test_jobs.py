@@ -996,3 +996,11 @@ def test_only_the_end_of_a_process_has_an_exit_code(
     future: Future[None] = Future()
     future.set_exception(error)
     assert local_queue._state(future) == state
+
+
+def test_a_job_is_told_the_reason_without_the_call_that_ran_it() -> None:
+    error = ExecutorlibSocketError("Call 7 of _run has no result: mpiexec was not found. Only this call fails.")
+    error.reason = "mpiexec was not found"
+    future: Future[None] = Future()
+    future.set_exception(error)
+    assert local_queue._state(future) == ("ended", "FAILED", "mpiexec was not found", "", "none")

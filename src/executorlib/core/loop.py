@@ -743,11 +743,11 @@ class Loop(Poller, Events):
         for task in lost:
             error = verdict or end.error
             if error is None:
+                reason = f"its worker{where} ended before it gave one: {end.text}"
                 error = ExecutorlibSocketError(
-                    f"Call {task.number} of {task.name} has no result: its worker{where} ended before it gave one: "
-                    f"{end.text}. {advice}{said}"
+                    f"Call {task.number} of {task.name} has no result: {reason}. {advice}{said}"
                 )
-                error.wait_status = end.status
+                error.wait_status, error.reason = end.status, reason
             self._conclude(task, None, error)
 
     def on_node_lost(self, name: str) -> None:

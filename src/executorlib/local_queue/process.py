@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import signal
 import socket
 from concurrent.futures import Future
@@ -117,17 +116,13 @@ def _state(future: Future[Any]) -> tuple[str, str, str, str, str]:
         return "ended", "TIMEOUT", "", "", "time limit"
     status = error.wait_status if isinstance(error, ExecutorlibSocketError) else None
     if status is None:
-        return "ended", "FAILED", _reason(error), "", "none"
+        # Users know only the job, and not the call that ran it.
+        if isinstance(error, ExecutorlibSocketError):
+            return "ended", "FAILED", error.reason or str(error), "", "none"
+        return "ended", "FAILED", f"{type(error).__name__}: {error}", "", "none"
     code = os.waitstatus_to_exitcode(status)
     killed = "if nobody sent SIGKILL, the kernel's out-of-memory killer did" if code == -signal.SIGKILL else ""
     return "ended", "FAILED", killed, f"{max(code, 0)}:{max(-code, 0)}", "none"
-
-
-def _reason(error: BaseException) -> str:
-    """The part of an error that says something new to users, who know only the job and not the call that ran it."""
-    text = re.sub(r"^Call \d+ of \w+ (has no result|was not run): ", "", str(error))
-    text = text.partition(" Only this call fails")[0].rstrip(".")
-    return text if isinstance(error, ExecutorlibSocketError) else f"{type(error).__name__}: {text}"
 
 
 def main(fd: int, options: dict[str, Any]) -> None:

@@ -374,7 +374,7 @@ class NodesLauncher(Launcher):
                 self._on_ranks_exit(process, end)
             return
         for relay in self._by_node.values():
-            self._lose(relay, f"srun, which runs the agents, {end.text.removeprefix('it ')}")
+            self._lose(relay, f"srun, which runs the agents, ended: {end.text}")
 
     def _on_ranks_exit(self, process: Process, end: Exit) -> None:
         self._forget_step(str(process.number))
