@@ -492,6 +492,32 @@ def test_a_session_that_leaves_with_calls_under_a_limit(
     assert sorted(path.name for path in tmp_path.glob("*_i.h5")) == ["a1_i.h5", "a2_i.h5"]
 
 
+@pytest.mark.parametrize("leaving", [False, True])
+def test_every_batch_hears_that_there_is_no_room(
+    impatient: Loop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, leaving: bool
+) -> None:
+    """One batch waits while the system is asked on behalf of another, and is looked at again if that is given up."""
+    clock = Clock(monkeypatch, 0.0)
+    system = Limited(0)
+    system.array_limit = 1  # type: ignore[misc]
+    monkeypatch.setattr(Limited, "query", System.query)
+    launcher, _, _ = launched(impatient, system, tmp_path)
+    launched(impatient, system, tmp_path, "b", launcher)
+    until_asked(system, impatient)
+    if leaving:
+        launcher.detach(lambda: None)
+    for _ in range(10):
+        impatient.run_timers()
+        impatient.run_timers()  # the other batch finds that it has to wait for the answer
+        clock.now += 400.0
+        if system.answer is not None:
+            system.say({})
+    assert not launcher.busy
+    assert sorted(impatient.exits) == [1, 2]
+    assert not list(tmp_path.glob("*_i.h5"))
+    assert not list((tmp_path / batch_directory.FOLDER).iterdir())
+
+
 def test_another_session_finds_calls_of_a_batch_submitted_in_parts(impatient: Loop, tmp_path: Path) -> None:
     """It asks about each by its own job's id. The id of a waiting one is found once that is submitted."""
     first = Limited(3)
@@ -654,6 +680,7 @@ def test_leaving_gives_up_calls_that_wait_for_inputs(events: Events, tmp_path: P
         events.run_timers()
     assert not launcher._submitter.busy
     assert [path.name for path in tmp_path.glob("*_i.h5")] == ["a_i.h5"]
+    assert len(list((tmp_path / batch_directory.FOLDER).iterdir())) == 1
 
 
 # How long a result may take to show.
@@ -869,6 +896,20 @@ def test_batch_that_cannot_be_made_ready(
     launched(events, system, tmp_path, "b", launcher)
     until_asked(system, events)
     assert [path.name for path in tmp_path.glob("*_i.h5")] == ["b_i.h5"]
+
+
+def test_answer_about_the_job_of_before(events: Events, tmp_path: Path) -> None:
+    """The call has become another job while the system was asked. Its answer says nothing about that one."""
+    batch = claimed(tmp_path, System.name)
+    system = System()
+    launcher, _, process = launched(events, system, tmp_path)
+    until_asked(system, events)
+    job = launcher._jobs.of(process.number)
+    launcher._claims.start_over(job, str(batch))
+    while job.submitted is None:
+        events.run_timers()
+    system.say({})
+    assert not job.presence.is_gone
 
 
 def test_leaving_while_the_system_is_asked(events: Events, tmp_path: Path) -> None:

@@ -238,9 +238,11 @@ class Submitter:
         if missing and self._leaving:
             missing = [job for job in missing if job.batch in self._waiting]
             if not missing:
-                del self._waiting[batch]
-                for job in [job for job in batch.jobs.values() if job.submitted is None]:
+                given_up = [job for job in batch.jobs.values() if job.submitted is None]
+                for job in given_up:
                     job.remove_input()
+                self._complete(batch)
+                for job in given_up:
                     self.changed(job)
                 return
         part = _Part(first, last, "" if last - first + 1 == batch.size else f"{first}-{last}")
@@ -360,12 +362,16 @@ class Submitter:
             batch_directory.write_entries(batch.directory, {index: job.path for index, job in batch.jobs.items()})
         return [*interpreter(), os.path.join(batch.directory, program)]
 
-    def _answered(self, batch: Batch, part: _Part, answer: str | Refused) -> None:
+    def _settle(self, batch: Batch) -> None:
+        """Note that what the system was asked about a batch is answered, for which others may have waited."""
         self._submitting.discard(batch)
+        if self._pending and _limited_by(batch) in self._rooms:
+            self._timer.within(0.0)
+
+    def _answered(self, batch: Batch, part: _Part, answer: str | Refused) -> None:
+        self._settle(batch)
         now = time.monotonic()
         room = self._rooms.get(_limited_by(batch))
-        if room is not None and self._pending:
-            self._timer.within(0.0)  # other batches have waited for this answer
         if batch in self._retries or room is not None:
             # A system that did not answer in time may have taken the batch nevertheless, and its jobs may have begun.
             noted = None
@@ -424,7 +430,7 @@ class Submitter:
         room.refused(part.size, now)
 
         def decide(may_end: bool) -> None:
-            self._submitting.discard(batch)
+            self._settle(batch)
             later = time.monotonic()
             given_up = later - self._left_at >= _LEAVING_SECONDS if self._leaving else room.is_hopeless(later, may_end)
             if given_up:

@@ -44,8 +44,8 @@ class Watch(Generic[Record]):
     Args:
         events: The loop.
         system: The system that has the jobs.
-        records: Returns those who may be watched, each time before the system is asked; None if nobody will be without
-            a call of `soon`.
+        records: Returns those who may be watched, each time before the system is asked; None to stop asking until
+            `soon` is called.
         on_state: Called with a job that was asked for, and its state; None if the system does not have it.
             It is not called if the system does not answer.
     """
@@ -77,26 +77,29 @@ class Watch(Generic[Record]):
         records = self._records()
         if records is None:
             return
-        asked = [each for each in records if each.is_watched]
+        asked = [(each, each.key) for each in records if each.is_watched]
         if not asked:
             self._timer.within(self._pause)
             return
         self._asking = True
-        self._system.query(sorted({each.key[0] for each in asked}), lambda states: self._on_states(asked, states))
+        self._system.query(sorted({key[0] for _, key in asked}), lambda states: self._on_states(asked, states))
 
-    def _on_states(self, asked: list[Record], states: States | None) -> None:
+    def _on_states(self, asked: list[tuple[Record, JobKey]], states: States | None) -> None:
         self._asking = False
-        for each in asked if states is not None else ():  # without an answer, nothing is known
-            if states is None or not each.is_watched:
-                continue
-            job_id, index = each.key
-            # A plain job has the index 0. A system that gives a job array only one state has it at None.
-            state = states.get((job_id, index or 0)) or states.get((job_id, None))
-            if state is not None and state.held:
-                self._warn_of_hold(each, state)
-            self._on_state(each, state)
+        if states is not None:  # without an answer, nothing is known
+            for each, key in asked:
+                if each.is_watched and each.key == key:  # it may have become another job meanwhile
+                    self._tell(each, key, states)
         self._pause = min(1.5 * self._pause, self._system.last_query)
         self._timer.within(self._pause)
+
+    def _tell(self, record: Record, key: JobKey, states: States) -> None:
+        job_id, index = key
+        # A plain job has the index 0. A system that gives a job array only one state has it at None.
+        state = states.get((job_id, index or 0)) or states.get((job_id, None))
+        if state is not None and state.held:
+            self._warn_of_hold(record, state)
+        self._on_state(record, state)
 
     def _warn_of_hold(self, record: Record, state: JobState) -> None:
         """Tell the user, once for each job or job array, that an administrator holds it."""
