@@ -11,6 +11,7 @@ import os
 import signal
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -18,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from executorlib.flux import workers
+from executorlib.flux.jobspec import job_name
 from executorlib.flux.policy import Policy
 from executorlib.flux.workers import (
     CONNECTED,
@@ -330,6 +332,50 @@ def test_the_last_words_of_a_job() -> None:
     assert bytes(steps.process.stderr) == b"last words\n"
     (end,) = steps.bench.ended
     assert os.waitstatus_to_exitcode(cast("int", end.status)) == 1
+
+
+def test_the_last_words_are_read_where_the_job_ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The session may go elsewhere meanwhile, and even to a directory that is gone."""
+    for name in ("then", "now"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "then")
+    steps = steps_of(Lifetime.CALL, log_files=True)
+    (tmp_path / "then" / f"flux_{job_name(JOB)}.err").write_text("last words\n")
+    os.chdir(tmp_path / "now")
+    (tmp_path / "now").rmdir()
+    steps.take()
+    steps.event("start", "finish")
+    assert bytes(steps.process.stderr) == b"last words\n"
+    assert len(steps.bench.ended) == 1
+
+
+@pytest.mark.parametrize("number", [0, signal.SIGTERM, signal.SIGKILL])
+def test_a_connection_that_ends_after_our_signal_was_not_lost(number: int) -> None:
+    steps = steps_of(Lifetime.CALL)
+    steps.take()
+    steps.connection_changes()
+    steps.event("start")
+    if number:
+        steps.launcher.kill(steps.process, number)
+    steps.bench.timers.clear()
+    steps.connection_changes()
+    steps.timer()
+    why = f"this executor sent it {signal.Signals(number).name}" if number else "the connection to it was lost"
+    assert [end.text[: len(why)] for end in steps.bench.ended] == [why]
+
+
+def test_a_job_that_has_ended_is_not_said_to_be_cancelled() -> None:
+    """Its relay, which was to signal the worker, has not ended its connection."""
+    steps = steps_of(Lifetime.BLOCK)
+    steps.take()
+    steps.connection_changes()
+    steps.event("start")
+    steps.kill()
+    steps.event("finish")
+    steps.timer()
+    steps.output()
+    assert steps.bench.cancelled == 0
+    assert [end.status for end in steps.bench.ended] == [256]
 
 
 @pytest.mark.parametrize(

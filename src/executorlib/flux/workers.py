@@ -73,7 +73,8 @@ class Member:
 
     Attributes:
         process: The worker, for the loop.
-        worker: The worker as it connects, unless it is behind a relay.
+        worker: The worker's own connection, which a worker behind a relay never makes.
+        folder: The directory in which its job starts.
         relay: The relay, if there is one.
         identity: Its number, which identifies its connection.
         log: What Flux has said about the job.
@@ -83,9 +84,10 @@ class Member:
         state: How far it has come; only `move` changes it.
     """
 
-    def __init__(self, worker: ConnectingWorker) -> None:
+    def __init__(self, worker: ConnectingWorker, folder: str) -> None:
         self.process = process = worker.process
         self.worker = worker
+        self.folder = folder
         # Only for a worker that takes call after call, in one process.
         self.relay = RelayEnd() if process.lifetime is Lifetime.BLOCK and process.resources.cores == 1 else None
         self.identity = str(process.number)
@@ -155,10 +157,11 @@ class FluxLauncher(Launcher):
     def launch(self, process: Process) -> None:
         """Submit a worker as a job."""
         self._instance.open()
-        member = Member(self._connecting(process))
+        resources = process.resources
+        # Kept: by the time that the job ends, this process may be in another directory, or its own may be gone.
+        member = Member(self._connecting(process), resources.cwd or os.getcwd())
         identity = member.identity
         process.host = "Flux"
-        resources = process.resources
         if process.lifetime is Lifetime.BLOCK:
             resources = replace(resources, run_time_max=None)  # that limit is for each of its calls
         files = ("flux_{{id.f58plain}}.out", "flux_{{id.f58plain}}.err") if self._log_files else ("", "")
@@ -167,7 +170,7 @@ class FluxLauncher(Launcher):
             self._program(member),
             {**os.environ, CONNECTION_VARIABLE: self._router.credentials(identity).dumps()},
             name=self._name(process),
-            cwd=resources.cwd or os.getcwd(),
+            cwd=member.folder,
             policy=self._policy,
             pmi_mode=self._pmi_mode,
             nested=self._nested,
@@ -252,16 +255,16 @@ class FluxLauncher(Launcher):
             member.move(OVER)
             if member.worker.done:
                 leaving.append(member)  # if it were cancelled, its call would look as if it had failed
-            elif self._is_running(member):
-                self._instance.end(member.job or 0, "cancel")
+            else:
+                self._cancel(member)
         self._instance.wait(lambda: not any(map(self._is_running, leaving)), self._left_seconds)
-        for member in filter(self._is_running, leaving):
-            self._instance.end(member.job or 0, "cancel")
+        for member in leaving:
+            self._cancel(member)
         self._members.clear()
         self._instance.close()
         self._router.close()
 
-    # -- Flux's word ----------------------------------------------------------------------------------------------
+    # -- what Flux reports ----------------------------------------------------------------------------------------
 
     def _on_submitted(self, identity: str, answer: int | Refused) -> None:
         member = self._members.get(identity)
@@ -288,7 +291,8 @@ class FluxLauncher(Launcher):
         if member.state >= ENDING:
             return
         if event == "start" and member.signalled:
-            self._instance.kill(member.job or 0, member.signalled)
+            assert member.job is not None  # whose event this is
+            self._instance.kill(member.job, member.signalled)
         if member.log.state.phase is Phase.ENDED is not before:
             if member.state is CONNECTED:
                 # The worker's last messages may still be on their way.
@@ -303,7 +307,7 @@ class FluxLauncher(Launcher):
         for member in list(self._members.values()):
             self._end_as(member, why)
 
-    # -- the worker's word ----------------------------------------------------------------------------------------
+    # -- what the worker reports ----------------------------------------------------------------------------------
 
     def _on_message(self, peer: bytes, header: list[Any], frames: list[Frame]) -> None:
         member = self._members.get(worker_of(peer))
@@ -359,18 +363,22 @@ class FluxLauncher(Launcher):
         self._events.call_later(seconds, call)
 
     def _end_unfollowed(self, member: Member) -> None:
-        """The worker's connection has ended and its job has not: cancel the job."""
-        if member.job is not None:
-            self._instance.end(member.job, "cancel")
-        self._end_as(member, f"the connection to it was lost; its job {self._job_text(member)} was cancelled")
+        """Nothing more has come from a worker that has left or was signalled: cancel its job if that has not ended."""
+        if member.state is FINISHED:
+            self._end_as_told(member)
+            return
+        self._cancel(member)
+        why = "the connection to it was lost"
+        if member.signalled:
+            why = f"this executor sent it {signal.Signals(member.signalled).name}, and its end was not reported"
+        self._end_as(member, f"{why}; its job {self._job_text(member)} was cancelled")
 
     def _end_as_told(self, member: Member) -> None:
         """The job has ended: report how, with the worker's last output."""
         member.move(ENDING)
         job, identity = member.job, member.identity
         if job is not None and self._log_files:
-            folder = member.process.resources.cwd or os.getcwd()
-            self._on_output(identity, read_tail(os.path.join(folder, f"flux_{job_name(job)}.err")))
+            self._on_output(identity, read_tail(os.path.join(member.folder, f"flux_{job_name(job)}.err")))
         elif job is None or not member.log.started or member.log.state.state == "COMPLETED":
             self._on_output(identity, b"")
         else:
@@ -397,7 +405,7 @@ class FluxLauncher(Launcher):
         self._end(member, Exit(log.status, text, error, planned=state.cause.ends_early))
 
     def _end_as(self, member: Member, text: str, error: BaseException | None = None) -> None:
-        """End a worker whose job is not known to have ended; one whose job has ends as that did."""
+        """Report a worker's end, unless its job has ended: then `_on_output` reports how."""
         if member.state < ENDING:
             self._end(member, Exit(None, text, error))
 
@@ -410,6 +418,10 @@ class FluxLauncher(Launcher):
         member.move(OVER)
         del self._members[member.identity]
         self._instance.unwatch(member.watch, ends_soon)
+
+    def _cancel(self, member: Member) -> None:
+        if member.job is not None and self._is_running(member):
+            self._instance.end(member.job, "cancel")
 
     @staticmethod
     def _is_running(member: Member) -> bool:
