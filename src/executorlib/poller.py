@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import itertools
+import os
 import select
 import time
 from collections.abc import Callable
@@ -45,6 +47,33 @@ class Waiting(Protocol):
                 zero for no limit. It must return when `fileno` can be read. None restores the loop's own sleep.
         """
         ...
+
+
+class WakeUp:
+    """A pipe by which other threads wake the thread that watches its reading end. Neither end blocks.
+
+    It closes with its last reference, so that a thread that holds one never writes to another file with its number.
+
+    Attributes:
+        read: The reading end.
+        write: The writing end.
+    """
+
+    __slots__ = ("read", "write")
+
+    def __init__(self) -> None:
+        self.read, self.write = os.pipe()
+        os.set_blocking(self.read, False)
+        os.set_blocking(self.write, False)
+
+    def drain(self) -> None:
+        """Read everything, so that the thread can sleep again."""
+        with contextlib.suppress(BlockingIOError):
+            os.read(self.read, 4096)
+
+    def __del__(self) -> None:
+        os.close(self.read)
+        os.close(self.write)
 
 
 class Poller:
@@ -128,6 +157,7 @@ class Poller:
 
     def close_poll(self) -> None:
         """Free epoll's descriptor. Watched descriptors stay open."""
+        self._callbacks.clear()
         if _HAS_EPOLL:
             self._poll.close()
 

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, as_completed, wait
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -197,6 +198,32 @@ def test_start_that_is_interrupted_leaves_nothing() -> None:
         return loop.start, lambda: loop.shutdown(True)
 
     strike_everywhere(case)
+
+
+def test_wake_up_that_comes_too_late_reaches_no_other_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The loop ends, and others open files, between the steps of a thread that is about to wake it."""
+    loop = make_loop()
+    loop.start()
+    write = os.write
+    numbers: list[int] = []
+    files: list[int] = []
+
+    def late(fd: int, data: bytes) -> int:
+        monkeypatch.undo()
+        numbers.append(fd)
+        loop.shutdown(True)
+        loop.join()
+        files.extend(os.open(tmp_path / str(index), os.O_CREAT | os.O_WRONLY) for index in range(50))
+        return write(fd, data)
+
+    monkeypatch.setattr(os, "write", late)
+    while not numbers:  # the loop may not have gone to sleep yet
+        loop.post(lambda: None)
+    for file in files:
+        os.close(file)
+    assert [entry.name for entry in os.scandir(tmp_path) if entry.stat().st_size] == []
+    with pytest.raises(OSError, match="Bad file descriptor"):  # it was closed, after all
+        os.fstat(numbers[0])
 
 
 def test_start_that_fails_leaves_nothing() -> None:

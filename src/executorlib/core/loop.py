@@ -48,7 +48,7 @@ from executorlib.futures.locks import Event, RLock
 from executorlib.futures.unasked import Failures, Record
 from executorlib.launchers import streams
 from executorlib.launchers.contract import Events, Exit, Launcher, Lifetime, Place, Process, Timer, has_stack, tail_text
-from executorlib.poller import Poller
+from executorlib.poller import Poller, WakeUp
 from executorlib.resources import Demand, Resources
 from executorlib.serialize import Frame
 from executorlib.worker.call import traceback_text
@@ -169,7 +169,7 @@ class Loop(Poller, Events):
         self._deadline = Timer(self, self._on_deadline)
         self._pid = os.getpid()
         self._make_launcher = make_launcher
-        self._wake_read = self._wake_write = -1
+        self._wake_up: WakeUp | None = None  # while the loop runs
         self._failed_to_start: BaseException | None = None
         self._started = Event()  # or failed to start
         self._let_go = Event()  # all futures are over or have been given up
@@ -255,11 +255,12 @@ class Loop(Poller, Events):
         finally:
             # The loop sets the flag, then looks into the inbox, then sleeps: it sees this entry, or we see the flag.
             # Only the loop may clear the flag, as clearing it here could hit the loop's next sleep.
-            if self._sleeping:
+            wake_up = self._wake_up
+            if self._sleeping and wake_up is not None:
                 try:  # noqa: SIM105  # see above
-                    os.write(self._wake_write, b"\0")
+                    os.write(wake_up.write, b"\0")
                 except OSError:
-                    pass  # full: it is awake already; closed: it has ended
+                    pass  # full: it is awake already
 
     def shutdown(self, cancel: bool, reason: str = "cannot schedule new futures after shutdown") -> None:
         """Accept no more calls, and end once those accepted are over.
@@ -453,12 +454,9 @@ class Loop(Poller, Events):
         with contextlib.ExitStack() as on_failure:
             super().__init__()
             on_failure.callback(self.close_poll)
-            self._wake_read, self._wake_write = os.pipe()
-            on_failure.callback(os.close, self._wake_read)
-            on_failure.callback(os.close, self._wake_write)
-            os.set_blocking(self._wake_read, False)
-            os.set_blocking(self._wake_write, False)
-            self.watch(self._wake_read, self._on_wake)
+            self._wake_up = WakeUp()
+            on_failure.callback(setattr, self, "_wake_up", None)
+            self.watch(self._wake_up.read, self._wake_up.drain)
             self._launcher = self._make_launcher(self)
             # It may refer to the executor, which is to be collected, and to end its loop, when the user drops it.
             del self._make_launcher
@@ -506,10 +504,8 @@ class Loop(Poller, Events):
         self._sleeping = True
         if self._inbox:
             timeout = 0.0
-        try:
-            ready = self.poll(timeout)
-        finally:
-            self._sleeping = False  # also if the loop ends by an error: the wake-up descriptor is closed then
+        ready = self.poll(timeout)
+        self._sleeping = False
         self._settled = False
         self.call_back(ready)
 
@@ -895,10 +891,6 @@ class Loop(Poller, Events):
             task.future._on_cancel = None
         task.release()
 
-    def _on_wake(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            os.read(self._wake_read, 4096)
-
     # -- the end ------------------------------------------------------------------------------------------------------
 
     def _break(self, error: BaseException) -> None:
@@ -928,8 +920,7 @@ class Loop(Poller, Events):
             self._launcher.close()
         finally:
             self.close_poll()
-            os.close(self._wake_read)
-            os.close(self._wake_write)
+            self._wake_up = None
             self._delivery.close()
             if not self._ended_by:  # otherwise the user ended the calls, and knows
                 self._failures.tell()
@@ -944,7 +935,10 @@ class Loop(Poller, Events):
         )
         self._sleeping = False
         self._submit_lock = RLock()
-        for fd in [*self._callbacks, self._wake_write]:
+        if self._wake_up is not None:
+            self._callbacks.pop(self._wake_up.read, None)  # it closes by itself
+            self._wake_up = None
+        for fd in self._callbacks:
             with contextlib.suppress(OSError):
                 os.close(fd)
         self._callbacks.clear()

@@ -16,7 +16,6 @@ import gc
 import itertools
 import json
 import os
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +26,7 @@ from executorlib.flux.policy import Policy
 from executorlib.jobs.system import Refused
 from executorlib.launchers.contract import Events
 from executorlib.machine import NodeShape
+from executorlib.poller import WakeUp
 
 # Called with an event of a job: its name and its context.
 OnEvent = Callable[[str, Mapping[str, Any]], None]
@@ -139,8 +139,7 @@ class FluxInstance:
         self._on_lost = on_lost
         self._submit_by = submit_by
         self._submitted: deque[Callable[[], None]] = deque()  # appended by threads of that executor
-        self._wake_read, self._wake_write = -1, -1
-        self._wake_lock = threading.Lock()  # nobody may write to a closed descriptor, which may be another file by then
+        self._wake_up: WakeUp | None = None
         self._flux: Any = None
         self._reactor: Any = None
         self._watcher: Any = None
@@ -187,10 +186,8 @@ class FluxInstance:
         self._presence.start()
         self._events.sleep_in(self._sleep)
         if self._submit_by is not None:
-            self._wake_read, self._wake_write = os.pipe()
-            os.set_blocking(self._wake_read, False)
-            os.set_blocking(self._wake_write, False)
-            self._events.watch(self._wake_read, self._on_wake)
+            self._wake_up = WakeUp()
+            self._events.watch(self._wake_up.read, self._on_wake)
 
     def _sleep(self, seconds: float) -> None:
         if seconds > 0:
@@ -262,8 +259,10 @@ class FluxInstance:
 
         def tell(future: Any) -> None:  # in another thread
             self._submitted.append(lambda: find_out(future))
-            with self._wake_lock, contextlib.suppress(OSError):  # full: the loop is awake already; closed: it has ended
-                os.write(self._wake_write, b"\0")
+            wake_up = self._wake_up
+            if wake_up is not None:
+                with contextlib.suppress(BlockingIOError):  # full: the loop is awake already
+                    os.write(wake_up.write, b"\0")
 
         if self.lost:
             lost = Refused(self.lost)
@@ -276,8 +275,8 @@ class FluxInstance:
             self._events.call_later(0.0, lambda: on_answer(refused))
 
     def _on_wake(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            os.read(self._wake_read, 4096)
+        if self._wake_up is not None:
+            self._wake_up.drain()
         while self._submitted:
             self._submitted.popleft()()
 
@@ -512,12 +511,9 @@ class FluxInstance:
         for watcher in (self._watcher, self._timer, self._presence):
             watcher.destroy()
         del watcher  # it refers to the connection, which would then stay open in spite of the collection below
-        if self._submit_by is not None:
-            self._events.unwatch(self._wake_read)
-            with self._wake_lock:
-                os.close(self._wake_read)
-                os.close(self._wake_write)
-                self._wake_read = self._wake_write = -1
+        if self._wake_up is not None:
+            self._events.unwatch(self._wake_up.read)
+            self._wake_up = None
         self._watcher = self._timer = self._presence = self._reactor = self._flux = None
         # Flux's futures and watchers refer to themselves, so they keep the connection open until they are collected.
         gc.collect()
