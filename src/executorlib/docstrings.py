@@ -21,6 +21,9 @@ def documented(source: type) -> Callable[[C], C]:
 
     Args:
         source: The class whose docstring describes the arguments that the class's own docstring leaves out.
+
+    Raises:
+        TypeError: The class's docstring describes an argument that the constructor does not have.
     """
 
     def complete(cls: C) -> C:
@@ -29,6 +32,10 @@ def documented(source: type) -> Callable[[C], C]:
         before, own, after = _split(cls.__doc__, "Args")
         described = {**_split(source.__doc__ or "", "Args")[1], **own}
         names = inspect.signature(cls).parameters
+        if unknown := own.keys() - names:
+            raise TypeError(
+                f"{cls.__name__} has no argument {', '.join(sorted(unknown))}, which its docstring describes"
+            )
         arguments = "".join(f"    {described[name]}\n" for name in names)
         cls.__doc__ = f"{before.rstrip()}\n\nArgs:\n{arguments}\n{after}".rstrip()
         return lists_keys(cls) if "resource_dict" in names else cls

@@ -31,8 +31,7 @@ from executorlib.futures import unasked
 from executorlib.futures.derived import batched
 from executorlib.futures.inputs import find_futures_in_call
 from executorlib.launchers.contract import Events, Launcher, Lifetime
-from executorlib.options import positive_or_none
-from executorlib.resources import Demand, Resources, check_cache_key, whole_number
+from executorlib.resources import Demand, Resources, check_cache_key, positive_or_none, whole_number
 from executorlib.worker.function import Function
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import InitVar, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from executorlib.resources import Resources, whole_number
+from executorlib.resources import Resources, positive_or_none, whole_number
 
 if TYPE_CHECKING:
     from executorlib.graph.record import Graph
@@ -121,7 +121,9 @@ class Options:
         )
         directory = self.cache_directory
         if directory is not None or (default_directory is not None and resources.cache_directory is None):
-            resources = resources.updated({"cache_directory": directory or default_directory}, name)
+            resources = resources.updated(
+                {"cache_directory": default_directory if directory is None else directory}, name
+            )
         put("resources", resources)
         graph, finish_graph = _graph_mode(
             self.plot_dependency_graph,
@@ -147,33 +149,6 @@ def _check_init_function(init_function: object, block_allocation: bool) -> None:
         )
     if init_function is not None and not callable(init_function):
         raise TypeError(f"init_function is {init_function!r}, expected a callable that returns a dict.")
-
-
-def reject_unsupported(resources: Resources, subject: str, where: str, reasons: Mapping[str, str]) -> None:
-    """Make sure that a call requests nothing that a row cannot honour.
-
-    Args:
-        resources: The resources that the call requests.
-        subject: The owner of the resources, for the error text.
-        where: The place that cannot honour them, for the error text.
-        reasons: The reasons, by key of ``resource_dict``.
-
-    Raises:
-        ValueError: The call sets one of these keys.
-    """
-    for key, why in reasons.items():
-        if getattr(resources, key):
-            raise ValueError(f"{subject}: {key} cannot be honoured {where}: {why}. Leave it out here.")
-
-
-def positive_or_none(name: str, value: int | None) -> int | None:
-    """Check an optional count, which must be above 0."""
-    if value is None:
-        return None
-    try:
-        return whole_number(1)(name, value)
-    except ValueError:
-        raise ValueError(f"{name} must be greater than 0") from None  # as executorlib 1.x says it
 
 
 def _graph_mode(

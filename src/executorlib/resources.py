@@ -213,6 +213,23 @@ def check_cache_key(resources: Resources, subject: str) -> None:
         )
 
 
+def reject_unsupported(resources: Resources, subject: str, where: str, reasons: Mapping[str, str]) -> None:
+    """Make sure that a call requests nothing that a row cannot honour.
+
+    Args:
+        resources: The resources that the call requests.
+        subject: The owner of the resources, for the error text.
+        where: The place that cannot honour them, for the error text.
+        reasons: The reasons, by key of ``resource_dict``.
+
+    Raises:
+        ValueError: The call sets one of these keys.
+    """
+    for key, why in reasons.items():
+        if getattr(resources, key):
+            raise ValueError(f"{subject}: {key} cannot be honoured {where}: {why}. Leave it out here.")
+
+
 def nearest_key(key: object, more: Iterable[str] = ()) -> str | None:
     """Return the known key that the user may have meant.
 
@@ -258,6 +275,16 @@ def whole_number(minimum: int) -> Callable[[str, object], int]:
         return number
 
     return check
+
+
+def positive_or_none(name: str, value: int | None) -> int | None:
+    """Check an optional count, which must be above 0."""
+    if value is None:
+        return None
+    try:
+        return whole_number(1)(name, value)
+    except ValueError:
+        raise ValueError(f"{name} must be greater than 0") from None  # as executorlib 1.x says it
 
 
 def _any_integer(what: str, value: object) -> int:

@@ -164,6 +164,15 @@ def test_name_of_an_entry_without_a_cache_directory(
             assert executor.submit(add, 1, 2, resource_dict=named).result(WAIT) == 3
 
 
+@pytest.mark.rows("fork", "jobs")
+@pytest.mark.parametrize("value", ["", 3])
+def test_bad_cache_directory_wherever_it_is_named(row: Any, value: Any) -> None:
+    named: dict[str, Any] = {"cache_directory": value}
+    for options in (named, {"resource_dict": named}):
+        with pytest.raises(TypeError, match="expected a path as str"):
+            row.make(**options)
+
+
 @pytest.mark.cache
 @pytest.mark.rows("fork", "block-fork", "jobs")
 def test_advice_for_calls_without_a_key(make_executor: Callable[..., Any], row: Any, tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ from executorlib.jobs.executor import QueueExecutor
 from executorlib.jobs.launcher import JobLauncher
 from executorlib.jobs.templates import FLUX, Templates
 from executorlib.launchers.contract import Events, Launcher
-from executorlib.options import Options, reject_unsupported
-from executorlib.resources import Demand, ResourceDict, Resources, unknown_key
+from executorlib.options import Options
+from executorlib.resources import Demand, ResourceDict, Resources, reject_unsupported, unknown_key
 
 # Without max_workers and max_cores, Flux is given calls for this many times the cores of its instance: so the next one
 # is there when a core becomes free, and the others wait here, where a call takes less memory than as a job.

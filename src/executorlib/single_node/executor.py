@@ -14,8 +14,8 @@ from executorlib.core.ledger import Ledger, Node
 from executorlib.docstrings import documented
 from executorlib.executor import BaseExecutor
 from executorlib.launchers.contract import Lifetime
-from executorlib.options import Options, reject_unsupported
-from executorlib.resources import ResourceDict, Resources, whole_number
+from executorlib.options import Options
+from executorlib.resources import ResourceDict, Resources, reject_unsupported, whole_number
 from executorlib.single_node.launcher import LocalLauncher
 from executorlib.single_node.mpi import ask_mpiexec_once
 

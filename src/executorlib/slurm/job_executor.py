@@ -11,8 +11,8 @@ from executorlib.docstrings import documented
 from executorlib.executor import BaseExecutor
 from executorlib.launchers.contract import Events, Launcher, Lifetime
 from executorlib.machine import NodeShape
-from executorlib.options import Options, reject_unsupported
-from executorlib.resources import Demand, ResourceDict, Resources
+from executorlib.options import Options
+from executorlib.resources import Demand, ResourceDict, Resources, reject_unsupported
 from executorlib.single_node.mpi import ask_mpiexec_once
 from executorlib.slurm.allocation import slurm_allocation
 from executorlib.slurm.nodes import NodesLauncher
