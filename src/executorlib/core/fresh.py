@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class DemandQueue(ReadyQueue):
-    """Calls with the same demand, and how much a node must have free for them to be worth a look."""
+    """Calls with the same demand, and how much a node must have free for one of them to fit."""
 
     def __init__(self, demand: Demand) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class FreshScheduler(Scheduler):
     """Gives every call a worker of its own as soon as what it needs is free.
 
     The queue of a demand that does not fit is shut, and opened again when a node has enough free for one share of it.
-    So an event never costs a look at calls that it cannot help.
+    So no event makes the scheduler look at calls that it cannot help.
 
     Args:
         ledger: The resources.

@@ -23,7 +23,8 @@ class Worker:
         number: Unique in its executor, counted from 1.
         slot: Its `executorlib_worker_id`: 0…n-1 in a block, 0 otherwise.
         allocation: What it holds.
-        calls: Calls handed to it and not over, in the order in which it runs them.
+        calls: In a block, calls handed to it and not over, in the order in which it runs them; otherwise the one call
+            that it is for, from its launch to its end.
         ready: Whether it can take calls.
         retiring: Whether it is to end once its calls are over.
         stopping: Whether we are ending it ourselves.
@@ -183,7 +184,7 @@ class Scheduler:
             self._inputs_complete(task)
 
     def on_input(self, task: Task) -> None:
-        """One of the call's inputs is done."""
+        """One of the inputs that the call waits for is done, or is a job after which the call's job can run."""
         task.missing -= 1
         if not task.missing and task.state is WAITING:
             self._inputs_complete(task)

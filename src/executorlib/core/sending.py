@@ -4,7 +4,7 @@ The loop asks a `Delivery` and does not know of which kind it is. `Messages` is 
 for calls that become jobs. In the order of a call's life:
 
     accept     the call is submitted; from here on its future is known to others   (in the submitting thread)
-    job_of     for each input: need the call only wait until that call is launched?
+    job_of     for each input: is it enough to wait until its call is launched?
     inputs     the last input that it waits for is done                             (may raise: the call fails)
     look_up    all inputs are there and it has a cache directory                    (may raise: the call fails)
     joins      the cache does not have it: does it wait for an equal call?

@@ -1,7 +1,7 @@
 """The interface between the loop and a launcher.
 
 A new launcher derives from `Launcher` and reports through `Events`. Both sides live in the loop's thread, so nothing
-here needs a lock, and nothing may block.
+here needs a lock, and nothing may block except `Launcher.close`.
 """
 
 from __future__ import annotations
