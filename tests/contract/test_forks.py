@@ -14,7 +14,7 @@ import pytest
 from contract.functions import Gate, fail, lines, record, wait_until_gone
 
 WAIT = 30
-pytestmark = [pytest.mark.cache, pytest.mark.essential]
+pytestmark = [pytest.mark.cache, pytest.mark.essential, pytest.mark.long]
 
 
 class Forking:

@@ -85,6 +85,7 @@ def test_init_function_on_every_rank(make_executor: Callable[..., Any]) -> None:
         assert executor.submit(use).result(WAIT) == [0, 10]
 
 
+@pytest.mark.long
 @pytest.mark.essential
 @pytest.mark.rows("fork", "block-fork", "jobs", "block-slurm")
 @pytest.mark.parametrize("bad", [0, 1])

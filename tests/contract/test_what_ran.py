@@ -122,6 +122,7 @@ def test_init_function_that_changes(make_executor: Callable[..., Any], store: st
     assert sorted(lines(log)) == ["A", "B"]
 
 
+@pytest.mark.long
 @pytest.mark.essential
 @pytest.mark.parametrize("loaded", [True, False])
 def test_module_that_changes(scripts: Any, row: Any, store: str, log: str, tmp_path: Path, loaded: bool) -> None:
@@ -506,6 +507,7 @@ class Own:
 """
 
 
+@pytest.mark.long
 @pytest.mark.essential
 def test_second_program_runs_nothing(scripts: Any, row: Any, store: str, tmp_path: Path) -> None:
     """The keys at run time equal those at the look-up, for all kinds of functions and inputs."""
