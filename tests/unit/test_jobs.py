@@ -265,6 +265,64 @@ def test_hopeless_job_that_was_taken_over(events: Events, tmp_path: Path) -> Non
     assert entries.claimed_for(str(tmp_path / "a_i.h5")) == str(batch)
 
 
+@pytest.mark.parametrize("end", ["refused", "cancelled"])
+def test_call_that_was_taken_over_while_it_waited(
+    events: Events, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    """Its entry is the other session's, whatever becomes of the call here."""
+    system = System()
+    answers: list[Callable[[Any], None]] = []
+    monkeypatch.setattr(system, "submit", lambda batch, on_done: answers.append(on_done))
+    launcher, _task, process = launched(events, system, tmp_path)
+    while not answers:
+        events.run_timers()
+    (tmp_path / "a_i.h5").unlink()
+    batch = claimed(tmp_path, System.name)
+    if end == "cancelled":
+        launcher.kill(process, 9)
+    else:
+        answers.pop()(Refused("no"))
+    assert process.number in events.exits
+    assert entries.claimed_for(str(tmp_path / "a_i.h5")) == str(batch)
+
+
+def test_a_call_that_leaves_no_result_runs_once_for_all_equal_ones(
+    events: Events, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Equal calls of one session followed a job that died. One of them becomes a job; all end with that."""
+    monkeypatch.setattr("executorlib.jobs.results._GRACE", -1.0)
+    claimed(tmp_path, System.name)
+    system = Vanishing()
+    system.end = DIED
+    submitted: list[Any] = []
+    monkeypatch.setattr(system, "submit", lambda batch, on_done: (submitted.append(batch), on_done("7")))
+    launcher, _, _ = launched(events, system, tmp_path)
+    launched(events, system, tmp_path, launcher=launcher)
+    while len(events.exits) < 2:
+        until_asked(system, events)
+        system.say({})
+        for _ in range(5):
+            events.run_timers()
+    assert len(submitted) == 1
+    assert all("job 7" in text for text in events.ends)
+    assert not list(tmp_path.glob("*_i.h5"))
+
+
+def test_equal_calls_whose_entry_nobody_has_any_more(events: Events, tmp_path: Path) -> None:
+    """One of them claims it, and the others wait for that one's job."""
+    batch = claimed(tmp_path, "another queue")
+    system = System()
+    launcher, task, _ = launched(events, system, tmp_path)
+    launched(events, system, tmp_path, launcher=launcher)
+    entries.remove_input(str(tmp_path / "a_i.h5"))
+    first, second = launcher._jobs.same(str(task.cache_path))
+    while first.batch is None or second.batch is None:
+        until_asked(system, events)
+        system.say({("7", None): JobState(Phase.PENDING, "PENDING")})
+    assert first.batch is second.batch
+    assert first.batch.directory != str(batch)
+
+
 @pytest.mark.parametrize("damaged", [True, False])
 def test_a_dead_entry_that_another_session_is_about_to_free(
     events: Events, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: bool
@@ -734,6 +792,39 @@ def test_how_long_a_result_may_take_to_show(
         finish(task)
         events.run_timers()
         assert events.told == ["connected"]
+
+
+@pytest.mark.parametrize("foreign", [False, True])
+@pytest.mark.parametrize("ends_well", [False, True])
+def test_damaged_file_of_before(
+    events: Events, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, foreign: bool, ends_well: bool
+) -> None:
+    """The file that another job has left does not say that this one's result will not show, nor that it will."""
+    monkeypatch.setattr("executorlib.jobs.results._GRACE", -1.0)
+    (tmp_path / "a_o.h5").write_bytes(b"damaged")
+    system = Vanishing()
+    system.end = DIED
+    if foreign:
+        claimed(tmp_path, System.name)
+    launcher, task, process = launched(events, system, tmp_path)
+    equal = launched(events, system, tmp_path, launcher=launcher, number=2)[2]
+    if foreign:
+        until_asked(system, events)
+        events.run_timers()
+        system.say({})
+        while launcher._jobs.of(process.number).submitted != ("7", None):
+            events.run_timers()
+    system.end = JobState(Phase.ENDED, "COMPLETED", "", "0:0") if ends_well else DIED
+    until_asked(system, events)
+    system.say({})
+    for _ in range(5):
+        events.run_timers()
+    assert (sorted(events.exits) == [1, 2]) is not ends_well
+    if ends_well:
+        finish(task)
+        events.run_timers()
+        assert process.transport is not None
+        assert equal.transport is not None
 
 
 def test_a_job_that_a_query_missed(events: Events, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

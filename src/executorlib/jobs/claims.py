@@ -83,7 +83,7 @@ class Claims:
         twin = self._jobs.first(job.output)
         if twin is not None and twin.batch is not None:
             # This session has the same call already. One job resolves both.
-            self._follow(job, twin.batch, twin.index)
+            self._follow_twin(job, twin)
         else:
             self._jobs.attempt(job, self._claim)
 
@@ -121,6 +121,10 @@ class Claims:
     def _claim(self, job: Job) -> None:
         """Put the call's entry in place, or follow the session that has done so."""
         task = job.task
+        twin = self._own_job(job)
+        if twin is not None:
+            self._follow_twin(job, twin)
+            return
         batch = None
         try:
             if os.path.exists(job.path) and self._follow_owner(job):
@@ -196,7 +200,9 @@ class Claims:
             logger.warning("call %d of %s: sent %d bytes", task.number, task.name, size)
         # A network file system may have answered the look-up from its memory.
         is_done = job.is_on_local_disk or trust.is_there(job.output)
-        ending = entries.read_ending(job.output, job.root) if is_done else None
+        seen = identity_of(job.output) if is_done else None
+        ending = None if seen is None else entries.read_ending(job.output, job.root)
+        job.passed_over = None if ending is not None and ending.kept else seen
         if ending is not None and not ending.kept:
             trust.remove(job.output, job.root)  # others who waited for it have had enough time
         elif ending is not None:
@@ -282,6 +288,16 @@ class Claims:
         self._submitter.changed(job)
         self._on_followed()
 
+    def _own_job(self, job: Job) -> Job | None:
+        """Return the job of this session that runs an equal call."""
+        first = self._jobs.first(job.output)
+        return None if first is None or first.over or first.batch is None or not first.batch.ours else first
+
+    def _follow_twin(self, job: Job, twin: Job) -> None:
+        """Follow the job that an equal call of this session waits for."""
+        job.passed_over = twin.passed_over
+        self._follow(job, twin.batch, twin.index)
+
     def find_job_ids(self) -> None:
         """Find the jobs that the calls of other sessions became."""
         looked: dict[Batch, bool] = {}
@@ -333,7 +349,7 @@ class Claims:
     def _renew_view(self, job: Job) -> None:
         is_unknown = job.state is FOLLOWING and job.batch is None
         # Nobody tells whether a job has the entry. If it is removed, or stays unreadable, it is free again.
-        if is_unknown and (job.unreadable is not None or not trust.is_there(job.path)):
+        if is_unknown and (job.unreadable is not None or self._own_job(job) or not trust.is_there(job.path)):
             self._claim(job)
         # The system may not know the job, and the file system may remember that there was no result.
         elif not job.is_on_local_disk:

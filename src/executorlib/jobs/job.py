@@ -124,7 +124,8 @@ class Job:
         index: Its place in the batch.
         changes: How often the call has become another one while it was pickled.
         presence: The job in the system.
-        damaged: The identity of the file that is in the place of its result but cannot be read.
+        passed_over: The identity of a file in the place of its result that is not its result.
+        damaged: Whether that file appeared while the job ran or had ended, and cannot be read.
         unreadable: The identity of its entry, if that cannot be read, and since when.
         ending: Its result, in the state `FOUND`.
     """
@@ -140,7 +141,8 @@ class Job:
         self.index = 0
         self.changes = changes
         self.presence = Presence()
-        self.damaged: Identity | None = None
+        self.passed_over: Identity | None = None
+        self.damaged = False
         self.unreadable: tuple[Identity, float] | None = None
         self.ending: entries.Ending | None = None
 
@@ -155,9 +157,22 @@ class Job:
         return machine.is_local_disk(self.root or "/")
 
     def remove_input(self) -> None:
-        """Remove the entry of a job that is over. If that fails, whoever finds the entry sees that its job is dead."""
+        """Remove the entry of a job that is over, unless another session has claimed the call by now.
+
+        If that fails, whoever finds the entry sees that its job is dead.
+        """
         with contextlib.suppress(OSError):
-            entries.remove_input(self.path, self.root)
+            if not self.is_taken_over():
+                entries.remove_input(self.path, self.root)
+
+    def is_taken_over(self) -> bool:
+        """Return whether another session believed this one to be dead, and has claimed the call.
+
+        Raises:
+            OSError: The entry cannot be read.
+        """
+        assert self.batch is not None
+        return entries.claimed_for(self.path, self.root) not in (None, self.batch.directory)
 
     # -- its states -----------------------------------------------------------------------------------------------
 
@@ -170,7 +185,7 @@ class Job:
         """Note that an equal call runs, in this batch; None if the batch is not known."""
         self._move(FOLLOWING)
         if batch is not self.batch:
-            self.presence = Presence()
+            self.presence, self.damaged = Presence(), False
         self.batch, self.index = batch, index
 
     def trade_places(self, other: Job) -> None:
@@ -183,6 +198,7 @@ class Job:
         """Forget everything about a job that is dead, or ran something else."""
         self._move(FREE)
         self.batch, self.index, self.presence = None, 0, Presence()
+        self.damaged, self.unreadable = False, None
 
     def find(self, ending: entries.Ending) -> None:
         """Note its result."""
@@ -270,7 +286,7 @@ class Job:
                 f"{state.state}{state.facts()}. {advice}; only this call fails."
             )
         text = f"{subject} ended as {state.state}{state.facts()}."
-        if self.damaged is not None:
+        if self.damaged:
             text += f" Its result in {self.output} cannot be read."
         limit = task.resources.run_time_max
         # MPICH's mpiexec exits with the number of the signal that a rank died of.

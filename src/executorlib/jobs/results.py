@@ -88,16 +88,20 @@ class Results:
         if job.over:
             return
         seen = identity_of(job.output)
-        if seen is not None and seen != job.damaged:
+        if seen is not None and seen != job.passed_over:
             ending = entries.read_ending(job.output, job.root)
-            job.damaged = seen  # it is not read again until another file takes its place
-            if ending is not None and ending.ran and job.state is not CLAIMED:
+            if ending is not None and (not ending.ran or job.state is CLAIMED):
+                self._on_ending(job, ending)
+                return
+            owner = self._jobs.first(job.output)
+            if ending is not None and owner is not None and owner.state is CLAIMED and owner.batch is job.batch:
+                return  # the call that ran has to find it first
+            job.passed_over = seen  # it is not read again until another file takes its place
+            job.damaged = ending is None
+            if ending is not None:
                 # The job of an equal call has run something else (see `worker.job`). It is over, even if it has not
                 # removed its entry yet.
                 self._claims.start_over(job, ending.batch)
-                return
-            if ending is not None:
-                self._on_ending(job, ending)
                 return
         if job.presence.is_gone:
             self._on_gone(job)
@@ -148,14 +152,16 @@ class Results:
             self._system.detail(job.key, presence.tell)
         if presence.known is Known.ASKED or not presence.is_gone or self.waits_for_inputs_end(job):
             return
-        is_there = trust.is_there(job.output)  # then the next look reads it
-        if time.monotonic() - presence.since > self._grace(job) and (job.damaged is not None or not is_there):
+        is_there = trust.is_there(job.output)
+        if is_there and (job.passed_over is None or identity_of(job.output) != job.passed_over):
+            return  # the next look reads it
+        if time.monotonic() - presence.since > self._grace(job):
             self.give_up(job)
 
     @staticmethod
     def _grace(job: Job) -> float:
         """Seconds that the result of a job that has ended may take to appear."""
-        if job.damaged is not None:
+        if job.damaged:
             return _GRACE
         if job.ended_well((RESULT, RAISED)):
             return _RESULT_GRACE
@@ -172,13 +178,10 @@ class Results:
         if job.batch is None or not job.batch.ours:
             self._claims.give_up(job)
             return
-        is_taken = entries.claimed_for(job.path, job.root) not in (None, job.batch.directory)
         last = job.presence.last
-        if is_taken and not (last is not None and last.hopeless):
-            # Another session believed this one to be dead, and has claimed the call.
+        if not (last is not None and last.hopeless) and job.is_taken_over():
             self._claims.start_over(job, None)
             return
-        if not is_taken:
-            job.remove_input()
+        job.remove_input()
         self._ended_now.add(job.output)
         self._jobs.end(job, Exit(None, "", job.error(self._system)))
