@@ -21,6 +21,7 @@ from executorlib.cache import batch_directory, entries, trust
 from executorlib.cache import directory as cache
 from executorlib.core.task import LAUNCHING, READY, RUNNING, Task
 from executorlib.errors import ExecutorlibSocketError
+from executorlib.jobs.batch import Batch
 from executorlib.jobs.job import FOUND, identity_of
 from executorlib.jobs.launcher import JobLauncher
 from executorlib.jobs.queue import Cause, Dependency, JobState, Limit, Phase
@@ -211,6 +212,24 @@ def test_many_jobs_of_others_on_a_slow_file_system(
     assert asked == outputs
 
 
+def test_many_calls_of_a_batch_that_waits(events: Events, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether its session lives is looked up once each time, because that takes a while."""
+    looks: list[Batch] = []
+    monkeypatch.setattr(Batch, "is_abandoned", lambda batch: bool(looks.append(batch)))
+    batch = claimed(tmp_path, System.name)
+    (batch / batch_directory.JOB_ID_FILE).unlink()
+    call = {"function": abs, "input_args": [-1], "input_kwargs": {}, "resource_dict": {}, "batch": str(batch)}
+    launcher = None
+    for number in range(1, 6):
+        if number > 1:
+            assert entries.write_input(str(tmp_path / f"a{number}_i.h5"), call)
+        launcher, _, _ = launched(events, System(), tmp_path, "a" if number == 1 else f"a{number}", launcher, number)
+    assert launcher is not None
+    for count in (1, 2):
+        launcher._claims.find_job_ids()
+        assert len(looks) == count
+
+
 HOPELESS = JobState(Phase.PENDING, "PENDING", "PartitionTimeLimit", hopeless=True)
 
 
@@ -284,6 +303,20 @@ def test_call_that_was_taken_over_while_it_waited(
         answers.pop()(Refused("no"))
     assert process.number in events.exits
     assert entries.claimed_for(str(tmp_path / "a_i.h5")) == str(batch)
+
+
+def test_call_with_a_file_that_is_not_trusted(events: Events, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It fails, and leaves no entry for a batch that goes on without it: others would wait for that one for ever."""
+
+    def read_ending(path: str, root: str | None) -> entries.Ending | None:
+        raise trust.UntrustedFile("anybody could have written it")
+
+    launcher, _, _ = launched(events, System(), tmp_path)
+    (tmp_path / "b_o.h5").touch()
+    monkeypatch.setattr(entries, "read_ending", read_ending)
+    _, _, process = launched(events, System(), tmp_path, "b", launcher)
+    assert events.exits == {process.number: "anybody could have written it"}
+    assert [path.name for path in tmp_path.glob("*_i.h5")] == ["a_i.h5"]
 
 
 def test_a_call_that_leaves_no_result_runs_once_for_all_equal_ones(

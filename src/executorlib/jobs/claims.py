@@ -7,6 +7,8 @@ taken over, and the call is claimed again.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 import os
 import time
@@ -145,10 +147,7 @@ class Claims:
             values["batch"] = entries.Snapshot.of(batch.directory)
             # Two tries: after the first one the entry may be finished, or removed, before its owner is looked up.
             for _ in range(2):
-                if entries.write_input(job.path, values, job.root):
-                    self._on_claimed(job, batch, index)
-                    return
-                if self._follow_owner(job):
+                if self._put_in_place(job, values, batch, index) or self._follow_owner(job):
                     return
         finally:
             if batch is not None and not batch.size:
@@ -191,6 +190,19 @@ class Claims:
             )
         self._jobs.leave(job)
         self.start(job.process, task, job.changes + 1)
+
+    def _put_in_place(self, job: Job, values: dict[str, entries.Snapshot], batch: Batch, index: int) -> bool:
+        """Claim the call and submit it; False if it has an entry already."""
+        if not entries.write_input(job.path, values, job.root):
+            return False
+        try:
+            self._on_claimed(job, batch, index)
+        except BaseException:
+            # Other sessions would wait for ever: the entry names a batch that never has it.
+            with contextlib.suppress(OSError):
+                entries.remove_input(job.path, job.root)
+            raise
+        return True
 
     def _on_claimed(self, job: Job, batch: Batch, index: int) -> None:
         """Submit the call, whose entry is in place, unless its result is there after all."""
@@ -299,24 +311,24 @@ class Claims:
         self._follow(job, twin.batch, twin.index)
 
     def find_job_ids(self) -> None:
-        """Find the jobs that the calls of other sessions became."""
-        looked: dict[Batch, bool] = {}
+        """Find out which jobs the calls that other sessions have claimed became."""
+        # Each batch is looked at once, however many of its calls are followed.
+        read_ids, is_abandoned = functools.cache(Batch.read_ids), functools.cache(Batch.is_abandoned)
         # Listed first: a job whose place in its batch is not known seems to have an id as soon as others have one.
         unknown = [job for job in self._jobs if job.state is FOLLOWING and job.submitted is None]
         for job in unknown:
             if job.batch is not None and not job.batch.ours:
-                self._jobs.attempt(job, lambda job: self._find_job_id(job, looked))
+                self._jobs.attempt(job, lambda job: self._find_job_id(job, read_ids, is_abandoned))
 
-    def _find_job_id(self, job: Job, looked: dict[Batch, bool]) -> None:
+    def _find_job_id(self, job: Job, read_ids: Callable[[Batch], bool], is_abandoned: Callable[[Batch], bool]) -> None:
         batch = job.batch
         assert batch is not None
-        if batch not in looked:
-            known = batch.has_entries
-            looked[batch] = batch.read_ids()
-            if batch.has_entries and not known:
-                batch.jobs.clear()
-        if not looked[batch]:
-            if batch.is_abandoned():
+        known = batch.has_entries
+        is_submitted = read_ids(batch)
+        if batch.has_entries and not known:
+            batch.jobs.clear()
+        if not is_submitted:
+            if is_abandoned(batch):
                 self.give_up(job)
             return
         # If the list of its calls does not appear, its jobs cannot read it either.
@@ -332,7 +344,7 @@ class Claims:
         batch.jobs.setdefault(index, job)
         if job.submitted is not None:
             self._submitter.changed(job)
-        elif batch.is_abandoned():
+        elif is_abandoned(batch):
             self.give_up(job)  # it is in a part that has not been submitted
 
     def renew_views(self) -> None:
