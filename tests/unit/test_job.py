@@ -61,7 +61,7 @@ STEPS: dict[str, tuple[State, Callable[[Job], None]]] = {
     "follow ours": (FOLLOWING, lambda job: job.follow(BATCHES[0], 0)),
     "follow theirs": (FOLLOWING, lambda job: job.follow(BATCHES[1], 3)),
     "follow": (FOLLOWING, lambda job: job.follow(None, 0)),
-    "start over": (FREE, Job.start_over),
+    "free": (FREE, Job.free),
     "find": (FOUND, lambda job: job.find(ENDING)),
     "end": (ENDED, Job.end),
     "leave": (LEFT, Job.leave),
@@ -166,7 +166,7 @@ def test_an_answer_that_comes_too_late_is_about_an_earlier_end() -> None:
     job.presence.hear(THERE[1], 2.0)
     tell(DIED)
     assert job.presence.last is THERE[1]
-    job.start_over()
+    job.free()
     tell(DIED)
     assert job.presence.known is Known.NOTHING
     assert job.presence.last is None

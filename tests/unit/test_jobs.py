@@ -1029,7 +1029,7 @@ def test_answer_about_the_job_of_before(events: Events, tmp_path: Path) -> None:
     launcher, _, process = launched(events, system, tmp_path)
     until_asked(system, events)
     job = launcher._jobs.of(process.number)
-    launcher._claims.start_over(job, str(batch))
+    launcher._claims.reclaim(job, str(batch))
     while job.submitted is None:
         events.run_timers()
     system.say({})

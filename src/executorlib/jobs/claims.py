@@ -89,19 +89,19 @@ class Claims:
         else:
             self._jobs.attempt(job, self._claim)
 
-    def start_over(self, job: Job, dead: str | None) -> None:
+    def reclaim(self, job: Job, dead: str | None) -> None:
         """Run a call again after its job died, or ran something else.
 
         Args:
             job: The call.
             dead: The directory of that job's batch, for which the entry may still be claimed.
         """
-        self._jobs.start_over(job)
+        self._jobs.free(job)
         if dead is not None:
             entries.take_over(job.path, entries.job_name(job.path, dead), dead, job.root)
         self._jobs.attempt(job, self._claim)
 
-    def give_up(self, job: Job) -> None:
+    def run_again(self, job: Job) -> None:
         """Run a call again after another session's job left no result, unless the call was terminated.
 
         Nobody saw that job end. The call is free for one of the sessions that notice it now.
@@ -111,7 +111,7 @@ class Claims:
             text = f"Call {job.task.number} of {job.task.name} was terminated (`terminate_task_in_cache`)"
             self._jobs.end(job, Exit(None, "", ExecutorlibSocketError(f"{text}; it can be submitted again.")))
         else:
-            self.start_over(job, dead)
+            self.reclaim(job, dead)
 
     def close(self) -> None:
         """Remove folders that are empty now."""
@@ -329,12 +329,12 @@ class Claims:
             batch.jobs.clear()
         if not is_submitted:
             if is_abandoned(batch):
-                self.give_up(job)
+                self.run_again(job)
             return
         # If the list of its calls does not appear, its jobs cannot read it either.
         if not batch.has_entries:
             if trust.is_older(job.path, SUBMIT_SECONDS):
-                self.give_up(job)
+                self.run_again(job)
             return
         index = batch.index_of(job.path)
         if index is None:
@@ -345,7 +345,7 @@ class Claims:
         if job.submitted is not None:
             self._submitter.changed(job)
         elif is_abandoned(batch):
-            self.give_up(job)  # it is in a part that has not been submitted
+            self.run_again(job)  # it is in a part that has not been submitted
 
     def renew_views(self) -> None:
         """Make the work of other sessions' jobs visible here, even if the file system remembers an older state."""

@@ -194,7 +194,7 @@ class Job:
         self.process, other.process = other.process, self.process
         self.task, other.task = other.task, self.task
 
-    def start_over(self) -> None:
+    def free(self) -> None:
         """Forget everything about a job that is dead, or ran something else."""
         self._move(FREE)
         self.batch, self.index, self.presence = None, 0, Presence()

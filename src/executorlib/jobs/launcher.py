@@ -9,8 +9,8 @@
 - *Results* are found by looking for their files. The system is asked, seldom, only about jobs that leave none.
 
 Files of a batch, in ``<cache directory>/.executorlib/<batch>/``: ``entries`` (index and entry of each call),
-``setup`` (settings for the jobs), ``owner`` (the session that submits it), ``job.sh``, ``run.py`` if the system starts
-that, ``job_id``, and ``output.<index>``. If the system takes a batch in parts, each part has its own files, such as
+``setup`` (settings for the jobs), ``owner`` (the session that submits it), ``run.py``, ``job.sh`` if the system takes a
+script, ``job_id``, and ``output.<index>``. If the system takes a batch in parts, each part has its own files, such as
 ``run.5-9.py`` and ``job_id.5-9``.
 """
 
@@ -45,7 +45,7 @@ class JobLauncher(Launcher):
         events: The loop.
         delivery: Names calls and their inputs.
         system: The system that runs the jobs.
-        command: Makes the argument list of a job from the resources of its call and the Python source that it runs.
+        command: Makes the argument list of a job from the resources of its call and the program that runs it.
         log_sizes: Whether to log the size of each call.
     """
 

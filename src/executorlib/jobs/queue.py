@@ -184,7 +184,7 @@ def same_system(noted: str, name: str) -> bool:
 
 
 class Dialect:
-    """The language of one kind of batch queue. All that is known about the kind is here; `registry` finds it.
+    """The language of one kind of batch queue, as one class, which `registry` finds.
 
     The defaults suit a queue without job arrays, dependencies and ranks of its own.
 

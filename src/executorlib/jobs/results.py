@@ -101,7 +101,7 @@ class Results:
             if ending is not None:
                 # The job of an equal call has run something else (see `worker.job`). It is over, even if it has not
                 # removed its entry yet.
-                self._claims.start_over(job, ending.batch)
+                self._claims.reclaim(job, ending.batch)
                 return
         if job.presence.is_gone:
             self._on_gone(job)
@@ -176,11 +176,11 @@ class Results:
     def give_up(self, job: Job) -> None:
         """End the call of a job that leaves no result, or have it run again if another session submitted the job."""
         if job.batch is None or not job.batch.ours:
-            self._claims.give_up(job)
+            self._claims.run_again(job)
             return
         last = job.presence.last
         if not (last is not None and last.hopeless) and job.is_taken_over():
-            self._claims.start_over(job, None)
+            self._claims.reclaim(job, None)
             return
         job.remove_input()
         self._ended_now.add(job.output)

@@ -1,4 +1,4 @@
-"""The interface through which `jobs.launcher` uses a system: it takes batches, tells their states, and cancels them."""
+"""The interface of a system, for calls and workers: it takes batches, tells the states of jobs, and cancels them."""
 
 from __future__ import annotations
 

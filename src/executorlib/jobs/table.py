@@ -1,4 +1,4 @@
-"""The jobs that a session waits for. Whoever ends one, or has to do something for many of them, does it here."""
+"""The jobs that a session waits for: finds them, ends them, and does something for many of them in small portions."""
 
 from __future__ import annotations
 
@@ -80,10 +80,10 @@ class JobTable:
         self.add(job)
         self.add(other)
 
-    def start_over(self, job: Job) -> None:
+    def free(self, job: Job) -> None:
         """Wait for a job as if nothing were known about it."""
         self._remove(job)
-        job.start_over()
+        job.free()
         self.add(job)
 
     def leave(self, job: Job) -> None:
