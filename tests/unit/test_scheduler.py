@@ -8,6 +8,7 @@ import heapq
 import itertools
 import random
 import signal
+import socket
 import threading
 import weakref
 from collections import Counter, deque
@@ -25,6 +26,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 import fakes
 from contract.functions import until
+from executorlib import serialize
 from executorlib.core import fresh as core_fresh
 from executorlib.core.block import LOOKAHEAD_SECONDS, MAX_LOOKAHEAD, BlockScheduler
 from executorlib.core.fresh import OVERTAKEN_PER_CORE, FreshScheduler
@@ -38,6 +40,7 @@ from executorlib.errors import ExecutorlibSocketError
 from executorlib.jobs.executor import QueueExecutor
 from executorlib.launchers.contract import Events, Exit, Process
 from executorlib.resources import Demand, Resources
+from executorlib.worker.protocol import SocketPermits, WorkerPermits
 from fakes import InstantLauncher
 from unit.properties import examples, repeatable
 
@@ -1975,6 +1978,88 @@ def test_loop_tells_why_a_worker_was_ended() -> None:
     with loop_with(then, BlockScheduler(1, 0, Ledger([node(1)]), Demand(1))) as loop:
         error = submit_to(loop).exception(10)
     assert "Its ranks do not find each other." in str(error)
+
+
+class Noting(fakes.Silent):
+    """Keeps the headers of messages."""
+
+    def __init__(self) -> None:
+        self.sent: list[Any] = []
+
+    def put(self, header: Any, frames: Any = ()) -> int:
+        self.sent.append(header)
+        return 0
+
+
+@pytest.mark.parametrize("answers", [0, 1])
+def test_loop_call_that_ends_its_worker_takes_no_other_along(answers: int) -> None:
+    """Not even while the worker has yet to read messages of calls that were taken back from it."""
+    sent: dict[Process, list[Any]] = {}
+
+    def turn(step: Callable[[], object]) -> None:
+        """Do this in the loop's thread, and wait until the loop has decided."""
+        decided = threading.Event()
+        loop.post(lambda: (step(), loop.call_soon(decided.set))[1])
+        assert decided.wait(10)
+
+    def submit(count: int) -> list[CallFuture]:
+        futures: list[CallFuture] = []
+        turn(lambda: futures.extend(submit_to(loop) for _ in range(count)))
+        return futures
+
+    def answer(*processes: Process) -> None:
+        """Each worker answers the first call that it has."""
+        for process in processes:
+            loop.on_message(process, ["result", process.calls[0].number, 1e-6, "", {}], serialize.dumps(1))
+
+    def held(process: Process) -> list[int]:
+        return [call.number for call in process.calls]
+
+    with contextlib.ExitStack() as sockets:
+
+        def then(launcher: InstantLauncher, process: Process) -> None:
+            give, take = map(sockets.enter_context, socket.socketpair())
+            process.permits, taken[process] = SocketPermits(give, take), WorkerPermits(take)
+            process.transport = noting = Noting()
+            sent[process] = noting.sent
+            launcher.events.on_message(process, ["ready"], [])
+
+        taken: dict[Process, WorkerPermits] = {}
+        with loop_with(then, BlockScheduler(2, 0, Ledger([node(2)]), Demand(1))) as loop:
+            try:
+                submit(1)
+                turn(lambda: answer(*(process for process in sent if process.calls)))
+                submit(4)
+                one, other = sent
+                second = held(one)[1]
+                turn(lambda: answer(other))
+                turn(lambda: answer(other))  # it is idle then
+                assert held(other) == [second], "this was not taken back"
+                sent[one].clear()
+                turn(lambda: answer(one, other))
+                for _ in range(answers):
+                    submit(2)
+                    turn(lambda: answer(one, other))
+                futures = submit(4)
+                fatal, _ = held(one)
+                # The worker comes to its messages only now, and dies in that call.
+                started = []
+                for _, number, _, options in [["call", second, 0, {}], *sent[one]]:
+                    if options.get("now") or taken[one].allow(number):
+                        started.append(number)
+                    if number == fatal:
+                        break
+                assert started[answers:] == [fatal]
+                assert bool(options.get("now")) == bool(answers), "it asks only if it may have to read old messages"
+                permits = one.permits
+                assert permits is not None
+                turn(lambda: loop.on_exit(one, Exit(9, "it was killed", unstarted=permits.take_back(9))))
+                while other.calls:
+                    turn(lambda: answer(other))
+                failed = [str(future.exception(10)) for future in futures if future.exception(10) is not None]
+                assert [text.partition(" has no result")[0] for text in failed] == [f"Call {fatal} of abs"]
+            finally:
+                loop.end_workers(signal.SIGKILL)
 
 
 class Queue(QueueExecutor):

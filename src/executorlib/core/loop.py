@@ -110,12 +110,19 @@ class _Cancelled:
 
 
 class _Process(Process):
-    """A worker's process, with the scheduler's record of the worker."""
+    """A worker's process, with the scheduler's record of the worker.
+
+    Attributes:
+        worker: That record.
+        unread: If it has given calls back, the number of the last call that there was then. Until the worker answers a
+            later one, it may not have read the messages of those that it has given back.
+    """
 
     def __init__(self, worker: Worker, resources: Resources, lifetime: Lifetime) -> None:
         places = [Place(share.node.name, share.cores, share.gpus) for share in worker.allocation.shares]
         super().__init__(worker.number, resources, lifetime, worker.slot, places, worker.calls)
         self.worker = worker
+        self.unread = 0
 
 
 class Loop(Poller, Events):
@@ -547,8 +554,10 @@ class Loop(Poller, Events):
         process = self._processes[worker.number]
         transport = process.transport
         assert transport is not None
-        # The worker may start a call without asking only if it is the first one and the worker is idle.
-        now = len(worker.calls) == len(tasks)
+        # The worker may start a call without asking only if it is the first one and the worker is idle. It must ask if
+        # it may first read messages of calls that it gave back: for those it would take the permit of a later call,
+        # which would then count as started if the worker dies in this one.
+        now = len(worker.calls) == len(tasks) and not process.unread
         held = []
         for task in tasks:
             if not self._announce(task):
@@ -588,21 +597,17 @@ class Loop(Poller, Events):
             self.call_later(seconds, lambda: self._end_leftover(worker.number))
 
     def _recall(self, worker: Worker, count: int) -> None:
-        permits = self._processes[worker.number].permits
-        if permits is not None:
-            self._on_given_back(worker, permits.take_back(count))
+        process = self._processes[worker.number]
+        if process.permits is not None:
+            self.on_recalled(process, process.permits.take_back(count))
 
     def on_recalled(self, process: Process, numbers: Sequence[int]) -> None:
         """The worker has given these calls back, so they run elsewhere."""
         known = self._processes.get(process.number)
-        if known is not None:
-            self._on_given_back(known.worker, numbers)
-
-    def _on_given_back(self, worker: Worker, numbers: Sequence[int]) -> None:
-        tasks = self._held(worker, numbers)
-        if tasks:
+        if known is not None and (tasks := self._held(known.worker, numbers)):
+            known.unread = self._last_taken
             self._settled = False
-            self.scheduler.on_recalled(worker, tasks)
+            self.scheduler.on_recalled(known.worker, tasks)
 
     @staticmethod
     def _held(worker: Worker, numbers: Sequence[int]) -> list[Task]:
@@ -671,6 +676,8 @@ class Loop(Poller, Events):
         if self._log_sizes:
             size = sum(map(serialize.nbytes, frames))
             logger.warning("call %d of %s: received %d bytes", task.number, task.name, size)
+        if number > known.unread:
+            known.unread = 0
         self.scheduler.on_result(worker, task, seconds, failed=kind == "error", leaving="leaving" in more)
         if kind == "error" and process.resources.cores > 1 and "whole" not in more:
             # The launcher ends and replaces the world, whose other ranks may wait forever for the one that failed.
