@@ -253,6 +253,14 @@ def describe_split_world(ranks: int, starter: str, size: int, library: str, advi
     )
 
 
+def over_time(subject: str, limit: float) -> str:
+    """Describe that a call was ended because it ran longer than ``limit`` seconds, its ``run_time_max``."""
+    return (
+        f"{subject} ran longer than its run_time_max of {limit:g} s and was ended; give it more time with "
+        "resource_dict={'run_time_max': seconds}."
+    )
+
+
 def describe_exit(wait_status: int) -> str:
     """Describe how a process ended.
 

@@ -21,7 +21,7 @@ import pytest
 from contract.functions import CustomError, Gate, add, fail, identity
 from executorlib import get_item_from_future
 from executorlib.api import ExecutorlibSocketError
-from executorlib.launchers.contract import tail_text
+from executorlib.launchers.last_output import tail_text
 
 WAIT = 30
 pytestmark = pytest.mark.essential

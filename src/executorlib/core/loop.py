@@ -40,6 +40,7 @@ from executorlib.errors import (
     advise_unpicklable,
     contained,
     note_chain,
+    over_time,
     with_source_lines,
 )
 from executorlib.futures.derived import when_done
@@ -47,7 +48,8 @@ from executorlib.futures.inputs import failed_call, input_error, misplaced
 from executorlib.futures.locks import Event, RLock
 from executorlib.futures.unasked import Failures, Record
 from executorlib.launchers import streams
-from executorlib.launchers.contract import Events, Exit, Launcher, Lifetime, Place, Process, Timer, has_stack, tail_text
+from executorlib.launchers.contract import Events, Exit, Launcher, Lifetime, Place, Process, Timer
+from executorlib.launchers.last_output import has_stack, tail_text
 from executorlib.poller import Poller, WakeUp
 from executorlib.resources import Demand, Resources
 from executorlib.serialize import Frame
@@ -796,10 +798,9 @@ class Loop(Poller, Events):
         if looks and not (told and told == seen):  # its stack has not arrived, or not completely
             self.call_later(_LOOK_SECONDS, lambda: self._expire(worker_number, number, told, looks - 1))
             return
-        process.verdict = TimeLimitError(
-            f"Call {number} of {task.name} ran longer than its run_time_max of {task.resources.run_time_max:g} s and "
-            "was ended; give it more time with resource_dict={'run_time_max': seconds}."
-        )
+        limit = task.resources.run_time_max
+        assert limit is not None
+        process.verdict = TimeLimitError(over_time(f"Call {number} of {task.name}", limit))
         self.scheduler.on_planned_exit(worker)
         self._kill(worker)
 

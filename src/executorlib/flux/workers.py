@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from executorlib.errors import ExecutorlibSocketError, TimeLimitError, describe_exit
+from executorlib.errors import ExecutorlibSocketError, TimeLimitError, describe_exit, over_time
 from executorlib.flux.instance import FluxInstance
 from executorlib.flux.jobspec import JobLog, job_name, jobspec, run_command, untold_environment, urgency
 from executorlib.flux.policy import Policy
@@ -27,7 +27,8 @@ from executorlib.jobs.queue import Cause, Phase
 from executorlib.jobs.system import Refused
 from executorlib.launchers.boot import boot_command
 from executorlib.launchers.connecting import ConnectingWorker
-from executorlib.launchers.contract import STDERR_TAIL_BYTES, Events, Exit, Launcher, Lifetime, Process
+from executorlib.launchers.contract import Events, Exit, Launcher, Lifetime, Process
+from executorlib.launchers.last_output import STDERR_TAIL_BYTES
 from executorlib.relay.executor_side import RelayEnd, Relays, relay_program
 from executorlib.serialize import Frame
 from executorlib.transports.curve import CONNECTION_VARIABLE
@@ -398,10 +399,7 @@ class FluxLauncher(Launcher):
         error: BaseException | None = None
         limit = member.process.resources.run_time_max if member.process.lifetime is Lifetime.CALL else None
         if state.cause is Cause.TIME_LIMIT and limit is not None:
-            error = TimeLimitError(
-                f"{self._subject(member)} ran longer than its run_time_max of {limit:g} s and was ended; give it more "
-                "time with resource_dict={'run_time_max': seconds}."
-            )
+            error = TimeLimitError(over_time(self._subject(member), limit))
         self._end(member, Exit(log.status, text, error, planned=state.cause.ends_early))
 
     def _end_as(self, member: Member, text: str, error: BaseException | None = None) -> None:

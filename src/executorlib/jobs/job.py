@@ -12,7 +12,8 @@ from executorlib import machine
 from executorlib.cache import entries, trust
 from executorlib.errors import ExecutorlibSocketError, TimeLimitError
 from executorlib.jobs.queue import Cause, JobState, Phase, shown_id
-from executorlib.launchers.contract import Process, tail_text
+from executorlib.launchers.contract import Process
+from executorlib.launchers.last_output import tail_text
 
 if TYPE_CHECKING:
     from executorlib.core.task import Task

@@ -7,7 +7,6 @@ here needs a lock, and nothing may block except `Launcher.close`.
 from __future__ import annotations
 
 import enum
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,9 +17,6 @@ from executorlib.poller import Waiting
 if TYPE_CHECKING:
     from executorlib.resources import Resources
     from executorlib.serialize import Frame
-
-# How much of a worker's last output on standard error is kept: it becomes part of the error text if the worker dies.
-STDERR_TAIL_BYTES = 16 * 1024
 
 
 class Lifetime(enum.Enum):
@@ -250,26 +246,3 @@ class Timer:
         if self._due is not None and time.monotonic() >= self._due - self._EARLY:
             self._due = None
             self._callback()
-
-
-# The start of a stack that `faulthandler`, which is enabled in workers, has written.
-_STACK = "(most recent call first)"
-# Lines of a stack that do not help users: our frames, which called their function, and loaded extension modules.
-_OURS = re.compile(
-    r'  File "(<string>|.*executorlib.(worker|launchers|relay|single_node|local_queue|transports).\w+\.py)", line '
-)
-
-
-def has_stack(stderr: bytes | bytearray) -> bool:
-    """Return whether a process has written where it is, as `faulthandler` does."""
-    return _STACK.encode() in stderr
-
-
-def tail_text(stderr: bytes | bytearray) -> str:
-    """The last lines of a process's output, indented for an error text; of a stack, the innermost calls."""
-    lines = bytes(stderr).decode(errors="replace").rstrip().splitlines()
-    stack = next((index for index in reversed(range(len(lines))) if _STACK in lines[index]), None)
-    if stack is not None:
-        calls = [line for line in lines[stack:] if not _OURS.match(line) and not line.startswith("Extension modules: ")]
-        lines = [*lines[:stack][-5:], *calls[:15]]
-    return "\n".join(f"    {line}" for line in lines[-20:]).rstrip()

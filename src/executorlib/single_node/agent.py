@@ -22,7 +22,8 @@ from executorlib import serialize
 from executorlib.errors import ExecutorlibSocketError, describe_exit
 from executorlib.launchers import streams
 from executorlib.launchers.boot import arguments, boot_command, import_path
-from executorlib.launchers.contract import STDERR_TAIL_BYTES, Events, Exit, Lifetime, Process, tail_text
+from executorlib.launchers.contract import Events, Exit, Lifetime, Process
+from executorlib.launchers.last_output import STDERR_TAIL_BYTES, tail_text
 from executorlib.launchers.session import settings
 from executorlib.serialize import Frame
 from executorlib.transports.messages import Channel, Message

@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 from executorlib.errors import ExecutorlibSocketError
 from executorlib.launchers.boot import arguments, boot_command
 from executorlib.launchers.connecting import ConnectingWorker
-from executorlib.launchers.contract import Events, Exit, Launcher, Lifetime, Process, tail_text
+from executorlib.launchers.contract import Events, Exit, Launcher, Lifetime, Process
+from executorlib.launchers.last_output import tail_text
 from executorlib.launchers.session import settings
 from executorlib.launchers.subprocesses import CommandOutput, Commands
 from executorlib.relay.executor_side import RelayEnd, Relays, relay_program
