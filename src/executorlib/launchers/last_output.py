@@ -1,4 +1,4 @@
-"""What processes have written last, as a part of error texts."""
+"""The last output of processes, as a part of error texts."""
 
 from __future__ import annotations
 
