@@ -212,6 +212,32 @@ def test_many_jobs_of_others_on_a_slow_file_system(
     assert asked == outputs
 
 
+def test_many_calls_of_a_session_that_is_dead(events: Events, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claiming each anew takes time and blocks the loop, so only a few are claimed at a time."""
+    clock = Clock(monkeypatch, running=True)
+    freed: list[str] = []
+
+    def take_over(path: str, *more: Any) -> None:
+        clock.now += 0.04
+        freed.append(path)
+        os.unlink(path)
+
+    monkeypatch.setattr(entries, "take_over", take_over)
+    monkeypatch.setattr(Batch, "is_abandoned", lambda batch: True)
+    launcher, paths = None, []
+    for number in range(1, 8):
+        (claimed(tmp_path, System.name, key=f"k{number}") / batch_directory.JOB_ID_FILE).unlink()
+        launcher, _, _ = launched(events, System(), tmp_path, f"k{number}", launcher, number)
+        paths.append(str(tmp_path / f"k{number}_i.h5"))
+    while len(freed) < len(paths):
+        timers, events.timers = events.timers, []
+        for timer in timers:
+            before = len(freed)
+            timer()
+            assert len(freed) - before <= 2
+    assert freed == paths
+
+
 def test_many_calls_of_a_batch_that_waits(events: Events, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether its session lives is looked up once each time, because that takes a while."""
     looks: list[Batch] = []

@@ -70,6 +70,9 @@ class Claims:
         self._roots: set[str] = set()  # cache directories
         self._renewals = Timer(events, self._renew_views)
         self._to_renew: deque[Job] = deque()
+        self._reruns = Timer(events, self._run_dead_again)
+        self._to_run_again: deque[Job] = deque()
+        self._dead: dict[Job, Batch] = {}  # the same calls, and their batches, whose sessions ended too early
 
     def start(self, process: Process, task: Task, changes: int = 0) -> None:
         """Follow the job that runs an equal call already, or have the call run.
@@ -312,6 +315,7 @@ class Claims:
 
     def find_job_ids(self) -> None:
         """Find out which jobs the calls that other sessions have claimed became."""
+        self._dead.clear()
         # Each batch is looked at once, however many of its calls are followed.
         read_ids, is_abandoned = functools.cache(Batch.read_ids), functools.cache(Batch.is_abandoned)
         # Listed first: a job whose place in its batch is not known seems to have an id as soon as others have one.
@@ -319,6 +323,8 @@ class Claims:
         for job in unknown:
             if job.batch is not None and not job.batch.ours:
                 self._jobs.attempt(job, lambda job: self._find_job_id(job, read_ids, is_abandoned))
+        self._to_run_again = deque(self._dead)
+        self._run_dead_again()
 
     def _find_job_id(self, job: Job, read_ids: Callable[[Batch], bool], is_abandoned: Callable[[Batch], bool]) -> None:
         batch = job.batch
@@ -329,12 +335,12 @@ class Claims:
             batch.jobs.clear()
         if not is_submitted:
             if is_abandoned(batch):
-                self.run_again(job)
+                self._dead[job] = batch
             return
         # If the list of its calls does not appear, its jobs cannot read it either.
         if not batch.has_entries:
             if trust.is_older(job.path, SUBMIT_SECONDS):
-                self.run_again(job)
+                self._dead[job] = batch
             return
         index = batch.index_of(job.path)
         if index is None:
@@ -345,7 +351,18 @@ class Claims:
         if job.submitted is not None:
             self._submitter.changed(job)
         elif is_abandoned(batch):
-            self.run_again(job)  # it is in a part that has not been submitted
+            self._dead[job] = batch  # it is in a part that has not been submitted
+
+    def _run_dead_again(self) -> None:
+        pause = self._jobs.attempt_some(self._to_run_again, self._run_dead_one_again)
+        if self._to_run_again:
+            self._reruns.within(pause)
+        else:
+            self._dead.clear()
+
+    def _run_dead_one_again(self, job: Job) -> None:
+        if job.state is FOLLOWING and job.batch is self._dead[job]:  # nothing has happened to it meanwhile
+            self.run_again(job)
 
     def renew_views(self) -> None:
         """Make the work of other sessions' jobs visible here, even if the file system remembers an older state."""
