@@ -239,7 +239,7 @@ def test_many_calls_of_a_session_that_is_dead(events: Events, tmp_path: Path, mo
 
 
 def test_many_calls_of_a_batch_that_waits(events: Events, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether its session lives is looked up once each time, because that takes a while."""
+    """It asks once each time whether its session lives, because that takes a while."""
     looks: list[Batch] = []
     monkeypatch.setattr(Batch, "is_abandoned", lambda batch: bool(looks.append(batch)))
     batch = claimed(tmp_path, System.name)
