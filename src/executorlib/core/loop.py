@@ -16,7 +16,6 @@ and reading the cache do take time.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import os
 import signal
@@ -30,18 +29,17 @@ from pickle import PicklingError
 from typing import Any
 
 from executorlib import serialize
+from executorlib.core import answers
 from executorlib.core.scheduler import Effect, Fail, Kill, Launch, LookUp, Recall, Scheduler, Send, Stop, Worker
 from executorlib.core.sending import Delivery
 from executorlib.core.task import CANCELLED, FAILED, LAUNCHING, RUNNING, CallFuture, Task
 from executorlib.errors import (
     ExecutorlibSocketError,
-    RemoteTraceback,
     TimeLimitError,
     advise_unpicklable,
     contained,
     note_chain,
     over_time,
-    with_source_lines,
 )
 from executorlib.futures.derived import when_done
 from executorlib.futures.inputs import failed_call, input_error, misplaced
@@ -53,7 +51,6 @@ from executorlib.launchers.last_output import has_stack, tail_text
 from executorlib.poller import Poller, WakeUp
 from executorlib.resources import Demand, Resources
 from executorlib.serialize import Frame
-from executorlib.worker.call import traceback_text
 
 logger = logging.getLogger("executorlib")
 
@@ -708,7 +705,7 @@ class Loop(Poller, Events):
                     logging.Handler().handleError(record)
 
     def _on_setup_error(self, process: Process, frames: list[Frame], text: str) -> None:
-        error = self._load_error(frames, text, "the worker's set-up")
+        error = answers.rebuild_error(frames, text, "the worker's set-up", self._delivery.loads)
         if self._lifetime is Lifetime.CALL:
             process.verdict = error
         else:
@@ -830,36 +827,10 @@ class Loop(Poller, Events):
         kind, _, _, text, more = header
         if "other" in more:
             self._delivery.lookup.tell_of_change(task)
-        if kind == "error":
-            self._conclude(task, None, self._load_error(frames, text, task.name))
-            return
-        if text:
+        if text and kind == "result":
             logger.warning("call %d of %s: %s", task.number, task.name, text)
-        try:
-            value = _load_ranks(frames, more["counts"]) if "counts" in more else self._delivery.loads(frames)
-        except BaseException as error:
-            call = f"call {task.number} of {task.name}"
-            told = f"{call} returned, but its result could not be unpickled here"
-            if not isinstance(error, Exception):
-                told += "\n" + traceback_text(error)
-            error.__cause__ = error.__cause__ or RemoteTraceback(told)
-            self._conclude(task, None, contained(error, f"{call}: unpickling the result of the function"))
-            return
-        self._conclude(task, value, None)
-
-    def _load_error(self, frames: list[Frame], text: str, subject: str) -> BaseException:
-        error: BaseException
-        try:
-            error = self._delivery.loads(frames)
-            if not isinstance(error, BaseException):
-                raise TypeError(f"{type(error).__name__} is not an exception")
-        except BaseException as reason:
-            error = RuntimeError(
-                f"{subject} raised an exception that cannot be unpickled here ({type(reason).__name__}: {reason}); "
-                "its traceback is shown above as the cause."
-            )
-        error.__cause__ = RemoteTraceback(with_source_lines(text))
-        return contained(error, f"{subject}: the function")  # a job may have been run by another version
+        # The error gets no name here: its traceback may lead to this frame, and only a collection could free both.
+        self._conclude(task, *answers.rebuild(task, header, frames, self._delivery.loads))
 
     def _fail(self, task: Task, error: BaseException) -> None:
         """Fail a call that has not started."""
@@ -951,12 +922,6 @@ class Loop(Poller, Events):
                 os.close(fd)
         self._callbacks.clear()
         _loops.discard(self)
-
-
-def _load_ranks(frames: list[Frame], counts: list[int]) -> list[Any]:
-    """The results of all ranks; ``counts`` tells how many frames each rank has sent."""
-    each = iter(frames)
-    return [serialize.loads(list(itertools.islice(each, count))) for count in counts]
 
 
 def _cancel(cancel: Callable[[], object], future: Future[Any]) -> bool:
