@@ -31,6 +31,7 @@ from contract.functions import (
     wait_until_gone,
 )
 from executorlib import cli, get_cache_data, get_future_from_cache, get_item_from_future, split_future
+from executorlib.api import ExecutorlibSocketError
 from executorlib.cache import batch_directory, entries
 
 WAIT = 40
@@ -201,6 +202,37 @@ def test_cancelling_a_joined_call_leaves_the_other_sessions_job(
         assert joined.cancel()
         held.open()
         assert mine.result(WAIT) == 2
+
+
+@pytest.mark.rows("jobs")
+def test_joined_call_runs_when_its_job_is_killed(make: Callable[..., Any], gate: Callable[..., Gate]) -> None:
+    """Also while the session that submitted the job, and its queue, go on."""
+    held = gate()
+    with make() as other, make() as executor:
+        theirs = other.submit(held, 1)
+        job = held.pid()
+        joined = executor.submit(held, 1)
+        until(joined.running, WAIT)
+        os.kill(job, signal.SIGKILL)
+        assert isinstance(theirs.exception(WAIT), ExecutorlibSocketError)
+        held.open()
+        assert joined.result(WAIT) == 1
+
+
+@pytest.mark.rows("jobs")
+def test_joined_call_runs_when_its_job_is_cancelled(
+    make: Callable[..., Any], gate: Callable[..., Gate], store: Path
+) -> None:
+    held = gate()
+    with make(max_cores=1) as other, make() as executor:
+        other.submit(held, 1)
+        theirs = other.submit(add, 1, 2)  # waits in the queue
+        until(lambda: len(waiting(store)) == 2, WAIT)
+        joined = executor.submit(add, 1, 2)
+        until(joined.running, WAIT)
+        assert theirs.cancel()
+        assert joined.result(WAIT) == 3
+        held.open()
 
 
 TWICE = """
@@ -680,6 +712,19 @@ def test_an_entry_that_is_damaged(
         futures = [each.submit(record, log, 1, resource_dict=key("call")) for each in (one, two)]
         assert [future.result(WAIT) for future in futures] == [1, 1]
     assert lines(log) == ["1"]
+
+
+@pytest.mark.rows("jobs")
+def test_entry_and_result_that_are_damaged(
+    make: Callable[..., Any], store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("executorlib.jobs.claims._UNREADABLE_SECONDS", 0.5)
+    store.mkdir()
+    for kind in ("i", "o"):
+        entries.entry_path(store, "call", kind).write_bytes(b"garbage")
+    with make() as executor:
+        assert executor.submit(add, 1, 2, resource_dict=key("call")).result(WAIT) == 3
+    assert_tidy(store)
 
 
 def test_damaged_entry_that_another_session_has_claimed(store: Path) -> None:

@@ -21,7 +21,7 @@ from executorlib.errors import ExecutorlibSocketError, advise_unpicklable
 from executorlib.futures.inputs import misplaced
 from executorlib.jobs.batch import SUBMIT_SECONDS, Batch, owner_of
 from executorlib.jobs.delivery import Entries
-from executorlib.jobs.job import FOLLOWING, UNCLAIMED, Job, identity_of
+from executorlib.jobs.job import FOLLOWING, UNCLAIMED, Identity, Job, identity_of
 from executorlib.jobs.queue import same_system
 from executorlib.jobs.submitter import Submitter
 from executorlib.jobs.system import BatchSystem
@@ -238,8 +238,8 @@ class Claims:
         if entry is None and not os.path.exists(job.path) and trust.is_there(job.path):
             entry = entries.read_input(job.path, job.root)
         if entry is None:
-            if trust.is_there(job.output):
-                self._follow(job, None, 0)
+            if self._may_be_done(job):
+                self._look_again_at_entry(job, identity_of(job.path))
                 return True
             return trust.is_there(job.path) and self._wait_until_readable(job)
         job.unreadable = None
@@ -269,6 +269,14 @@ class Claims:
             self._follow(job, batch, index)
         return True
 
+    @staticmethod
+    def _may_be_done(job: Job) -> bool:
+        """Return whether the call has left a file, other than one that was found not to be its result."""
+        if not trust.is_there(job.output):
+            return False
+        seen = identity_of(job.output)
+        return seen is None or seen != job.passed_over
+
     def _wait_until_readable(self, job: Job) -> bool:
         """Wait for an entry that is being written, or is damaged; False if it has been damaged for long."""
         seen, now = identity_of(job.path), time.monotonic()
@@ -289,9 +297,14 @@ class Claims:
         entries.take_over(job.path, name, batch, job.root)
         if seen is None or seen != identity_of(job.path):
             return False
-        job.unreadable = job.unreadable or (seen, time.monotonic())  # so that the entry is looked at again
-        self._follow(job, None, 0)
+        self._look_again_at_entry(job, seen)
         return True
+
+    def _look_again_at_entry(self, job: Job, seen: Identity | None) -> None:
+        """Follow whoever has the entry, if anybody has, until it is clear whether it stays."""
+        if seen is not None:
+            job.unreadable = job.unreadable or (seen, time.monotonic())
+        self._follow(job, None, 0)
 
     def _follow(self, job: Job, batch: Batch | None, index: int) -> None:
         job.follow(batch, index)
@@ -376,10 +389,16 @@ class Claims:
             self._renewals.within(pause)
 
     def _renew_view(self, job: Job) -> None:
-        is_unknown = job.state is FOLLOWING and job.batch is None
-        # Nobody tells whether a job has the entry. If it is removed, or stays unreadable, it is free again.
-        if is_unknown and (job.unreadable is not None or self._own_job(job) or not trust.is_there(job.path)):
-            self._claim(job)
+        if job.state is FOLLOWING and job.batch is None:
+            # Nobody tells whether a job has the entry. If it is removed, or cannot be read, it is free again.
+            if self._own_job(job) or job.unreadable is not None or not trust.is_there(job.path):
+                self._claim(job)
+                return
+        elif job.state is FOLLOWING and not trust.is_there(job.path) and not self._may_be_done(job):
+            # Its session has seen the job end, or has cancelled it. A system that only knows its own session's jobs, as
+            # the local queue, would not tell.
+            self.run_again(job)
+            return
         # The system may not know the job, and the file system may remember that there was no result.
-        elif not job.is_on_local_disk:
+        if not job.is_on_local_disk:
             trust.is_there(job.output)
