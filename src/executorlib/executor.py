@@ -510,8 +510,8 @@ class BaseExecutor(Executor):
         if demand.gpus > most_gpus:
             raise ValueError(
                 f"{subject} needs {demand.gpus} GPUs (cores={resources.cores} × "
-                f"gpus_per_core={resources.gpus_per_core}), but the executor has {most_gpus}. Ask for fewer, or state "
-                "the devices with the executor's argument gpus=…."
+                f"gpus_per_core={resources.gpus_per_core}), but the executor has {most_gpus}. Ask for fewer, or name "
+                "the devices: SingleNodeExecutor(gpus=…), or the environment variable CUDA_VISIBLE_DEVICES."
             )
         if not self._count_cores:
             return Demand(1, demand.gpus, demand.exclusive)

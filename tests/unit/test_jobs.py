@@ -195,21 +195,21 @@ def test_many_jobs_of_others_on_a_slow_file_system(
         asked.append(path)
         return os.path.exists(path)
 
-    system, launcher, outputs = System(), None, []
+    system, launcher, inputs = System(), None, []
     for number in range(1, 8):
         key = f"k{number}"
         claimed(tmp_path, System.name, key=key)
         launcher, task, _process = launched(events, system, tmp_path, key, launcher, number)
-        outputs.append(task.cache_path)
+        inputs.append(entries.input_of(task.cache_path))
     monkeypatch.setattr("executorlib.machine.is_local_disk", lambda folder: False)
     monkeypatch.setattr("executorlib.cache.trust.is_there", is_there)
-    while len(asked) < len(outputs):
+    while len(asked) < len(inputs):
         timers, events.timers = events.timers, []
         for timer in timers:
             before = len(asked)
             timer()
             assert len(asked) - before <= 2
-    assert asked == outputs
+    assert asked == inputs
 
 
 def test_many_calls_of_a_session_that_is_dead(events: Events, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -825,8 +825,10 @@ DIED = JobState(Phase.ENDED, "FAILED", "", "9:0")
         (None, True, False),
         (JobState(Phase.ENDED, "DONE"), False, True),
         (JobState(Phase.ENDED, "DONE"), True, False),
-        (JobState(Phase.ENDED, "COMPLETED", "", "0:0"), True, True),
-        (JobState(Phase.ENDED, "FAILED", "", "83:0"), True, True),
+        (JobState(Phase.ENDED, "COMPLETED", "", "0:0"), False, True),
+        (JobState(Phase.ENDED, "COMPLETED", "", "0:0"), True, False),
+        (JobState(Phase.ENDED, "FAILED", "", "83:0"), False, True),
+        (JobState(Phase.ENDED, "FAILED", "", "83:0"), True, False),
         (DIED, False, False),
         (JobState(Phase.ENDED, "CANCELLED", cause=Cause.CANCELLED), False, False),
     ],
@@ -835,7 +837,7 @@ DIED = JobState(Phase.ENDED, "FAILED", "", "9:0")
 def test_how_long_a_result_may_take_to_show(
     events: Events, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: JobState | None, local: bool, waits: bool
 ) -> None:
-    """It may take long if there can be one: if the job says so, or if nothing is known and the disk is not local."""
+    """It may take long if there can be one, which the job says or nobody knows; not on a local disk."""
     monkeypatch.setattr("executorlib.jobs.results._GRACE", -1.0)
     monkeypatch.setattr("executorlib.machine.is_local_disk", lambda folder: local)
     system = Vanishing()
@@ -860,6 +862,7 @@ def test_damaged_file_of_before(
 ) -> None:
     """The file that another job has left does not say that this one's result will not show, nor that it will."""
     monkeypatch.setattr("executorlib.jobs.results._GRACE", -1.0)
+    monkeypatch.setattr("executorlib.machine.is_local_disk", lambda folder: False)
     (tmp_path / "a_o.h5").write_bytes(b"damaged")
     system = Vanishing()
     system.end = DIED

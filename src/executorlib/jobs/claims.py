@@ -393,12 +393,8 @@ class Claims:
             # Nobody tells whether a job has the entry. If it is removed, or cannot be read, it is free again.
             if self._own_job(job) or job.unreadable is not None or not trust.is_there(job.path):
                 self._claim(job)
-                return
+        # A job removes its entry once its result is there, which the file system may not have heard of yet.
         elif job.state is FOLLOWING and not trust.is_there(job.path) and not self._may_be_done(job):
-            # Its session has seen the job end, or has cancelled it. A system that only knows its own session's jobs, as
-            # the local queue, would not tell.
+            # Its session has seen the job end, or has cancelled it. The local queue, which only knows the jobs of its
+            # own session, would not tell.
             self.run_again(job)
-            return
-        # The system may not know the job, and the file system may remember that there was no result.
-        if not job.is_on_local_disk:
-            trust.is_there(job.output)

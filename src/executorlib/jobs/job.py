@@ -289,6 +289,10 @@ class Job:
         text = f"{subject} ended as {state.state}{state.facts()}."
         if self.damaged:
             text += f" Its result in {self.output} cannot be read."
+        elif self.ended_well((0,)):
+            text += (
+                " The exit code says that it left a result. A function that ends its process (os._exit) leaves none."
+            )
         limit = task.resources.run_time_max
         # MPICH's mpiexec exits with the number of the signal that a rank died of.
         alarmed = signal.SIGALRM in (state.died_of, state.code if task.resources.cores > 1 else 0)

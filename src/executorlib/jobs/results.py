@@ -21,10 +21,11 @@ _LOOK_SHARE, _LOOK_SECONDS = 0.01, 0.05
 # Seconds that a result may take to appear on a slow file system after its job has ended: if there may well be a result
 # (NFS shows files of other machines after up to a minute), and otherwise. There may be one
 # - if the exit code says so;
-# - if nothing says how the job ended, because the queue forgets jobs at once and keeps no history. This excludes local
-#   disks, where a missing file does not appear later, and jobs that had ended before this session looked, which is
-#   mostly long ago. So with such a queue and a network file system, the error about a job that died takes this long.
-#   Giving up a result too early would be worse, because its call would run again.
+# - if nothing says how the job ended, because the queue forgets jobs at once and keeps no history. This excludes jobs
+#   that had ended before this session looked, which is mostly long ago. So with such a queue and a network file system,
+#   the error about a job that died takes this long. Giving up a result too early would be worse, because its call would
+#   run again.
+# Not on local disks, where a missing file does not appear later.
 _RESULT_GRACE, _GRACE = 75.0, 3.0
 
 
@@ -161,11 +162,9 @@ class Results:
     @staticmethod
     def _grace(job: Job) -> float:
         """Seconds that the result of a job that has ended may take to appear."""
-        if job.damaged:
+        if job.damaged or job.is_on_local_disk:
             return _GRACE
-        if job.ended_well((RESULT, RAISED)):
-            return _RESULT_GRACE
-        return _RESULT_GRACE if job.ended_unseen() and not job.is_on_local_disk else _GRACE
+        return _RESULT_GRACE if job.ended_well((RESULT, RAISED)) or job.ended_unseen() else _GRACE
 
     def waits_for_inputs_end(self, job: Job) -> bool:
         """Return whether the job of an input has ended, too, and its end is being looked into, for the error text."""

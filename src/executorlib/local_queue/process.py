@@ -121,8 +121,8 @@ def _state(future: Future[Any]) -> tuple[str, str, str, str, str]:
             return "ended", "FAILED", error.reason or str(error), "", "none"
         return "ended", "FAILED", f"{type(error).__name__}: {error}", "", "none"
     code = os.waitstatus_to_exitcode(status)
-    killed = "if nobody sent SIGKILL, the kernel's out-of-memory killer did" if code == -signal.SIGKILL else ""
-    return "ended", "FAILED", killed, f"{max(code, 0)}:{max(-code, 0)}", "none"
+    killed = "out of memory, unless somebody sent SIGKILL" if code == -signal.SIGKILL else ""
+    return "ended", "COMPLETED" if code == 0 else "FAILED", killed, f"{max(code, 0)}:{max(-code, 0)}", "none"
 
 
 def main(fd: int, options: dict[str, Any]) -> None:
