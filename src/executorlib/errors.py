@@ -229,12 +229,18 @@ def advise_unpicklable(error: BaseException, number: int, name: str, misplaced: 
             "its function or one of its arguments cannot be pickled. Create such objects (open files, locks, "
             "connections) inside the function instead."
         )
-    text = f"{subject}: {reason}"
+    add_advice(error, f"{subject}: {reason}")
+    return error
+
+
+def add_advice(error: BaseException, text: str) -> None:
+    """Add a note to an exception of the user's; before Python 3.11, to its cause."""
     if hasattr(error, "add_note"):
         error.add_note(text)
     elif error.__cause__ is None:
         error.__cause__ = RemoteTraceback(text)
-    return error
+    elif isinstance(error.__cause__, RemoteTraceback) and not error.__cause__.note:
+        error.__cause__.note = text
 
 
 def describe_split_world(ranks: int, starter: str, size: int, library: str, advice: str) -> str:

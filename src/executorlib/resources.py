@@ -60,7 +60,7 @@ class OneRank(_AllButCores, total=False):
 
 
 class ResourceDict(_AllButCores, total=False):
-    """A ``resource_dict``, for annotations; `Resources` says what the keys mean. None stands for "as before"."""
+    """A ``resource_dict``, for annotations. The help of every executor explains the keys. None means "as before"."""
 
     cores: SupportsIndex | None
 
@@ -83,22 +83,26 @@ class Resources:
     """The resources that one call needs.
 
     Attributes:
-        cores: MPI ranks. Above 1, the function runs on every rank and the result is the list of all ranks' results.
-        threads_per_core: Threads of each rank. The usual variables (`OMP_NUM_THREADS`, ...) are set to this number.
-        gpus_per_core: GPUs of each rank. `CUDA_VISIBLE_DEVICES` and `ROCR_VISIBLE_DEVICES` name them.
+        cores: MPI ranks, by default 1. Above 1, the function runs on every rank and the result lists the results of all
+            ranks.
+        threads_per_core: Threads of each rank, by default 1. The usual variables (`OMP_NUM_THREADS`, ...) are set to
+            this number.
+        gpus_per_core: GPUs of each rank, by default 0. `CUDA_VISIBLE_DEVICES` and `ROCR_VISIBLE_DEVICES` name them.
         cwd: Working directory, made if it is missing. None is the submitting process's own, as it is when the call or
             its block's worker starts. For calls that are a cluster's jobs, it is as it was at `submit`, and for block
             workers that are Slurm's jobs, as it was when the executor was made.
         cache_key: Name of the cache entry, instead of the one derived from function and inputs.
         cache_directory: Directory in which the result is kept and looked up.
-        num_nodes: Nodes over which the ranks are spread.
-        exclusive: Whether the call has its nodes to itself.
+        num_nodes: Nodes over which the ranks are spread. One machine has one node.
+        exclusive: Whether the call has its nodes to itself; by default not.
         error_log_file: File to which an exception of the function is appended, with the function's inputs.
-        run_time_max: Seconds after which the call is ended with `TimeoutError`.
-        priority: Calls with a higher priority start first.
-        slurm_cmd_args: Further options for Slurm's commands.
-        submission_template: Template of the job script.
-        openmpi_oversubscribe: Whether Open MPI may start more ranks than there are cores. MPICH always may.
+        run_time_max: Seconds after which the call is ended with `TimeoutError`; by default never.
+        priority: Calls with a higher priority start first; by default 0. Queuing systems limit who may raise it.
+        slurm_cmd_args: Further options of ``sbatch`` or ``srun``; only with the executors of Slurm.
+        submission_template: Template of the job script; only with executors that submit jobs. Keys of its own, such as
+            ``partition``, ``account``, ``job_name`` and ``memory_max`` of the one for Slurm, are keys here, too.
+        openmpi_oversubscribe: Whether Open MPI may start more ranks than there are cores; by default not. MPICH always
+            may, and Flux never does.
         template_keys: Keys and values of the submission template, which are not ours.
     """
 

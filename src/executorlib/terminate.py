@@ -31,7 +31,7 @@ def terminate_tasks_in_cache(
     Raises:
         ValueError: ``backend`` is not known, or a job belongs to another system than the one here.
         RuntimeError: The queuing system did not accept the request; then nothing is removed.
-        ImportError: There are such entries and h5py is missing.
+        ImportError: An entry needs h5py (it has a value over 4 GB), which is missing.
     """
     _terminate(cache_directory, directory.pending_entries(cache_directory), pysqa_config_directory, backend)
 
@@ -57,7 +57,7 @@ def terminate_task_in_cache(
         FileNotFoundError: There is no entry with that key.
         ValueError: ``backend`` is not known, or the job belongs to another system than the one here.
         RuntimeError: The queuing system did not accept the request; then the entry stays.
-        ImportError: h5py is missing.
+        ImportError: The entry needs h5py (it has a value over 4 GB), which is missing.
     """
     path = os.path.abspath(entries.entry_path(cache_directory, cache_key, "i"))
     if os.path.exists(entries.output_of(path)):

@@ -159,9 +159,11 @@ def test_init_function_that_fails(make_executor: Callable[..., Any]) -> None:
         for future in futures:
             error = future.exception(WAIT)
             assert error is not None
-            text = f"{error!r} {error.__cause__}"
+            text = f"{error!r} {error.__cause__} {getattr(error, '__notes__', '')}"
             assert "in the beginning" in text
             assert "CustomError" in text
+            assert "init_function" in text
+            assert "no call of this executor can run" in text
 
 
 @block

@@ -36,6 +36,7 @@ from executorlib.core.task import CANCELLED, FAILED, LAUNCHING, RUNNING, CallFut
 from executorlib.errors import (
     ExecutorlibSocketError,
     TimeLimitError,
+    add_advice,
     advise_unpicklable,
     contained,
     note_chain,
@@ -709,6 +710,11 @@ class Loop(Poller, Events):
         if self._lifetime is Lifetime.CALL:
             process.verdict = error
         else:
+            add_advice(
+                error,
+                "This was raised while a worker of the block was set up (working directory, variables, init_function), "
+                "so no call of this executor can run. Mend the cause and make a new executor.",
+            )
             self._break(error)
 
     def on_exit(self, process: Process, end: Exit) -> None:
