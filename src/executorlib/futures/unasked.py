@@ -72,7 +72,9 @@ class Failures:
         text = ""
         if len(self._records) < _MOST_KEPT:
             try:
-                text = f"{call}: {type(error).__name__}: {error}"[:_MOST_CHARACTERS]
+                text = f"{call}: {type(error).__name__}: {error}"
+                if len(text) > _MOST_CHARACTERS:
+                    text = text[:_MOST_CHARACTERS].rstrip() + "…"
             except Exception:  # raised by the user's own exception class
                 text = f"{call}: {type(error).__name__}"
         record = Record(text, future)
