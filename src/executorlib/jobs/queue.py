@@ -66,7 +66,7 @@ _ADVICE = {
     Cause.OUT_OF_MEMORY: "Give it more memory with resource_dict={'memory_max': GB}",
     Cause.TIME_LIMIT: "Give it more time with resource_dict={'run_time_max': seconds}",
     Cause.DEADLINE: "It had not ended by its deadline; give it a later one",
-    Cause.NODE_FAILED: "The node failed, not the call",
+    Cause.NODE_FAILED: "The node or the queue failed, not the call",
     Cause.PREEMPTED: "Other jobs had priority",
     Cause.CANCELLED: "Somebody cancelled it, or an input of it failed",
 }

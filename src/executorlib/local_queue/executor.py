@@ -51,7 +51,7 @@ class TestClusterExecutor(ClusterExecutor):
         slurms = [key for key in ("num_nodes", "slurm_cmd_args", "submission_template") if getattr(resources, key)]
         if resources.template_keys or slurms:
             keys = ", ".join([*filter(None, [listed(resources.template_values)]), *map(repr, slurms)])
-            logger.warning("%s: no submission template here uses %s", subject, keys)
+            logger.warning("%s: %s in resource_dict is ignored: no queuing system runs the job", subject, keys)
 
     def __init__(
         self,
