@@ -5,7 +5,7 @@ from typing import Any
 
 import griffe
 
-_DECORATORS = {"executorlib.docstrings.documented", "executorlib.docstrings.lists_keys"}
+_DECORATORS = {"executorlib.options.documented", "executorlib.options.lists_keys"}
 
 
 class DocstringsOfHelp(griffe.Extension):

@@ -25,12 +25,12 @@ from executorlib.core.lookup import Lookup
 from executorlib.core.loop import Loop, running_loops
 from executorlib.core.sending import Delivery, Messages
 from executorlib.core.task import CallFuture, function_name
-from executorlib.docstrings import lists_keys
 from executorlib.errors import EXECUTOR_ADVICE
 from executorlib.futures import unasked
 from executorlib.futures.derived import batched
 from executorlib.futures.inputs import find_futures_in_call
 from executorlib.launchers.contract import Events, Launcher, Lifetime
+from executorlib.options import lists_keys
 from executorlib.resources import Demand, Resources, check_cache_key, positive_or_none, whole_number
 from executorlib.worker.function import Function
 

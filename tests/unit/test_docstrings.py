@@ -6,7 +6,7 @@ import inspect
 
 import pytest
 
-from executorlib.docstrings import documented
+from executorlib.options import documented
 
 
 class Described:

@@ -20,12 +20,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from executorlib.jobs import pbs
 from executorlib.jobs.command_system import open_dialect, open_templates
-from executorlib.jobs.pbs import PbsDialect, Settings, parse_settings
 from executorlib.jobs.queue import Cause, Dependency, JobState, Limit, Phase, Submission
 from executorlib.jobs.registry import DIALECTS, dialect_of
 from executorlib.jobs.templates import check_keys
+from executorlib.pbs import queue as pbs
+from executorlib.pbs.queue import PbsDialect, Settings, parse_settings
 from executorlib.resources import Resources
 from executorlib.worker import protocol
 from unit.properties import repeatable
@@ -63,7 +63,7 @@ def test_each_language_is_found_by_the_type_of_its_queue() -> None:
 
 
 @pytest.mark.parametrize(
-    ("queue_type", "loaded"), [("SLURM", "executorlib.slurm.queue"), ("PBS", "executorlib.jobs.pbs")]
+    ("queue_type", "loaded"), [("SLURM", "executorlib.slurm.queue"), ("PBS", "executorlib.pbs.queue")]
 )
 def test_one_language_does_not_load_another(queue_type: str, loaded: str) -> None:
     program = (

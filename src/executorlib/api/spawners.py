@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from executorlib.api.program import _KEYS_VARIABLE
-from executorlib.docstrings import documented
 from executorlib.futures.locks import RLock
 from executorlib.launchers import streams
+from executorlib.options import documented
 from executorlib.worker import protocol
 
 if TYPE_CHECKING:

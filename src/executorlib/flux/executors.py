@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from executorlib.core.ledger import Ledger, Node, Unlimited, spread_over
-from executorlib.docstrings import documented
 from executorlib.executor import BaseExecutor
 from executorlib.flux.instance import known_instance
 from executorlib.flux.jobspec import FURTHER_KEYS
@@ -19,7 +18,7 @@ from executorlib.jobs.executor import QueueExecutor
 from executorlib.jobs.launcher import JobLauncher
 from executorlib.jobs.templates import FLUX, Templates
 from executorlib.launchers.contract import Events, Launcher
-from executorlib.options import Options
+from executorlib.options import Options, documented
 from executorlib.resources import Demand, ResourceDict, Resources, reject_unsupported, unknown_key
 
 # Without max_workers and max_cores, Flux is given calls for this many times the cores of its instance: so the next one

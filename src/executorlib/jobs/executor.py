@@ -9,12 +9,11 @@ from typing import Any, Literal
 
 from executorlib.core.ledger import Ledger, Node, Unlimited
 from executorlib.core.lookup import Lookup
-from executorlib.docstrings import documented
 from executorlib.executor import BaseExecutor
 from executorlib.jobs.delivery import Entries
 from executorlib.jobs.templates import Templates, check_keys
 from executorlib.launchers.contract import Events, Launcher
-from executorlib.options import Options
+from executorlib.options import Options, documented
 from executorlib.resources import Demand, ResourceDict, Resources, check_ranks_of_nodes
 
 _CACHE_DIRECTORY = "executorlib_cache"

@@ -16,7 +16,7 @@ DIALECTS = {
     "SGE": "executorlib.jobs.pysqa:PysqaDialect",
     "TORQUE": "executorlib.jobs.pysqa:PysqaDialect",
     "LSF": "executorlib.jobs.pysqa:PysqaDialect",
-    "PBS": "executorlib.jobs.pbs:PbsDialect",
+    "PBS": "executorlib.pbs.queue:PbsDialect",
 }
 # The system of executors without a configuration.
 DEFAULT = "SLURM"

@@ -10,13 +10,12 @@ from typing import Any
 from executorlib import machine
 from executorlib.core.ledger import Ledger, Node, Unlimited
 from executorlib.core.lookup import Lookup
-from executorlib.docstrings import documented
 from executorlib.jobs.delivery import Entries
 from executorlib.jobs.executor import _CACHE_DIRECTORY, ClusterExecutor, QueueExecutor
 from executorlib.jobs.launcher import JobLauncher
 from executorlib.launchers.contract import Events, Launcher, Lifetime
 from executorlib.local_queue.system import LocalSystem
-from executorlib.options import Options
+from executorlib.options import Options, documented
 from executorlib.resources import ResourceDict, Resources, listed
 from executorlib.single_node.launcher import LocalLauncher
 

@@ -11,10 +11,9 @@ from typing import Any
 
 from executorlib import machine
 from executorlib.core.ledger import Ledger, Node
-from executorlib.docstrings import documented
 from executorlib.executor import BaseExecutor
 from executorlib.launchers.contract import Lifetime
-from executorlib.options import Options
+from executorlib.options import Options, documented
 from executorlib.resources import ResourceDict, Resources, reject_unsupported, whole_number
 from executorlib.single_node.launcher import LocalLauncher
 from executorlib.single_node.mpi import ask_mpiexec_once

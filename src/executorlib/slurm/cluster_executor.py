@@ -7,7 +7,6 @@ import shutil
 from dataclasses import replace
 from functools import partial
 
-from executorlib.docstrings import documented
 from executorlib.jobs.command_system import open_system, open_templates
 from executorlib.jobs.delivery import Entries
 from executorlib.jobs.executor import QueueExecutor
@@ -17,6 +16,7 @@ from executorlib.jobs.registry import DEFAULT, dialect_of
 from executorlib.jobs.templates import Templates
 from executorlib.jobs.workers import JobWorkerLauncher
 from executorlib.launchers.contract import Events, Launcher
+from executorlib.options import documented
 from executorlib.resources import Demand, Resources
 from executorlib.single_node.mpi import ask_mpiexec_once, find_mpiexec
 

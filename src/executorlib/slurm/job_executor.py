@@ -7,11 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 from executorlib.core.ledger import Ledger, Node, spread_over
-from executorlib.docstrings import documented
 from executorlib.executor import BaseExecutor
 from executorlib.launchers.contract import Events, Launcher, Lifetime
 from executorlib.machine import NodeShape
-from executorlib.options import Options
+from executorlib.options import Options, documented
 from executorlib.resources import Demand, ResourceDict, Resources, reject_unsupported
 from executorlib.single_node.mpi import ask_mpiexec_once
 from executorlib.slurm.allocation import slurm_allocation

@@ -1,0 +1,1 @@
+"""PBS Professional as a queuing system."""
