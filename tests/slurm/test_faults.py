@@ -517,8 +517,9 @@ def test_cache_directory_is_removed(executor: Any, tmp_path: Path) -> None:
 
 
 @one_cluster
-def test_result_that_shows_late(executor: Any, tmp_path: Path) -> None:
+def test_result_that_shows_late(executor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Slurm says that the job succeeded, but a slow file system does not show its result yet."""
+    monkeypatch.setattr("executorlib.machine.is_local_disk", lambda folder: False)
     future = executor.submit(strike, "result is late", str(tmp_path), resource_dict={"cache_key": "late"})
     late = tmp_path / "cache" / "late_o.h5.late"
     until(late.exists, SETTLED)
