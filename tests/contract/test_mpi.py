@@ -54,6 +54,7 @@ def test_one_core_gives_a_plain_result(make_executor: Callable[..., Any]) -> Non
         assert dependent.result(WAIT) == [[(0, 2, None), (1, 2, None)], 3]
 
 
+@pytest.mark.long
 @pytest.mark.essential
 @pytest.mark.rows("block-fork", "block-slurm")
 def test_a_block_of_worlds(make_executor: Callable[..., Any]) -> None:
@@ -69,6 +70,7 @@ def test_a_block_of_worlds(make_executor: Callable[..., Any]) -> None:
         assert executor.submit(rank).result(WAIT) == [(0, 2, None), (1, 2, None)]
 
 
+@pytest.mark.long
 @pytest.mark.essential
 @pytest.mark.rows("block-fork", "block-slurm")
 def test_init_function_on_every_rank(make_executor: Callable[..., Any]) -> None:
