@@ -198,6 +198,8 @@ class Dialect:
         has_pmi_modes: Whether the system starts ranks itself if a ``pmi_mode`` is given.
         transient: Found in the error text of a command that may succeed if it is repeated as it is.
         limit: Found in the error text of a submission that was refused because there are too many jobs.
+        job_id: Finds the job's id, as its only group, in the output of the submission; the last match counts, because
+            sites may print lines of their own first.
         id_variables: The variables that hold a job's id, in the form of `parse_job_id`; the first one that is set
             counts.
         element_variables: The variables that hold a job's index in its array.
@@ -215,6 +217,7 @@ class Dialect:
     has_pmi_modes: ClassVar[bool] = False
     transient: ClassVar[re.Pattern[str]]
     limit: ClassVar[re.Pattern[str]]
+    job_id: ClassVar[re.Pattern[str]]
     id_variables: tuple[str, ...]
     element_variables: tuple[str, ...] = ()
     local_rank_variables: tuple[str, ...] = ()
@@ -318,7 +321,10 @@ class Dialect:
         Raises:
             ValueError: It has no id.
         """
-        raise NotImplementedError
+        found = self.job_id.findall(output)
+        if not found:
+            raise ValueError(f"{self.submit_program} printed {output.strip()!r} instead of a job id.")
+        return str(found[-1])
 
     def is_transient(self, error_text: str) -> bool:
         """Return whether a command that failed with this text may succeed if it is repeated as it is."""

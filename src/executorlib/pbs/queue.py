@@ -171,6 +171,7 @@ class PbsDialect(Dialect):
     default_template = DEFAULT_TEMPLATE
     transient = _TRANSIENT
     limit = _LIMIT
+    job_id = re.compile(r"^(\d+(?:\[\])?)(?:\.\S+)?\s*$", re.MULTILINE)
     id_variables = ("PBS_ARRAY_ID", "PBS_JOBID")
     element_variables = ("PBS_ARRAY_INDEX",)
     # The mpiexec that comes with PBS on HPE's Cray machines sets this one.
@@ -254,14 +255,6 @@ class PbsDialect(Dialect):
             # If one of these fails, PBS deletes the job.
             command += ["-W", f"depend={_dependencies(submission.dependencies)}"]
         return [*command, script_path]
-
-    def parse_job_id(self, output: str) -> str:
-        """Read the id of the new job from qsub's output."""
-        # Sites may print lines of their own first.
-        found = re.findall(r"^(\d+(?:\[\])?)(?:\.\S+)?\s*$", output, re.MULTILINE)
-        if not found:
-            raise ValueError(f"qsub printed {output.strip()!r} instead of a job id.")
-        return str(found[-1])
 
     @staticmethod
     def is_own(refusal: str) -> bool:

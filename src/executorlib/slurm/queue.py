@@ -231,6 +231,8 @@ class SlurmDialect(Dialect):
     has_pmi_modes = True
     transient = _TRANSIENT
     limit = _LIMIT
+    # A number, on some clusters followed by ";cluster".
+    job_id = re.compile(r"^(?:Submitted batch job )?(\d+)(?:;\S*)?\s*$", re.MULTILINE)
     has_dependencies = True
     waits_for_elements = True
     id_variables = ("SLURM_ARRAY_JOB_ID", "SLURM_JOB_ID")
@@ -310,14 +312,6 @@ class SlurmDialect(Dialect):
             # Without the second option, a job whose input has failed would stay in the queue forever.
             command += [f"--dependency={_dependencies(submission.dependencies)}", "--kill-on-invalid-dep=yes"]
         return [*command, script_path]
-
-    def parse_job_id(self, output: str) -> str:
-        """Read the id of the new job from sbatch's output."""
-        # A number, on some clusters followed by ";cluster"; sites may print lines of their own before it.
-        found = re.findall(r"^(?:Submitted batch job )?(\d+)(?:;\S*)?\s*$", output, re.MULTILINE)
-        if not found:
-            raise ValueError(f"sbatch printed {output.strip()!r} instead of a job id.")
-        return str(found[-1])
 
     @staticmethod
     def is_own(refusal: str) -> bool:
