@@ -238,7 +238,7 @@ class Claims:
         if entry is None and not os.path.exists(job.path) and trust.is_there(job.path):
             entry = entries.read_input(job.path, job.root)
         if entry is None:
-            if self._may_be_done(job):
+            if job.may_be_done():
                 self._look_again_at_entry(job, identity_of(job.path))
                 return True
             return trust.is_there(job.path) and self._wait_until_readable(job)
@@ -268,14 +268,6 @@ class Claims:
         else:
             self._follow(job, batch, index)
         return True
-
-    @staticmethod
-    def _may_be_done(job: Job) -> bool:
-        """Return whether the call has left a file, other than one that was found not to be its result."""
-        if not trust.is_there(job.output):
-            return False
-        seen = identity_of(job.output)
-        return seen is None or seen != job.passed_over
 
     def _wait_until_readable(self, job: Job) -> bool:
         """Wait for an entry that is being written, or is damaged; False if it has been damaged for long."""
@@ -394,7 +386,7 @@ class Claims:
             if self._own_job(job) or job.unreadable is not None or not trust.is_there(job.path):
                 self._claim(job)
         # A job removes its entry once its result is there, which the file system may not have heard of yet.
-        elif job.state is FOLLOWING and not trust.is_there(job.path) and not self._may_be_done(job):
+        elif job.state is FOLLOWING and not trust.is_there(job.path) and not job.may_be_done():
             # Its session has seen the job end, or has cancelled it. The local queue, which only knows the jobs of its
             # own session, would not tell.
             self.run_again(job)

@@ -157,6 +157,12 @@ class Job:
         """True if no other machine writes its files."""
         return machine.is_local_disk(self.root or "/")
 
+    def may_be_done(self) -> bool:
+        """Return whether there is a file in the place of its result, other than the one that is passed over."""
+        return trust.is_there(self.output) and (
+            self.passed_over is None or identity_of(self.output) != self.passed_over
+        )
+
     def remove_input(self) -> None:
         """Remove the entry of a job that is over, unless another session has claimed the call by now.
 

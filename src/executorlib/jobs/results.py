@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from executorlib.cache import entries, trust
+from executorlib.cache import entries
 from executorlib.core.task import RUNNING
 from executorlib.jobs.claims import Claims
 from executorlib.jobs.job import CLAIMED, FOUND, Job, Known, identity_of
@@ -153,8 +153,7 @@ class Results:
             self._system.detail(job.key, presence.tell)
         if presence.known is Known.ASKED or not presence.is_gone or self.waits_for_inputs_end(job):
             return
-        is_there = trust.is_there(job.output)
-        if is_there and (job.passed_over is None or identity_of(job.output) != job.passed_over):
+        if job.may_be_done():
             return  # the next look reads it
         if time.monotonic() - presence.since > self._grace(job):
             self.give_up(job)

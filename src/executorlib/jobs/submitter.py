@@ -354,10 +354,8 @@ class Submitter:
             if resources.cwd is not None:
                 setup["cwd"] = resources.cwd
             # The file holds the user's environment, which may contain secrets.
-            setup_file, root = (
-                os.path.join(batch.directory, batch_directory.SETUP_FILE),
-                batch_directory.root_of(batch.directory),
-            )
+            setup_file = os.path.join(batch.directory, batch_directory.SETUP_FILE)
+            root = batch_directory.root_of(batch.directory)
             trust.write(setup_file, pickle.dumps(setup), root, mode=trust.PRIVATE_MODE)
             batch_directory.write_entries(batch.directory, {index: job.path for index, job in batch.jobs.items()})
         return [*interpreter(), os.path.join(batch.directory, program)]
