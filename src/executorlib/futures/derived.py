@@ -156,18 +156,7 @@ def split_future(future: Future[Any], n: int) -> list[Future[Any]]:
 
 
 def batched(iterable: Iterable[Any], n: int) -> list[Future[list[Any]]]:
-    """Group futures by ``n`` in the order in which they finish. Failed ones come last.
-
-    Args:
-        iterable: The futures. Anything else counts as a result that exists already.
-        n: Size of a group. The last group may be smaller.
-
-    Returns:
-        Futures of lists of results. A group that holds a failed input fails with that input's exception.
-
-    Raises:
-        ValueError: ``n`` is below 1.
-    """
+    """Make the futures that `BaseExecutor.batched` returns."""
     if n < 1:
         raise ValueError(f"batched needs n of at least 1, got {n}.")
     futures = [item if isinstance(item, Future) else _done(item) for item in iterable]
