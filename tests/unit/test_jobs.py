@@ -183,6 +183,16 @@ def test_system_is_asked_only_about_its_own_jobs(
     assert events.told == ["connected"]
 
 
+def run_in_portions(events: Events, done: list[str], count: int) -> None:
+    """Run timers until the list is complete. Each timer may add only a little."""
+    while len(done) < count:
+        timers, events.timers = events.timers, []
+        for timer in timers:
+            before = len(done)
+            timer()
+            assert len(done) - before <= 2
+
+
 def test_many_jobs_of_others_on_a_slow_file_system(
     events: Events, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -203,12 +213,7 @@ def test_many_jobs_of_others_on_a_slow_file_system(
         inputs.append(entries.input_of(task.cache_path))
     monkeypatch.setattr("executorlib.machine.is_local_disk", lambda folder: False)
     monkeypatch.setattr("executorlib.cache.trust.is_there", is_there)
-    while len(asked) < len(inputs):
-        timers, events.timers = events.timers, []
-        for timer in timers:
-            before = len(asked)
-            timer()
-            assert len(asked) - before <= 2
+    run_in_portions(events, asked, len(inputs))
     assert asked == inputs
 
 
@@ -229,12 +234,7 @@ def test_many_calls_of_a_session_that_is_dead(events: Events, tmp_path: Path, mo
         (claimed(tmp_path, System.name, key=f"k{number}") / batch_directory.JOB_ID_FILE).unlink()
         launcher, _, _ = launched(events, System(), tmp_path, f"k{number}", launcher, number)
         paths.append(str(tmp_path / f"k{number}_i.h5"))
-    while len(freed) < len(paths):
-        timers, events.timers = events.timers, []
-        for timer in timers:
-            before = len(freed)
-            timer()
-            assert len(freed) - before <= 2
+    run_in_portions(events, freed, len(paths))
     assert freed == paths
 
 
